@@ -1,0 +1,138 @@
+"""Every error that petalsd raises on purpose.
+
+PetalsdError
+├── ConfigError          a configuration value is wrong; the daemon exits 78
+├── ModelError           the model cannot be served
+│   ├── UnsupportedModel     its architecture is outside what this version computes
+│   └── WeightsError         files are missing, damaged, of a refused kind, or do not fit the disk
+├── BadRequest           a peer sent something wrong: names the field, its value and the rule
+├── NotServed            the blocks asked for are not served here (any more)
+├── OutOfPages           the KV pool cannot hold the session, now or within the time allowed
+├── Draining             new sessions are refused: the daemon is draining, moving or stopping
+├── SessionClosed        the session was ended from our side, with the reason
+├── DeadlineExceeded     a wait reached its deadline
+├── EngineError          computing failed on our side; the session is lost, the daemon goes on
+├── KVPoolError          an invariant of the page pool is broken: a bug here
+└── SwarmError           the swarm cannot do what was asked
+    ├── MissingBlocks        no server holds some blocks
+    └── RemoteFailure        another peer failed or answered nonsense
+
+``str(error)`` is what another peer sees and holds no secrets, paths or tracebacks; ``hint`` says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class PetalsdError(Exception):
+    """Base of the tree; ``code`` is stable and machine-readable, ``hint`` tells the reader what to do."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.code}: {self.message}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class ConfigError(PetalsdError):
+    code = "bad_config"
+
+
+class ModelError(PetalsdError):
+    code = "model_error"
+
+
+class UnsupportedModel(ModelError):
+    code = "unsupported_model"
+
+
+class WeightsError(ModelError):
+    code = "weights_error"
+
+
+class BadRequest(PetalsdError):
+    """A remote value that breaks a rule: ``field`` names it, ``value`` is shown shortened."""
+
+    code = "bad_request"
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(f"{field} = {shown}: {rule}")
+        self.field = field
+
+
+class NotServed(PetalsdError):
+    code = "not_served"
+
+
+class OutOfPages(PetalsdError):
+    code = "out_of_pages"
+
+
+class Draining(PetalsdError):
+    code = "draining"
+
+
+class SessionClosed(PetalsdError):
+    code = "session_closed"
+
+
+class DeadlineExceeded(PetalsdError):
+    code = "deadline_exceeded"
+
+
+class EngineError(PetalsdError):
+    code = "engine_error"
+
+
+class KVPoolError(PetalsdError):
+    code = "kv_pool_error"
+
+
+class SwarmError(PetalsdError):
+    code = "swarm_error"
+
+
+class MissingBlocks(SwarmError):
+    """No usable server holds these blocks."""
+
+    code = "missing_blocks"
+
+    def __init__(self, blocks: Iterable[int]) -> None:
+        self.blocks = sorted(blocks)
+        super().__init__(
+            f"no server holds blocks {_ranges(self.blocks)}",
+            hint="wait for a server that serves them, or start one",
+        )
+
+
+class RemoteFailure(SwarmError):
+    """A peer failed; ``peer`` is its base58 PeerID."""
+
+    code = "remote_failure"
+
+    def __init__(self, peer: str, message: str) -> None:
+        super().__init__(f"{peer}: {message}")
+        self.peer = peer
+
+
+def _ranges(blocks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0:3, 5:6"."""
+    parts: list[str] = []
+    start = previous = None
+    for block in [*blocks, None]:
+        if start is None or previous is None:
+            start = block
+        elif block != previous + 1:
+            parts.append(f"{start}:{previous + 1}")
+            start = block
+        previous = block
+    return ", ".join(parts)

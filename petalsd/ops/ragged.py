@@ -1,0 +1,61 @@
+"""The tensors that describe one engine iteration to the models: who fills what, and in which shape.
+
+Symbols: ``T`` tokens, ``R`` rows, ``P`` tokens per page, ``Hkv`` KV heads, ``D`` head size, ``M`` hidden size,
+``N`` physical pages.
+
+A *row* is one sequence of one session (a session of batch size B has B rows). A row's KV lives in *runs*: run j
+holds its tokens ``j*P .. (j+1)*P - 1`` in consecutive physical pages, one per block of the session, in block
+order. So one number per run addresses every block:
+
+    physical page of (row, run j, block b) = origins[row, j] + b
+    where origins[row, j] = first physical page of the run - first block of the session
+
+and one small table serves all blocks of the span. Physical page 0 is never allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class PagedKV:
+    """The KV slab. ``k`` and ``v``: ``[N, P, Hkv, D]``, the model's dtype, on the device; K is stored rotated."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @property
+    def page_tokens(self) -> int:
+        return self.k.shape[1]
+
+
+@dataclass(slots=True)
+class RaggedBatch:
+    """R rows, concatenated along tokens. Built by ``engine.batch``, read by ``models`` and ``ops``.
+
+    token_bounds   R+1 host ints; row i's new tokens are ``token_bounds[i]:token_bounds[i+1]`` of the batch
+    context_lens   R host ints; tokens that row i attends to, its new tokens included
+    positions      ``[T]`` int64; absolute position of each new token
+    origins        ``[R, max_runs]`` int32; see the module docstring; entries past the row's runs are undefined
+    write_origins  ``[T]`` int64; origin of the run that each new token is written to
+    write_offsets  ``[T]`` int64; its place within that page, ``0 .. P-1``
+    """
+
+    token_bounds: Sequence[int]
+    context_lens: Sequence[int]
+    positions: torch.Tensor
+    origins: torch.Tensor
+    write_origins: torch.Tensor
+    write_offsets: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.context_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_bounds[-1]
