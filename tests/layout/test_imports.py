@@ -1,0 +1,110 @@
+"""The layers: who may import whom, and what an import may cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "petalsd"
+
+# Imports point downward only: a package may import those of a lower rank and itself. The modules of rank 0 may
+# import each other.
+RANKS = {
+    "cli": 8, "demo": 8,
+    "daemon": 7,
+    "client": 6,
+    "swarm": 5,
+    "engine": 4,
+    "kvcache": 3, "models": 3,
+    "ops": 2,
+    "kernels": 1, "_C": 1,
+    "config": 0, "errors": 0, "log": 0, "paths": 0, "types": 0,
+}  # fmt: skip
+
+# Third-party packages that only these layers may import, with the reason.
+RESERVED = {
+    "hivemind": ({"swarm"}, "one layer knows the network library, so that it can be replaced"),
+    "multiaddr": ({"swarm"}, "addresses are text everywhere else"),
+    "torch": (
+        {"ops", "kernels", "kvcache", "models", "engine", "swarm", "client", "daemon", "cli", "demo"},
+        "the leaves and the command line's start must stay light",
+    ),
+    "transformers": ({"models", "client", "demo", "cli"}, "the engine knows blocks, not model classes"),
+}
+
+# Modules that a command imports before it knows what to do: they must start fast.
+LIGHT_MODULES = [
+    "petalsd",
+    "petalsd.errors",
+    "petalsd.types",
+    "petalsd.config",
+    "petalsd.log",
+    "petalsd.cli.main",
+]
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    """ "petalsd/engine/step.py" -> "engine"; "petalsd/errors.py" -> "errors"."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Full dotted names of everything the module imports, in functions too; type-checking imports count."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            if node.module == "petalsd":
+                yield from (f"petalsd.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_every_layer_has_a_rank() -> None:
+    """A new package or top-level module must be given its place in the table."""
+    layers = {layer(path) for path in modules()} - {"__init__", "__main__"}
+    assert layers - set(RANKS) == set()
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    """No module imports a layer of its own rank or above, other than itself."""
+    own = layer(path)
+    if own in ("__init__", "__main__"):
+        return
+    for name in imported_names(path):
+        top, _, rest = name.partition(".")
+        if top == "petalsd" and rest:
+            target = rest.split(".")[0]
+            if target == "__version__" or target == own:
+                continue
+            same_leaf_rank = RANKS[own] == RANKS[target] == 0
+            assert RANKS[target] < RANKS[own] or same_leaf_rank, f"{own} must not import {target}"
+        elif top in RESERVED:
+            allowed, reason = RESERVED[top]
+            assert own in allowed, f"{own} must not import {top}: {reason}"
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_modules_do_not_load_torch(module: str) -> None:
+    """Importing a light module loads neither torch nor hivemind nor transformers, and prints nothing."""
+    code = (
+        f"import sys, {module}; "
+        "loaded = {'torch', 'hivemind', 'transformers'} & set(sys.modules); sys.exit(f'loads {loaded}' if loaded else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
