@@ -102,7 +102,8 @@ def test_light_modules_do_not_load_torch(module: str) -> None:
     """Importing a light module loads neither torch nor hivemind nor transformers, and prints nothing."""
     code = (
         f"import sys, {module}; "
-        "loaded = {'torch', 'hivemind', 'transformers'} & set(sys.modules); sys.exit(f'loads {loaded}' if loaded else 0)"
+        "loaded = {'torch', 'hivemind', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'loads {loaded}' if loaded else 0)"
     )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
