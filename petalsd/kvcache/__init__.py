@@ -1,0 +1,1 @@
+"""The KV cache: device memory in pages, and which session holds which of them."""

@@ -1,0 +1,39 @@
+// petalsd._C, table of contents: what Python sees of the C++ code. petalsd/_C.pyi describes it.
+#include "bindings.hpp"
+
+#include <exception>
+#include <string>
+
+#include "check.hpp"
+
+namespace py = pybind11;
+
+namespace petalsd {
+namespace {
+
+// Raises petalsd.errors.<name>(message, hint=hint).
+void set_error(const char* name, const char* message, const std::string& hint = "") {
+  const py::object type = py::module_::import("petalsd.errors").attr(name);
+  PyErr_SetObject(type.ptr(), type(message, py::arg("hint") = hint).ptr());
+}
+
+void translate(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const OutOfPages& out_of_pages) {
+    set_error("OutOfPages", out_of_pages.what(), out_of_pages.hint);
+  } catch (const ClosedHandle& closed) {
+    set_error("SessionClosed", closed.what());
+  } catch (const PoolError& broken) {
+    set_error("KVPoolError", broken.what());
+  }
+}
+
+}  // namespace
+}  // namespace petalsd
+
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+  module.doc() = "The native part of petalsd: the page pool. No tensors, no torch.";
+  py::register_local_exception_translator(&petalsd::translate);
+  petalsd::register_page_pool(module);
+}

@@ -1,0 +1,10 @@
+// The parts that bindings.cpp puts together.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace petalsd {
+
+void register_page_pool(pybind11::module_& module);
+
+}  // namespace petalsd

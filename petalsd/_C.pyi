@@ -1,0 +1,77 @@
+"""The native part of petalsd, built from csrc/; tests/csrc/test_stub.py compares this file with the built module.
+
+Every method may be called from any thread and releases the GIL; none of them waits for anything but a mutex
+that is held for the length of one call. csrc/page_pool.hpp is the contract in full.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+class PoolStats:
+    """Page counts are of physical pages, page 0 left out."""
+
+    @property
+    def pages_total(self) -> int: ...
+    @property
+    def pages_free(self) -> int:
+        """Hold nothing, promised or not."""
+    @property
+    def pages_mapped(self) -> int:
+        """Hold tokens of open sessions."""
+    @property
+    def pages_reserved(self) -> int:
+        """Promised to open sessions, mapped pages included."""
+    @property
+    def pages_shared(self) -> int:
+        """Mapped, in runs that several rows continue from."""
+    @property
+    def high_water(self) -> int:
+        """Most pages mapped at once."""
+    @property
+    def sessions(self) -> int: ...
+    @property
+    def waiters(self) -> int: ...
+    @property
+    def copies(self) -> int:
+        """Page copies ever asked for: copy on write, and moves."""
+    @property
+    def pages_moved(self) -> int:
+        """How many of the copies made room for a run."""
+
+class PagePool:
+    """Credit and page tables of all sessions. Raises OutOfPages, SessionClosed (a closed handle) and KVPoolError
+    (a call against the contract); a call that raises has changed nothing."""
+
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        """Pages 1 to ``num_pages - 1``; page 0 is never handed out."""
+    def request(self, first_block: int, num_blocks: int, batch: int, max_tokens: int) -> int:
+        """Queue for ``batch * ceil(max_tokens / page_tokens) * num_blocks`` pages, first come, first served; the
+        handle can be used once ``granted`` has named it. OutOfPages at once when the whole pool is too small."""
+    def try_open(self, first_block: int, num_blocks: int, batch: int, max_tokens: int) -> int:
+        """A handle at once, or OutOfPages; also when the pages are there but others wait for them."""
+    def granted(self) -> list[int]:
+        """The requests granted since the last call, in order; to be asked after ``request`` and ``close``."""
+    def extend(self, handle: int, length: int) -> None:
+        """Map pages so that every row covers ``length`` tokens; rows get their own copies of a shared last run
+        that is partly filled. Never runs out. May move the runs of any session: see ``take_copies``."""
+    def truncate(self, handle: int, length: int) -> None:
+        """Roll every row back to ``length`` tokens and drop the runs past it."""
+    def reorder(self, handle: int, hypo_ids: Sequence[int]) -> None:
+        """Row j continues from old row ``hypo_ids[j]``; takes no pages and copies nothing."""
+    def take_copies(self, limit: int) -> bytearray:
+        """The next group of pending page copies, at most ``limit`` int32 pairs (source, target), to be made
+        before the next batch and before the next group. Within a group no page is read or written after it was
+        written, so all sources may be read before the targets are written. Empty when nothing is left."""
+    def fill_origins(self, handles: Sequence[int], out: NDArray[np.int32]) -> int:
+        """Write one row of ``out`` ([R, max_runs]) per row of the sessions, in order: entry j is the first page of
+        the row's run j minus the session's first block; entries past its runs are left alone. The number of
+        rows written. The table holds until the next ``extend`` of any session."""
+    def length(self, handle: int) -> int:
+        """Tokens of each row."""
+    def close(self, handle: int) -> None:
+        """Give pages and credit back, or withdraw the request; nothing when it was closed before."""
+    def stats(self) -> PoolStats: ...
+    def check_integrity(self) -> None:
+        """Raise KVPoolError with both sides of the first equation that does not hold."""

@@ -1,0 +1,56 @@
+"""Bytes, pages and tokens: what the KV cache of a span costs. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KVGeometry:
+    """The shape of one page: ``page_tokens`` tokens of one row in one block, keys and values.
+
+    Raises ValueError when a number is not positive.
+    """
+
+    page_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: a page needs at least 1")
+
+    @property
+    def slab_page_bytes(self) -> int:
+        """Bytes of a page in one of the two slabs, keys or values."""
+        return self.page_tokens * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, keys and values."""
+        return 2 * self.slab_page_bytes
+
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        """``(P, Hkv, D)``."""
+        return self.page_tokens, self.num_kv_heads, self.head_dim
+
+    def tokens_to_pages(self, tokens: int) -> int:
+        """Pages that hold ``tokens`` tokens of one row in one block."""
+        return -(-tokens // self.page_tokens)
+
+
+def pages_for(kv_tokens: int, num_blocks: int, page_tokens: int) -> int:
+    """Physical pages, page 0 included, of a pool for ``kv_tokens`` tokens in each of ``num_blocks`` blocks.
+
+    Rounded up to whole pages, so the smallest pool still holds one session of ``kv_tokens`` tokens.
+    """
+    return 1 + num_blocks * -(-kv_tokens // page_tokens)
+
+
+def tokens_for(memory_bytes: int, num_blocks: int, geometry: KVGeometry) -> int:
+    """The most ``kv_tokens`` whose pool fits into ``memory_bytes``; 0 when not even one page per block fits."""
+    runs = (memory_bytes // geometry.page_bytes - 1) // num_blocks
+    return max(0, runs) * geometry.page_tokens
