@@ -23,7 +23,7 @@ RANKS = {
     "kvcache": 3, "models": 3,
     "ops": 2,
     "kernels": 1, "_C": 1,
-    "config": 0, "errors": 0, "log": 0, "paths": 0, "types": 0,
+    "config": 0, "config_addresses": 0, "config_loading": 0, "errors": 0, "log": 0, "paths": 0, "types": 0,
 }  # fmt: skip
 
 # Third-party packages that only these layers may import, with the reason.

@@ -1,0 +1,188 @@
+"""Every configuration key: its meaning, type, default, and whether a reload applies it.
+
+A section is a frozen pydantic model. Types are strict (a file says 12, not "12"); text from the environment
+and the command line is converted in ``config_loading``, which also knows the layers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from petalsd.config_addresses import check_maddr
+from petalsd.types import BlockSpan
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _to_path(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def _to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _to_bytes(value: object) -> object:
+    """50 GB, 64GiB or a number of bytes."""
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    return int(float(match[1]) * (_DECIMAL | _BINARY)[(match[2] or "").upper()])
+
+
+def _to_span(value: object) -> object:
+    return BlockSpan.parse(value) if isinstance(value, str) else value
+
+
+def _maddrs(*, needs_peer: bool) -> BeforeValidator:
+    def check(value: object) -> object:
+        for maddr in value if isinstance(value, list) else ():
+            check_maddr(maddr, needs_peer=needs_peer)
+        return _to_tuple(value)
+
+    return BeforeValidator(check)
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+AutoCount = Literal["auto"] | Count
+PathText = Annotated[Path, BeforeValidator(_to_path)]
+SizeBytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
+Maddrs = Annotated[tuple[str, ...], _maddrs(needs_peer=False)]
+PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], _maddrs(needs_peer=True)]
+Span = Annotated[BlockSpan, BeforeValidator(_to_span)]
+
+
+def _restart(default: Any, meaning: str) -> Any:
+    """A key that is read at start only; a reload that changes it says that a restart is needed."""
+    return Field(default, description=meaning, json_schema_extra={"live": False})
+
+
+def _live(default: Any, meaning: str) -> Any:
+    """A key whose change a reload (SIGHUP) applies."""
+    return Field(default, description=meaning, json_schema_extra={"live": True})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class ModelSection(Section):
+    source: Annotated[str, Field(min_length=1)] = _restart(..., "Hub repository or directory of the model")
+    revision: str | None = _restart(None, "branch, tag or commit of the repository")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _restart(
+        "auto", "dtype of weights, cache and answers; auto: the model's own, bfloat16 where that is float32"
+    )
+    quantization: Literal["none", "int8", "nf4"] = _restart("none", "quantization of the linear layers")
+    adapters: Texts = _restart((), "LoRA repositories served beside the model")
+    dht_prefix: str | None = _restart(None, "name of the model in the swarm; derived from source if unset")
+    token_file: PathText | None = _restart(None, "file that holds the Hub token")
+    offline: bool = _restart(False, "never ask the Hub; use what is in the cache")
+    cache_dir: PathText | None = _restart(None, "where weights are kept; unset: the cache directory")
+    max_disk_bytes: SizeBytes | None = _restart(None, 'bound on cached weights, bytes or text as in "50GB"')
+
+
+class BlocksSection(Section):
+    count: AutoCount = _live("auto", "number of blocks to serve; auto: as many as fit the memory")
+    span: Span | None = _live(None, 'pins the blocks, for instance "0:16"; no rebalancing then')
+    balance_quality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
+        0.75, "move when the swarm's weakest block gets better than 1/quality times; 0 never moves"
+    )
+    balance_period_s: Seconds = _live(60.0, "mean time between health and balance checks")
+    join_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
+        5.0, "mean random delay before choosing blocks, so that servers started together see each other"
+    )
+
+
+class SwarmSection(Section):
+    initial_peers: PeerMaddrs = _restart(
+        (), 'multiaddrs of peers to join; empty starts a private swarm; "public" joins the public one'
+    )
+    host_maddrs: Maddrs = _restart(("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"), "multiaddrs to listen on")
+    announce_maddrs: Maddrs = _restart((), "multiaddrs told to others; empty: what is listened on")
+    identity_path: PathText | None = _restart(
+        None, "private key file, made if missing; unset: state directory"
+    )
+    public_name: str | None = _restart(None, "name shown in swarm dashboards")
+    relay: bool = _restart(True, "reach, and be reached by, peers behind a NAT through relays")
+    update_period_s: Seconds = _restart(120.0, "period of announcements; records live for twice as long")
+    allowed_peers: Texts = _restart((), "PeerIDs that may use this server; empty: everybody")
+    throughput: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
+        "auto", "tokens/s announced to the swarm; auto measures this machine once and keeps the result"
+    )
+    network_mbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
+        100.0, "Mbit/s of the slower direction of the network link"
+    )
+
+
+class EngineSection(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = _restart(
+        "auto", "auto (CUDA if there is one), cpu, cuda or cuda:N"
+    )
+    kv_tokens: AutoCount = _restart(
+        "auto",
+        "attention cache: tokens per block over all sessions; auto: 16384, or 4096 without grouped queries",
+    )
+    page_tokens: Annotated[int, Field(ge=1, le=1024)] = _restart(16, "tokens per page of the attention cache")
+    max_session_tokens: AutoCount = _restart(
+        "auto", "longest session; auto: 8192, or 2048 without grouped queries, at most kv_tokens"
+    )
+    max_batch_tokens: Count = _restart(1024, "tokens computed at once; longer steps are split, not refused")
+    max_sessions: Count = _restart(256, "sequences served at once")
+    request_timeout_s: Seconds = _restart(180.0, "limit of one forward or backward request")
+    step_timeout_s: Seconds = _restart(300.0, "how long a session may wait for its client's next step")
+    session_timeout_s: Seconds = _restart(1800.0, "limit of a whole session")
+    graphs: Literal["auto", "on", "off"] = _restart("auto", "captured CUDA graphs for decoding")
+    threads: Annotated[int, Field(ge=0)] = _restart(0, "CPU threads of the engine; 0: torch's own choice")
+
+
+class ControlSection(Section):
+    socket: PathText | None = _restart(None, "path of the control socket")
+    group: str | None = _restart(None, "group whose members may act on the control socket")
+
+
+class MetricsSection(Section):
+    listen: str | None = _restart(None, "host:port of the metrics endpoint")
+
+
+class DaemonSection(Section):
+    drain_deadline_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
+        60.0, "how long a stop waits for running sessions"
+    )
+    log_format: Literal["auto", "json", "console", "journal"] = _restart(
+        "auto", "auto: console on a terminal, json elsewhere"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _live(
+        "info", "least severe level that is logged"
+    )
+
+
+class Config(Section):
+    """The whole configuration; made by ``config_loading.load_config``, passed on in sections."""
+
+    model: ModelSection
+    blocks: BlocksSection = BlocksSection()
+    swarm: SwarmSection = SwarmSection()
+    engine: EngineSection = EngineSection()
+    control: ControlSection = ControlSection()
+    metrics: MetricsSection = MetricsSection()
+    daemon: DaemonSection = DaemonSection()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Config:
+        if self.blocks.span is not None and self.blocks.count != "auto":
+            raise ValueError("blocks.span and blocks.count exclude each other: keep one of them")
+        kv_tokens, longest = self.engine.kv_tokens, self.engine.max_session_tokens
+        if kv_tokens != "auto" and longest != "auto" and longest > kv_tokens:
+            raise ValueError(
+                f"engine.max_session_tokens = {longest} is above engine.kv_tokens = {kv_tokens}: "
+                "no session could ever be that long; raise kv_tokens or lower max_session_tokens"
+            )
+        return self

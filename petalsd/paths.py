@@ -1,0 +1,75 @@
+"""Where an instance keeps its files: systemd's directory variables, else the XDG directories."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from petalsd.errors import ConfigError
+
+_INSTANCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class InstancePaths:
+    """Directories of one instance; none of them need exist yet.
+
+    state_dir   identity key, measurements: this instance's own, kept
+    cache_dir   weights: shared by all instances, can be deleted
+    """
+
+    instance: str
+    state_dir: Path
+    cache_dir: Path
+
+    @property
+    def identity_file(self) -> Path:
+        return self.state_dir / "identity.key"
+
+    @property
+    def throughput_file(self) -> Path:
+        return self.state_dir / "throughput.json"
+
+    @property
+    def weights_dir(self) -> Path:
+        return self.cache_dir / "weights"
+
+
+def instance_paths(instance: str, environ: Mapping[str, str]) -> InstancePaths:
+    """Directories of ``instance``. Under systemd the unit already made them its own (StateDirectory=)."""
+    check_instance_name(instance)
+    state = _systemd_dir(environ, "STATE_DIRECTORY")
+    cache = _systemd_dir(environ, "CACHE_DIRECTORY")
+    return InstancePaths(
+        instance,
+        state_dir=state or _xdg(environ, "XDG_STATE_HOME", ".local/state") / instance,
+        cache_dir=cache or _xdg(environ, "XDG_CACHE_HOME", ".cache"),
+    )
+
+
+def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:
+    """/etc/petalsd/NAME.toml; a user's own instance lives in the XDG configuration directory."""
+    check_instance_name(instance)
+    system = (_systemd_dir(environ, "CONFIGURATION_DIRECTORY") or Path("/etc/petalsd")) / f"{instance}.toml"
+    own = _xdg(environ, "XDG_CONFIG_HOME", ".config") / f"{instance}.toml"
+    return own if own.exists() and not system.exists() else system
+
+
+def check_instance_name(instance: str) -> None:
+    if not _INSTANCE_NAME.fullmatch(instance):
+        raise ConfigError(f"instance = {instance!r}: use letters, digits, '_', '-' and '.'")
+
+
+def _systemd_dir(environ: Mapping[str, str], name: str) -> Path | None:
+    """The first of the colon-separated directories, as the unit lists them."""
+    first = environ.get(name, "").partition(":")[0]
+    return Path(first) if first else None
+
+
+def _xdg(environ: Mapping[str, str], name: str, below_home: str) -> Path:
+    """XDG says that relative values are to be ignored."""
+    given = Path(environ.get(name, ""))
+    home = Path(environ.get("HOME") or Path.home())
+    return (given if given.is_absolute() else home / below_home) / "petalsd"

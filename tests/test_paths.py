@@ -1,0 +1,48 @@
+"""Directories of an instance, under systemd and outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from petalsd.errors import ConfigError
+from petalsd.paths import config_file_of, instance_paths
+
+
+def test_systemd_directories_win() -> None:
+    """Under systemd the unit's directories are used as they stand, the first of several."""
+    environ = {"STATE_DIRECTORY": "/var/lib/petalsd/a:/other", "CACHE_DIRECTORY": "/var/cache/petalsd",
+               "XDG_STATE_HOME": "/x", "HOME": "/home/u"}  # fmt: skip
+    paths = instance_paths("a", environ)
+    assert paths.identity_file == Path("/var/lib/petalsd/a/identity.key")
+    assert paths.weights_dir == Path("/var/cache/petalsd/weights")
+
+
+def test_outside_systemd_xdg_directories_are_used() -> None:
+    """State is per instance, the cache is shared; relative XDG values are ignored as XDG demands."""
+    paths = instance_paths(
+        "a", {"HOME": "/home/u", "XDG_CACHE_HOME": "/caches", "XDG_STATE_HOME": "relative"}
+    )
+    assert paths.state_dir == Path("/home/u/.local/state/petalsd/a")
+    assert paths.cache_dir == Path("/caches/petalsd")
+
+
+def test_the_configuration_of_an_instance(tmp_path: Path) -> None:
+    """The system's file is taken unless only the user has one of that name."""
+    environ = {"CONFIGURATION_DIRECTORY": str(tmp_path / "etc"), "XDG_CONFIG_HOME": str(tmp_path / "own")}
+    system, own = tmp_path / "etc" / "a.toml", tmp_path / "own" / "petalsd" / "a.toml"
+    assert config_file_of("a", environ) == system
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert config_file_of("a", environ) == own
+    system.parent.mkdir()
+    system.touch()
+    assert config_file_of("a", environ) == system
+
+
+@pytest.mark.parametrize("name", ["", "../etc", "a/b", ".hidden", "a b"])
+def test_instance_names_cannot_leave_their_directory(name: str) -> None:
+    """A name with a slash, a space or a leading dot is a configuration error."""
+    with pytest.raises(ConfigError, match="use letters"):
+        instance_paths(name, {"HOME": "/home/u"})
