@@ -1,0 +1,1 @@
+"""The ``petalsd`` command, one module per verb."""

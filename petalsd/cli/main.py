@@ -1,0 +1,79 @@
+"""The ``petalsd`` command: one module per verb, errors to exit codes. Heavy imports wait for the verb."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from petalsd import __version__
+from petalsd.errors import ConfigError, PetalsdError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL: a restart may help
+EXIT_BAD_CONFIG = 78  # EX_CONFIG: a restart cannot help (RestartPreventExitStatus= in the unit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    """``module`` has ``add_arguments(parser)`` and ``run(arguments) -> exit code``."""
+
+    name: str
+    module: str
+    summary: str
+
+
+VERBS = (
+    _Verb("run", "petalsd.cli.run", "serve blocks of a model until stopped"),
+    _Verb("check", "petalsd.cli.check", "validate everything that can be validated without serving"),
+    _Verb("show", "petalsd.cli.show", "print the effective configuration and where each value came from"),
+    _Verb("generate", "petalsd.cli.generate", "continue a prompt through a swarm"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((verb for verb in VERBS if words and words[0] == verb.name), None)
+    parser = _make_parser(verb)
+    arguments = parser.parse_args(words)
+    if verb is None:
+        parser.print_help()
+        return EXIT_OK
+    try:
+        return int(importlib.import_module(verb.module).run(arguments))
+    except ConfigError as error:
+        return _fail(error, EXIT_BAD_CONFIG)
+    except PetalsdError as error:
+        return _fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:
+    """All verbs by name and summary, but the arguments, and so the imports, of the chosen one only."""
+    parser = argparse.ArgumentParser(
+        prog="petalsd", description="Serves transformer blocks to a Petals-compatible swarm."
+    )
+    parser.add_argument("--version", action="version", version=f"petalsd {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB")
+    for verb in VERBS:
+        sub = verbs.add_parser(verb.name, help=verb.summary, description=verb.summary)
+        if verb is chosen:
+            importlib.import_module(verb.module).add_arguments(sub)
+    return parser
+
+
+def _fail(error: PetalsdError, exit_code: int) -> int:
+    print(f"petalsd: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

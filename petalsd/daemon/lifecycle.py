@@ -1,0 +1,98 @@
+"""The daemon's life cycle as a pure state machine; what is visible outside is a consequence of its state.
+
+    STARTING ──> LOADING ──> ONLINE <──> DRAINING ──> DRAINED ──> ONLINE
+                  ^   ^        │
+                  │   └──── REBALANCING        every state but the last ──> STOPPING ──> STOPPED
+                  └─ (a load that is tried again)                     └──> FAILED
+
+STARTING     parts come up, a span is being chosen; nothing is announced
+LOADING      weights of a chosen span are on their way; announced as JOINING
+ONLINE       serving
+REBALANCING  the span was given up and another one is being chosen
+DRAINING     running sessions finish, new ones are refused; DRAINED when the last one ended
+STOPPING     on the way out; FAILED is the same for an error that a restart may heal
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+
+from petalsd.errors import PetalsdError
+from petalsd.types import DaemonState
+
+_S = DaemonState
+TRANSITIONS: dict[DaemonState, frozenset[DaemonState]] = {
+    _S.STARTING: frozenset({_S.LOADING, _S.STOPPING, _S.FAILED}),
+    _S.LOADING: frozenset({_S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
+    _S.ONLINE: frozenset({_S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
+    _S.REBALANCING: frozenset({_S.LOADING, _S.ONLINE, _S.STOPPING, _S.FAILED}),
+    _S.DRAINING: frozenset({_S.DRAINED, _S.ONLINE, _S.STOPPING, _S.FAILED}),
+    _S.DRAINED: frozenset({_S.ONLINE, _S.STOPPING, _S.FAILED}),
+    _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),
+    _S.STOPPED: frozenset(),
+    _S.FAILED: frozenset(),
+}
+
+
+class Presence(enum.Enum):
+    """What the swarm is told; ABSENT: nothing was ever announced."""
+
+    ABSENT = "absent"
+    JOINING = "joining"
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+class IllegalTransition(PetalsdError):
+    """A bug: somebody asked for a move that the life cycle does not have."""
+
+    code = "illegal_transition"
+
+
+Listener = Callable[[DaemonState, DaemonState], None]
+
+
+class Lifecycle:
+    """Owns the state; ``listeners`` hear (old, new) after each move, in the order in which they subscribed."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._listeners: list[Listener] = []
+        self.state = DaemonState.STARTING
+        self.since_s = clock()
+        self.reason = ""
+
+    def subscribe(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def can_move(self, state: DaemonState) -> bool:
+        return state in TRANSITIONS[self.state]
+
+    def move(self, state: DaemonState, reason: str = "") -> None:
+        """Go to ``state``; raises IllegalTransition naming both states, and then nothing has changed."""
+        if not self.can_move(state):
+            raise IllegalTransition(f"the life cycle has no way from {self.state.value} to {state.value}")
+        old, self.state = self.state, state
+        self.since_s = self._clock()
+        self.reason = reason
+        for listener in self._listeners:
+            listener(old, state)
+
+    @property
+    def accepts_sessions(self) -> bool:
+        return self.state is DaemonState.ONLINE
+
+    @property
+    def is_leaving(self) -> bool:
+        """On the way out for good."""
+        return self.state in {DaemonState.STOPPING, DaemonState.STOPPED, DaemonState.FAILED}
+
+    @property
+    def presence(self) -> Presence:
+        if self.state is DaemonState.STARTING:
+            return Presence.ABSENT
+        if self.state is DaemonState.LOADING:
+            return Presence.JOINING
+        return Presence.ONLINE if self.state is DaemonState.ONLINE else Presence.OFFLINE
