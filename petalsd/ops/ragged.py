@@ -16,9 +16,13 @@ and one small table serves all blocks of the span. Physical page 0 is never allo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from petalsd.ops.attention_plan import AttentionPlan
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ class RaggedBatch:
     origins        ``[R, max_runs]`` int32; see the module docstring; entries past the row's runs are undefined
     write_origins  ``[T]`` int64; origin of the run that each new token is written to
     write_offsets  ``[T]`` int64; its place within that page, ``0 .. P-1``
+    plans          what ``ops`` derived from the above, by window; so a batch is not changed once it is built
     """
 
     token_bounds: Sequence[int]
@@ -51,6 +56,9 @@ class RaggedBatch:
     origins: torch.Tensor
     write_origins: torch.Tensor
     write_offsets: torch.Tensor
+    plans: dict[int | None, AttentionPlan] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_rows(self) -> int:

@@ -1,0 +1,88 @@
+"""Causal attention with grouped KV heads: over the pages of a ragged batch, or dense and without a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from petalsd.ops.attention_plan import DecodeGroup, PrefillRow, plan_attention, visible_keys
+from petalsd.ops.ragged import PagedKV, RaggedBatch
+
+
+def paged_attention(
+    q: torch.Tensor, kv: PagedKV, batch: RaggedBatch, block: int, scale: float, window: int | None
+) -> torch.Tensor:
+    """Each new token attends to its row's context, itself included, whose K and V are already in the pages.
+
+    q       ``[T, H, D]`` rotated, in the slab's dtype; H is a multiple of the slab's Hkv, head h reads KV head
+            ``h // (H / Hkv)``
+    block   index of the block, which selects the page within each run
+    scale   factor on the scores, ``1/sqrt(D)`` for all families so far
+    window  a token sees itself and the ``window - 1`` before it; None: everything before it
+
+    Returns ``[T, H, D]``. A row's result depends on nothing that other rows wrote, be it NaN.
+    """
+    plan = plan_attention(batch, kv.page_tokens, window)
+    first_slot = block * kv.page_tokens
+    if len(plan.decode) == 1 and not plan.prefill:
+        group = plan.decode[0]
+        return _attend_decode(q, kv, group, first_slot, scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in plan.decode:
+        out.index_copy_(
+            0, group.tokens, _attend_decode(q.index_select(0, group.tokens), kv, group, first_slot, scale)
+        )
+    for row in plan.prefill:
+        out[row.start : row.end] = _attend_prefill(q[row.start : row.end], kv, row, first_slot, scale)
+    return out
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention of whole sequences from position 0; differentiable.
+
+    q ``[B, H, n, D]``; k, v ``[B, Hkv, n, D]``; scale and window as in ``paged_attention``.
+    Returns ``[B, H, n, D]``.
+    """
+    num_tokens = q.shape[2]
+    if window is None or window >= num_tokens:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    positions = torch.arange(num_tokens, device=q.device)
+    visible = visible_keys(positions, positions, window)
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+
+
+def _attend_decode(
+    q: torch.Tensor, kv: PagedKV, group: DecodeGroup, first_slot: int, scale: float
+) -> torch.Tensor:
+    """q ``[R, H, D]`` in the group's row order. The query heads of a KV head stand where a sequence would."""
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = kv.k.shape[2]
+    slots = group.slots + first_slot
+    context = (num_rows, -1, num_kv_heads, head_dim)
+    out = scaled_dot_product_attention(
+        q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        kv.k.flatten(0, 1).index_select(0, slots).view(context).transpose(1, 2),
+        kv.v.flatten(0, 1).index_select(0, slots).view(context).transpose(1, 2),
+        attn_mask=group.is_valid,
+        scale=scale,
+    )
+    return out.reshape(num_rows, num_heads, head_dim)
+
+
+def _attend_prefill(
+    q: torch.Tensor, kv: PagedKV, row: PrefillRow, first_slot: int, scale: float
+) -> torch.Tensor:
+    """q ``[n, H, D]`` of one row."""
+    slots = row.slots + first_slot
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        kv.k.flatten(0, 1).index_select(0, slots).transpose(0, 1).unsqueeze(0),
+        kv.v.flatten(0, 1).index_select(0, slots).transpose(0, 1).unsqueeze(0),
+        attn_mask=row.visible,
+        is_causal=row.visible is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.squeeze(0).transpose(0, 1)
