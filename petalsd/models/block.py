@@ -1,0 +1,141 @@
+"""One transformer block: pre-norm attention and gated MLP, with projections fused at load time.
+
+It computes the same function as the decoder layers of transformers' Llama, Mistral, Qwen2 and Qwen3 models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch.nn import functional
+
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.rope import Rope
+from petalsd.ops.attention import dense_attention, paged_attention
+from petalsd.ops.kv import write_kv
+from petalsd.ops.linear import linear
+from petalsd.ops.norm import rms_norm
+from petalsd.ops.ragged import PagedKV, RaggedBatch
+from petalsd.ops.rotary import apply_rope
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """All of one dtype on one device, none requires grad; I is the intermediate size.
+
+    qkv      ``[(H + 2*Hkv) * D, M]`` q, k and v one below the other
+    gate_up  ``[2*I, M]`` gate above up
+    """
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    output: torch.Tensor
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    qkv_bias: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    output_bias: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class TransformerBlock:
+    """Block ``index`` of a model. ``rope`` is shared with the model's other blocks."""
+
+    def __init__(self, index: int, config: BlockConfig, weights: BlockWeights, rope: Rope) -> None:
+        self.index = index
+        self.config = config
+        self.weights = weights
+        self.rope = rope
+        self.window = config.windows[index]
+        self._scale = config.head_dim**-0.5
+        self._activation = _ACTIVATIONS[config.activation]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.qkv.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.qkv.device
+
+    def forward_paged(
+        self,
+        hidden: torch.Tensor,
+        kv: PagedKV,
+        batch: RaggedBatch,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Write the new tokens' K and V into the pages and attend over them. Call it under inference mode.
+
+        hidden   ``[T, M]`` in the block's dtype
+        cos_sin  of ``batch.positions``, from ``Rope.cos_sin``; the same for all blocks
+
+        Returns ``[T, M]``, a new tensor.
+        """
+        q, k, v = self._project_qkv(hidden, cos_sin)
+        write_kv(k, v, kv, batch, self.index)
+        attended = paged_attention(q, kv, batch, self.index, self._scale, self.window)
+        return self._complete(hidden, attended.flatten(-2))
+
+    def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Whole sequences from position 0 without a cache, differentiable with respect to ``hidden``.
+
+        hidden ``[B, n, M]`` in the block's dtype; returns ``[B, n, M]``.
+        """
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        q, k, v = (t.transpose(1, 2) for t in self._project_qkv(hidden, self.rope.cos_sin(positions)))
+        attended = dense_attention(q, k, v, self._scale, self.window)
+        return self._complete(hidden, attended.transpose(1, 2).flatten(-2))
+
+    def _project_qkv(
+        self, hidden: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[..., T, M]`` to q ``[..., T, H, D]`` and k, v ``[..., T, Hkv, D]``; q and k normed and rotated."""
+        config, weights = self.config, self.weights
+        num_qk_heads = config.num_heads + config.num_kv_heads
+        normed = rms_norm(hidden, weights.input_norm, config.norm_eps)
+        qkv = linear(normed, weights.qkv, weights.qkv_bias)
+        qkv = qkv.view(*hidden.shape[:-1], -1, config.head_dim)
+        qk, v = qkv[..., :num_qk_heads, :], qkv[..., num_qk_heads:, :]
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q, k = qk[..., : config.num_heads, :], qk[..., config.num_heads :, :]
+            q = rms_norm(q, weights.q_norm, config.norm_eps)
+            k = rms_norm(k, weights.k_norm, config.norm_eps)
+            qk = torch.cat((q, k), dim=-2)
+        qk = apply_rope(qk, *cos_sin)
+        return qk[..., : config.num_heads, :], qk[..., config.num_heads :, :], v
+
+    def _complete(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual, MLP, residual. hidden ``[..., M]``, attended ``[..., H*D]``."""
+        weights = self.weights
+        hidden = hidden + linear(attended, weights.output, weights.output_bias)
+        normed = rms_norm(hidden, weights.mlp_norm, self.config.norm_eps)
+        gate, up = linear(normed, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
+        return hidden + linear(self._activation(gate) * up, weights.down, weights.down_bias)
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": functional.relu,
+}

@@ -1,0 +1,110 @@
+"""Rotary angles for any positions, with every scaling that transformers knows.
+
+The frequencies come from transformers' own functions. Two scalings (dynamic, longrope) depend on how long the row
+is at a step; there each token brings its row's length, and the result equals transformers' for a row alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from petalsd.errors import ModelError
+from petalsd.models.block_config import BlockConfig
+
+_MAX_CACHED_LENGTHS = 1024
+_FIRST_TABLE_POSITIONS = 1024
+
+
+class Rope:
+    """Shared by all blocks of a model; the runner asks it once per batch. ``dtype`` is the model's."""
+
+    def __init__(self, config: BlockConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.rope_type: str = config.rope["rope_type"]
+        self.is_length_dependent = self.rope_type in ("dynamic", "longrope")
+        self._max_positions = config.max_positions
+        self._original_positions = config.rope.get("original_max_position_embeddings", config.max_positions)
+        self._config = config
+        self._frequencies = functools.lru_cache(_MAX_CACHED_LENGTHS)(self._compute_frequencies)
+        self._table = (torch.empty(0), torch.empty(0))
+
+    def cos_sin(
+        self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of tokens at ``positions`` ``[T]`` int64.
+
+        seq_lens  ``[T]`` int64, needed only if ``is_length_dependent``: how long each token's row is at the end of
+                  the step that the token belongs to (of the whole step, also when it is computed in chunks). None:
+                  all tokens belong to one row, which ends at the largest position
+
+        Returns two ``[T, D]`` in the model's dtype, computed in float32; both halves hold the same angles.
+        """
+        end = int(positions.max()) + 1 if positions.numel() else 0
+        if self.is_length_dependent:
+            regimes = [self._regime(length) for length in ([end] if seq_lens is None else seq_lens.tolist())]
+            if any(regimes):
+                return self._angles(positions, regimes)
+        if end > len(self._table[0]):
+            self._grow_table(end)
+        cos, sin = self._table
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def _grow_table(self, end: int) -> None:
+        """Cover positions below ``end`` for rows of regime 0, doubling so that growing stays rare."""
+        size = max(end, 2 * len(self._table[0]), _FIRST_TABLE_POSITIONS)
+        self._table = self._angles(torch.arange(size, device=self.device), [0])
+
+    def _angles(self, positions: torch.Tensor, regimes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``regimes``: one for all tokens, or one per token."""
+        frequencies, attention_scaling = self._frequencies(regimes[0])
+        if len(set(regimes)) > 1:
+            frequencies = torch.stack([self._frequencies(regime)[0] for regime in regimes])
+        half = positions[:, None].float() * frequencies
+        angles = torch.cat((half, half), dim=-1)
+        cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _regime(self, length: int) -> int:
+        """The smallest length with the same frequencies; 0 for the frequencies of short rows."""
+        if self.rope_type == "dynamic":
+            return length if length > self._max_positions else 0
+        return self._original_positions + 1 if length > self._original_positions else 0
+
+    def _compute_frequencies(self, length: int) -> tuple[torch.Tensor, float]:
+        """Float32 ``[D/2]`` and the factor; length 0 means a row as short as can be."""
+        config = self._config
+        compute: Callable[..., tuple[torch.Tensor, float]] = ROPE_INIT_FUNCTIONS.get(
+            self.rope_type, _default_frequencies
+        )
+        carrier = PreTrainedConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_positions,
+            rope_parameters=dict(config.rope),
+        )
+        try:
+            frequencies, attention_scaling = compute(carrier, device=self.device, seq_len=length or None)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"rope_parameters = {dict(config.rope)} cannot be used: {error!r}") from error
+        if frequencies.shape != (config.head_dim // 2,):
+            raise ModelError(
+                f"rope_parameters give {frequencies.shape[0]} frequencies, head_dim = {config.head_dim} "
+                f"needs {config.head_dim // 2}"
+            )
+        return frequencies.to(self.device), attention_scaling
+
+
+def _default_frequencies(
+    config: PreTrainedConfig, device: torch.device, seq_len: int | None
+) -> tuple[torch.Tensor, float]:
+    """Unscaled: ``theta^(-2i/D)``, in the order of operations of transformers' models."""
+    dim = config.head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0

@@ -1,0 +1,143 @@
+"""Where a model comes from, a directory or a repository on the Hub: its config, and which file holds a tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from petalsd.errors import WeightsError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+Progress = Callable[[str, int, int], None]
+"""Called as a file arrives: its name, bytes so far, bytes in all."""
+
+
+class FileStore(Protocol):
+    """The files of one model: how to know them, get them, and find them on this machine."""
+
+    def list_files(self) -> frozenset[str]:
+        """Names of the files that the model has; raises WeightsError when it cannot be found."""
+
+    def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
+        """Bring these files here, whole and verified; at once when they are. Raises WeightsError."""
+
+    def path(self, file: str) -> Path:
+        """Where a fetched file lies."""
+
+
+class DirectoryStore:
+    """A directory with config.json and safetensors files in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def list_files(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in self._directory.iterdir() if entry.is_file())
+
+    def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
+        for file in files:
+            if not self.path(file).is_file():
+                raise WeightsError(
+                    f"{file} is missing in {self._directory.name}", hint="copy the whole checkpoint"
+                )
+
+    def path(self, file: str) -> Path:
+        return self._directory / file
+
+
+class ModelSource:
+    """A model by name: ``source`` is a directory if one of that name exists, else a repository on the Hub.
+
+    token           sent to the Hub with every request
+    offline         only what earlier runs have fetched is used
+    max_disk_bytes  what this model cache may take; None: whatever leaves a reserve on the disk
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        revision: str | None = None,
+        cache_dir: Path | None = None,
+        token: str | None = None,
+        offline: bool = False,
+        max_disk_bytes: int | None = None,
+    ) -> None:
+        self.source = source
+        self.is_directory = Path(source).is_dir()
+        self._index: dict[str, str] | None = None
+        self._files: FileStore = DirectoryStore(Path(source))
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the repository, or the last part of the directory's path."""
+        return Path(self.source).resolve().name if self.is_directory else self.source
+
+    def config(self) -> dict[str, Any]:
+        """``config.json``, parsed; code that a repository brings is never run. Raises WeightsError."""
+        return self._read_json(CONFIG_FILE)
+
+    def index(self) -> dict[str, str]:
+        """Tensor name to file name, read once. Raises WeightsError, also for a model without safetensors."""
+        if self._index is None:
+            self._index = self._read_index()
+        return self._index
+
+    def fetch(self, files: Iterable[str], progress: Progress | None = None) -> None:
+        """Make these files available at ``path``, downloading what is missing. Raises WeightsError."""
+        self._files.fetch(files, progress)
+
+    def path(self, file: str) -> Path:
+        """Where a fetched file lies on this machine."""
+        return self._files.path(file)
+
+    def _read_index(self) -> dict[str, str]:
+        present = self._files.list_files()
+        if INDEX_FILE in present:
+            return _parse_index(self._read_json(INDEX_FILE))
+        if SINGLE_FILE in present:
+            self.fetch([SINGLE_FILE])
+            return dict.fromkeys(_tensor_names(self.path(SINGLE_FILE)), SINGLE_FILE)
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
+            raise WeightsError(
+                f"{self.name} has weights in pickle files only, which can run code when read",
+                hint="convert it: load it with transformers and call save_pretrained, which writes safetensors",
+            )
+        raise WeightsError(f"{self.name} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+
+    def _read_json(self, file: str) -> dict[str, Any]:
+        self.fetch([file])
+        try:
+            content = json.loads(self.path(file).read_bytes())
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{file} of {self.name} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise WeightsError(f"{file} of {self.name} is not a JSON object")
+        return content
+
+
+def _parse_index(content: dict[str, Any]) -> dict[str, str]:
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise WeightsError(f"{INDEX_FILE} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
+            raise WeightsError(
+                f"{INDEX_FILE}: {name} lies in {file!r}, which is not the name of a safetensors file"
+            )
+    return weight_map
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path.name} has no valid safetensors header: {error}") from error

@@ -1,0 +1,188 @@
+"""Which tensors a block or a head is made of, and reading just those from safetensors files."""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+from safetensors import SafetensorError, safe_open
+
+from petalsd.errors import WeightsError
+from petalsd.models.block import BlockWeights, TransformerBlock
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.rope import Rope
+from petalsd.models.source import ModelSource
+
+log = structlog.get_logger(__name__)
+
+_EMBEDDING = "model.embed_tokens.weight"
+_FINAL_NORM = "model.norm.weight"
+_LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """What a client computes itself: embeddings ``[V, M]``, final RMSNorm ``[M]``, output head ``[V, M]``.
+
+    With tied embeddings ``lm_head`` is ``embed_tokens``, the same tensor.
+    """
+
+    embed_tokens: torch.Tensor
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+
+
+def block_tensors(config: BlockConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of block ``index``'s tensors in a checkpoint; the four families agree on them."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    prefix = f"model.layers.{index}."
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_size, hidden),
+        "self_attn.k_proj.weight": (kv_size, hidden),
+        "self_attn.v_proj.weight": (kv_size, hidden),
+        "self_attn.o_proj.weight": (hidden, q_size),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    biased = [
+        *(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] if config.qkv_bias else []),
+        *(["self_attn.o_proj"] if config.output_bias else []),
+        *(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if config.mlp_bias else []),
+    ]
+    shapes.update({f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biased})
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def head_tensors(config: BlockConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what ``load_head`` reads."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes = {_EMBEDDING: table, _FINAL_NORM: table[1:]}
+    return shapes if config.tie_word_embeddings else {**shapes, _LM_HEAD: table}
+
+
+def files_with(source: ModelSource, tensors: Iterable[str]) -> list[str]:
+    """The source's files that hold these tensors, sorted; WeightsError names a tensor that no file holds."""
+    index = source.index()
+    files = set()
+    for name in tensors:
+        file = index.get(name)
+        if file is None:
+            raise WeightsError(
+                f"{source.name}: no file holds the tensor {name}",
+                hint="the checkpoint and its config.json do not belong together, or it is incomplete",
+            )
+        files.add(file)
+    return sorted(files)
+
+
+def load_block(
+    source: ModelSource,
+    config: BlockConfig,
+    index: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rope: Rope | None = None,
+) -> TransformerBlock:
+    """Read block ``index``, cast to ``dtype``, on ``device``; fetches its files first where they are missing.
+
+    ``rope`` is what the model's blocks share; a block that is loaded alone gets its own. Raises WeightsError.
+    """
+    tensors = _Tensors(_read(source, block_tensors(config, index)), f"model.layers.{index}.", dtype, device)
+    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
+    gate_up = ["mlp.gate_proj", "mlp.up_proj"]
+    weights = BlockWeights(
+        input_norm=tensors.fuse(["input_layernorm.weight"]),
+        qkv=tensors.fuse([f"{name}.weight" for name in qkv]),
+        output=tensors.fuse(["self_attn.o_proj.weight"]),
+        mlp_norm=tensors.fuse(["post_attention_layernorm.weight"]),
+        gate_up=tensors.fuse([f"{name}.weight" for name in gate_up]),
+        down=tensors.fuse(["mlp.down_proj.weight"]),
+        qkv_bias=tensors.fuse_if(config.qkv_bias, [f"{name}.bias" for name in qkv]),
+        q_norm=tensors.fuse_if(config.qk_norm, ["self_attn.q_norm.weight"]),
+        k_norm=tensors.fuse_if(config.qk_norm, ["self_attn.k_norm.weight"]),
+        output_bias=tensors.fuse_if(config.output_bias, ["self_attn.o_proj.bias"]),
+        gate_up_bias=tensors.fuse_if(config.mlp_bias, [f"{name}.bias" for name in gate_up]),
+        down_bias=tensors.fuse_if(config.mlp_bias, ["mlp.down_proj.bias"]),
+    )
+    log.debug("block_loaded", block=index, nbytes=weights.nbytes)
+    return TransformerBlock(index, config, weights, rope or Rope(config, dtype, device))
+
+
+def load_head(source: ModelSource, config: BlockConfig, dtype: torch.dtype) -> HeadWeights:
+    """Read embeddings, final norm and output head to the CPU, cast to ``dtype``. Raises WeightsError."""
+    tensors = _Tensors(_read(source, head_tensors(config)), "", dtype, torch.device("cpu"))
+    embed_tokens = tensors.fuse([_EMBEDDING])
+    lm_head = embed_tokens if config.tie_word_embeddings else tensors.fuse([_LM_HEAD])
+    return HeadWeights(embed_tokens, tensors.fuse([_FINAL_NORM]), lm_head)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """Tensors mapped from files, handed out as copies of our own."""
+
+    by_name: Mapping[str, torch.Tensor]
+    prefix: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def fuse(self, names: list[str]) -> torch.Tensor:
+        """These tensors one below the other, cast and copied straight to their place on the device."""
+        parts = [self.by_name[self.prefix + name] for name in names]
+        rows = sum(part.shape[0] for part in parts)
+        fused = torch.empty((rows, *parts[0].shape[1:]), dtype=self.dtype, device=self.device)
+        start = 0
+        for part in parts:
+            fused[start : start + part.shape[0]].copy_(part)
+            start += part.shape[0]
+        return fused
+
+    def fuse_if(self, is_present: bool, names: list[str]) -> torch.Tensor | None:
+        return self.fuse(names) if is_present else None
+
+
+def _read(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Map these tensors from the source's files, each checked against its shape."""
+    source.fetch(files_with(source, shapes))
+    index = source.index()
+    names_by_file: dict[str, list[str]] = defaultdict(list)
+    for name in shapes:
+        names_by_file[index[name]].append(name)
+    tensors: dict[str, torch.Tensor] = {}
+    for file, names in names_by_file.items():
+        tensors.update(_read_file(source.path(file), names))
+    for name, shape in shapes.items():
+        _check_tensor(name, tensors[name], shape, index[name])
+    return tensors
+
+
+def _read_file(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise WeightsError(
+            f"{path.name} cannot be read: {error}",
+            hint="it is damaged or incomplete: delete it and start again",
+        ) from error
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], file: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise WeightsError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json means {shape}")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise WeightsError(
+            f"{file}: {name} has dtype {tensor.dtype}, one of bfloat16, float16, float32 is read",
+            hint="quantized checkpoints are not read: use the one that it was made from",
+        )
