@@ -1,0 +1,262 @@
+"""Tensors and metadata between protobuf bytes and Python: every remote byte is checked here, before use.
+
+Sizes are compared with the bytes that really came before anything is allocated. We send raw values
+(compression NONE, bfloat16 as two bytes) and read everything a stock peer may send.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgpack
+import torch
+from hivemind.proto import runtime_pb2
+
+from petalsd.errors import BadRequest
+from petalsd.swarm import compression
+from petalsd.swarm.protocol import MAX_METADATA_BYTES, MAX_PART_BYTES
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DECODERS: dict[int, Callable[[bytes, tuple[int, ...]], torch.Tensor]] = {
+    runtime_pb2.FLOAT16: compression.decode_float16,
+    runtime_pb2.MEANSTD_16BIT: compression.decode_meanstd,
+    runtime_pb2.QUANTILE_8BIT: compression.decode_codebook,
+    runtime_pb2.UNIFORM_8BIT: compression.decode_codebook,
+    runtime_pb2.BLOCKWISE_8BIT: compression.decode_blockwise,
+}
+_MAX_DIMS = 8
+_MAX_ELEMENTS = 2**40
+_TUPLE = 0x40  # hivemind's msgpack extension for tuples: the payload is a msgpack array
+_MAX_TUPLE_DEPTH = 8
+
+# Stand for absent optional tensors, which must still be sent to keep positions. Never written to.
+DUMMY = torch.empty(0, dtype=torch.float32)
+DUMMY_INT64 = torch.empty(0, dtype=torch.int64)
+
+
+def is_dummy(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == 0
+
+
+# --------------------------------------------------------------------------------------------- tensors
+
+
+def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:
+    """Any CPU tensor of a dtype in DTYPES -> its message, uncompressed."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return runtime_pb2.Tensor(
+        buffer=flat.view(torch.uint8).numpy().tobytes(),
+        size=tensor.shape,
+        dtype=_NAMES[tensor.dtype],
+        compression=runtime_pb2.NONE,
+    )
+
+
+def decode_tensor(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor:
+    """A message -> a CPU tensor that owns its memory. BadRequest names ``field`` and what is wrong with it.
+
+    Floats are finite afterwards. Cost: one copy of the bytes and one pass over the values.
+    """
+    shape, dtype = _shape(proto, field), _dtype(proto, field)
+    tensor = _decode_buffer(proto, shape, dtype, field)
+    if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        raise BadRequest(field, f"{proto.dtype} {list(shape)}", "values must be finite, NaN or infinity came")
+    return tensor
+
+
+def _shape(proto: runtime_pb2.Tensor, field: str) -> tuple[int, ...]:
+    shape = tuple(proto.size)
+    if len(shape) > _MAX_DIMS:
+        raise BadRequest(f"{field}.size", list(shape[:16]), f"at most {_MAX_DIMS} dimensions")
+    if math.prod(max(1, dim) for dim in shape) > _MAX_ELEMENTS:
+        raise BadRequest(f"{field}.size", list(shape), "more elements than any request may have")
+    return shape
+
+
+def _dtype(proto: runtime_pb2.Tensor, field: str) -> torch.dtype:
+    dtype = DTYPES.get(proto.dtype)
+    if dtype is None:
+        raise BadRequest(f"{field}.dtype", proto.dtype, f"one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _decode_buffer(
+    proto: runtime_pb2.Tensor, shape: tuple[int, ...], dtype: torch.dtype, field: str
+) -> torch.Tensor:
+    if proto.compression == runtime_pb2.NONE:
+        return _decode_raw(proto.buffer, shape, dtype, field)
+    decoder = _DECODERS.get(proto.compression)
+    if decoder is None or not dtype.is_floating_point:
+        raise BadRequest(f"{field}.compression", proto.compression, f"not usable for {proto.dtype}")
+    if math.prod(shape) == 0:  # what codecs write for an empty tensor is of no use
+        return torch.empty(shape, dtype=dtype)
+    try:
+        return decoder(proto.buffer, shape).to(dtype)
+    except ValueError as error:
+        raise BadRequest(f"{field}.buffer", f"{len(proto.buffer)} bytes", str(error)) from None
+
+
+def _decode_raw(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype, field: str) -> torch.Tensor:
+    numel = math.prod(shape)
+    stored = dtype
+    if dtype == torch.bfloat16 and numel and len(buffer) == 4 * numel:
+        stored = torch.float32  # how stock hivemind sends bfloat16 unless told otherwise
+    expected = numel * stored.itemsize
+    if len(buffer) != expected:
+        raise BadRequest(
+            f"{field}.buffer",
+            f"{len(buffer)} bytes",
+            f"size {list(shape)} of {_NAMES[dtype]} needs {expected}",
+        )
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(buffer), dtype=stored).reshape(shape).to(dtype)
+
+
+# ------------------------------------------------------------------------------- tensors in many parts
+
+
+def split_for_stream(
+    proto: runtime_pb2.Tensor, part_bytes: int = MAX_PART_BYTES
+) -> Iterator[runtime_pb2.Tensor]:
+    """Cut one tensor message into parts; the first carries everything but the rest of the buffer."""
+    buffer = proto.buffer
+    yield runtime_pb2.Tensor(
+        buffer=buffer[:part_bytes],
+        size=proto.size,
+        dtype=proto.dtype,
+        compression=proto.compression,
+        chunks=-(-len(buffer) // part_bytes),
+    )
+    for start in range(part_bytes, len(buffer), part_bytes):
+        yield runtime_pb2.Tensor(buffer=buffer[start : start + part_bytes])
+
+
+class TensorAssembler:
+    """Puts tensors together from parts; holds at most ``max_bytes`` and ``max_tensors``."""
+
+    def __init__(self, max_bytes: int, max_tensors: int = 64) -> None:
+        self._max_bytes = max_bytes
+        self._max_tensors = max_tensors
+        self._num_bytes = 0
+        self._heads: list[runtime_pb2.Tensor] = []
+        self._buffers: list[list[bytes]] = []
+
+    def add(self, part: runtime_pb2.Tensor) -> None:
+        """A part with a dtype begins a tensor, one without continues the last; BadRequest past the limits."""
+        buffer = part.buffer
+        self._num_bytes += len(buffer)
+        if self._num_bytes > self._max_bytes:
+            raise BadRequest(
+                "tensors", f"over {self._num_bytes} bytes", f"at most {self._max_bytes} in one request"
+            )
+        if part.dtype:
+            if len(self._heads) >= self._max_tensors:
+                raise BadRequest(
+                    "tensors", len(self._heads) + 1, f"at most {self._max_tensors} in one request"
+                )
+            self._heads.append(part)
+            self._buffers.append([buffer])
+        elif self._buffers:
+            self._buffers[-1].append(buffer)
+        else:
+            raise BadRequest("tensors[0].dtype", "", "the first part of a tensor names its dtype")
+
+    def finish(self) -> list[runtime_pb2.Tensor]:
+        """The whole tensors, in the order they began."""
+        for head, buffers in zip(self._heads, self._buffers, strict=True):
+            if len(buffers) > 1:
+                head.buffer = b"".join(buffers)
+        return self._heads
+
+
+# -------------------------------------------------------------------------------------------- metadata
+
+
+def encode_metadata(metadata: Mapping[str, object]) -> bytes:
+    """Plain Python values only; tuples stay tuples, anything else of a foreign type is a TypeError."""
+    return bytes(msgpack.packb(dict(metadata), default=_pack_tuple, strict_types=True, use_bin_type=True))
+
+
+def decode_metadata(data: bytes) -> dict[str, Any]:
+    """The metadata field of a request; empty means none. BadRequest when it is not one small map."""
+    if not data:
+        return {}
+    if len(data) > MAX_METADATA_BYTES:
+        raise BadRequest("metadata", f"{len(data)} bytes", f"at most {MAX_METADATA_BYTES} bytes")
+    try:
+        value = _unpack(data, depth=0)
+    except Exception as error:  # msgpack raises many kinds, all of them about these bytes
+        raise BadRequest("metadata", f"{len(data)} bytes", f"not msgpack: {type(error).__name__}") from None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise BadRequest("metadata", type(value).__name__, "must be a map with text keys")
+    return value
+
+
+def _pack_tuple(value: object) -> object:
+    if not isinstance(value, tuple):
+        raise TypeError(f"cannot send a {type(value).__name__}, convert it to a plain Python value")
+    packed = msgpack.packb(list(value), default=_pack_tuple, strict_types=True, use_bin_type=True)
+    return msgpack.ExtType(_TUPLE, packed)
+
+
+def _unpack(data: bytes, depth: int) -> object:
+    if depth > _MAX_TUPLE_DEPTH:
+        raise ValueError("tuples nested too deeply")
+
+    def unpack_tuple(code: int, payload: bytes) -> object:
+        if code != _TUPLE:
+            raise ValueError(f"extension {code} has no place in metadata")
+        items = _unpack(payload, depth + 1)
+        if not isinstance(items, list):
+            raise ValueError("a tuple is sent as an array")
+        return tuple(items)
+
+    return msgpack.unpackb(data, ext_hook=unpack_tuple, raw=False)
+
+
+# ------------------------------------------------------------------------------------- args_structure
+
+
+def pack_structure(num_tensors: int) -> tuple[tuple[bytes, ...], dict[str, object]]:
+    """The ``args_structure`` of that many positional tensors."""
+    return tuple(b"__T%d" % index for index in range(num_tensors)), {}
+
+
+def arrange(
+    tensors: Sequence[runtime_pb2.Tensor], structure: object, num_needed: int
+) -> list[runtime_pb2.Tensor]:
+    """The first ``num_needed`` positional tensors of a request, as its ``args_structure`` places them.
+
+    None means as sent. Further tensors and keyword arguments are ignored, as stock servers do.
+    """
+    if structure is None:
+        order: Sequence[object] = range(len(tensors))
+    else:
+        order = [_marker_index(marker, len(tensors)) for marker in _positional(structure)[:num_needed]]
+    if len(order) < num_needed:
+        raise BadRequest("tensors", f"{len(order)} of them", f"this call needs {num_needed}")
+    return [tensors[index] for index in order[:num_needed] if isinstance(index, int)]
+
+
+def _positional(structure: object) -> Sequence[object]:
+    if isinstance(structure, tuple | list) and len(structure) == 2 and isinstance(structure[0], tuple | list):
+        return structure[0]
+    raise BadRequest("args_structure", structure, "must be (positional arguments, keyword arguments)")
+
+
+def _marker_index(marker: object, num_tensors: int) -> int:
+    text = marker[3:] if isinstance(marker, bytes) and marker.startswith(b"__T") else b""
+    if not text.isdigit() or len(text) > 4 or int(text) >= num_tensors:
+        raise BadRequest("args_structure", marker, f"must be __T0 to __T{num_tensors - 1}, the tensors sent")
+    return int(text)

@@ -1,0 +1,100 @@
+"""Who serves what: the records of a model's blocks, read from the DHT and put together into spans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from petalsd.swarm.node import Node
+from petalsd.swarm.protocol import ServerState, make_uid
+from petalsd.swarm.record import ServerRecord
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+READ_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSpan:
+    """The blocks that one server serves, as far as its records tell. ``peer`` is its base58 PeerID."""
+
+    peer: str
+    span: BlockSpan
+    record: ServerRecord
+
+    @property
+    def state(self) -> ServerState:
+        return self.record.state
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    """One reading of the directory: for each block, the servers that have an entry there."""
+
+    prefix: str
+    num_blocks: int
+    blocks: Sequence[Mapping[str, ServerRecord]]
+
+    def spans(self, min_state: ServerState = ServerState.ONLINE) -> list[RemoteSpan]:
+        """Each server's span at ``min_state`` or better, in order of PeerID (PROTOCOL 2.5).
+
+        A server's claimed ends win over the blocks it is listed under; of records in different states the
+        better one counts.
+        """
+        spans: dict[str, RemoteSpan] = {}
+        for block, records in enumerate(self.blocks):
+            for peer in sorted(records):
+                record = records[peer]
+                if record.state < min_state:
+                    continue
+                known = spans.get(peer)
+                if known is None or record.state > known.state:
+                    spans[peer] = RemoteSpan(peer, _claimed(record, block, self.num_blocks), record)
+                elif record.state == known.state and known.span.end <= block:
+                    spans[peer] = replace(known, span=BlockSpan(known.span.start, block + 1))
+        return [spans[peer] for peer in sorted(spans)]
+
+    def without(self, peers: set[str]) -> SwarmView:
+        """The same view with some servers left out."""
+        blocks = [
+            {peer: record for peer, record in records.items() if peer not in peers} for records in self.blocks
+        ]
+        return replace(self, blocks=blocks)
+
+    def missing_blocks(self, min_state: ServerState = ServerState.ONLINE) -> list[int]:
+        """Blocks inside no server's span."""
+        covered = {block for remote in self.spans(min_state) for block in remote.span}
+        return [block for block in range(self.num_blocks) if block not in covered]
+
+
+async def read_view(node: Node, prefix: str, num_blocks: int, timeout_s: float = READ_TIMEOUT_S) -> SwarmView:
+    """Read all blocks' latest records. A bad entry is left out; DeadlineExceeded when the DHT does not answer."""
+    uids = [make_uid(prefix, block) for block in range(num_blocks)]
+    found = await node.get(uids, timeout_s)
+    return SwarmView(prefix, num_blocks, [parse_entries(uid, found[uid]) for uid in uids])
+
+
+def parse_entries(uid: str, entries: Mapping[object, object]) -> dict[str, ServerRecord]:
+    """The usable records under one block; anyone may have written the others."""
+    records: dict[str, ServerRecord] = {}
+    for peer, value in entries.items():
+        try:
+            if not isinstance(peer, str) or not _is_peer_id(peer):
+                raise ValueError("the subkey is not a PeerID")
+            records[peer] = ServerRecord.from_wire(value)
+        except Exception as error:  # one hostile entry must not hide the others
+            log.debug("bad_record", uid=uid, peer=repr(peer)[:80], error=str(error)[:200])
+    return records
+
+
+def _claimed(record: ServerRecord, block: int, num_blocks: int) -> BlockSpan:
+    whole = BlockSpan(0, num_blocks)
+    claim = record.span.intersect(whole) if record.span is not None else None
+    return claim or BlockSpan(block, block + 1)
+
+
+def _is_peer_id(text: str) -> bool:
+    return 32 <= len(text) <= 64 and text.isascii() and text.isalnum()

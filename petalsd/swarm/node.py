@@ -1,0 +1,231 @@
+"""Our place in the swarm: one libp2p daemon, one DHT node in this loop, one PeerID for both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils.logging import use_hivemind_log_handler
+
+from petalsd.errors import DeadlineExceeded, SwarmError
+from petalsd.swarm.dht_guard import DHTGuard
+from petalsd.swarm.identity import IdentityLock, ensure_identity
+from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
+from petalsd.swarm.protocol import MIB
+from petalsd.swarm.stream import InboundBudget
+
+log = structlog.get_logger(__name__)
+
+_PING_TIMEOUT_S = 5.0
+_STOP_DHT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """How to join.
+
+    initial_peers       multiaddrs with ``/p2p/<PeerID>``; empty starts a swarm of our own
+    client_mode         dial only: not in anybody's routing table, serves no part of the DHT
+    num_workers         lookups in flight at once; stock servers use the number of the model's blocks
+    max_message_bytes   the largest message of a stream; a prefill is one message
+    max_inbound_bytes   what all large messages on their way in may hold together
+    """
+
+    initial_peers: tuple[str, ...] = ()
+    host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()
+    identity_path: Path | None = None
+    client_mode: bool = False
+    use_relay: bool = True
+    use_auto_relay: bool = False
+    num_workers: int = 32
+    startup_timeout_s: float = 60.0
+    dht_timeout_s: float = 3.0
+    max_message_bytes: int = 1024 * MIB
+    max_inbound_bytes: int = 4096 * MIB
+
+    def p2pd_options(self) -> P2PDOptions:
+        return P2PDOptions(
+            initial_peers=self.initial_peers,
+            host_maddrs=self.host_maddrs,
+            announce_maddrs=self.announce_maddrs,
+            identity_path=self.identity_path,
+            client_mode=self.client_mode,
+            use_relay=self.use_relay,
+            use_auto_relay=self.use_auto_relay,
+            startup_timeout_s=self.startup_timeout_s,
+        )
+
+
+class Node:
+    """Start it, use it, stop it; everything runs in the loop that started it."""
+
+    def __init__(self, options: NodeOptions) -> None:
+        self.options = options
+        self.budget = InboundBudget(options.max_message_bytes, options.max_inbound_bytes)
+        self._daemon = P2PDaemon(options.p2pd_options())
+        self._lock: IdentityLock | None = None
+        self._p2p: P2P | None = None
+        self._dht: DHTNode | None = None
+
+    async def start(self) -> None:
+        """Join the swarm; SwarmError says why it cannot."""
+        quiet_hivemind()
+        try:
+            if self.options.identity_path is not None:
+                ensure_identity(self.options.identity_path)
+                self._lock = IdentityLock(self.options.identity_path)
+                self._lock.acquire()
+            self._p2p = await self._daemon.start()
+            self._dht = await self._join(self._p2p)
+        except BaseException:
+            await self.stop()
+            raise
+        log.info("node_started", peer_id=self.peer_id, client_mode=self.options.client_mode)
+
+    async def stop(self, deadline_s: float = _STOP_DHT_S) -> None:
+        """Leave the swarm and end the daemon; idempotent."""
+        dht, self._dht = self._dht, None
+        if dht is not None:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await dht.shutdown()
+            except Exception as error:  # a daemon that died first must not keep us from ending the rest
+                log.debug("dht_shutdown_failed", error=repr(error))
+        self._p2p = None
+        await self._daemon.stop()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    async def until_failed(self) -> str:
+        """Wait until the node is broken for good (the daemon died, ...); the reason. Stop and start anew then."""
+        return await self._daemon.until_dead()
+
+    @property
+    def p2p(self) -> P2P:
+        if self._p2p is None:
+            raise SwarmError("the node is not started")
+        return self._p2p
+
+    @property
+    def dht(self) -> DHTNode:
+        if self._dht is None:
+            raise SwarmError("the node is not started")
+        return self._dht
+
+    @property
+    def peer_id(self) -> str:
+        """Our base58 PeerID."""
+        return str(self.p2p.peer_id.to_base58())
+
+    async def visible_maddrs(self) -> list[str]:
+        """Addresses with ``/p2p/<PeerID>`` under which others may dial us; empty when there are none (yet)."""
+        try:
+            return [str(maddr) for maddr in await self.p2p.get_visible_maddrs(latest=True)]
+        except ValueError:
+            return []
+
+    def known_peers(self) -> list[str]:
+        """Peers in our DHT routing table."""
+        return [peer.to_base58() for peer in self.dht.protocol.routing_table.peer_id_to_uid]
+
+    async def store(
+        self, keys: Sequence[str], subkey: str, value: object, expiration: float, timeout_s: float
+    ) -> list[str]:
+        """Write one value under ``subkey`` of all keys until ``expiration`` (Unix seconds); the refused keys.
+
+        A key is refused when no node answered or one holds an entry that expires later.
+        """
+        done = await self._within(
+            timeout_s,
+            self.dht.store_many(
+                list(keys),
+                [value] * len(keys),
+                float(expiration),
+                subkeys=[subkey] * len(keys),
+                num_workers=self.options.num_workers,
+            ),
+            "storing",
+        )
+        return [key for key in keys if not done[key, subkey]]
+
+    async def get(self, keys: Sequence[str], timeout_s: float) -> dict[str, dict[object, object]]:
+        """The latest unexpired subkey -> value of each key; a key that holds no such map reads as empty."""
+        found = await self._within(
+            timeout_s,
+            self.dht.get_many(
+                list(keys), sufficient_expiration_time=math.inf, num_workers=self.options.num_workers
+            ),
+            "reading",
+        )
+        return {key: _live_entries(found.get(key)) for key in keys}
+
+    async def ping(self, peer: str, timeout_s: float = _PING_TIMEOUT_S) -> float:
+        """Round trip in seconds, ``inf`` for no answer; a dial-only peer shows by its refusal that it lives."""
+        protocol = self.dht.protocol
+        started = time.perf_counter()
+        try:
+            stub = protocol.get_stub(PeerID.from_base58(peer))
+            async with asyncio.timeout(timeout_s):
+                await stub.rpc_ping(dht_pb2.PingRequest(peer=protocol.node_info))
+        except Exception as error:  # no address, no route, no protocol: hivemind raises many kinds
+            if "not supported" not in str(error):
+                return math.inf
+        return time.perf_counter() - started
+
+    async def _join(self, p2p: P2P) -> DHTNode:
+        peers = list(self.options.initial_peers)
+        try:
+            async with asyncio.timeout(self.options.startup_timeout_s):
+                return await DHTNode.create(
+                    p2p=p2p,
+                    initial_peers=peers,
+                    client_mode=self.options.client_mode,
+                    num_workers=self.options.num_workers,
+                    wait_timeout=self.options.dht_timeout_s,
+                    record_validator=DHTGuard(),
+                )
+        except Exception as error:  # RuntimeError, ValidationError, bad multiaddrs: all about these peers
+            raise SwarmError(
+                f"cannot join the swarm through {', '.join(peers)}: {error or type(error).__name__}",
+                hint="check that the initial peers run, that their addresses are right and the clock too",
+            ) from error
+
+    async def _within(self, timeout_s: float, work: Coroutine[Any, Any, Any], what: str) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError:
+            raise DeadlineExceeded(f"{what} in the DHT took longer than {timeout_s:g} s") from None
+
+
+def quiet_hivemind() -> None:
+    """Route hivemind's log through the root logger, without its own handler and colours."""
+    use_hivemind_log_handler("nowhere")
+    logger = logging.getLogger("hivemind")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+
+
+def _live_entries(found: object) -> dict[object, object]:
+    """hivemind's answer for one key -> the values that have not expired by our clock."""
+    entries = getattr(found, "value", None)
+    if not isinstance(entries, dict):
+        return {}
+    now = time.time()
+    return {
+        subkey: entry.value
+        for subkey, entry in entries.items()
+        if getattr(entry, "expiration_time", 0.0) > now
+    }

@@ -1,0 +1,235 @@
+"""Calling another server: every method has a deadline, and every failure is a RemoteFailure naming the peer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from google.protobuf.message import Message
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2, runtime_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+
+from petalsd import errors
+from petalsd.errors import BadRequest, RemoteFailure
+from petalsd.swarm.codec import (
+    TensorAssembler,
+    decode_tensor,
+    encode_metadata,
+    encode_tensor,
+    split_for_stream,
+)
+from petalsd.swarm.node import Node
+from petalsd.swarm.protocol import MAX_UNARY_BYTES, STREAM_ABOVE_BYTES, UNARY_ENVELOPE_BYTES, handle_name
+from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
+
+M = TypeVar("M", bound=Message)
+
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 180.0
+
+
+class ServerStub:
+    """The calls that one server answers. Tensors come back decoded, finite, on the CPU."""
+
+    def __init__(self, node: Node, peer: str) -> None:
+        self.peer = peer
+        self._node = node
+        self._peer_id = PeerID.from_base58(peer)
+
+    async def rpc_info(self, uid: str = "", timeout_s: float = CONNECT_TIMEOUT_S) -> dict[str, Any]:
+        """What the server says about itself and, with ``uid``, the schemas of that block."""
+        request = runtime_pb2.ExpertUID(uid=uid)
+        reply = await self._unary("rpc_info", request, runtime_pb2.ExpertInfo, timeout_s)
+        try:
+            info = MSGPackSerializer.loads(reply.serialized_info)
+        except Exception as error:  # whatever an unpacker may raise about foreign bytes
+            raise RemoteFailure(self.peer, f"rpc_info answered nonsense: {error}") from error
+        if not isinstance(info, dict):
+            raise RemoteFailure(self.peer, f"rpc_info answered a {type(info).__name__}, not a map")
+        return info
+
+    async def forward(
+        self,
+        uid: str,
+        tensors: Sequence[torch.Tensor],
+        metadata: Mapping[str, object],
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> list[torch.Tensor]:
+        """``tensors``: hidden ``[B, n, M]`` and prompts (or DUMMY) -> one tensor like hidden."""
+        return await self._compute("rpc_forward", uid, tensors, metadata, timeout_s)
+
+    async def backward(
+        self,
+        uid: str,
+        tensors: Sequence[torch.Tensor],
+        metadata: Mapping[str, object],
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> list[torch.Tensor]:
+        """``tensors``: inputs, output gradients, prompts (or DUMMY) -> input gradients[, prompt gradients]."""
+        return await self._compute("rpc_backward", uid, tensors, metadata, timeout_s)
+
+    async def push(self, request: runtime_pb2.ExpertRequest, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        """Hand a step's output to the next server of a chain."""
+        await self._unary("rpc_push", request, runtime_pb2.ExpertResponse, timeout_s)
+
+    async def open_inference(
+        self, connect_timeout_s: float = CONNECT_TIMEOUT_S, send_timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> InferenceStream:
+        """Dial; nothing is sent yet."""
+        stream = await self._dial("rpc_inference", connect_timeout_s, send_timeout_s)
+        return InferenceStream(stream)
+
+    async def _compute(
+        self,
+        method: str,
+        uid: str,
+        tensors: Sequence[torch.Tensor],
+        metadata: Mapping[str, object],
+        timeout_s: float,
+    ) -> list[torch.Tensor]:
+        parts = [encode_tensor(tensor) for tensor in tensors]
+        packed = encode_metadata(metadata)
+        if sum(len(part.buffer) for part in parts) > STREAM_ABOVE_BYTES:
+            answer = await self._streamed(f"{method}_stream", uid, parts, packed, timeout_s)
+        else:
+            request = runtime_pb2.ExpertRequest(uid=uid, tensors=parts, metadata=packed)
+            reply = await self._unary(method, request, runtime_pb2.ExpertResponse, timeout_s)
+            answer = list(reply.tensors)
+        return _decode(self.peer, answer)
+
+    async def _unary(self, method: str, request: Message, reply_type: type[M], timeout_s: float) -> M:
+        if request.ByteSize() > MAX_UNARY_BYTES - UNARY_ENVELOPE_BYTES:
+            raise RemoteFailure(self.peer, f"{method} cannot carry {request.ByteSize()} bytes in one message")
+        async with self._failures(method, timeout_s):
+            reply: M = await self._node.p2p.call_protobuf_handler(
+                self._peer_id, handle_name(method), request, reply_type
+            )
+        return reply
+
+    async def _streamed(
+        self, method: str, uid: str, tensors: Sequence[runtime_pb2.Tensor], metadata: bytes, timeout_s: float
+    ) -> list[runtime_pb2.Tensor]:
+        stream = await self._dial(method, min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
+        try:
+            async with self._failures(method, timeout_s):
+                parts = (part for tensor in tensors for part in split_for_stream(tensor))
+                with contextlib.suppress(StreamEnded):  # a server that refuses early says why in its answer
+                    for part in parts:
+                        await stream.send(
+                            runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=metadata)
+                        )
+                    await stream.send_end()
+                return await self._collect(stream)
+        finally:
+            stream.close()
+
+    async def _collect(self, stream: MessageStream) -> list[runtime_pb2.Tensor]:
+        """All answers until the server closes: it sends no end mark, a close after whole tensors is the end."""
+        assembler = TensorAssembler(self._node.options.max_message_bytes)
+        while True:
+            try:
+                reply = await stream.receive(runtime_pb2.ExpertResponse)
+            except StreamEnded:
+                if tensors := assembler.finish():
+                    return tensors
+                raise
+            if reply is None:
+                raise RemoteError(self.peer, "failed without saying why")
+            for part in reply.tensors:
+                assembler.add(part)
+
+    async def _dial(self, method: str, timeout_s: float, send_timeout_s: float) -> MessageStream:
+        async with self._failures(f"connecting for {method}", timeout_s):
+            reader, writer = await _open_stream(self._node.p2p, self._peer_id, handle_name(method))
+        return MessageStream(self.peer, reader, writer, self._node.budget, send_timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def _failures(self, what: str, timeout_s: float) -> AsyncIterator[None]:
+        """The deadline of one call, and its failures as RemoteFailure."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise RemoteFailure(self.peer, f"{what} took longer than {timeout_s:g} s") from None
+        except P2PHandlerError as error:
+            raise RemoteError(self.peer, str(error)) from error
+        except (P2PDaemonError, OSError, EOFError) as error:
+            raise RemoteFailure(self.peer, f"{what} failed: {error}") from error
+        except BadRequest as error:
+            raise RemoteFailure(self.peer, f"{what} was answered with nonsense: {error.message}") from error
+
+
+class InferenceStream:
+    """One inference session at one server: send a step, receive its answer, in this order."""
+
+    def __init__(self, stream: MessageStream) -> None:
+        self.peer = stream.peer
+        self._stream = stream
+
+    async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Mapping[str, object]) -> None:
+        """One step: hidden, prompts, hypo_ids. The first message's uid names the blocks, later ones may be ""."""
+        request = runtime_pb2.ExpertRequest(
+            uid=uid,
+            tensors=[encode_tensor(tensor) for tensor in tensors],
+            metadata=encode_metadata(metadata),
+        )
+        try:
+            await self._stream.send(request)
+        except errors.DeadlineExceeded as error:
+            raise RemoteFailure(self.peer, error.message) from error
+
+    async def receive(self, timeout_s: float = REQUEST_TIMEOUT_S) -> list[torch.Tensor]:
+        """The answer to the oldest step that has none yet; RemoteFailure when none comes in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await self._stream.receive(runtime_pb2.ExpertResponse)
+        except TimeoutError:
+            raise RemoteFailure(self.peer, f"no answer within {timeout_s:g} s") from None
+        except BadRequest as error:
+            raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
+        if reply is None:
+            raise RemoteError(self.peer, "failed without saying why")
+        return _decode(self.peer, reply.tensors)
+
+    async def close(self) -> None:
+        """End the session; the server frees its pages. Never raises, idempotent."""
+        with contextlib.suppress(errors.PetalsdError):
+            await self._stream.send(runtime_pb2.ExpertRequest())
+            await self._stream.send_end()
+            await self._stream.finish()
+        self._stream.close()
+
+    def abort(self) -> None:
+        """Drop the stream at once, for a server that failed."""
+        self._stream.close()
+
+
+async def _open_stream(
+    p2p: P2P, peer: PeerID, name: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Ask p2pd for a stream. As hivemind's own call, but a refusal or a cancellation leaves no socket behind."""
+    reader, writer = await asyncio.open_unix_connection(p2p.daemon_listen_maddr["unix"])
+    try:
+        open_request = p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name])
+        await write_pbmsg(
+            writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=open_request)
+        )
+        response = p2pd_pb2.Response()
+        await read_pbmsg_safe(reader, response)
+        raise_if_failed(response)
+    except BaseException:
+        writer.close()
+        raise
+    return reader, writer
+
+
+def _decode(peer: str, tensors: Sequence[runtime_pb2.Tensor]) -> list[torch.Tensor]:
+    try:
+        return [decode_tensor(tensor, f"answer[{index}]") for index, tensor in enumerate(tensors)]
+    except BadRequest as error:
+        raise RemoteFailure(peer, f"answered nonsense: {error.message}") from error
