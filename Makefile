@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 DEMO_MODEL := .cache/demo-model
 STAMP := $(VENV)/.installed
 # Quiet unless something fails; `make V=1 ...` shows everything.
-PIP := $(BIN)/python -m pip $(if $(V),,--quiet) --disable-pip-version-check
+PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ lint: $(STAMP) ## ruff and mypy
 
 format: $(STAMP) ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+docs: $(STAMP) ## write the tables of docs/configure.md
+	@$(BIN)/python -m petalsd.config_reference docs/configure.md
 
 clean: ## remove everything that was built or downloaded here
 	@rm -rf $(VENV) .venv-petals .cache build *.egg-info petalsd/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

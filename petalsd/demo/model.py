@@ -28,6 +28,9 @@ def ensure_demo_model(directory: Path, progress: Progress) -> Path:
     if (directory / "config.json").exists():
         return directory
     source = find_gguf()
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # tqdm reads it when transformers imports it; our own lines say enough
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
