@@ -1,0 +1,49 @@
+"""What a client may be told about waiting, retrying and choosing servers. The defaults suit the public swarm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """Frozen; every wait of the client is bounded by one of these.
+
+    connect_timeout_s    dialing a server and opening a stream
+    request_timeout_s    one answer of a server
+    recovery_timeout_s   after the first failure of a call, how long it may look for a way on
+    max_failures         servers that may fail within one call
+    alloc_timeout_s      how long a full server may let us queue for its cache; equals routing's price of it
+    refresh_period_s     between two readings of the directory
+    max_step_tokens      rows × tokens of one message; smaller than any server's limit on a batch
+    max_idle_s           a stream unused for longer is opened anew (servers close theirs after 300 s)
+    max_stream_age_s     the same for its whole life (servers: 1800 s)
+    allowed_servers      base58 PeerIDs to use and no others; None allows all
+    blocked_servers      base58 PeerIDs never to use
+    """
+
+    connect_timeout_s: float = 5.0
+    request_timeout_s: float = 180.0
+    recovery_timeout_s: float = 300.0
+    max_failures: int = 16
+    min_backoff_s: float = 1.0
+    max_backoff_s: float = 15.0
+    alloc_timeout_s: float = 10.0
+    refresh_period_s: float = 60.0
+    refresh_timeout_s: float = 30.0
+    ping_timeout_s: float = 2.0
+    max_pinged: int = 3
+    ban_s: float = 15.0
+    max_ban_s: float = 3600.0
+    max_step_tokens: int = 1024
+    max_parallel_passes: int = 8
+    max_idle_s: float = 240.0
+    max_stream_age_s: float = 1500.0
+    allowed_servers: frozenset[str] | None = None
+    blocked_servers: frozenset[str] = frozenset()
+
+    def allows(self, peer: str) -> bool:
+        """Whether the user lets us use this server."""
+        return peer not in self.blocked_servers and (
+            self.allowed_servers is None or peer in self.allowed_servers
+        )

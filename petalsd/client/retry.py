@@ -1,0 +1,67 @@
+"""When to try again: which failures are permanent, and how often and how long a call may go on."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from petalsd.client.options import ClientOptions
+from petalsd.errors import DeadlineExceeded, MissingBlocks, RemoteFailure, SwarmError
+
+# What the next server would refuse too. The first line is petalsd's (the code of a stream's error text, the class
+# name in the repr of a unary one), the others are texts of stock Petals servers.
+_PERMANENT = re.compile(
+    r"\bbad_request: |\bBadRequest\("
+    r"|exceeds pre-allocated maximum"
+    r"|Cannot allocate KV cache for \S+ tokens, max ="
+    r"|greater than max_batch_size"
+    r"|bytes, max cache size ="
+    r"|metadata must contain int max_length"
+    r"|hypo ids must be int64"
+    r"|not enough values to unpack"
+    r"|Batch should contain more than 0 samples"
+    r"|Received \d+ prompts for \d+ backends"
+    r"|adapter \S+ not found"
+)
+
+# What a call through the swarm may fail with and another server may mend.
+REMOTE_ERRORS = (SwarmError, DeadlineExceeded)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether every server would answer this request the same way."""
+    return isinstance(error, RemoteFailure) and _PERMANENT.search(error.message) is not None
+
+
+class RetryBudget:
+    """The failures of one call: says how long to wait before the next attempt, or raises the error.
+
+    Missing blocks are not a server's failure: they are waited for until the deadline, however often.
+    """
+
+    def __init__(self, options: ClientOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._options = options
+        self._clock = clock
+        self._failures = 0
+        self._waits = 0
+        self._deadline: float | None = None
+
+    def next_delay(self, error: Exception) -> float:
+        """Seconds to wait after ``error``; re-raises it where it is permanent or the budget is spent."""
+        now = self._clock()
+        if self._deadline is None:
+            self._deadline = now + self._options.recovery_timeout_s
+        if isinstance(error, MissingBlocks):
+            self._waits += 1
+            delay_s = self._backoff(self._waits)
+        else:
+            self._failures += 1
+            delay_s = 0.0 if self._failures == 1 else self._backoff(self._failures - 1)
+        spent = self._failures > self._options.max_failures or now + delay_s >= self._deadline
+        if spent or is_permanent(error):
+            raise error
+        return delay_s
+
+    def _backoff(self, attempt: int) -> float:
+        return min(self._options.min_backoff_s * 2.0 ** (attempt - 1), self._options.max_backoff_s)

@@ -1,0 +1,94 @@
+"""Retries: which errors are permanent, how long the pauses are, and where it ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from petalsd.client.options import ClientOptions
+from petalsd.client.retry import RetryBudget, is_permanent
+from petalsd.errors import BadRequest, DeadlineExceeded, MissingBlocks, RemoteFailure
+from petalsd.swarm.stub import RemoteError
+
+OPTIONS = ClientOptions(min_backoff_s=1.0, max_backoff_s=5.0, recovery_timeout_s=60.0, max_failures=6)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(BadRequest("start_from_position", 7, "at most 3")),
+        repr(BadRequest("uid", "x", "a block is named <prefix>.<number>")),
+        "Maximum length exceeded: prefix 8 + current 1 exceeds pre-allocated maximum 8",
+        "Cannot allocate KV cache for 4096 tokens, max = 2048",
+        "Task size greater than max_batch_size (2048), it can't be processed",
+        "Could not allocate 100 bytes, max cache size = 50 bytes",
+        "rpc_inference metadata must contain int max_length, got None",
+        "not enough values to unpack (expected 3, got 1)",
+        "KeyError('adapter foo not found')",
+    ],
+)
+def test_what_every_server_refuses_is_permanent(text: str) -> None:
+    """petalsd's bad_request and the texts of stock servers, wherever in the error they stand."""
+    assert is_permanent(RemoteError("peer", text))
+    assert is_permanent(RemoteFailure("peer", f"Failed to call handler `x` at peer: {text}"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RemoteError("peer", "out_of_pages: 3 pages free"),
+        RemoteError("peer", "draining: moving"),
+        RemoteError("peer", "engine_error: device lost"),
+        RemoteError("peer", "Could not allocate 100 bytes immediately: out of memory"),
+        RemoteFailure("peer", "closed the stream"),
+        DeadlineExceeded("storing took longer"),
+        MissingBlocks([1]),
+    ],
+)
+def test_what_another_server_or_time_may_mend_is_not(error: Exception) -> None:
+    """These are worth another attempt."""
+    assert not is_permanent(error)
+
+
+def test_pauses_double_after_the_first_failure() -> None:
+    """The first replacement is tried at once; then 1, 2, 4 … seconds, never more than the limit."""
+    budget = RetryBudget(OPTIONS, Clock())
+    error = RemoteFailure("peer", "gone")
+    assert [budget.next_delay(error) for _ in range(5)] == [0.0, 1.0, 2.0, 4.0, 5.0]
+
+
+def test_failures_are_counted() -> None:
+    """One failure more than allowed is raised as it is."""
+    budget = RetryBudget(OPTIONS, Clock())
+    for _ in range(OPTIONS.max_failures):
+        budget.next_delay(RemoteFailure("peer", "gone"))
+    last = RemoteFailure("last", "gone")
+    with pytest.raises(RemoteFailure) as caught:
+        budget.next_delay(last)
+    assert caught.value is last
+
+
+def test_missing_blocks_are_waited_for_until_the_deadline_only() -> None:
+    """They do not use up the failures, but the time counts from the first of them."""
+    clock = Clock()
+    budget = RetryBudget(OPTIONS, clock)
+    delays = 0
+    with pytest.raises(MissingBlocks):
+        while True:
+            clock.now += budget.next_delay(MissingBlocks([3]))
+            delays += 1
+    assert delays > OPTIONS.max_failures
+    assert 50 < clock.now <= 60
+
+
+def test_a_permanent_error_is_raised_at_once() -> None:
+    """Also as the first failure."""
+    with pytest.raises(RemoteFailure, match="bad_request"):
+        RetryBudget(OPTIONS, Clock()).next_delay(RemoteError("peer", "bad_request: hidden = 1: no"))
