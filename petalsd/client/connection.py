@@ -1,0 +1,47 @@
+"""What the client asks of a connection to one server; sessions and passes are written against it.
+
+``swarm.stub`` is the real one, tests bring their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+Metadata = Mapping[str, object]
+
+
+class StepStream(Protocol):
+    """An open ``rpc_inference`` stream. Failures are RemoteFailure or DeadlineExceeded."""
+
+    async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Metadata, /) -> None: ...
+
+    async def receive(self, timeout_s: float, /) -> list[torch.Tensor]: ...
+
+    async def close(self) -> None:
+        """End the session on the server too; never raises because the server is gone."""
+
+    def abort(self) -> None:
+        """Drop the stream at once."""
+
+
+class Connection(Protocol):
+    """One server. Failures are RemoteFailure or DeadlineExceeded."""
+
+    async def open_inference(self, timeout_s: float, /) -> StepStream: ...
+
+    async def forward(
+        self, uid: str, tensors: Sequence[torch.Tensor], metadata: Metadata, timeout_s: float, /
+    ) -> list[torch.Tensor]: ...
+
+    async def backward(
+        self, uid: str, tensors: Sequence[torch.Tensor], metadata: Metadata, timeout_s: float, /
+    ) -> list[torch.Tensor]: ...
+
+
+class Connector(Protocol):
+    """Gives the connection to a peer (base58 PeerID); dialing happens at its first use."""
+
+    def __call__(self, peer: str, /) -> Connection: ...

@@ -1,0 +1,124 @@
+"""One stream of a session: what its server has been told, and the form of each message (PROTOCOL 3.9)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from petalsd.client.connection import Connector, StepStream
+from petalsd.client.options import ClientOptions
+from petalsd.client.routing import Hop
+from petalsd.errors import RemoteFailure
+from petalsd.swarm.codec import DUMMY, DUMMY_INT64, pack_structure
+from petalsd.swarm.protocol import make_chain
+
+_CLOSE_TIMEOUT_S = 3.0
+_ARGUMENTS = pack_structure(3)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTerms:
+    """What all streams of a session agree on: the model's prefix, the positions a row may reach, the waits."""
+
+    prefix: str
+    max_tokens: int
+    options: ClientOptions
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One message: ``hidden`` ``[B, n, M]`` for positions from ``start``; the rest as in ``engine.step.Step``."""
+
+    hidden: torch.Tensor
+    start: int
+    prompts: torch.Tensor | None = None
+    hypo_ids: tuple[int, ...] | None = None
+
+
+class SpanSession:
+    """An ``rpc_inference`` stream to one server. After any failure it is closed and good for nothing.
+
+    ``position`` is what the server's cache holds.
+    """
+
+    def __init__(self, hop: Hop, stream: StepStream, terms: StreamTerms) -> None:
+        self.hop = hop
+        self.position = 0
+        self._stream = stream
+        self._terms = terms
+        self._session_id = str(uuid.uuid4())
+        self._is_first = True
+        self._opened_s = self._used_s = time.monotonic()
+
+    @classmethod
+    async def open(cls, hop: Hop, connector: Connector, terms: StreamTerms) -> SpanSession:
+        """Dial the server. Nothing is reserved there before the first step."""
+        stream = await connector(hop.peer).open_inference(terms.options.connect_timeout_s)
+        return cls(hop, stream, terms)
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether the server may have closed the stream for its age or idleness, or will soon."""
+        options, now = self._terms.options, time.monotonic()
+        return now - self._used_s > options.max_idle_s or now - self._opened_s > options.max_stream_age_s
+
+    async def step(self, step: StepInput) -> torch.Tensor:
+        """Send one step and wait for its answer, same shape. RemoteFailure or DeadlineExceeded."""
+        uid, timeout_s = "", self._terms.options.request_timeout_s
+        if self._is_first:
+            uid = make_chain(self._terms.prefix, self.hop.blocks)
+            timeout_s += self._terms.options.alloc_timeout_s
+        await self._stream.send(uid, _tensors(step), self._metadata(step.start))
+        self._is_first = False
+        (output,) = _expect_one(self.hop.peer, await self._stream.receive(timeout_s))
+        if output.shape != step.hidden.shape:
+            raise RemoteFailure(
+                self.hop.peer, f"answered shape {tuple(output.shape)} to a step of {tuple(step.hidden.shape)}"
+            )
+        self.position = step.start + step.hidden.shape[1]
+        self._used_s = time.monotonic()
+        return output
+
+    async def close(self) -> None:
+        """End the session on the server; bounded, never raises."""
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._stream.close()
+        except TimeoutError:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop a stream that failed."""
+        self._stream.abort()
+
+    def _metadata(self, start: int) -> dict[str, object]:
+        metadata: dict[str, object] = {
+            "session_id": self._session_id,
+            "step_id": str(uuid.uuid4()),
+            "start_from_position": start,
+            "args_structure": _ARGUMENTS,
+        }
+        if self._is_first:
+            metadata |= {
+                "max_length": self._terms.max_tokens,
+                "points": 0.0,
+                "active_adapter": "",
+                "alloc_timeout": self._terms.options.alloc_timeout_s,
+            }
+        return metadata
+
+
+def _tensors(step: StepInput) -> list[torch.Tensor]:
+    hypo_ids = DUMMY_INT64 if step.hypo_ids is None else torch.tensor(step.hypo_ids, dtype=torch.int64)
+    return [step.hidden, DUMMY if step.prompts is None else step.prompts, hypo_ids]
+
+
+def _expect_one(peer: str, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if len(tensors) != 1:
+        raise RemoteFailure(peer, f"answered {len(tensors)} tensors to a step instead of 1")
+    return tensors
