@@ -1,0 +1,78 @@
+"""A loop in a thread of its own, so that blocking code (transformers) can use the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, TypeVar
+
+from petalsd.errors import SessionClosed
+
+T = TypeVar("T")
+
+_STOP_TIMEOUT_S = 10.0
+
+
+class ClientRuntime:
+    """Runs coroutines on its loop for callers of other threads.
+
+    ``start`` and ``stop`` once each; ``stop`` cancels what still runs. Usable as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="petalsd-client", daemon=True)
+        self._is_running = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._is_running = True
+        self._thread.start()
+
+    def run(self, job: Coroutine[Any, Any, T]) -> T:
+        """Run ``job`` on the loop and wait for it. An interrupt (Ctrl-C) cancels it first."""
+        if not self._is_running or threading.current_thread() is self._thread:
+            job.close()
+            raise SessionClosed(
+                "the client is not running" if not self._is_running else "called from its own loop"
+            )
+        future = asyncio.run_coroutine_threadsafe(job, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """Cancel what runs, end the loop and the thread; idempotent."""
+        if not self._is_running:
+            return
+        self._is_running = False
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result(_STOP_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def __enter__(self) -> ClientRuntime:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

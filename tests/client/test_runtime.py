@@ -1,0 +1,85 @@
+"""The background loop: results and errors cross threads, interrupts cancel, stopping ends everything."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from petalsd.client.runtime import ClientRuntime
+from petalsd.errors import SessionClosed, SwarmError
+
+
+async def answer(value: int) -> int:
+    await asyncio.sleep(0)
+    return value
+
+
+async def fail() -> None:
+    raise SwarmError("no way")
+
+
+def test_results_and_errors_reach_the_caller() -> None:
+    """The caller sees what the coroutine returned or raised."""
+    with ClientRuntime() as runtime:
+        assert runtime.run(answer(7)) == 7
+        with pytest.raises(SwarmError, match="no way"):
+            runtime.run(fail())
+
+
+def test_callers_of_several_threads_share_the_loop() -> None:
+    """Two jobs that wait for each other both finish."""
+    with ClientRuntime() as runtime:
+        there = runtime.run(make_event())
+        waiter = threading.Thread(target=lambda: runtime.run(there.wait()))
+        waiter.start()
+        runtime.run(set_event(there))
+        waiter.join(10)
+        assert not waiter.is_alive()
+
+
+async def make_event() -> asyncio.Event:
+    return asyncio.Event()
+
+
+async def set_event(event: asyncio.Event) -> None:
+    event.set()
+
+
+def test_stop_cancels_what_runs() -> None:
+    """A caller that waits is released, and later calls are refused."""
+    runtime = ClientRuntime()
+    runtime.start()
+    started, outcome = threading.Event(), []
+
+    async def wait_for_ever() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    def call() -> None:
+        try:
+            runtime.run(wait_for_ever())
+        except BaseException as error:
+            outcome.append(type(error).__name__)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    started.wait(10)
+    runtime.stop()
+    caller.join(10)
+    assert outcome == ["CancelledError"]
+    runtime.stop()
+    with pytest.raises(SessionClosed):
+        runtime.run(answer(1))
+
+
+def test_the_loop_does_not_wait_for_itself() -> None:
+    """Blocking calls from a coroutine of the same loop are refused instead of hanging."""
+    with ClientRuntime() as runtime:
+
+        async def nested() -> int:
+            return runtime.run(answer(1))
+
+        with pytest.raises(SessionClosed, match="own loop"):
+            runtime.run(nested())
