@@ -8,6 +8,7 @@ PetalsdError
 ├── BadRequest           a peer sent something wrong: names the field, its value and the rule
 ├── NotServed            the blocks asked for are not served here (any more)
 ├── OutOfPages           the KV pool cannot hold the session, now or within the time allowed
+├── Overloaded           as many sessions or passes as are allowed are already here
 ├── Draining             new sessions are refused: the daemon is draining, moving or stopping
 ├── SessionClosed        the session was ended from our side, with the reason
 ├── DeadlineExceeded     a wait reached its deadline
@@ -75,6 +76,10 @@ class NotServed(PetalsdError):
 
 class OutOfPages(PetalsdError):
     code = "out_of_pages"
+
+
+class Overloaded(PetalsdError):
+    code = "overloaded"
 
 
 class Draining(PetalsdError):

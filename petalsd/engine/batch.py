@@ -1,0 +1,124 @@
+"""From the sessions' slices of one iteration to the ragged tensors that the blocks compute on.
+
+An *item* is one session's slice. Items are concatenated in order; within an item, row after row:
+
+    items        | item 0 (2 rows x 3 tokens)  | item 1 (1 row x 1) |
+    rows         | row 0       | row 1         | row 2              |
+    tokens       | 0   1   2   | 3   4   5     | 6                  |
+    token_bounds   0             3               6                    7
+    item_rows      0                             2                    3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.session import KVSession
+from petalsd.ops.ragged import RaggedBatch
+from petalsd.types import BlockSpan
+
+
+@dataclass(slots=True)
+class BatchItem:
+    """One session's share of an iteration.
+
+    span     the session's blocks
+    kv       its pages, which already cover ``start + tokens`` positions of each row
+    rows     its batch size
+    start    position of the first new token, the same in every row
+    tokens   new tokens in each row
+    step_end position after the whole step, of which this may be a chunk: ``>= start + tokens``
+    hidden   ``[rows * tokens, M]`` in the model's dtype on the device, row after row
+    prompts  None, or ``[len(span), rows or 1, prefix, M]`` with prefix <= tokens, likewise: slice k is added to
+             each row's first ``prefix`` tokens at the input of the span's block k
+    """
+
+    span: BlockSpan
+    kv: KVSession
+    rows: int
+    start: int
+    tokens: int
+    step_end: int
+    hidden: torch.Tensor
+    prompts: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class ItemBatch:
+    """A ragged batch, and which part of it belongs to whom.
+
+    item_tokens  one slice per item: its tokens in the batch
+    item_rows    one slice per item: its rows
+    """
+
+    ragged: RaggedBatch
+    item_tokens: list[slice]
+    item_rows: list[slice]
+
+
+def build_batch(items: Sequence[BatchItem], pool: KVPool, device: torch.device) -> ItemBatch:
+    """Lay the items out and look up their pages. The pool's copies must have been applied."""
+    rows = [item.rows for item in items]
+    num_rows = sum(rows)
+    lengths = np.repeat(np.array([item.tokens for item in items]), rows)
+    starts = np.repeat(np.array([item.start for item in items]), rows)
+    bounds = np.zeros(num_rows + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    contexts = starts + lengths
+    page_tokens = pool.kv.page_tokens
+    origins = np.empty((num_rows, -(-int(contexts.max()) // page_tokens)), dtype=np.int32)
+    origins_table = torch.from_numpy(origins)
+    pool.fill_origins([item.kv for item in items], origins_table)
+    row_of_token = np.repeat(np.arange(num_rows), lengths)
+    positions = np.arange(bounds[-1]) + (starts - bounds[:-1])[row_of_token]
+    runs = positions // page_tokens
+    ragged = RaggedBatch(
+        token_bounds=bounds.tolist(),
+        context_lens=contexts.tolist(),
+        positions=torch.from_numpy(positions).to(device),
+        origins=origins_table.to(device),
+        write_origins=torch.from_numpy(origins[row_of_token, runs].astype(np.int64)).to(device),
+        write_offsets=torch.from_numpy(positions - runs * page_tokens).to(device),
+    )
+    return ItemBatch(ragged, *_item_bounds(items))
+
+
+def step_ends(items: Sequence[BatchItem]) -> torch.Tensor:
+    """``[T]`` int64 on the CPU: the ``step_end`` of each token's item."""
+    return torch.from_numpy(
+        np.repeat([item.step_end for item in items], [item.rows * item.tokens for item in items])
+    )
+
+
+def _item_bounds(items: Sequence[BatchItem]) -> tuple[list[slice], list[slice]]:
+    tokens, rows = [], []
+    token = row = 0
+    for item in items:
+        tokens.append(slice(token, token := token + item.rows * item.tokens))
+        rows.append(slice(row, row := row + item.rows))
+    return tokens, rows
+
+
+def select_items(batch: ItemBatch, chosen: Sequence[int]) -> tuple[RaggedBatch, torch.Tensor]:
+    """The batch of some of the items, and ``[T']`` int64: which tokens of the whole batch its tokens are."""
+    whole = batch.ragged
+    device = whole.positions.device
+    tokens = torch.from_numpy(np.r_[*(batch.item_tokens[i] for i in chosen)]).to(device)
+    rows = np.r_[*(batch.item_rows[i] for i in chosen)].tolist()
+    bounds = [0]
+    for row in rows:
+        bounds.append(bounds[-1] + whole.token_bounds[row + 1] - whole.token_bounds[row])
+    part = RaggedBatch(
+        token_bounds=bounds,
+        context_lens=[whole.context_lens[row] for row in rows],
+        positions=whole.positions[tokens],
+        origins=whole.origins[torch.tensor(rows, device=device)],
+        write_origins=whole.write_origins[tokens],
+        write_offsets=whole.write_offsets[tokens],
+    )
+    return part, tokens

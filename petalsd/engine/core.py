@@ -1,0 +1,227 @@
+"""What the engine thread does with the span it serves: commands change it, ``iterate`` does the work.
+
+Everything here runs on one thread, so nothing is locked; and nothing here waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from petalsd.engine.batch import BatchItem
+from petalsd.engine.limits import EngineLimits
+from petalsd.engine.outbox import Outbox
+from petalsd.engine.passes import PassJob, PassRunner
+from petalsd.engine.runner import SpanRunner
+from petalsd.engine.scheduler import PassQueue, Scheduler, Slice
+from petalsd.engine.session import EngineSession, StepJob
+from petalsd.engine.step import Step
+from petalsd.errors import EngineError
+from petalsd.kvcache.pool import KVPool
+from petalsd.models.block import TransformerBlock
+from petalsd.models.rope import Rope
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """What is computed on: ``blocks`` by number, one for each block of ``span``, their pages and rotary angles."""
+
+    span: BlockSpan
+    blocks: Mapping[int, TransformerBlock]
+    pool: KVPool
+    rope: Rope
+    hidden_size: int
+
+    @classmethod
+    def of(cls, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> ServedSpan:
+        """ValueError unless the blocks are consecutive and of the pool's dtype."""
+        numbers = sorted(blocks)
+        if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):
+            raise ValueError(f"served blocks must be consecutive, got {numbers}")
+        if any(block.dtype != pool.dtype for block in blocks.values()):
+            raise ValueError(f"all blocks must have the pool's dtype, {pool.dtype}")
+        span = BlockSpan(numbers[0], numbers[-1] + 1)
+        return cls(span, blocks, pool, rope, blocks[numbers[0]].config.hidden_size)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Written by the engine thread, read by any other.
+
+    num_steps, num_tokens   answered steps; tokens computed, over all rows, passes not included
+    last_step_monotonic_s   when the device last finished something (``time.monotonic``)
+    busy_since_monotonic_s  since when it has been at what it does now; None while it is idle
+    """
+
+    num_iterations: int = 0
+    num_steps: int = 0
+    num_tokens: int = 0
+    last_step_monotonic_s: float = 0.0
+    busy_since_monotonic_s: float | None = None
+
+
+class EngineCore:
+    """Sessions, scheduler and runners over one served span."""
+
+    def __init__(
+        self,
+        served: ServedSpan,
+        limits: EngineLimits,
+        device: torch.device,
+        outbox: Outbox,
+        progress: Progress,
+    ) -> None:
+        self.served = served
+        self._pool = served.pool
+        self._device = device
+        self._outbox = outbox
+        self._progress = progress
+        self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens)
+        self._sessions: dict[int, EngineSession] = {}
+        self._runner = SpanRunner(served.blocks, served.pool, served.rope, device)
+        self._pass_queue = PassQueue()
+        self._passes: dict[int, PassJob] = {}
+        self._pass_runner = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler) or bool(self._pass_queue)
+
+    # Commands, called between iterations
+
+    def submit_step(self, session: EngineSession, step: Step, answer: asyncio.Future[torch.Tensor]) -> None:
+        """Take on a step that was checked against the session; its first one makes the session known here."""
+        self._sessions[session.key] = session
+        job = StepJob.prepare(step, answer, self._pool.dtype, self._device)
+        try:
+            session.begin(job)
+        except Exception as error:
+            self._fail(session, error)
+            return
+        if job.num_tokens == 0:
+            self._complete(session, answer, job.hidden.cpu())
+            return
+        spec = session.spec
+        self._scheduler.add(session.key, spec.peer, spec.batch, job.num_tokens, len(spec.span))
+
+    def close_session(self, session: EngineSession) -> None:
+        """Drop the session with whatever it is at, and give its pages back. Harmless when repeated."""
+        self._scheduler.remove(session.key)
+        self._sessions.pop(session.key, None)
+        session.job = None
+        session.kv.close()
+
+    def submit_pass(self, job: PassJob) -> None:
+        """Queue a checked pass."""
+        self._passes[job.key] = job
+        self._pass_queue.add(job.key, job.request.peer)
+
+    def close_pass(self, job: PassJob) -> None:
+        """Drop a pass, done or not. Harmless when repeated."""
+        self._pass_queue.remove(job.key)
+        self._passes.pop(job.key, None)
+        if job.units is not None:
+            job.units.close()
+
+    def fail_all(self, error: Exception) -> None:
+        """End everything that is under way with EngineError."""
+        for session in list(self._sessions.values()):
+            self._fail(session, error)
+        for job in list(self._passes.values()):
+            self._fail_pass(job, error)
+
+    # The iteration
+
+    def iterate(self) -> None:
+        """Plan what runs now, run it, answer what is complete."""
+        self._progress.busy_since_monotonic_s = time.monotonic()
+        plan = self._scheduler.schedule(has_pass=bool(self._pass_queue))
+        if plan.slices:
+            self._run_steps(plan.slices)
+        if plan.runs_pass:
+            self._run_pass_unit()
+        self._progress.num_iterations += 1
+        self._progress.last_step_monotonic_s = time.monotonic()
+        self._progress.busy_since_monotonic_s = None
+
+    def _run_steps(self, slices: Sequence[Slice]) -> None:
+        sessions, items = self._prepare(slices)
+        if not items:
+            return
+        self._pool.apply_copies()
+        for session, item, states in zip(sessions, items, self._compute(items), strict=True):
+            if isinstance(states, Exception):
+                self._fail(session, states)
+                continue
+            self._progress.num_tokens += item.rows * item.tokens
+            job = session.job
+            output = session.accept(states)
+            if output is not None and job is not None:
+                self._complete(session, job.answer, output)
+
+    def _prepare(self, slices: Sequence[Slice]) -> tuple[list[EngineSession], list[BatchItem]]:
+        """Make room for the slices' tokens. A session that fails here is out, the others go on."""
+        sessions, items = [], []
+        for piece in slices:
+            session = self._sessions[piece.key]
+            try:
+                items.append(session.next_item(piece.tokens))
+            except Exception as error:
+                self._fail(session, error)
+                continue
+            sessions.append(session)
+        return sessions, items
+
+    def _compute(self, items: Sequence[BatchItem]) -> list[torch.Tensor | Exception]:
+        """Run the items together. When that fails, run each alone, so that only the guilty ones do."""
+        try:
+            with torch.inference_mode():
+                return list(self._runner.run(items))
+        except Exception as error:
+            if len(items) == 1:
+                return [error]
+            log.warning("batch_failed", num_sessions=len(items), error=repr(error), then="each alone")
+        return [result for item in items for result in self._compute([item])]
+
+    def _complete(
+        self, session: EngineSession, answer: asyncio.Future[torch.Tensor], output: torch.Tensor
+    ) -> None:
+        session.job = None
+        self._progress.num_steps += 1
+        self._outbox.put(answer, output)
+
+    def _fail(self, session: EngineSession, error: Exception) -> None:
+        """Computing went wrong for this session: its pages are in doubt, so it is over."""
+        log.error("session_failed", peer=session.spec.peer, span=str(session.spec.span), exc_info=error)
+        job = session.job
+        self.close_session(session)
+        if job is not None:
+            self._outbox.put(job.answer, EngineError(f"computing the step failed: {type(error).__name__}"))
+
+    def _run_pass_unit(self) -> None:
+        key = self._pass_queue.head()
+        if key is None:
+            return
+        job = self._passes[key]
+        try:
+            if job.units is None:
+                job.units = self._pass_runner.start(job.request)
+            next(job.units)
+        except StopIteration as done:
+            self.close_pass(job)
+            self._outbox.put(job.answer, done.value)
+        except Exception as error:
+            self._fail_pass(job, error)
+
+    def _fail_pass(self, job: PassJob, error: Exception) -> None:
+        log.error("pass_failed", peer=job.request.peer, span=str(job.request.span), exc_info=error)
+        self.close_pass(job)
+        self._outbox.put(job.answer, EngineError(f"computing the pass failed: {type(error).__name__}"))

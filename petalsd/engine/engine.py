@@ -1,0 +1,282 @@
+"""The engine's asyncio face: sessions and passes over one served span.
+
+All methods belong to one event loop. Computing happens on the engine thread; between the two go commands one way
+and answers the other (``thread``, ``outbox``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+import torch
+
+from petalsd.engine.checks import check_pass, check_session, check_span
+from petalsd.engine.core import EngineCore, Progress, ServedSpan
+from petalsd.engine.handle import Session
+from petalsd.engine.limits import EngineLimits
+from petalsd.engine.outbox import Outbox
+from petalsd.engine.passes import PassJob
+from petalsd.engine.session import EngineSession
+from petalsd.engine.step import PassRequest, SessionSpec, Step
+from petalsd.engine.thread import EngineThread
+from petalsd.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    NotServed,
+    OutOfPages,
+    Overloaded,
+    PetalsdError,
+)
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.session import KVRequest, KVSession
+from petalsd.models.block import TransformerBlock
+from petalsd.models.rope import Rope
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+CANARY_PEER = "self-test"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The figures of a moment.
+
+    sessions, rows          open ones; a session of batch size B has B rows
+    queued_passes           forward and backward passes that are not answered yet
+    steps_total             steps answered since the start
+    tokens_total            tokens computed in steps, over all rows
+    iterations_total        batches and units of passes
+    last_step_monotonic_s   when the device last finished something; 0 when it never did
+    busy_since_monotonic_s  since when the device has been at what it does now; None while it is idle
+    """
+
+    sessions: int
+    rows: int
+    queued_passes: int
+    steps_total: int
+    tokens_total: int
+    iterations_total: int
+    last_step_monotonic_s: float
+    busy_since_monotonic_s: float | None
+
+
+class Engine:
+    """Computes steps and passes on ``device``, with ``num_threads`` CPU threads (0: torch's own choice)."""
+
+    def __init__(self, limits: EngineLimits, device: torch.device, num_threads: int = 0) -> None:
+        self.limits = limits
+        self.device = device
+        self._num_threads = num_threads
+        self._progress = Progress()
+        self._keys = itertools.count()
+        self._thread: EngineThread | None = None
+        self._core: EngineCore | None = None
+        self._sessions: set[Session] = set()
+        self._num_rows = 0
+        self._passes: dict[int, PassJob] = {}
+
+    async def start(self) -> None:
+        """Start the engine thread; its answers come to the running loop."""
+        self._thread = EngineThread(Outbox(asyncio.get_running_loop()), self._num_threads)
+        self._thread.start()
+
+    async def stop(self, deadline_s: float) -> None:
+        """End everything, then the thread; one that doesn't come back in time is left behind, with an error."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._end_all(thread, Draining("the server is stopping"))
+        if not await thread.stop(deadline_s):
+            log.error("engine_thread_left_behind", deadline_s=deadline_s)
+
+    # What is served
+
+    @property
+    def span(self) -> BlockSpan | None:
+        """The served blocks; None when there are none."""
+        return self._core.served.span if self._core else None
+
+    @property
+    def pool(self) -> KVPool | None:
+        return self._core.served.pool if self._core else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The model's dtype, in which all answers are."""
+        return self._core.served.pool.dtype if self._core else None
+
+    @property
+    def hidden_size(self) -> int | None:
+        return self._core.served.hidden_size if self._core else None
+
+    async def load_span(self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> None:
+        """Serve these blocks, which are consecutive, with the pages of ``pool``, instead of those before."""
+        thread = self._running_thread()
+        served = ServedSpan.of(blocks, pool, rope)
+        await self.drop_span(f"blocks {served.span} are served instead")
+        core = EngineCore(served, self.limits, self.device, thread.outbox, self._progress)
+        thread.post(partial(thread.set_core, core))
+        self._core = core
+
+    async def drop_span(self, reason: str) -> None:
+        """Serve nothing: end all sessions with SessionClosed(reason), all passes and waits with NotServed(reason).
+
+        Returns when the engine thread no longer touches the blocks; DeadlineExceeded when it doesn't let go.
+        """
+        thread = self._running_thread()
+        self._end_all(thread, NotServed(reason))
+        if not await thread.wait_for_commands(self.limits.step_deadline_s):
+            raise DeadlineExceeded("the engine thread did not let go of the blocks it served")
+
+    # Sessions
+
+    async def open_session(self, spec: SessionSpec) -> Session:
+        """Reserve pages for a session, waiting for them up to ``spec.alloc_timeout_s``.
+
+        Raises NotServed, BadRequest, Draining, Overloaded (too many rows are open), OutOfPages.
+        """
+        core = self._serving_core()
+        check_span(spec.span, core.served.span)
+        check_session(spec, self.limits)
+        if self._num_rows + spec.batch > self.limits.max_sessions:
+            raise Overloaded(
+                f"{self._num_rows} of {self.limits.max_sessions} rows are open, {spec.batch} more were asked for",
+                hint="retry later, or use another server",
+            )
+        self._num_rows += spec.batch
+        try:
+            return self._admit(core, spec, await self._reserve(core, spec))
+        except BaseException:
+            self._num_rows -= spec.batch
+            raise
+
+    async def _reserve(self, core: EngineCore, spec: SessionSpec) -> KVSession:
+        request = KVRequest(spec.span.start, len(spec.span), spec.batch, spec.max_tokens)
+        return await core.served.pool.reserve(request, spec.alloc_timeout_s)
+
+    def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession) -> Session:
+        if self._core is not core or self._thread is None:  # the span went while the session waited for pages
+            kv.close()
+            raise NotServed(f"blocks {spec.span} are not served any more")
+        state = EngineSession(next(self._keys), spec, kv)
+        session = Session(state, core, self._thread, self.limits.step_deadline_s, self._forget_session)
+        self._sessions.add(session)
+        return session
+
+    def _forget_session(self, session: Session) -> None:
+        self._sessions.discard(session)
+        self._num_rows -= session.spec.batch
+
+    # Passes
+
+    async def forward(self, request: PassRequest) -> torch.Tensor:
+        """The states that leave the span's last block: ``[B, n, M]`` on the CPU in the model's dtype.
+
+        Raises NotServed, BadRequest, Draining, Overloaded, EngineError, DeadlineExceeded.
+        """
+        if request.grad_output is not None:
+            raise BadRequest("grad_outputs", list(request.grad_output.shape), "a forward pass takes none")
+        (output,) = await self._run_pass(request)
+        return output
+
+    async def backward(self, request: PassRequest) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradients of the states ``[B, n, M]`` and of the prompts ``[len(span), B, prefix, M]`` that entered.
+
+        The second is None without prompts. Errors as for ``forward``.
+        """
+        if request.grad_output is None:
+            raise BadRequest("grad_outputs", None, "a backward pass needs them")
+        grad_hidden, *grad_prompts = await self._run_pass(request)
+        return grad_hidden, grad_prompts[0] if grad_prompts else None
+
+    async def _run_pass(self, request: PassRequest) -> list[torch.Tensor]:
+        core, thread = self._serving_core(), self._running_thread()
+        check_span(request.span, core.served.span)
+        check_pass(request, self.limits, core.served.hidden_size)
+        if len(self._passes) >= self.limits.max_queued_passes:
+            raise Overloaded(
+                f"{len(self._passes)} forward and backward passes wait already",
+                hint="retry later, or use another server",
+            )
+        job = PassJob(next(self._keys), request, asyncio.get_running_loop().create_future())
+        self._passes[job.key] = job
+        thread.post(partial(core.submit_pass, job))
+        try:
+            async with asyncio.timeout(self.limits.pass_deadline_s):
+                return await job.answer
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the pass was not computed within {self.limits.pass_deadline_s:g} s"
+            ) from None
+        finally:
+            self._passes.pop(job.key, None)
+            thread.post(partial(core.close_pass, job))
+
+    # Health
+
+    def stats(self) -> EngineStats:
+        progress = self._progress
+        return EngineStats(
+            sessions=len(self._sessions),
+            rows=self._num_rows,
+            queued_passes=len(self._passes),
+            steps_total=progress.num_steps,
+            tokens_total=progress.num_tokens,
+            iterations_total=progress.num_iterations,
+            last_step_monotonic_s=progress.last_step_monotonic_s,
+            busy_since_monotonic_s=progress.busy_since_monotonic_s,
+        )
+
+    async def self_test(self) -> None:
+        """Send a canary through all served blocks, prefill and decode; EngineError unless it comes back sound.
+
+        When sessions hold all the pages it goes without a cache.
+        """
+        core = self._serving_core()
+        span, hidden_size = core.served.span, core.served.hidden_size
+        canary = torch.linspace(-1.0, 1.0, 2 * hidden_size).view(1, 2, hidden_size)
+        try:
+            session = await self.open_session(SessionSpec(span, batch=1, max_tokens=3, peer=CANARY_PEER))
+        except (OutOfPages, Overloaded):
+            answers = [await self.forward(PassRequest(span, canary, peer=CANARY_PEER))]
+        else:
+            try:
+                answers = [await session.step(Step(canary, 0)), await session.step(Step(canary[:, :1], 2))]
+            finally:
+                await session.close()
+        if not all(bool(torch.isfinite(answer).all()) for answer in answers):
+            raise EngineError(f"the self-test's states are not finite after blocks {span}")
+
+    # Inside
+
+    def _running_thread(self) -> EngineThread:
+        if self._thread is None:
+            raise Draining("the engine is not running")
+        return self._thread
+
+    def _serving_core(self) -> EngineCore:
+        self._running_thread()
+        if self._core is None:
+            raise NotServed("no blocks are served here now")
+        return self._core
+
+    def _end_all(self, thread: EngineThread, error: PetalsdError) -> None:
+        """Refuse what comes, end what is here; takes effect on the engine thread after the running iteration."""
+        core, self._core = self._core, None
+        if core is None:
+            return
+        core.served.pool.dismiss_waiters(error)
+        for session in list(self._sessions):
+            session.end(error.message)
+        for job in self._passes.values():
+            if not job.answer.done():
+                job.answer.set_exception(type(error)(error.message))
+        thread.post(partial(thread.set_core, None))

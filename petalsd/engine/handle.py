@@ -1,0 +1,99 @@
+"""A session as its user holds it: one step after the other, and an end that always gives the pages back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from petalsd.engine.checks import check_step
+from petalsd.engine.core import EngineCore
+from petalsd.engine.session import EngineSession
+from petalsd.engine.step import SessionSpec, Step
+from petalsd.engine.thread import EngineThread
+from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed
+
+
+class Session:
+    """An open session, made by ``Engine.open_session``; ``close`` it on every path. Belongs to the loop."""
+
+    def __init__(
+        self,
+        state: EngineSession,
+        core: EngineCore,
+        thread: EngineThread,
+        deadline_s: float,
+        on_end: Callable[[Session], None],
+    ) -> None:
+        self._state = state
+        self._core = core
+        self._thread = thread
+        self._deadline_s = deadline_s
+        self._on_end = on_end
+        self._position = 0
+        self._answer: asyncio.Future[torch.Tensor] | None = None
+        self._end_reason: str | None = None
+
+    @property
+    def spec(self) -> SessionSpec:
+        return self._state.spec
+
+    @property
+    def position(self) -> int:
+        """Tokens that each row holds after the last answered step."""
+        return self._position
+
+    @property
+    def end_reason(self) -> str | None:
+        """Why it takes no more steps; None while it does."""
+        return self._end_reason
+
+    async def step(self, step: Step) -> torch.Tensor:
+        """Compute a step; ``[B, n, M]`` on the CPU in the model's dtype.
+
+        BadRequest refuses it and leaves the session as it was. Any other error ends the session, and so does
+        cancelling: SessionClosed (it was ended from our side), EngineError (computing failed), DeadlineExceeded.
+        """
+        if self._end_reason is not None:
+            raise SessionClosed(self._end_reason)
+        if self._answer is not None:
+            raise BadRequest("step", step.start, "the session's step before it is not answered yet")
+        check_step(step, self.spec, self._position, self._core.served.hidden_size)
+        self._answer = asyncio.get_running_loop().create_future()
+        self._thread.post(partial(self._core.submit_step, self._state, step, self._answer))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                output = await self._answer
+        except TimeoutError:
+            self.end(f"a step took longer than {self._deadline_s:g} s")
+            raise DeadlineExceeded(f"the step was not computed within {self._deadline_s:g} s") from None
+        except PetalsdError as error:
+            self.end(error.message)
+            raise
+        except asyncio.CancelledError:
+            self.end("a step of it was given up")
+            raise
+        finally:
+            self._answer = None
+        self._position = step.start + step.hidden.shape[1]
+        return output
+
+    def end(self, reason: str) -> None:
+        """Take no more steps; one that waits gets SessionClosed. The pages go back after the running iteration."""
+        if self._end_reason is not None:
+            return
+        self._end_reason = reason
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(SessionClosed(reason))
+        self._thread.post(partial(self._core.close_session, self._state))
+        self._on_end(self)
+
+    async def close(self) -> None:
+        """End the session and return when its pages are back; any number of times, also during a step.
+
+        When this is cancelled or the device hangs, the pages still go back as soon as the running iteration ends.
+        """
+        self.end("the session was closed")
+        await self._thread.wait_for_commands(self._deadline_s)

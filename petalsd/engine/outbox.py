@@ -1,0 +1,35 @@
+"""Answers on their way from the engine thread to the loop: one wake-up per iteration, not one per answer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+_Answer = tuple["asyncio.Future[Any]", Any]
+
+
+class Outbox:
+    """Collects what futures of ``loop`` shall become; ``flush`` sends it. Used on the engine thread only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._answers: list[_Answer] = []
+
+    def put(self, future: asyncio.Future[Any], result: object) -> None:
+        """Resolve ``future`` with ``result``, raising it there when it is an exception, at the next flush."""
+        self._answers.append((future, result))
+
+    def flush(self) -> None:
+        if self._answers:
+            answers, self._answers = self._answers, []
+            self._loop.call_soon_threadsafe(_resolve, answers)
+
+
+def _resolve(answers: list[_Answer]) -> None:
+    for future, result in answers:
+        if future.done():  # its waiter was cancelled
+            continue
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

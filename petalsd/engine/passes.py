@@ -1,0 +1,124 @@
+"""Forward and backward passes without a cache, in units of one block and a few rows.
+
+A pass is a generator that does one unit of work per ``next`` and returns its result at the end, so that the engine
+can let decode steps in between and give a pass up at any point. Gradient modes are entered within a unit, never
+across a ``yield``: they belong to the thread, not to the generator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from petalsd.engine.step import PassRequest
+from petalsd.models.block import TransformerBlock
+
+PassUnits: TypeAlias = Generator[None, None, list[torch.Tensor]]
+
+
+@dataclass(slots=True)
+class PassJob:
+    """A pass in the engine; ``units`` is its generator once it has begun."""
+
+    key: int
+    request: PassRequest
+    answer: asyncio.Future[list[torch.Tensor]]
+    units: PassUnits | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PassRunner:
+    """Computes passes over ``blocks`` (block number -> block), at most ``max_tokens`` tokens at once."""
+
+    blocks: Mapping[int, TransformerBlock]
+    dtype: torch.dtype
+    device: torch.device
+    max_tokens: int
+
+    def start(self, request: PassRequest) -> PassUnits:
+        """The generator of a request: backward when it brings the gradient of the output."""
+        grad_output = request.grad_output
+        return self.forward(request) if grad_output is None else self.backward(request, grad_output)
+
+    def forward(self, request: PassRequest) -> PassUnits:
+        """Returns one ``[B, n, M]`` on the CPU in the model's dtype."""
+        output = torch.empty(request.hidden.shape, dtype=self.dtype)
+        for rows in self._row_slices(request.hidden):
+            states = self._load(request.hidden[rows])
+            prompts = self._prompts_of(request, rows)
+            for k, block in enumerate(request.span):
+                with torch.inference_mode():
+                    states = self.blocks[block].forward_dense(_add_prompt(states, prompts, k))
+                yield
+            output[rows] = states.cpu()
+        return [output]
+
+    def backward(self, request: PassRequest, grad_output: torch.Tensor) -> PassUnits:
+        """Recompute the pass and return the gradients of what entered it, on the CPU in the model's dtype.
+
+        First ``[B, n, M]`` for the hidden states; when the request has prompts, then ``[len(span), B, prefix, M]``
+        for those, ascending by block and for every row, also when the prompts were the same for all rows.
+        """
+        grad_hidden = torch.empty(request.hidden.shape, dtype=self.dtype)
+        grad_prompts = self._empty_grad_prompts(request)
+        for rows in self._row_slices(request.hidden):
+            prompts = self._prompts_of(request, rows)
+            inputs = [self._load(request.hidden[rows])]
+            for k, block in enumerate(list(request.span)[:-1]):
+                with torch.no_grad():
+                    inputs.append(self.blocks[block].forward_dense(_add_prompt(inputs[k], prompts, k)))
+                yield
+            grad = self._load(grad_output[rows])
+            for k, block in reversed(list(enumerate(request.span))):
+                grad = _block_gradient(self.blocks[block], _add_prompt(inputs.pop(), prompts, k), grad)
+                if grad_prompts is not None:
+                    grad_prompts[k, rows] = grad[:, : grad_prompts.shape[2]].cpu()
+                yield
+            grad_hidden[rows] = grad.cpu()
+        return [grad_hidden] if grad_prompts is None else [grad_hidden, grad_prompts]
+
+    def _row_slices(self, hidden: torch.Tensor) -> Iterator[slice]:
+        """Rows that are computed together: as many as ``max_tokens`` allows, at least one."""
+        batch, tokens, _ = hidden.shape
+        if tokens == 0:
+            return
+        step = max(1, self.max_tokens // tokens)
+        for first in range(0, batch, step):
+            yield slice(first, first + step)
+
+    def _load(self, states: torch.Tensor) -> torch.Tensor:
+        return states.detach().to(self.device, self.dtype)
+
+    def _prompts_of(self, request: PassRequest, rows: slice) -> torch.Tensor | None:
+        """``[len(span), rows or 1, prefix, M]`` on the device."""
+        prompts = request.prompts
+        if prompts is None or prompts.shape[2] == 0:
+            return None
+        return self._load(prompts if prompts.shape[1] == 1 else prompts[:, rows])
+
+    def _empty_grad_prompts(self, request: PassRequest) -> torch.Tensor | None:
+        if request.prompts is None:
+            return None
+        blocks, _, prefix, width = request.prompts.shape
+        return torch.empty(blocks, request.hidden.shape[0], prefix, width, dtype=self.dtype)
+
+
+def _add_prompt(states: torch.Tensor, prompts: torch.Tensor | None, k: int) -> torch.Tensor:
+    """A copy of ``states`` ``[b, n, M]`` with slice ``k`` added to the first tokens; itself without prompts."""
+    if prompts is None:
+        return states
+    states = states.clone()
+    states[:, : prompts.shape[2]] += prompts[k]
+    return states
+
+
+def _block_gradient(block: TransformerBlock, states: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    """The gradient at the block's input ``states``, computing the block again with a graph."""
+    with torch.enable_grad():
+        states = states.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(block.forward_dense(states), states, grad_output)
+    return grad

@@ -1,0 +1,135 @@
+"""Walks a batch through the served blocks, sessions of different sub-ranges together where they overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+
+from petalsd.engine.batch import BatchItem, ItemBatch, build_batch, select_items, step_ends
+from petalsd.kvcache.pool import KVPool
+from petalsd.models.block import TransformerBlock
+from petalsd.models.rope import Rope
+from petalsd.ops.ragged import RaggedBatch
+from petalsd.types import BlockSpan
+
+CosSin: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Blocks through which the same items run; ``items`` are indices into the batch's items, ascending."""
+
+    blocks: BlockSpan
+    items: tuple[int, ...]
+
+
+def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
+    """Cut the spans of a batch's items where one of them starts or ends; ascending, gaps left out.
+
+    >>> split_segments([BlockSpan(0, 4), BlockSpan(2, 6)])
+    0:2 with item 0, 2:4 with items 0 and 1, 4:6 with item 1
+    """
+    first = spans[0]
+    if all(span == first for span in spans):
+        return [Segment(first, tuple(range(len(spans))))]
+    cuts = sorted({span.start for span in spans} | {span.end for span in spans})
+    segments = []
+    for start, end in pairwise(cuts):
+        active = tuple(i for i, span in enumerate(spans) if span.start <= start and end <= span.end)
+        if active:
+            segments.append(Segment(BlockSpan(start, end), active))
+    return segments
+
+
+class SpanRunner:
+    """Computes batches over the blocks of one loaded span. Lives on the engine thread."""
+
+    def __init__(
+        self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope, device: torch.device
+    ) -> None:
+        self._blocks = blocks
+        self._pool = pool
+        self._rope = rope
+        self._device = device
+
+    def run(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
+        """Compute the items; one ``[rows * tokens, M]`` CPU tensor in the model's dtype for each.
+
+        Writes the keys and values of the new tokens. Raises what computing raises; running the same items again
+        then is safe, because the same places are written.
+        """
+        batch = build_batch(items, self._pool, self._device)
+        seq_lens = step_ends(items) if self._rope.is_length_dependent else None
+        cos_sin = self._rope.cos_sin(batch.ragged.positions, seq_lens)
+        hidden = items[0].hidden if len(items) == 1 else torch.cat([item.hidden for item in items])
+        if any(item.prompts is not None for item in items):
+            hidden = hidden.clone()  # prompts are added in place, and these may be the client's own states
+        for segment in split_segments([item.span for item in items]):
+            hidden = self._run_segment(segment, items, batch, hidden, cos_sin)
+        answer = hidden.cpu()
+        return [answer[tokens] for tokens in batch.item_tokens]
+
+    def _run_segment(
+        self,
+        segment: Segment,
+        items: Sequence[BatchItem],
+        batch: ItemBatch,
+        hidden: torch.Tensor,
+        cos_sin: CosSin,
+    ) -> torch.Tensor:
+        """Take the segment's items through its blocks; the states of the others pass unchanged."""
+        active = [items[i] for i in segment.items]
+        if len(active) == len(items):
+            return self._walk(segment.blocks, active, hidden, batch.ragged, cos_sin)
+        part, tokens = select_items(batch, segment.items)
+        cos, sin = cos_sin
+        states = self._walk(segment.blocks, active, hidden[tokens], part, (cos[tokens], sin[tokens]))
+        return hidden.index_copy(0, tokens, states)
+
+    def _walk(
+        self,
+        blocks: BlockSpan,
+        items: Sequence[BatchItem],
+        hidden: torch.Tensor,
+        batch: RaggedBatch,
+        cos_sin: CosSin,
+    ) -> torch.Tensor:
+        """``hidden`` ``[T, M]`` of the items through the blocks; it may be written to when there are prompts."""
+        prompts = place_prompts(items)
+        kv = self._pool.kv
+        for block in blocks:
+            for prompt in prompts:
+                prompt.add_to(hidden, block)
+            hidden = self._blocks[block].forward_paged(hidden, kv, batch, cos_sin)
+        return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPrompts:
+    """The prompts of the item whose ``rows`` rows are the batch's ``tokens``; slice 0 is ``first_block``'s."""
+
+    tokens: slice
+    rows: int
+    first_block: int
+    prompts: torch.Tensor
+
+    def add_to(self, hidden: torch.Tensor, block: int) -> None:
+        """Add the block's slice to the first tokens of each row, in place in ``hidden`` ``[T, M]``."""
+        states = hidden[self.tokens].view(self.rows, -1, hidden.shape[1])
+        prompt = self.prompts[block - self.first_block]
+        states[:, : prompt.shape[1]] += prompt
+
+
+def place_prompts(items: Sequence[BatchItem]) -> list[PlacedPrompts]:
+    """Find the tokens of the items that bring prompts, among those of all ``items`` concatenated."""
+    placed = []
+    first = 0
+    for item in items:
+        tokens = slice(first, first := first + item.rows * item.tokens)
+        if item.prompts is not None:
+            placed.append(PlacedPrompts(tokens, item.rows, item.span.start, item.prompts))
+    return placed

@@ -1,0 +1,101 @@
+"""The one thread that owns the device: it takes commands between iterations and iterates while there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+import torch
+
+from petalsd.engine.core import EngineCore
+from petalsd.engine.outbox import Outbox
+
+log = structlog.get_logger(__name__)
+
+Command = Callable[[], None]
+
+
+class EngineThread:
+    """Runs commands in the order they were posted, and iterates the core in between.
+
+    ``num_threads`` is how many threads torch's operators use; 0 leaves torch's choice.
+    """
+
+    def __init__(self, outbox: Outbox, num_threads: int) -> None:
+        self.outbox = outbox
+        self._num_threads = num_threads
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._core: EngineCore | None = None
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="petalsd-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Run ``command`` on the thread before its next iteration; from any thread. After ``stop``: never."""
+        self._commands.put(command)
+
+    async def wait_for_commands(self, timeout_s: float) -> bool:
+        """Wait until everything posted so far was done; False when it was not in time."""
+        if not self._thread.is_alive():
+            return True
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.post(partial(self.outbox.put, done, None))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await done
+        except TimeoutError:
+            log.error("engine_not_answering", timeout_s=timeout_s)
+            return False
+        return True
+
+    def set_core(self, core: EngineCore | None) -> None:
+        """Command: iterate this core from now on."""
+        self._core = core
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Leave after the commands posted so far; False when the running iteration did not end in time."""
+        has_ended = await self.wait_for_commands(timeout_s)
+        self.post(self._leave)
+        if has_ended:
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout_s)
+        return has_ended
+
+    def _leave(self) -> None:
+        self._is_stopping = True
+
+    def _run(self) -> None:
+        if self._num_threads:
+            torch.set_num_threads(self._num_threads)
+        while not self._is_stopping:
+            self._run_commands()
+            self.outbox.flush()
+            core = self._core
+            if core is not None and core.has_work:
+                self._iterate(core)
+                self.outbox.flush()
+
+    def _run_commands(self) -> None:
+        """Run what was posted; while there is no work, wait for something (leaving is a command, too)."""
+        commands, core = self._commands, self._core
+        must_wait = core is None or not core.has_work
+        while must_wait or not commands.empty():
+            must_wait = False
+            command = commands.get()
+            try:
+                command()
+            except Exception:
+                log.exception("engine_command_failed")
+
+    def _iterate(self, core: EngineCore) -> None:
+        """The top of the engine: a bug below ends what is under way, not the thread."""
+        try:
+            core.iterate()
+        except Exception as error:
+            log.exception("engine_iteration_failed")
+            core.fail_all(error)

@@ -1,0 +1,132 @@
+"""What the engine's tests stand on: a tiny model in our blocks, transformers as its reference, an engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from petalsd.engine.engine import Engine
+from petalsd.engine.handle import Session
+from petalsd.engine.limits import EngineLimits
+from petalsd.engine.step import SessionSpec, Step
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.models.block import TransformerBlock
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.rope import Rope
+from petalsd.models.source import ModelSource
+from petalsd.models.weights import load_block
+from petalsd.types import BlockSpan
+from tests.tiny_models import HIDDEN_SIZE, make_tiny
+
+CPU = torch.device("cpu")
+PAGE_TOKENS = 4
+
+
+class TinyModel:
+    """A random model of ``family``: our blocks of it and the reference."""
+
+    def __init__(self, path: Path, family: str = "llama", **overrides: Any) -> None:
+        self.reference: PreTrainedModel = make_tiny(family, path, **overrides)
+        source = ModelSource(str(path))
+        self.config = BlockConfig.from_hf(source.config())
+        self.rope = Rope(self.config, torch.float32, CPU)
+        self.blocks = {
+            index: load_block(source, self.config, index, torch.float32, CPU, rope=self.rope)
+            for index in range(self.config.num_blocks)
+        }
+
+    @property
+    def span(self) -> BlockSpan:
+        return BlockSpan(0, self.config.num_blocks)
+
+    def pool(self, kv_tokens: int = 512) -> KVPool:
+        """Room for ``kv_tokens`` tokens in each block, in small pages of garbage."""
+        geometry = KVGeometry(PAGE_TOKENS, self.config.num_kv_heads, self.config.head_dim, dtype_bytes=4)
+        num_pages = pages_for(kv_tokens, self.config.num_blocks, PAGE_TOKENS)
+        pool = KVPool(geometry, num_pages, torch.float32, CPU)
+        kv = pool.allocate()
+        kv.k.fill_(torch.nan)
+        kv.v.fill_(torch.nan)
+        return pool
+
+    def expected(self, hidden: torch.Tensor, span: BlockSpan | None = None) -> torch.Tensor:
+        """transformers' states after the blocks of ``span`` for ``[B, n, M]`` from position 0; differentiable."""
+        span = span or self.span
+        part = copy.deepcopy(self.reference.model)
+        part.layers = torch.nn.ModuleList(list(part.layers)[span.start : span.end])
+        part.norm = torch.nn.Identity()
+        part.config.num_hidden_layers = len(span)
+        if getattr(part.config, "layer_types", None):
+            part.config.layer_types = part.config.layer_types[span.start : span.end]
+        return part(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+
+def states(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random hidden states ``[batch, tokens, M]``."""
+    return torch.randn(batch, tokens, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@asynccontextmanager
+async def serving(
+    model: TinyModel,
+    limits: EngineLimits | None = None,
+    blocks: Mapping[int, TransformerBlock] | None = None,
+    kv_tokens: int = 512,
+) -> AsyncIterator[Engine]:
+    """An engine over all blocks of ``model``; at the end no page may be held and the pool must be sound."""
+    engine = Engine(limits or EngineLimits(), CPU, num_threads=1)
+    pool = model.pool(kv_tokens)
+    await engine.start()
+    try:
+        await engine.load_span(blocks or model.blocks, pool, model.rope)
+        yield engine
+        await engine.drop_span("the test is over")
+    finally:
+        await engine.stop(deadline_s=10)
+    pool.check_integrity()
+    stats = pool.stats()
+    assert (stats.sessions, stats.pages_reserved, stats.pages_mapped, stats.waiters) == (0, 0, 0, 0)
+
+
+@asynccontextmanager
+async def opened(
+    engine: Engine, span: BlockSpan | None = None, batch: int = 1, max_tokens: int = 64, peer: str = "peer"
+) -> AsyncIterator[Session]:
+    """A session, closed at the end; over everything that is served unless ``span`` says otherwise."""
+    assert engine.span is not None
+    session = await engine.open_session(SessionSpec(span or engine.span, batch, max_tokens, peer))
+    try:
+        yield session
+    finally:
+        await session.close()
+
+
+async def feed(session: Session, hidden: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Step through ``hidden`` ``[B, n, M]`` in steps of these sizes; the concatenated answers."""
+    answers = [await session.step(Step(part, session.position)) for part in hidden.split(chunks, dim=1)]
+    return torch.cat(answers, dim=1)
+
+
+class HookedBlock:
+    """A block that calls ``hook(hidden)`` before it computes; what the hook raises, the block raises."""
+
+    def __init__(self, block: TransformerBlock, hook: Callable[[torch.Tensor], None]) -> None:
+        self._block = block
+        self._hook = hook
+        self.dtype = block.dtype
+        self.config = block.config
+
+    def forward_paged(self, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        self._hook(hidden)
+        return self._block.forward_paged(hidden, *args)
+
+    def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._hook(hidden)
+        return self._block.forward_dense(hidden)
