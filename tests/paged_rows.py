@@ -14,10 +14,16 @@ class PagedRows:
     """Rows in one slab. Each run takes ``num_blocks`` consecutive pages somewhere; what nobody wrote is NaN."""
 
     def __init__(
-        self, num_blocks: int, num_kv_heads: int, head_dim: int, page_tokens: int, num_runs: int = 64
+        self,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_tokens: int,
+        num_runs: int = 64,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (1 + num_runs * num_blocks, page_tokens, num_kv_heads, head_dim)
-        self.kv = PagedKV(torch.full(shape, torch.nan), torch.full(shape, torch.nan))
+        self.kv = PagedKV(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
         self.first_block = 0
         free = [1 + run * num_blocks for run in range(num_runs)]
         random.Random(0).shuffle(free)

@@ -109,7 +109,8 @@ class TransformerBlock:
         num_qk_heads = config.num_heads + config.num_kv_heads
         normed = rms_norm(hidden, weights.input_norm, config.norm_eps)
         qkv = linear(normed, weights.qkv, weights.qkv_bias)
-        qkv = qkv.view(*hidden.shape[:-1], -1, config.head_dim)
+        # Heads must be contiguous, or attention takes its slow path.
+        qkv = qkv.contiguous().view(*hidden.shape[:-1], -1, config.head_dim)
         qk, v = qkv[..., :num_qk_heads, :], qkv[..., num_qk_heads:, :]
         if weights.q_norm is not None and weights.k_norm is not None:
             q, k = qk[..., : config.num_heads, :], qk[..., config.num_heads :, :]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from petalsd.models.block import TransformerBlock
 from petalsd.models.block_config import BlockConfig
@@ -35,12 +36,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+CHUNKABLE = [name for name in sorted(VARIANTS) if name not in ("llama-longrope", "llama-dynamic-grown")]
+"""Without those whose angles depend on how a row was cut into steps."""
+
 
 class Case:
     """A tiny model, our blocks of it, and what transformers' layers do to random hidden states."""
 
     def __init__(self, path: Path, family: str, overrides: dict[str, Any]) -> None:
-        reference = make_tiny(family, path, **overrides)
+        self.reference = make_tiny(family, path, **overrides)
         source = ModelSource(str(path))
         self.config = BlockConfig.from_hf(source.config())
         self.rope = Rope(self.config, torch.float32, CPU)
@@ -50,7 +54,7 @@ class Case:
         ]
         self.inputs = torch.randn(1, NUM_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            states = reference.model(inputs_embeds=self.inputs, output_hidden_states=True)
+            states = self.reference.model(inputs_embeds=self.inputs, output_hidden_states=True)
         self.states: tuple[torch.Tensor, ...] = states.hidden_states[:-1]
 
     def expected(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def _run_paged(
     case: Case, blocks: list[TransformerBlock], rows: PagedRows, hidden: dict[int, torch.Tensor]
-) -> Any:
+) -> dict[int, torch.Tensor]:
     """One iteration: these rows' new tokens ``[n, M]`` through these blocks; each row ends its step here."""
     batch = rows.extend({row: len(states) for row, states in hidden.items()})
     counts = torch.tensor(batch.token_bounds).diff()
@@ -92,3 +96,70 @@ def test_one_paged_prefill_equals_transformers(case: Case) -> None:
     row = rows.add_row()
     out = _run_paged(case, case.blocks[:-1], rows, {row: case.inputs[0]})
     assert_close(out[row], case.states[-1][0], 1e-4, 1e-4, "hidden states after the prefill")
+
+
+@pytest.mark.parametrize("case", CHUNKABLE, indirect=True)
+def test_rows_at_different_places_in_one_batch_equal_transformers(case: Case) -> None:
+    """Chunked prefills and decodes of several rows in one batch, and of a row alone, give the same states."""
+    rows = PagedRows(4, case.config.num_kv_heads, case.config.head_dim, page_tokens=8)
+    steps = [[20, 0, 3], [7, 33, 1], [1, 1, 1], [1, 0, 1], [1, 1, 20], [1, 1, 1], [0, 5, 1]]
+    ids = [rows.add_row() for _ in range(3)]
+    for counts in steps:
+        starts = {row: rows.lengths[row] for row in ids}
+        new = {
+            row: case.inputs[0, starts[row] : starts[row] + n]
+            for row, n in zip(ids, counts, strict=True)
+            if n
+        }
+        for row, states in _run_paged(case, case.blocks[:-1], rows, new).items():
+            expected = case.states[-1][0, starts[row] : rows.lengths[row]]
+            assert_close(states, expected, 1e-4, 1e-4, f"row {row} from {starts[row]}")
+
+
+def test_steps_equal_transformers_with_a_cache(case: Case) -> None:
+    """Steps of a session give what transformers gives with a cache and the same steps, for all scalings."""
+    rows = PagedRows(4, case.config.num_kv_heads, case.config.head_dim, page_tokens=8)
+    row = rows.add_row()
+    cache = DynamicCache(config=case.reference.config)
+    start = 0
+    for count in [20, 5, *[1] * 10, 9, 1, 1, 4]:
+        new = case.inputs[:, start : start + count]
+        with torch.no_grad():
+            states = case.reference.model(
+                inputs_embeds=new, past_key_values=cache, use_cache=True, output_hidden_states=True
+            )
+        out = _run_paged(case, case.blocks[:-1], rows, {row: new[0]})
+        assert_close(out[row], states.hidden_states[-2][0], 1e-4, 1e-4, f"{count} tokens from {start}")
+        start += count
+
+
+def test_gradients_equal_transformers(case: Case) -> None:
+    """The gradient at the input of a dense pass equals transformers' to 1e-4."""
+    ours, theirs = (case.inputs.clone().requires_grad_() for _ in range(2))
+    weights = torch.randn(case.inputs.shape, generator=torch.Generator().manual_seed(3))
+    hidden = ours
+    for block in case.blocks[:-1]:
+        hidden = block.forward_dense(hidden)
+    (gradient,) = torch.autograd.grad((hidden * weights).sum(), ours)
+    states = case.reference.model(inputs_embeds=theirs, output_hidden_states=True).hidden_states[-2]
+    (expected,) = torch.autograd.grad((states * weights).sum(), theirs)
+    assert_close(gradient, expected, 1e-4, 1e-4, "gradient of the input")
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    """In bfloat16 paged and dense agree with float32 within the error of bfloat16."""
+    make_tiny("qwen3", tmp_path)
+    source = ModelSource(str(tmp_path))
+    config = BlockConfig.from_hf(source.config())
+    wide = load_block(source, config, 0, torch.float32, CPU)
+    narrow = load_block(source, config, 0, torch.bfloat16, CPU)
+    hidden = torch.randn(1, 24, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))
+    rows = PagedRows(1, config.num_kv_heads, config.head_dim, page_tokens=8, dtype=torch.bfloat16)
+    batch = rows.extend({rows.add_row(): 24})
+    paged = narrow.forward_paged(hidden[0].bfloat16(), rows.kv, batch, narrow.rope.cos_sin(batch.positions))
+    assert narrow.dtype == paged.dtype == torch.bfloat16
+    assert narrow.nbytes * 2 == wide.nbytes
+    expected = wide.forward_dense(hidden)[0]
+    tolerance = 0.02 * float(expected.abs().max())
+    assert_close(paged, expected, tolerance, 0.0, "paged bfloat16")
+    assert_close(narrow.forward_dense(hidden.bfloat16())[0], expected, tolerance, 0.0, "dense bfloat16")
