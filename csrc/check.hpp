@@ -17,7 +17,8 @@ class PoolError : public std::logic_error {
 // The pool cannot promise the pages: petalsd.errors.OutOfPages. `hint` says what to do.
 class OutOfPages : public std::runtime_error {
  public:
-  OutOfPages(const std::string& message, std::string hint) : std::runtime_error(message), hint(std::move(hint)) {}
+  OutOfPages(const std::string& message, std::string what_to_do)
+      : std::runtime_error(message), hint(std::move(what_to_do)) {}
   const std::string hint;
 };
 

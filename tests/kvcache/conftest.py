@@ -1,0 +1,36 @@
+"""Pools whose books are checked after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.sizing import KVGeometry
+
+PAGE_TOKENS = 4
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., KVPool]]:
+    """Makes allocated CPU pools: ``make_pool(num_pages, dtype=..., max_waiters=...)``."""
+    pools: list[KVPool] = []
+
+    def make(num_pages: int, dtype: torch.dtype = torch.float32, max_waiters: int = 64) -> KVPool:
+        geometry = KVGeometry(PAGE_TOKENS, num_kv_heads=2, head_dim=3, dtype_bytes=dtype.itemsize)
+        pool = KVPool(geometry, num_pages, dtype, torch.device("cpu"), max_waiters)
+        pool.allocate()
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.check_integrity()
+
+
+@pytest.fixture
+def pool(make_pool: Callable[..., KVPool]) -> KVPool:
+    """24 pages of 4 tokens, float32."""
+    return make_pool(25)
