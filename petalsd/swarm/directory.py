@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from petalsd.swarm.node import Node
+from petalsd.swarm.node import DHTEntry, Node
 from petalsd.swarm.protocol import ServerState, make_uid
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -77,14 +77,14 @@ async def read_view(node: Node, prefix: str, num_blocks: int, timeout_s: float =
     return SwarmView(prefix, num_blocks, [parse_entries(uid, found[uid]) for uid in uids])
 
 
-def parse_entries(uid: str, entries: Mapping[object, object]) -> dict[str, ServerRecord]:
+def parse_entries(uid: str, entries: Mapping[object, DHTEntry]) -> dict[str, ServerRecord]:
     """The usable records under one block; anyone may have written the others."""
     records: dict[str, ServerRecord] = {}
-    for peer, value in entries.items():
+    for peer, entry in entries.items():
         try:
             if not isinstance(peer, str) or not _is_peer_id(peer):
                 raise ValueError("the subkey is not a PeerID")
-            records[peer] = ServerRecord.from_wire(value)
+            records[peer] = ServerRecord.from_wire(entry.value)
         except Exception as error:  # one hostile entry must not hide the others
             log.debug("bad_record", uid=uid, peer=repr(peer)[:80], error=str(error)[:200])
     return records

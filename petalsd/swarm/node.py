@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from hivemind.dht.node import DHTNode
@@ -65,6 +65,13 @@ class NodeOptions:
             use_auto_relay=self.use_auto_relay,
             startup_timeout_s=self.startup_timeout_s,
         )
+
+
+class DHTEntry(NamedTuple):
+    """What one writer stored; ``expiration`` in Unix seconds. Anyone may have written anything."""
+
+    value: object
+    expiration: float
 
 
 class Node:
@@ -160,8 +167,8 @@ class Node:
         )
         return [key for key in keys if not done[key, subkey]]
 
-    async def get(self, keys: Sequence[str], timeout_s: float) -> dict[str, dict[object, object]]:
-        """The latest unexpired subkey -> value of each key; a key that holds no such map reads as empty."""
+    async def get(self, keys: Sequence[str], timeout_s: float) -> dict[str, dict[object, DHTEntry]]:
+        """The latest unexpired subkey -> entry of each key; a key that holds no such map reads as empty."""
         found = await self._within(
             timeout_s,
             self.dht.get_many(
@@ -218,14 +225,15 @@ def quiet_hivemind() -> None:
         logger.setLevel(logging.WARNING)
 
 
-def _live_entries(found: object) -> dict[object, object]:
-    """hivemind's answer for one key -> the values that have not expired by our clock."""
-    entries = getattr(found, "value", None)
-    if not isinstance(entries, dict):
+def _live_entries(found: object) -> dict[object, DHTEntry]:
+    """hivemind's answer for one key -> the entries that have not expired by our clock."""
+    values = getattr(found, "value", None)
+    if not isinstance(values, dict):
         return {}
-    now = time.time()
-    return {
-        subkey: entry.value
-        for subkey, entry in entries.items()
-        if getattr(entry, "expiration_time", 0.0) > now
+    entries = {
+        subkey: DHTEntry(timed.value, timed.expiration_time)
+        for subkey, timed in values.items()
+        if hasattr(timed, "expiration_time")
     }
+    now = time.time()
+    return {subkey: entry for subkey, entry in entries.items() if entry.expiration > now}

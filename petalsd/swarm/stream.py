@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from petalsd import errors
-from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure, SwarmError
+from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded, RemoteFailure
 
 _MESSAGE, _ERROR = b"\x00", b"\x01"
 _HEADER_BYTES = 9
@@ -61,7 +61,7 @@ class InboundBudget:
 
     def take(self, num_bytes: int) -> None:
         if self._held_bytes + num_bytes > self._max_total_bytes:
-            raise SwarmError(
+            raise Overloaded(
                 f"{self._held_bytes} bytes of requests are under way, the limit is {self._max_total_bytes}",
                 hint="try again later or use another server",
             )

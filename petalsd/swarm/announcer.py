@@ -1,0 +1,162 @@
+"""Our entry in the directory: written on every change and renewed before it expires."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from petalsd.errors import PetalsdError, SwarmError
+from petalsd.swarm.directory import parse_entries
+from petalsd.swarm.node import Node
+from petalsd.swarm.pings import PingTracker, choose_targets
+from petalsd.swarm.protocol import MODELS_KEY, PRIVATE_PREFIX, ServerState, make_uid
+from petalsd.swarm.record import ModelRecord, ServerRecord
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+_MIN_LIFETIME_S = 3.0
+_TICK_S = 0.01  # by how much a later entry outlives an earlier one at least
+_MAX_AHEAD_S = 3600.0
+_STORE_TIMEOUT_S = 30.0
+_RETRY_S = 10.0
+
+# Makes the record of a state and span as things are now; the announcer adds the pings.
+RecordMaker = Callable[[ServerState, BlockSpan], ServerRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncerOptions:
+    """What to announce besides the record. ``repository``: URL of the model, None for a local one."""
+
+    prefix: str
+    num_blocks: int
+    repository: str | None = None
+    update_period_s: float = 120.0
+
+    @property
+    def lifetime_s(self) -> float:
+        return max(2 * self.update_period_s, _MIN_LIFETIME_S)
+
+
+class Announcer:
+    """Says what we serve, and only that. ``announce`` and ``withdraw`` return when it is stored."""
+
+    def __init__(self, node: Node, options: AnnouncerOptions, make_record: RecordMaker) -> None:
+        self._node = node
+        self._options = options
+        self._make_record = make_record
+        self._pings = PingTracker(node.ping)
+        self._rng = random.Random()
+        self._lock = asyncio.Lock()
+        self._current: tuple[ServerState, BlockSpan] | None = None
+        self._expiration = 0.0
+        self._renewal: asyncio.Task[None] | None = None
+
+    async def announce(self, state: ServerState, span: BlockSpan) -> None:
+        """Publish ``state`` for ``span`` now and keep renewing it. Another span's entry goes OFFLINE first.
+
+        SwarmError or DeadlineExceeded when it could not be stored; renewing goes on trying.
+        """
+        async with self._lock:
+            old, self._current = self._current, (state, span)
+            if old is not None and old[1] != span and old[0] != ServerState.OFFLINE:
+                await self._publish(ServerState.OFFLINE, old[1])
+            await self._publish(state, span)
+        log.info("announced", state=state.name, span=str(span))
+
+    async def withdraw(self) -> None:
+        """Publish OFFLINE for what was announced, and renew nothing from now on; nothing announced is no error."""
+        async with self._lock:
+            old, self._current = self._current, None
+            if old is not None:
+                await self._publish(ServerState.OFFLINE, old[1])
+                log.info("withdrawn", span=str(old[1]))
+
+    async def renew(self) -> None:
+        """Measure the pings and publish the current entry again; does nothing while none is announced."""
+        if (current := self._current) is None:
+            return
+        await self._measure(current[1])
+        async with self._lock:
+            if self._current is not None:
+                await self._publish(*self._current)
+
+    def start(self) -> None:
+        """Renew every update period from now on."""
+        if self._renewal is None:
+            self._renewal = asyncio.create_task(self._renew_forever(), name="announcer")
+
+    async def stop(self) -> None:
+        """Stop renewing; what is stored stays until it expires, so withdraw first."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.gather(self._renewal, return_exceptions=True)
+            self._renewal = None
+
+    async def _renew_forever(self) -> None:
+        pause_s = min(_RETRY_S, self._options.update_period_s)  # the first pings soon after the start
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.renew()
+                pause_s = self._options.update_period_s
+            except PetalsdError as error:
+                log.warning("announcing_failed", error=str(error))
+                pause_s = min(_RETRY_S, self._options.update_period_s)
+
+    async def _publish(self, state: ServerState, span: BlockSpan) -> None:
+        pings = None if state == ServerState.OFFLINE else self._pings.averages()
+        record = replace(self._make_record(state, span), state=state, span=span, next_pings=pings)
+        await self._store([make_uid(self._options.prefix, block) for block in span], record)
+        is_private = self._options.prefix.startswith(PRIVATE_PREFIX)
+        if state != ServerState.OFFLINE and not is_private:
+            await self._store_model()
+
+    async def _store(self, uids: list[str], record: ServerRecord) -> None:
+        """Store under all ``uids``; once more past the entries that outlive ours, from before a restart."""
+        value, peer = record.to_wire(), self._node.peer_id
+        refused = await self._node.store(uids, peer, value, self._next_expiration(), _STORE_TIMEOUT_S)
+        if refused:
+            await self._outlive(refused)
+            refused = await self._node.store(refused, peer, value, self._next_expiration(), _STORE_TIMEOUT_S)
+        if refused:
+            raise SwarmError(
+                f"no node of the swarm stored our record for {len(refused)} of {len(uids)} blocks",
+                hint="check the connection to the swarm",
+            )
+
+    async def _store_model(self) -> None:
+        record = ModelRecord(self._options.num_blocks, self._options.repository).to_wire()
+        refused = await self._node.store(
+            [MODELS_KEY], self._options.prefix, record, self._next_expiration(), _STORE_TIMEOUT_S
+        )
+        if refused:  # another server of the model has just said the same
+            log.debug("model_record_refused", prefix=self._options.prefix)
+
+    async def _outlive(self, uids: list[str]) -> None:
+        found = await self._node.get(uids, _STORE_TIMEOUT_S)
+        peer, latest = self._node.peer_id, time.time() + _MAX_AHEAD_S
+        for entries in found.values():
+            if peer in entries and entries[peer].expiration < latest:
+                self._expiration = max(self._expiration, entries[peer].expiration)
+
+    def _next_expiration(self) -> float:
+        """A store is accepted only when it expires later than the entry before it."""
+        self._expiration = max(time.time() + self._options.lifetime_s, self._expiration + _TICK_S)
+        return self._expiration
+
+    async def _measure(self, span: BlockSpan) -> None:
+        """Ping the servers that a route may go to after us; the record is published without them if it fails."""
+        with contextlib.suppress(PetalsdError):
+            wanted = range(span.start + 1, min(span.end + 1, self._options.num_blocks))
+            uids = {block: make_uid(self._options.prefix, block) for block in wanted}
+            found = await self._node.get(list(uids.values()), _STORE_TIMEOUT_S)
+            blocks = {block: parse_entries(uid, found[uid]) for block, uid in uids.items()}
+            await self._pings.measure(choose_targets(blocks, span, self._node.peer_id, self._rng))

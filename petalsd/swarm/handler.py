@@ -1,0 +1,219 @@
+"""The server's side of the wire: every call that stock clients make, under exactly the names they dial."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+from google.protobuf.message import Message
+from hivemind.p2p import P2PContext
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto import runtime_pb2
+
+from petalsd.errors import Overloaded, PetalsdError, SessionClosed
+from petalsd.swarm.faults import CallFailed, wire_text
+from petalsd.swarm.inference_stream import InferenceCall
+from petalsd.swarm.info import answer_info
+from petalsd.swarm.node import Node
+from petalsd.swarm.pass_calls import PassCalls
+from petalsd.swarm.protocol import handle_name
+from petalsd.swarm.push import Pusher
+from petalsd.swarm.requests import PushRequest
+from petalsd.swarm.serving import Serving
+from petalsd.swarm.sessions import SessionRegistry
+from petalsd.swarm.stream import MessageStream, StreamEnded
+
+log = structlog.get_logger(__name__)
+
+M = TypeVar("M", bound=Message)
+StreamCall = Callable[[MessageStream], Awaitable[None]]
+
+_STOP_TIMEOUT_S = 3.0
+
+
+class TransformerConnectionHandler:
+    """Registers the calls with p2pd, bounds and counts them, and turns failures into answers."""
+
+    def __init__(self, node: Node, serving: Serving) -> None:
+        self._node = node
+        self._serving = serving
+        self._sessions = SessionRegistry()
+        self._pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s)
+        self._passes = PassCalls(serving, node.options.max_message_bytes)
+        self._streams: dict[asyncio.Task[None], str] = {}
+        self._per_peer: Counter[str] = Counter()
+        self._ending: PetalsdError | None = None
+
+    async def start(self) -> None:
+        """Answer calls from now on."""
+        p2p = self._node.p2p
+        self._ending = None
+        for method, unary, request_type in (
+            ("rpc_info", self.rpc_info, runtime_pb2.ExpertUID),
+            ("rpc_forward", self.rpc_forward, runtime_pb2.ExpertRequest),
+            ("rpc_backward", self.rpc_backward, runtime_pb2.ExpertRequest),
+            ("rpc_push", self.rpc_push, runtime_pb2.ExpertRequest),
+        ):
+            await p2p.add_protobuf_handler(handle_name(method), unary, request_type)
+        for method, streamed in (
+            ("rpc_forward_stream", self.rpc_forward_stream),
+            ("rpc_backward_stream", self.rpc_backward_stream),
+            ("rpc_inference", self.rpc_inference),
+        ):
+            await p2p.add_binary_stream_handler(handle_name(method), self._stream_handler(method, streamed))
+
+    async def stop(self, reason: str = "the server stops") -> None:
+        """End all open streams with SessionClosed(reason) and answer no more calls."""
+        self._ending = SessionClosed(reason, hint="use another server")
+        tasks = list(self._streams)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._pusher.stop()
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._unregister()
+        except Exception as error:  # p2pd may be gone already, and with it the registrations
+            log.debug("unregister_failed", error=repr(error))
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    # ----------------------------------------------------------------------------------- unary calls
+
+    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        """Facts and schemas."""
+
+        async def info(_: str) -> runtime_pb2.ExpertInfo:
+            return answer_info(self._serving, request.uid, self._node.options.client_mode)
+
+        return await self._unary("rpc_info", context, info)
+
+    async def rpc_forward(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        """A small forward pass."""
+
+        async def forward(peer: str) -> runtime_pb2.ExpertResponse:
+            return self._passes.whole(await self._passes.forward(request, peer))
+
+        return await self._unary("rpc_forward", context, forward)
+
+    async def rpc_backward(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        """A small backward pass."""
+
+        async def backward(peer: str) -> runtime_pb2.ExpertResponse:
+            return self._passes.whole(await self._passes.backward(request, peer))
+
+        return await self._unary("rpc_backward", context, backward)
+
+    async def rpc_push(
+        self, request: runtime_pb2.ExpertRequest, context: P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        """A step from the server before us; one for a session that is not (or no longer) here is ignored."""
+
+        async def push(peer: str) -> runtime_pb2.ExpertResponse:
+            pushed = PushRequest.parse(request, self._serving.model.prefix)
+            self._sessions.deliver(pushed.session_id, pushed.span, pushed.message, peer)
+            return runtime_pb2.ExpertResponse()
+
+        return await self._unary("rpc_push", context, push)
+
+    # ---------------------------------------------------------------------------------- stream calls
+
+    async def rpc_forward_stream(self, stream: MessageStream) -> None:
+        """A forward pass of any size."""
+        async with asyncio.timeout(self._serving.limits.request_timeout_s):
+            request = await self._passes.collect(stream)
+            await self._passes.answer(stream, await self._passes.forward(request, stream.peer))
+
+    async def rpc_backward_stream(self, stream: MessageStream) -> None:
+        """A backward pass of any size."""
+        async with asyncio.timeout(self._serving.limits.request_timeout_s):
+            request = await self._passes.collect(stream)
+            await self._passes.answer(stream, await self._passes.backward(request, stream.peer))
+
+    async def rpc_inference(self, stream: MessageStream) -> None:
+        """A session."""
+        await InferenceCall(stream, self._serving, self._sessions, self._pusher).run()
+
+    # ------------------------------------------------------------------------------------- machinery
+
+    async def _unary(self, method: str, context: P2PContext, call: Callable[[str], Awaitable[M]]) -> M:
+        peer = context.remote_id.to_base58()
+        try:
+            async with asyncio.timeout(self._serving.limits.request_timeout_s):
+                return await call(peer)
+        except Exception as error:
+            raise CallFailed(wire_text(error, method, peer)) from None
+
+    def _stream_handler(
+        self, method: str, call: StreamCall
+    ) -> Callable[[StreamInfo, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def handle(
+            info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            peer, timeout_s = info.peer_id.to_base58(), self._serving.limits.request_timeout_s
+            stream = MessageStream(peer, reader, writer, self._node.budget, timeout_s)
+            task = asyncio.current_task()
+            if task is None:
+                return stream.close()
+            self._streams[task] = peer
+            self._per_peer[peer] += 1
+            try:
+                await self._serve(method, call, stream)
+            finally:
+                stream.close()
+                del self._streams[task]
+                self._per_peer[peer] -= 1
+                if not self._per_peer[peer]:
+                    del self._per_peer[peer]
+
+        return handle
+
+    async def _serve(self, method: str, call: StreamCall, stream: MessageStream) -> None:
+        """Run one stream call; its failure is sent before the close, for a silent close hangs stock clients."""
+        try:
+            self._check_room(stream.peer)
+            await call(stream)
+        except StreamEnded:
+            log.debug("stream_abandoned", method=method, peer=stream.peer)
+            return
+        except asyncio.CancelledError:
+            if self._ending is None:
+                raise
+            await self._fail(method, stream, self._ending)
+        except Exception as error:
+            await self._fail(method, stream, error)
+        else:
+            await stream.finish()
+
+    async def _fail(self, method: str, stream: MessageStream, error: BaseException) -> None:
+        text = wire_text(error, method, stream.peer)
+        try:
+            await stream.send_error(text)
+        except PetalsdError:
+            return  # the peer is gone, nobody is left to tell
+        await stream.finish()
+
+    def _check_room(self, peer: str) -> None:
+        limits = self._serving.limits
+        if self._ending is not None:
+            raise self._ending
+        if len(self._streams) > limits.max_streams:
+            raise Overloaded(f"{limits.max_streams} streams are open here")
+        if self._per_peer[peer] > limits.max_streams_per_peer:
+            raise Overloaded(f"{limits.max_streams_per_peer} streams of yours are open here")
+
+    async def _unregister(self) -> None:
+        p2p = self._node.p2p
+        for method in ("rpc_info", "rpc_forward", "rpc_backward", "rpc_push"):
+            await p2p.remove_protobuf_handler(handle_name(method))
+        for method in ("rpc_forward_stream", "rpc_backward_stream", "rpc_inference"):
+            await p2p.remove_binary_stream_handler(handle_name(method))

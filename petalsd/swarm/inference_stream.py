@@ -1,0 +1,129 @@
+"""One ``rpc_inference`` call: open a session, answer its steps one by one, give its pages back on every path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+import structlog
+from hivemind.proto import runtime_pb2
+
+from petalsd.engine.handle import Session
+from petalsd.errors import BadRequest, DeadlineExceeded
+from petalsd.swarm.codec import arrange, encode_tensor
+from petalsd.swarm.off_loop import off_loop
+from petalsd.swarm.push import Pusher
+from petalsd.swarm.requests import OpenRequest, StepMessage, decode_step
+from petalsd.swarm.serving import Serving
+from petalsd.swarm.sessions import SessionRegistry, StepInbox
+from petalsd.swarm.stream import MessageStream
+
+log = structlog.get_logger(__name__)
+
+_MAX_STEP_IDS = 1024
+
+
+class InferenceCall:
+    """The server's side of one stream: ``run`` returns when the client has ended it, and else raises."""
+
+    def __init__(
+        self, stream: MessageStream, serving: Serving, sessions: SessionRegistry, pusher: Pusher
+    ) -> None:
+        self._stream = stream
+        self._serving = serving
+        self._sessions = sessions
+        self._pusher = pusher
+        self._inbox = StepInbox()
+        self._step_ids: OrderedDict[str, None] = OrderedDict()
+
+    async def run(self) -> None:
+        """Serve until the end; a client that closes or dies ends the session at once, also in mid-step."""
+        reader = asyncio.create_task(self._read(), name="inference reader")
+        worker = asyncio.create_task(self._work(), name="inference worker")
+        try:
+            await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
+            if worker.done() or reader.exception() is None:
+                await worker
+            else:
+                await reader
+        finally:
+            reader.cancel()
+            worker.cancel()
+            await asyncio.gather(reader, worker, return_exceptions=True)
+
+    async def _read(self) -> None:
+        while True:
+            request = await self._stream.receive(runtime_pb2.ExpertRequest)
+            if request is None or not request.tensors:
+                return self._inbox.end()
+            await self._inbox.put(StepMessage.parse(request))
+
+    async def _work(self) -> None:
+        limit_s = self._serving.limits.session_timeout_s
+        deadline = asyncio.timeout(limit_s)
+        try:
+            async with deadline:
+                await self._session()
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceeded(f"the session lasted {limit_s:g} s, longer than is allowed") from None
+
+    async def _session(self) -> None:
+        first = await self._next()
+        if first is None:
+            return
+        serving = self._serving
+        opening = OpenRequest.parse(
+            first, serving.model.prefix, self._stream.peer, serving.limits.max_alloc_timeout_s
+        )
+        serving.check_open()
+        with self._sessions.claim(opening.session_id, self._inbox):
+            session = await serving.engine.open_session(opening.spec)
+            try:
+                log.debug("session_opened", peer=self._stream.peer, span=str(opening.spec.span))
+                self._inbox.span = opening.spec.span
+                await self._steps(session, opening.structure, first)
+            finally:
+                await session.close()
+                log.debug("session_closed", peer=self._stream.peer, position=session.position)
+
+    async def _steps(self, session: Session, structure: object, message: StepMessage | None) -> None:
+        while message is not None:
+            if message.step_id is None or message.step_id not in self._step_ids:
+                await self._step(session, structure, message)
+            message = await self._next()
+
+    async def _step(self, session: Session, structure: object, message: StepMessage) -> None:
+        try:
+            tensors = arrange(message.tensors, structure, 3)
+            step = await off_loop(tensors[0].ByteSize(), decode_step, message, structure, session.position)
+            answer = await session.step(step)
+        except BadRequest as error:
+            if not message.is_pushed:
+                raise
+            # The session is as it was, and the client's own message for this step is still to come.
+            log.info("bad_push", peer=self._stream.peer, error=str(error))
+            return
+        self._remember(message.step_id)
+        output = await off_loop(answer.nbytes, encode_tensor, answer)
+        self._pusher.push(message, tensors[1:], output)
+        await self._stream.send(runtime_pb2.ExpertResponse(tensors=[output]))
+
+    async def _next(self) -> StepMessage | None:
+        limit_s = self._serving.limits.step_timeout_s
+        waiting = asyncio.timeout(limit_s)
+        try:
+            async with waiting:
+                return await self._inbox.get()
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            raise DeadlineExceeded(f"no step came for {limit_s:g} s") from None
+
+    def _remember(self, step_id: str | None) -> None:
+        if step_id is None:
+            return
+        self._step_ids[step_id] = None
+        if len(self._step_ids) > _MAX_STEP_IDS:
+            self._step_ids.popitem(last=False)

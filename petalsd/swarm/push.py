@@ -1,0 +1,74 @@
+"""Handing a step's output to the next server of a chain, so that it need not wait for the client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+from hivemind.proto import runtime_pb2
+
+from petalsd.errors import PetalsdError
+from petalsd.swarm.codec import encode_metadata
+from petalsd.swarm.node import Node
+from petalsd.swarm.protocol import MAX_UNARY_BYTES, UNARY_ENVELOPE_BYTES, make_chain
+from petalsd.swarm.requests import StepMessage
+from petalsd.swarm.stub import ServerStub
+
+log = structlog.get_logger(__name__)
+
+_MAX_UNDER_WAY = 256
+
+
+class Pusher:
+    """Pushes in the background. A push that fails costs nothing: the client sends the same step."""
+
+    def __init__(self, node: Node, prefix: str, timeout_s: float) -> None:
+        self._node = node
+        self._prefix = prefix
+        self._timeout_s = timeout_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def push(
+        self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor
+    ) -> None:
+        """Push ``output`` with ``extra`` (the step's own tensors after hidden) if the step names a next server."""
+        if not message.next_servers or len(self._tasks) >= _MAX_UNDER_WAY:
+            return
+        if extra and extra[0].buffer:  # prompts are cut for our blocks, the next server needs its own
+            return
+        request = self._request(message, extra, output)
+        if request.ByteSize() > MAX_UNARY_BYTES - UNARY_ENVELOPE_BYTES:
+            return
+        task = asyncio.create_task(self._send(message.next_servers[0].peer, request), name="push")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """Give up what is under way."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _request(
+        self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor
+    ) -> runtime_pb2.ExpertRequest:
+        following, *rest = message.next_servers
+        metadata = {
+            **message.metadata,
+            "session_id": following.session_id,
+            "next_servers": [(hop.peer, hop.session_id, hop.span.start, hop.span.end) for hop in rest],
+            "pushed": True,
+        }
+        return runtime_pb2.ExpertRequest(
+            uid=make_chain(self._prefix, following.span),
+            tensors=[output, *extra],
+            metadata=encode_metadata(metadata),
+        )
+
+    async def _send(self, peer: str, request: runtime_pb2.ExpertRequest) -> None:
+        try:
+            await ServerStub(self._node, peer).push(request, self._timeout_s)
+        except (PetalsdError, ValueError) as error:  # ValueError: not a PeerID
+            log.debug("push_failed", peer=peer, error=str(error))

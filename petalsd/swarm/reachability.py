@@ -1,0 +1,128 @@
+"""Can other peers dial us? Asking them, and answering the same question for others (PROTOCOL 3.12)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import structlog
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.proto import dht_pb2
+
+from petalsd.errors import PetalsdError
+from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
+from petalsd.swarm.protocol import REACHABILITY_SERVICE, handle_name
+
+log = structlog.get_logger(__name__)
+
+_CHECK = handle_name("rpc_check", REACHABILITY_SERVICE)
+_ASK_SELF_TIMEOUT_S = 5.0  # asking a peer about itself
+_ASK_OTHER_TIMEOUT_S = 10.0  # asking a peer about a third one
+_MAX_PROBES = 8
+_REMEMBERED_S = 60.0
+_MAX_REMEMBERED = 4096
+_ENOUGH_ANSWERS = 5
+_THRESHOLD = 0.5
+
+
+class ReachabilityService:
+    """Answers ``rpc_check``. Third peers are dialled from a node of its own, which no peer knows yet."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._probe: P2PDaemon | None = None
+        self._starting = asyncio.Lock()
+        self._slots = asyncio.Semaphore(_MAX_PROBES)
+        self._results: dict[bytes, tuple[bool, float]] = {}
+
+    async def start(self) -> None:
+        """Answer from now on."""
+        await self._node.p2p.add_protobuf_handler(_CHECK, self.rpc_check, dht_pb2.PingRequest)
+
+    async def stop(self) -> None:
+        """End the probe; the registration ends with the node."""
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            await probe.stop()
+
+    async def rpc_check(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
+        """``request.peer.node_id`` holds the PeerID asked about. We are reachable: this request came in."""
+        asked = request.peer.node_id
+        if asked == context.local_id.to_bytes():
+            return dht_pb2.PingResponse(available=True)
+        return dht_pb2.PingResponse(available=await self._is_reachable(asked))
+
+    async def _is_reachable(self, peer: bytes) -> bool:
+        known = self._results.get(peer)
+        if known is not None and known[1] > time.monotonic():
+            return known[0]
+        if not 0 < len(peer) <= 64:
+            return False
+        async with self._slots:
+            answer = await ask(await self._probe_p2p(), PeerID(peer), PeerID(peer), _ASK_SELF_TIMEOUT_S)
+        if len(self._results) >= _MAX_REMEMBERED:
+            self._results.clear()
+        self._results[peer] = (answer is True, time.monotonic() + _REMEMBERED_S)
+        return answer is True
+
+    async def _probe_p2p(self) -> P2P:
+        """A client that listens nowhere and uses no relay; started at the first need."""
+        async with self._starting:
+            if self._probe is None or self._probe.p2p is None:
+                maddrs = tuple(await self._node.visible_maddrs())
+                self._probe = P2PDaemon(
+                    P2PDOptions(
+                        initial_peers=self._node.options.initial_peers or maddrs,
+                        client_mode=True,
+                        listen=False,
+                        use_relay=False,
+                    )
+                )
+                return await self._probe.start()
+            return self._probe.p2p
+
+
+async def ask(p2p: P2P, through: PeerID, about: PeerID, timeout_s: float) -> bool | None:
+    """What ``through`` says about reaching ``about``; None when it does not answer."""
+    request = dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=about.to_bytes()))
+    try:
+        async with asyncio.timeout(timeout_s):
+            answer = await p2p.call_protobuf_handler(through, _CHECK, request, dht_pb2.PingResponse)
+    except Exception as error:  # not dialable, no such protocol, a failing handler: all mean no answer
+        log.debug("reachability_unknown", through=str(through), about=str(about), error=repr(error))
+        return None
+    return bool(answer.available)
+
+
+async def is_directly_reachable(options: NodeOptions) -> bool:
+    """Whether peers of the swarm can dial a node with these options; True when nobody answers.
+
+    A node for the question alone is started: a client, listening as ``options`` say, without a relay.
+    """
+    node = Node(replace(options, client_mode=True, use_relay=False, use_auto_relay=False))
+    try:
+        await node.start()
+        service = ReachabilityService(node)
+        await service.start()
+        return await _vote(node)
+    except PetalsdError as error:
+        log.warning("reachability_check_failed", error=str(error))
+        return True
+    finally:
+        await node.stop()
+
+
+async def _vote(node: Node) -> bool:
+    own = node.p2p.peer_id
+    answers: list[bool] = []
+    for peer in node.known_peers():
+        answer = await ask(node.p2p, PeerID.from_base58(peer), own, _ASK_OTHER_TIMEOUT_S)
+        if answer is not None:
+            answers.append(answer)
+        if len(answers) >= _ENOUGH_ANSWERS:
+            break
+    share = sum(answers) / len(answers) if answers else 1.0
+    log.info("reachability_checked", answers=len(answers), reached=sum(answers))
+    return share >= _THRESHOLD

@@ -1,0 +1,249 @@
+"""Requests of other peers as typed records; everything a peer can get wrong is a BadRequest naming the field.
+
+What only the engine can judge (shapes against the model, positions against the session) is left to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from petalsd.engine.step import PassRequest, SessionSpec, Step
+from petalsd.errors import BadRequest, NotServed
+from petalsd.swarm.codec import arrange, decode_metadata, decode_tensor, is_dummy
+from petalsd.swarm.protocol import parse_span
+from petalsd.types import BlockSpan
+
+_MAX_ID = 256
+_MAX_NEXT_SERVERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class NextServer:
+    """A hop of the chain after us: where a step's output may be pushed."""
+
+    peer: str
+    session_id: str
+    span: BlockSpan
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """One message of a session, from its client or pushed; its tensors are not decoded yet."""
+
+    tensors: Sequence[runtime_pb2.Tensor]
+    metadata: Mapping[str, Any]
+    uid: str
+    step_id: str | None
+    start: int | None
+    next_servers: tuple[NextServer, ...]
+    is_pushed: bool = False
+
+    @classmethod
+    def parse(cls, request: runtime_pb2.ExpertRequest, is_pushed: bool = False) -> StepMessage:
+        metadata = decode_metadata(request.metadata)
+        return cls(
+            tensors=request.tensors,
+            metadata=metadata,
+            uid=request.uid,
+            step_id=_text(metadata, "step_id"),
+            start=_start(metadata),
+            next_servers=_next_servers(metadata),
+            is_pushed=is_pushed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What the first message of a session asks for. ``structure`` places the tensors of all its messages."""
+
+    spec: SessionSpec
+    session_id: str | None
+    structure: object
+
+    @classmethod
+    def parse(cls, first: StepMessage, prefix: str, peer: str, max_alloc_timeout_s: float) -> OpenRequest:
+        metadata = first.metadata
+        check_common(metadata)
+        structure = metadata.get("args_structure")
+        hidden = arrange(first.tensors, structure, 3)[0]
+        if len(hidden.size) != 3 or hidden.size[0] < 1:
+            raise BadRequest(
+                "tensors[0].size", list(hidden.size)[:16], "must be [batch, tokens, hidden size]"
+            )
+        spec = SessionSpec(
+            span=served_span(first.uid, prefix),
+            batch=hidden.size[0],
+            max_tokens=_max_length(metadata),
+            peer=peer,
+            alloc_timeout_s=min(_alloc_timeout(metadata), max_alloc_timeout_s),
+        )
+        return cls(spec, _text(metadata, "session_id"), structure)
+
+
+@dataclass(frozen=True, slots=True)
+class PushRequest:
+    """A step that another server hands to one of our sessions."""
+
+    span: BlockSpan
+    session_id: str
+    message: StepMessage
+
+    @classmethod
+    def parse(cls, request: runtime_pb2.ExpertRequest, prefix: str) -> PushRequest:
+        message = StepMessage.parse(request, is_pushed=True)
+        session_id = _text(message.metadata, "session_id")
+        if session_id is None:
+            raise BadRequest("session_id", None, "a push must name its session")
+        return cls(served_span(request.uid, prefix), session_id, message)
+
+
+def decode_step(message: StepMessage, structure: object, position: int) -> Step:
+    """The tensors of a step: hidden, prompts, hypo_ids. Without a start it goes on at ``position``."""
+    hidden, prompts, hypo_ids = arrange(message.tensors, structure, 3)
+    return Step(
+        hidden=decode_tensor(hidden, "hidden states"),
+        start=position if message.start is None else message.start,
+        prompts=_optional(prompts, "prompts"),
+        hypo_ids=_hypo_ids(hypo_ids),
+    )
+
+
+def decode_forward(
+    tensors: Sequence[runtime_pb2.Tensor], metadata: Mapping[str, Any], span: BlockSpan, peer: str
+) -> PassRequest:
+    """The tensors of a forward pass: hidden, prompts."""
+    check_common(metadata)
+    _output_compression(metadata, (1,))
+    hidden, prompts = arrange(tensors, metadata.get("args_structure"), 2)
+    return PassRequest(
+        span=span,
+        hidden=decode_tensor(hidden, "hidden states"),
+        peer=peer,
+        prompts=_optional(prompts, "prompts"),
+    )
+
+
+def decode_backward(
+    tensors: Sequence[runtime_pb2.Tensor], metadata: Mapping[str, Any], span: BlockSpan, peer: str
+) -> PassRequest:
+    """The tensors of a backward pass: inputs, output gradients, prompts."""
+    check_common(metadata)
+    _output_compression(metadata, (1, 2))
+    hidden, grad_output, prompts = arrange(tensors, metadata.get("args_structure"), 3)
+    return PassRequest(
+        span=span,
+        hidden=decode_tensor(hidden, "hidden states"),
+        peer=peer,
+        prompts=_optional(prompts, "prompts"),
+        grad_output=decode_tensor(grad_output, "grad_outputs"),
+    )
+
+
+def served_span(uid: str, prefix: str) -> BlockSpan:
+    """The blocks that a uid names; NotServed when they belong to another model."""
+    model, span = parse_span(uid)
+    if model != prefix:
+        raise NotServed(f"model {model[:120]!r} is not served here, {prefix!r} is")
+    return span
+
+
+def check_common(metadata: Mapping[str, Any]) -> None:
+    """Fields that every computing call may carry: the price offered, the adapter wanted."""
+    points = metadata.get("points", 0)
+    if not _is_number(points):
+        raise BadRequest("points", points, "must be a number")
+    adapter = metadata.get("active_adapter")
+    if adapter:
+        raise BadRequest("active_adapter", adapter, "this server has no adapters")
+
+
+def _optional(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor | None:
+    tensor = decode_tensor(proto, field)
+    return None if is_dummy(tensor) else tensor
+
+
+def _hypo_ids(proto: runtime_pb2.Tensor) -> tuple[int, ...] | None:
+    tensor = decode_tensor(proto, "hypo_ids")
+    if tensor.dtype != torch.int64:
+        raise BadRequest("hypo_ids", proto.dtype, "must be int64, also when empty")
+    if is_dummy(tensor):
+        return None
+    if tensor.dim() != 1:
+        raise BadRequest("hypo_ids", list(tensor.shape), "must be one row number per row of the batch")
+    return tuple(tensor.tolist())
+
+
+def _max_length(metadata: Mapping[str, Any]) -> int:
+    value: Any = metadata.get("max_length")
+    if not _is_int(value) or value < 0:
+        raise BadRequest("max_length", value, "the first message must carry an int >= 0")
+    return int(value)
+
+
+def _alloc_timeout(metadata: Mapping[str, Any]) -> float:
+    value = metadata.get("alloc_timeout", 0.0)
+    if not _is_number(value) or not math.isfinite(value) or value < 0:
+        raise BadRequest("alloc_timeout", value, "must be seconds >= 0")
+    return float(value)
+
+
+def _start(metadata: Mapping[str, Any]) -> int | None:
+    if "start_from_position" not in metadata:
+        return None
+    value = metadata["start_from_position"]
+    if not _is_int(value) or value < 0:
+        raise BadRequest("start_from_position", value, "must be an int >= 0")
+    return int(value)
+
+
+def _text(metadata: Mapping[str, Any], key: str) -> str | None:
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_ID:
+        raise BadRequest(key, value, f"must be text of 1 to {_MAX_ID} characters")
+    return value
+
+
+def _next_servers(metadata: Mapping[str, Any]) -> tuple[NextServer, ...]:
+    value = metadata.get("next_servers") or ()
+    if not isinstance(value, tuple | list) or len(value) > _MAX_NEXT_SERVERS:
+        raise BadRequest("next_servers", value, f"must be a list of at most {_MAX_NEXT_SERVERS} servers")
+    return tuple(_next_server(item) for item in value)
+
+
+def _next_server(item: object) -> NextServer:
+    rule = "must be (PeerID, session id, first block, block after the last)"
+    if not isinstance(item, tuple | list) or len(item) != 4:
+        raise BadRequest("next_servers", item, rule)
+    peer, session_id, start, end = item
+    names_fit = all(isinstance(name, str) and 0 < len(name) <= _MAX_ID for name in (peer, session_id))
+    if not names_fit or not (_is_int(start) and _is_int(end) and 0 <= start < end):
+        raise BadRequest("next_servers", item, rule)
+    return NextServer(peer, session_id, BlockSpan(start, end))
+
+
+def _output_compression(metadata: Mapping[str, Any], lengths: tuple[int, ...]) -> None:
+    value = metadata.get("output_compression")
+    if value is None:
+        return
+    if not isinstance(value, tuple | list) or len(value) not in lengths:
+        raise BadRequest(
+            "output_compression", value, f"must be a list of {' or '.join(map(str, lengths))} codecs"
+        )
+    if any(codec != runtime_pb2.NONE for codec in value):
+        raise BadRequest("output_compression", value, "this server answers uncompressed: 0")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

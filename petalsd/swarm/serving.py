@@ -1,0 +1,62 @@
+"""What the handlers serve and within which bounds; shared by all calls of one node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from petalsd.engine.engine import Engine
+from petalsd.errors import Draining
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model, as far as the wire shows it. ``num_blocks`` counts all its layers, not those served here."""
+
+    prefix: str
+    num_blocks: int
+    hidden_size: int
+    dtype: torch.dtype
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerLimits:
+    """Seconds that calls may take, and how many streams may be open at once.
+
+    request_timeout_s    a whole forward, backward or push call
+    step_timeout_s       waiting for the next step of a session
+    session_timeout_s    a whole session
+    max_alloc_timeout_s  what ``alloc_timeout`` is capped at
+    """
+
+    request_timeout_s: float = 180.0
+    step_timeout_s: float = 300.0
+    session_timeout_s: float = 1800.0
+    max_alloc_timeout_s: float = 600.0
+    max_streams: int = 2048
+    max_streams_per_peer: int = 512
+
+
+class Serving:
+    """The engine behind the handlers, and whether new work is taken."""
+
+    def __init__(self, engine: Engine, model: ServedModel, limits: HandlerLimits) -> None:
+        self.engine = engine
+        self.model = model
+        self.limits = limits
+        self._refusal: str | None = None
+
+    def refuse(self, reason: str) -> None:
+        """From now on new sessions and passes get Draining with ``reason``; open sessions go on."""
+        self._refusal = reason
+
+    def serve(self) -> None:
+        """Take new work again."""
+        self._refusal = None
+
+    def check_open(self) -> None:
+        """Draining while new work is refused."""
+        if self._refusal is not None:
+            raise Draining(self._refusal, hint="use another server")

@@ -1,0 +1,97 @@
+"""Open inference sessions by their id, and the steps that wait for each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+
+from petalsd.errors import BadRequest
+from petalsd.swarm.requests import StepMessage
+from petalsd.types import BlockSpan
+
+_MAX_WAITING = 2
+_MAX_PUSHED = 4
+
+
+class StepInbox:
+    """Steps of one session: from its client and from the server before us. The client's go first.
+
+    One task puts, one gets; pushes come from any. ``span`` is set once the session is open.
+    """
+
+    def __init__(self) -> None:
+        self.span: BlockSpan | None = None
+        self._from_client: deque[StepMessage] = deque()
+        self._pushed: deque[StepMessage] = deque()
+        self._pusher: str | None = None
+        self._is_ended = False
+        self._arrived = asyncio.Event()
+        self._taken = asyncio.Event()
+
+    async def put(self, message: StepMessage) -> None:
+        """Add a step of the client; waits while too many wait already."""
+        while len(self._from_client) >= _MAX_WAITING:
+            self._taken.clear()
+            await self._taken.wait()
+        self._from_client.append(message)
+        self._arrived.set()
+
+    def push(self, message: StepMessage, peer: str) -> bool:
+        """Add a pushed step. Not taken when too many wait or another peer pushes here: the client sends it too."""
+        if self._pusher not in (None, peer) or len(self._pushed) >= _MAX_PUSHED or self._is_ended:
+            return False
+        self._pusher = peer
+        self._pushed.append(message)
+        self._arrived.set()
+        return True
+
+    def end(self) -> None:
+        """The client sends no more: what it sent is still handed out, pushed steps are not."""
+        self._is_ended = True
+        self._arrived.set()
+
+    async def get(self) -> StepMessage | None:
+        """The next step; None when the client has ended the session."""
+        while True:
+            if self._from_client:
+                self._taken.set()
+                return self._from_client.popleft()
+            if self._is_ended:
+                return None
+            if self._pushed:
+                return self._pushed.popleft()
+            self._arrived.clear()
+            await self._arrived.wait()
+
+
+class SessionRegistry:
+    """Session ids in use at this server."""
+
+    def __init__(self) -> None:
+        self._inboxes: dict[str, StepInbox] = {}
+
+    def __len__(self) -> int:
+        return len(self._inboxes)
+
+    @contextlib.contextmanager
+    def claim(self, session_id: str | None, inbox: StepInbox) -> Iterator[None]:
+        """Hold an id while the session lives; BadRequest when another session holds it. None needs no id."""
+        if session_id is None:
+            yield
+            return
+        if session_id in self._inboxes:
+            raise BadRequest("session_id", session_id, "another session has it already")
+        self._inboxes[session_id] = inbox
+        try:
+            yield
+        finally:
+            del self._inboxes[session_id]
+
+    def deliver(self, session_id: str, span: BlockSpan, message: StepMessage, peer: str) -> bool:
+        """Hand a pushed step to its session; False when there is none or it does not take it."""
+        inbox = self._inboxes.get(session_id)
+        if inbox is None or inbox.span != span:
+            return False
+        return inbox.push(message, peer)
