@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from petalsd.client.connection import Connector
-from petalsd.client.history import InputHistory, PromptHistory, cut_steps
+from petalsd.client.history import InputHistory, PromptHistory, StepLog
 from petalsd.client.routing import Hop
 from petalsd.client.span_session import SpanSession, StepInput, StreamTerms
 
@@ -39,15 +39,28 @@ class ChainLink:
         self.history.reorder(hypo_ids)
 
     async def feed(
-        self, prompts: PromptHistory, keep_from: int, hypo_ids: tuple[int, ...] | None = None
+        self,
+        prompts: PromptHistory,
+        steps: StepLog,
+        keep_from: int,
+        hypo_ids: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """Bring the server to the end of the history; returns its outputs from position ``keep_from`` on.
 
+        ``prompts`` and ``steps`` are the session's, up to that end; ``hypo_ids`` how rows have changed places.
         After any failure the stream is dropped, and the next call feeds everything to a new one.
         """
         try:
             stream, start = await self._ready_stream(keep_from, hypo_ids)
-            return await self._feed_from(stream, start, prompts, keep_from, hypo_ids if start else None)
+            outputs: list[torch.Tensor] = []
+            for begin, stop in self._cut(start, prompts, steps):
+                hidden = self.history.between(begin, stop)
+                slices = prompts.between(begin, stop, self.hop.blocks)
+                output = await stream.step(StepInput(hidden, begin, slices, hypo_ids if start else None))
+                self._valid, hypo_ids = stop, None
+                if stop >= keep_from:
+                    outputs.append(output[:, max(keep_from - begin, 0) :])
+            return torch.cat(outputs, dim=1)
         except BaseException:
             self._drop()
             raise
@@ -77,28 +90,10 @@ class ChainLink:
         self._stream = await SpanSession.open(self.hop, self._connector, self._terms)
         return self._stream, 0
 
-    async def _feed_from(
-        self,
-        stream: SpanSession,
-        start: int,
-        prompts: PromptHistory,
-        keep_from: int,
-        hypo_ids: tuple[int, ...] | None,
-    ) -> torch.Tensor:
-        outputs: list[torch.Tensor] = []
-        for begin, stop in self._steps(start, prompts.starts()):
-            hidden = self.history.between(begin, stop)
-            piece_prompts = prompts.between(begin, stop, self.hop.blocks)
-            output = await stream.step(StepInput(hidden, begin, piece_prompts, hypo_ids))
-            self._valid, hypo_ids = stop, None
-            if stop >= keep_from:
-                outputs.append(output[:, max(keep_from - begin, 0) :])
-        return torch.cat(outputs, dim=1)
-
-    def _steps(self, start: int, borders: Sequence[int]) -> list[tuple[int, int]]:
+    def _cut(self, start: int, prompts: PromptHistory, steps: StepLog) -> Iterator[tuple[int, int]]:
         rows = max(self.history.num_rows, 1)
         max_tokens = max(self._terms.options.max_step_tokens // rows, 1)
-        return list(cut_steps(start, self.history.length, max_tokens, borders))
+        return steps.cut(start, self.history.length, max_tokens, prompts.starts())
 
 
 def can_roll_back(version: str | None) -> bool:

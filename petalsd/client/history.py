@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -109,14 +110,49 @@ class PromptHistory:
         return None
 
 
-def cut_steps(start: int, end: int, max_tokens: int, borders: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cut positions ``start:end`` into steps of at most ``max_tokens`` (>= 1) that do not cross a border.
+class StepLog:
+    """Where the session's steps began, and how positions may be cut into messages.
 
-    An empty range is one empty step: it still has to be answered.
+    Any cut gives the same numbers, unless the model's rotary embedding depends on how long a row is (dynamic,
+    longrope): then steps that reach beyond ``whole_from`` positions must be sent as they came.
     """
-    if start == end:
-        yield start, end
-    while start < end:
-        stop = min(start + max_tokens, end, *(border for border in borders if border > start))
-        yield start, stop
-        start = stop
+
+    def __init__(self, whole_from: int | None = None) -> None:
+        self._whole_from = whole_from
+        self._starts: list[int] = []
+
+    def add(self, start: int) -> None:
+        """A step begins at ``start``, the end of all steps so far."""
+        if not self._starts or self._starts[-1] < start:
+            self._starts.append(start)
+
+    def truncate(self, length: int) -> None:
+        """Forget the steps from position ``length`` on."""
+        del self._starts[bisect_left(self._starts, length) :]
+
+    def cut(self, start: int, end: int, max_tokens: int, borders: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Cut ``start:end`` into messages of at most ``max_tokens`` (>= 1) that do not cross a border.
+
+        Steps that must stay whole do, whatever their length. An empty range is one empty message: it still has to
+        be answered.
+        """
+        if start == end:
+            yield start, end
+        whole_from = self._first_whole(end)
+        while start < end:
+            if start < whole_from:
+                stop = min(start + max_tokens, whole_from, *(border for border in borders if border > start))
+            else:
+                stop = self._step_end(start, end)
+            yield start, stop
+            start = stop
+
+    def _first_whole(self, end: int) -> int:
+        """Where the first step begins that must stay whole, at most ``end``."""
+        if self._whole_from is None or end <= self._whole_from:
+            return end
+        return self._starts[bisect_right(self._starts, self._whole_from) - 1]
+
+    def _step_end(self, start: int, end: int) -> int:
+        following = bisect_right(self._starts, start)
+        return self._starts[following] if following < len(self._starts) else end

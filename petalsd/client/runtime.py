@@ -26,6 +26,10 @@ class ClientRuntime:
         self._thread = threading.Thread(target=self._run_loop, name="petalsd-client", daemon=True)
         self._is_running = False
 
+    @property
+    def is_running(self) -> bool:
+        return self._is_running
+
     def start(self) -> None:
         """Start the thread."""
         self._is_running = True

@@ -11,7 +11,7 @@ import torch
 
 from petalsd.client.chain import ChainLink
 from petalsd.client.connection import Connector
-from petalsd.client.history import PromptHistory
+from petalsd.client.history import PromptHistory, StepLog
 from petalsd.client.retry import REMOTE_ERRORS, RetryBudget
 from petalsd.client.routing import Hop
 from petalsd.client.span_session import StreamTerms
@@ -51,6 +51,7 @@ class InferenceSession:
         self._terms = terms
         self._links: list[ChainLink] = []
         self._prompts = PromptHistory(blocks.start)
+        self._steps = StepLog(terms.whole_from)
         self._position = 0
         self._batch: int | None = None
         self._is_closed = False
@@ -131,6 +132,8 @@ class InferenceSession:
     def _note_inputs(self, prompts: torch.Tensor | None, hypo_ids: tuple[int, ...] | None) -> None:
         """Bring all histories to the session's position, in the order of rows that this step wants."""
         self._prompts.truncate(self._position)
+        self._steps.truncate(self._position)
+        self._steps.add(self._position)
         for link in self._links:
             link.rewind(self._position)
         if hypo_ids is not None:
@@ -149,7 +152,7 @@ class InferenceSession:
             is_last = index + 1 == len(self._links)
             keep_from = self._position if is_last else self._links[index + 1].history.length
             try:
-                output = await link.feed(self._prompts, keep_from, hypo_ids)
+                output = await link.feed(self._prompts, self._steps, keep_from, hypo_ids)
             except REMOTE_ERRORS as error:
                 self._router.report_failure(link.hop.peer)
                 log.info("span_failed", peer=link.hop.peer, blocks=str(link.hop.blocks), error=str(error))

@@ -23,11 +23,17 @@ _ARGUMENTS = pack_structure(3)
 
 @dataclass(frozen=True, slots=True)
 class StreamTerms:
-    """What all streams of a session agree on: the model's prefix, the positions a row may reach, the waits."""
+    """What all streams of a session agree on.
+
+    prefix      the model's
+    max_tokens  positions that a row may reach
+    whole_from  steps beyond it may not be cut (see ``history.StepLog``); None: all may
+    """
 
     prefix: str
     max_tokens: int
     options: ClientOptions
+    whole_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petalsd.client.history import InputHistory, PromptHistory, cut_steps
+from petalsd.client.history import InputHistory, PromptHistory, StepLog
 from petalsd.types import BlockSpan
 
 
@@ -89,7 +89,7 @@ def test_replayed_pieces_carry_the_prompts_of_the_steps(max_tokens: int) -> None
     expected[:, :, 0:5] += first
     expected[:, :, 7:9] += second
     actual = torch.zeros(4, 1, 12, 3)
-    for start, stop in cut_steps(0, 12, max_tokens, prompts.starts()):
+    for start, stop in StepLog().cut(0, 12, max_tokens, prompts.starts()):
         piece = prompts.between(start, stop, BlockSpan(1, 3))
         if piece is not None:
             assert piece.shape[2] <= stop - start
@@ -125,4 +125,39 @@ def test_cuts_respect_limit_and_borders(
     arguments: tuple[int, int, int, tuple[int, ...]], expected: list[tuple[int, int]]
 ) -> None:
     """No step is longer than the limit or crosses the beginning of a prompt; nothing is still one step."""
-    assert list(cut_steps(*arguments)) == expected
+    assert list(StepLog().cut(*arguments)) == expected
+
+
+def make_log(whole_from: int | None, *starts: int) -> StepLog:
+    log = StepLog(whole_from)
+    for start in starts:
+        log.add(start)
+    return log
+
+
+@pytest.mark.parametrize(
+    ("whole_from", "expected"),
+    [
+        (None, [(0, 4), (4, 8), (8, 12), (12, 13)]),
+        (20, [(0, 4), (4, 8), (8, 12), (12, 13)]),
+        (11, [(0, 4), (4, 8), (8, 11), (11, 12), (12, 13)]),
+        (10, [(0, 4), (4, 8), (8, 10), (10, 11), (11, 12), (12, 13)]),
+        (9, [(0, 4), (4, 8), (8, 9), (9, 10), (10, 11), (11, 12), (12, 13)]),
+        (7, [(0, 9), (9, 10), (10, 11), (11, 12), (12, 13)]),
+    ],
+)
+def test_steps_that_must_stay_whole_do(whole_from: int | None, expected: list[tuple[int, int]]) -> None:
+    """From the first step that reaches beyond the limit on, each is sent as it came, however long."""
+    log = make_log(whole_from, 0, 9, 10, 11, 12)
+    assert list(log.cut(0, 13, 4, ())) == expected
+
+
+def test_rolled_back_steps_are_forgotten() -> None:
+    """What is left of a step that was cut in two stays a step."""
+    log = make_log(0, 0, 5, 8)
+    log.truncate(7)
+    log.add(7)
+    assert list(log.cut(0, 9, 100, ())) == [(0, 5), (5, 7), (7, 9)]
+    log.truncate(0)
+    log.add(0)
+    assert list(log.cut(0, 2, 100, ())) == [(0, 2)]

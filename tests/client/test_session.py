@@ -382,3 +382,17 @@ async def test_positions_ahead_and_closed_sessions_are_refused() -> None:
     await session.close()
     with pytest.raises(SessionClosed):
         await session.step(random_states(1, 1))
+
+
+async def test_steps_are_replayed_as_they_came_where_rotation_depends_on_length() -> None:
+    """With dynamic or longrope rotation a merged or cut step would give other numbers."""
+    whole = FakeServer(make_span("whole", 0, 6), before_step=dies_at(5))
+    spare = FakeServer(make_span("z", 0, 6))
+    swarm = FakeSwarm(whole, spare)
+    terms = StreamTerms("tiny", 64, QUICK, whole_from=6)
+    async with InferenceSession(swarm, swarm, terms, BLOCKS) as session:
+        hidden = random_states(1, 26)
+        output = await run_steps(session, hidden, (2, 2, 20, 1, 1))
+    assert_same(output, run_blocks(BLOCKS, hidden))
+    replayed = [message.hidden.shape[1] for message in spare.messages]
+    assert replayed == [4, 20, 1, 1]

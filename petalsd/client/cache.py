@@ -1,0 +1,116 @@
+"""An inference session as transformers' ``past_key_values``, so that its generation loops drive it unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from transformers import Cache
+
+from petalsd.client.runtime import ClientRuntime
+from petalsd.client.session import InferenceSession
+from petalsd.errors import BadRequest
+
+
+class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types here
+    """The servers hold the keys and values; this is their length, their rollback and the order of their rows.
+
+    The session opens with the first step. ``max_tokens`` may stay open until then: ``generate`` reserves what it
+    needs. Use as a context manager, or ``close`` it: the servers hold memory for it until then.
+    """
+
+    def __init__(
+        self,
+        runtime: ClientRuntime,
+        make_session: Callable[[int], InferenceSession],
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(layers=[])
+        self._runtime = runtime
+        self._make_session = make_session
+        self._max_tokens = max_tokens
+        self._session: InferenceSession | None = None
+        self._hypo_ids: torch.Tensor | None = None
+
+    @property
+    def position(self) -> int:
+        """Tokens that each row has behind it. Assigning a smaller value rolls back to it."""
+        return 0 if self._session is None else self._session.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if self._session is not None:
+            self._session.position = value
+        elif value != 0:
+            raise BadRequest("position", value, "nothing was generated yet")
+
+    @property
+    def session(self) -> InferenceSession | None:
+        """The session below; None before the first step."""
+        return self._session
+
+    def reserve(self, max_tokens: int) -> None:
+        """Make sure that ``max_tokens`` positions fit; BadRequest when not, for servers fix this at the start."""
+        if self._max_tokens is None:
+            self._max_tokens = max_tokens
+        elif max_tokens > self._max_tokens:
+            raise BadRequest(
+                "max_length",
+                max_tokens,
+                f"the session was opened for {self._max_tokens} tokens and cannot grow",
+            )
+
+    def step(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run ``[B, n, M]`` through the remote blocks; same shape, dtype and device."""
+        if self._session is None:
+            self._session = self._make_session(self._max_tokens or hidden.shape[1])
+        hypo_ids = None if self._hypo_ids is None else tuple(self._hypo_ids.tolist())
+        output = self._runtime.run(self._session.step(hidden.cpu(), hypo_ids=hypo_ids))
+        self._hypo_ids = None
+        return output.to(hidden.device)
+
+    def close(self) -> None:
+        """End the session; idempotent."""
+        if self._session is not None:
+            self._runtime.run(self._session.close())
+
+    def __enter__(self) -> RemoteCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What transformers' generation asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.position
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if self._max_tokens is None else self._max_tokens
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row j goes on from row ``beam_idx[j]``; told to the servers with the next step."""
+        beam_idx = beam_idx.cpu()
+        self._hypo_ids = beam_idx if self._hypo_ids is None else self._hypo_ids[beam_idx]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (transformers passes them negative)."""
+        self.position = self.position - abs(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.position = 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._session is not None

@@ -1,0 +1,203 @@
+"""A causal language model of transformers whose blocks are remote: embeddings, final norm and head are local."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from petalsd.client.autograd import remote_blocks
+from petalsd.client.cache import RemoteCache
+from petalsd.client.options import ClientOptions
+from petalsd.client.runtime import ClientRuntime
+from petalsd.client.swarm_client import SwarmClient
+from petalsd.errors import BadRequest, WeightsError
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.naming import dht_prefix as derive_prefix
+from petalsd.models.source import ModelSource
+from petalsd.models.weights import HeadWeights, load_head
+from petalsd.ops.norm import rms_norm
+
+_GENERATION_CONFIG_FILE = "generation_config.json"
+
+
+class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers ships no types here
+    """Build it with ``from_pretrained``; ``close`` it, or use it as a context manager.
+
+    ``generate`` works as everywhere in transformers (greedy, sampling, beams, assistants, streamers); it may be
+    called from several threads. Calling the model without a cache runs a pass through the swarm, which is
+    differentiable. The local weights are frozen.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self, config: PreTrainedConfig, head: HeadWeights, runtime: ClientRuntime, client: SwarmClient
+    ) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=head.embed_tokens)
+        self.norm = nn.Parameter(head.norm)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        is_tied = head.lm_head is head.embed_tokens
+        self.lm_head.weight = self.embed_tokens.weight if is_tied else nn.Parameter(head.lm_head)
+        self.requires_grad_(False)
+        self.runtime = runtime
+        self.client = client
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | ModelSource,
+        *,
+        initial_peers: Sequence[str],
+        dht_prefix: str | None = None,
+        dtype: torch.dtype | None = None,
+        options: ClientOptions | None = None,
+    ) -> RemoteCausalLM:
+        """Load the local parts of a model and join the swarm that serves its blocks.
+
+        source         directory or Hub repository; a ModelSource for a revision, a token or offline work
+        initial_peers  multiaddrs of members of the swarm
+        dht_prefix     what its servers were started with, if not derived from the name
+        dtype          of the local parts; None: the checkpoint's
+
+        Raises WeightsError, ModelError, or SwarmError when no peer answers.
+        """
+        files = source if isinstance(source, ModelSource) else ModelSource(str(source))
+        raw = files.config()
+        blocks = BlockConfig.from_hf(raw)
+        prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
+        head = load_head(files, blocks, dtype or blocks.dtype or torch.float32)
+        config = CONFIG_MAPPING[blocks.model_type].from_dict(raw)
+        client = SwarmClient(prefix, blocks.num_blocks, initial_peers, options, _whole_from(blocks))
+        runtime = ClientRuntime()
+        runtime.start()
+        try:
+            runtime.run(client.start())
+            model = cls(config, head, runtime, client)
+        except BaseException:
+            runtime.stop()
+            raise
+        model.generation_config = _read_generation_config(files, config)
+        return model
+
+    def close(self) -> None:
+        """Leave the swarm; idempotent. Sessions end."""
+        if self.runtime.is_running:
+            self.runtime.run(self.client.stop())
+            self.runtime.stop()
+
+    def inference_session(self, max_tokens: int | None = None) -> RemoteCache:
+        """A cache to pass as ``past_key_values`` to several calls; a context manager.
+
+        ``max_tokens`` is what its rows may reach, prompts included; None: what the first ``generate`` needs.
+        """
+        return RemoteCache(self.runtime, self.client.session, max_tokens)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Without ``past_key_values`` a session is opened for this call and closed after."""
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
+            return super().generate(*args, **kwargs)
+        with self.inference_session() as cache:
+            return super().generate(*args, past_key_values=cache, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RemoteCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, n, V]`` for ``input_ids`` ``[B, n]`` or ``inputs_embeds`` ``[B, n, M]``.
+
+        Rows are of equal length: no padding, positions count from the cache's. BadRequest names what the remote
+        blocks cannot do.
+        """
+        _check_inputs(attention_mask, past_key_values, kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise BadRequest("input_ids", input_ids, "exactly one of input_ids and inputs_embeds is needed")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            hidden = past_key_values.step(hidden)
+        else:
+            hidden = remote_blocks(self.runtime, self.client.passes, hidden)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(rms_norm(hidden[:, kept], self.norm, self.config.rms_norm_eps))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def __enter__(self) -> RemoteCausalLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """transformers' hook between the length of a generation being known and its first step."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, RemoteCache):
+            cache.reserve(max_cache_length + 1)
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+
+
+def _check_inputs(attention_mask: torch.Tensor | None, cache: object, others: dict[str, Any]) -> None:
+    """Refuse what would be computed differently from what was asked."""
+    if attention_mask is not None and not bool((attention_mask == 1).all()):
+        raise BadRequest(
+            "attention_mask", tuple(attention_mask.shape), "rows must be of equal length, without padding"
+        )
+    if cache is not None and not isinstance(cache, RemoteCache):
+        raise BadRequest("past_key_values", type(cache).__name__, "use model.inference_session()")
+    for name in ("position_ids", "output_attentions", "output_hidden_states"):
+        if others.get(name) not in (None, False):
+            raise BadRequest(name, others[name], "the remote blocks do not support it")
+
+
+def _whole_from(config: BlockConfig) -> int | None:
+    """From which position on a token's rotation depends on the length of the row it came with."""
+    if config.rope["rope_type"] == "dynamic":
+        return config.max_positions
+    if config.rope["rope_type"] == "longrope":
+        return int(config.rope.get("original_max_position_embeddings", config.max_positions))
+    return None
+
+
+def _read_generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
+    try:
+        source.fetch([_GENERATION_CONFIG_FILE])
+        content = json.loads(source.path(_GENERATION_CONFIG_FILE).read_bytes())
+    except (WeightsError, OSError, ValueError):  # most models have one, none needs it
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_dict(content)

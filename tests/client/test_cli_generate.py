@@ -1,0 +1,90 @@
+"""``petalsd generate``: its arguments and the figures it prints."""
+
+from __future__ import annotations
+
+import argparse
+import io
+
+import pytest
+import torch
+
+from petalsd.cli import generate
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    return parser.parse_args([*words])
+
+
+BASE = ("--model", "m", "--peers", "/ip4/1.2.3.4/tcp/1/p2p/Qm")
+
+
+@pytest.mark.parametrize("words", [("hello", *BASE), (*BASE, "hello"), (*BASE, "--chat", "hello")])
+def test_the_prompt_may_stand_anywhere(words: tuple[str, ...]) -> None:
+    """Also right behind the peers, which would take it for one of them."""
+    arguments = parse(*words)
+    assert generate._take_prompt(arguments) == "hello"
+    assert arguments.peers == [BASE[-1]]
+
+
+def test_the_prompt_may_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``-`` reads it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert generate._take_prompt(parse("-", *BASE)) == "from a pipe"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        BASE,
+        ("hello", "--model", "m"),
+        ("hello", *BASE, "--max-new-tokens", "0"),
+        ("hello", *BASE, "--temperature", "-1"),
+        ("hello", *BASE, "--temperature", "nan"),
+        ("hello", *BASE, "--top-p", "0"),
+    ],
+)
+def test_bad_usage_exits_with_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything heavy is imported or anybody is called."""
+    with pytest.raises(SystemExit) as caught:
+        generate._take_prompt(parse(*words))
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), {"max_new_tokens": 128, "do_sample": False}),
+        (
+            ("--temperature", "0.5", "--top-p", "0.9", "--max-new-tokens", "3"),
+            {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5, "top_p": 0.9},
+        ),
+    ],
+)
+def test_a_temperature_means_sampling(words: tuple[str, ...], expected: dict[str, object]) -> None:
+    """Without one the likeliest token is taken, whatever the model's own settings say."""
+    assert generate._generation_settings(parse("x", *BASE, *words)) == expected
+
+
+def test_the_meter_counts_tokens_and_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is not counted; the rate is over the time since it."""
+    seen: list[object] = []
+
+    class Inner:
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(value.tolist())
+
+        def end(self) -> None:
+            seen.append("end")
+
+    clock = iter([10.0, 10.5, 11.0, 12.0])
+    monkeypatch.setattr("petalsd.cli.generate.time.perf_counter", lambda: next(clock))
+    meter = generate.MeteredStreamer(Inner())
+    assert meter.summary() == "no tokens"
+    for value in ([1, 2], [3], [4], [5]):
+        meter.put(torch.tensor(value))
+    meter.end()
+    assert seen == [[1, 2], [3], [4], [5], "end"]
+    assert meter.summary() == "3 tokens in 2.0 s, 1.5 tokens/s (first after 0.50 s)"

@@ -1,0 +1,255 @@
+"""RemoteCausalLM over servers in memory: transformers' generation gives what it gives with local blocks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from petalsd.client.cache import RemoteCache
+from petalsd.client.model import RemoteCausalLM
+from petalsd.client.options import ClientOptions
+from petalsd.client.passes import SwarmPasses
+from petalsd.client.runtime import ClientRuntime
+from petalsd.client.session import InferenceSession
+from petalsd.client.span_session import StreamTerms
+from petalsd.errors import BadRequest
+from petalsd.models.weights import HeadWeights
+from petalsd.ops.norm import rms_norm
+from petalsd.types import BlockSpan
+from tests.client.fake_swarm import HIDDEN, FakeServer, FakeSwarm, dies_at, make_span, run_blocks
+
+BLOCKS = BlockSpan(0, 6)
+VOCAB = 40
+OPTIONS = ClientOptions(min_backoff_s=0.001, max_step_tokens=64)
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def make_head() -> HeadWeights:
+    generator = torch.Generator().manual_seed(5)
+    embed = torch.randn(VOCAB, HIDDEN, generator=generator)
+    return HeadWeights(embed, torch.rand(HIDDEN, generator=generator) + 0.5, embed)
+
+
+def make_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=len(BLOCKS),
+        num_attention_heads=1,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+
+
+class LocalModel(PreTrainedModel, GenerationMixin):
+    """The oracle: the same blocks here, all positions computed anew for every token."""
+
+    _supports_sdpa = True
+
+    def __init__(self) -> None:
+        super().__init__(make_config())
+        self.head = make_head()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        hidden = run_blocks(BLOCKS, self.head.embed_tokens[input_ids])
+        return CausalLMOutputWithPast(logits=rms_norm(hidden, self.head.norm, 1e-6) @ self.head.lm_head.T)
+
+
+class FakeClient:
+    """A SwarmClient without a network."""
+
+    def __init__(self, swarm: FakeSwarm) -> None:
+        self.swarm = swarm
+        self.passes = SwarmPasses(swarm, swarm, "tiny", BLOCKS, OPTIONS)
+        self.asked_tokens: list[int] = []
+
+    def session(self, max_tokens: int) -> InferenceSession:
+        self.asked_tokens.append(max_tokens)
+        return InferenceSession(self.swarm, self.swarm, StreamTerms("tiny", max_tokens, OPTIONS), BLOCKS)
+
+    async def stop(self) -> None:
+        """Nothing to leave."""
+
+
+@pytest.fixture
+def swarm() -> FakeSwarm:
+    return FakeSwarm(FakeServer(make_span("a", 0, 3)), FakeServer(make_span("b", 3, 6)))
+
+
+@pytest.fixture
+def model(swarm: FakeSwarm) -> Iterator[RemoteCausalLM]:
+    runtime = ClientRuntime()
+    runtime.start()
+    with RemoteCausalLM(make_config(), make_head(), runtime, FakeClient(swarm)) as model:
+        yield model
+    assert not runtime.is_running
+    assert swarm.open_streams == 0
+
+
+@pytest.fixture
+def local() -> LocalModel:
+    return LocalModel().eval()
+
+
+def test_greedy_generation(model: RemoteCausalLM, local: LocalModel, swarm: FakeSwarm) -> None:
+    """Token by token the local model's, with one message per server and token after the prompt."""
+    output = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    expected = local.generate(PROMPT, max_new_tokens=12, do_sample=False, use_cache=False)
+    assert output.tolist() == expected.tolist()
+    lengths = [message.hidden.shape[1] for message in swarm.servers["b"].messages]
+    assert lengths == [5] + [1] * 11
+    assert model.client.asked_tokens == [17]
+
+
+def test_sampling_with_a_seed(model: RemoteCausalLM, local: LocalModel) -> None:
+    """The same random numbers choose the same tokens."""
+    settings = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.8, "top_k": 12}
+    torch.manual_seed(3)
+    output = model.generate(PROMPT, **settings)
+    torch.manual_seed(3)
+    assert output.tolist() == local.generate(PROMPT, use_cache=False, **settings).tolist()
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beam_search(model: RemoteCausalLM, local: LocalModel, beams: int) -> None:
+    """Rows are reordered on the servers."""
+    settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    output = model.generate(PROMPT, **settings)
+    assert output.tolist() == local.generate(PROMPT, use_cache=False, **settings).tolist()
+
+
+def test_beam_search_over_a_dying_server(model: RemoteCausalLM, local: LocalModel, swarm: FakeSwarm) -> None:
+    """The replacement continues all beams."""
+    swarm.servers["c"] = FakeServer(make_span("c", 2, 6))
+    swarm.servers["b"].before_step = dies_at(5)
+    settings = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    output = model.generate(PROMPT, **settings)
+    assert output.tolist() == local.generate(PROMPT, use_cache=False, **settings).tolist()
+    swarm.servers["b"].open_streams = 0
+
+
+def test_assisted_generation_rolls_back(model: RemoteCausalLM, local: LocalModel, swarm: FakeSwarm) -> None:
+    """Candidates that were rejected are cut from the servers' caches."""
+    prompt = torch.tensor([[3, 1, 4, 3, 1, 4, 3, 1]])
+    output = model.generate(prompt, max_new_tokens=14, do_sample=False, prompt_lookup_num_tokens=3)
+    expected = local.generate(prompt, max_new_tokens=14, do_sample=False, use_cache=False)
+    assert output.tolist() == expected.tolist()
+    messages = swarm.servers["a"].messages
+    assert any(message.hidden.shape[1] > 1 for message in messages[1:])
+
+
+def test_a_batch_of_equal_rows(model: RemoteCausalLM, local: LocalModel) -> None:
+    """Several prompts of one length run as one session."""
+    prompts = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5]])
+    output = model.generate(prompts, max_new_tokens=5, do_sample=False)
+    expected = local.generate(prompts, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert output.tolist() == expected.tolist()
+
+
+def test_streamers_get_every_token(model: RemoteCausalLM) -> None:
+    """The prompt first, then each token as it comes."""
+    seen: list[list[int]] = []
+
+    class Recorder(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append([])
+
+    output = model.generate(PROMPT, max_new_tokens=4, do_sample=False, streamer=Recorder())
+    assert seen == [PROMPT[0].tolist(), *([token] for token in output[0, 5:].tolist()), []]
+
+
+def test_a_session_continues_over_calls(model: RemoteCausalLM, local: LocalModel, swarm: FakeSwarm) -> None:
+    """The second call feeds only what is new; rolling back forgets the end."""
+    with model.inference_session(max_tokens=40) as cache:
+        first = model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        assert cache.position == 8
+        longer = torch.cat([first, torch.tensor([[7, 7]])], dim=1)
+        second = model.generate(longer, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        cache.position = 6
+        again = model.generate(longer, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    expected = local.generate(longer, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert second.tolist() == again.tolist() == expected.tolist()
+    assert swarm.servers["a"].messages[4].hidden.shape[1] == 3
+
+
+def test_generation_without_a_cache_uses_passes(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
+    """``use_cache=False`` opens no session."""
+    output = model.generate(PROMPT, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert output.shape == (1, 8)
+    assert not swarm.servers["a"].messages and swarm.servers["a"].passes
+
+
+def test_a_call_without_cache_is_differentiable(model: RemoteCausalLM, local: LocalModel) -> None:
+    """Loss and gradients for what stands before the blocks; the local weights stay frozen."""
+    embeds = model.embed_tokens(PROMPT).clone().requires_grad_()
+    result = model(inputs_embeds=embeds, labels=PROMPT)
+    result.loss.backward()
+    here = local.head.embed_tokens[PROMPT].clone().requires_grad_()
+    logits = rms_norm(run_blocks(BLOCKS, here), local.head.norm, 1e-6) @ local.head.lm_head.T
+    loss = nn.functional.cross_entropy(logits[0, :-1], PROMPT[0, 1:])
+    loss.backward()
+    torch.testing.assert_close(result.loss, loss)
+    torch.testing.assert_close(embeds.grad, here.grad)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_threads_share_a_model(model: RemoteCausalLM, local: LocalModel) -> None:
+    """Eight generations at once do not disturb each other."""
+    prompts = [torch.tensor([[i + 1, 2 * i + 1, 7]]) for i in range(8)]
+    outputs: dict[int, list[list[int]]] = {}
+
+    def generate(index: int) -> None:
+        outputs[index] = model.generate(prompts[index], max_new_tokens=6, do_sample=False).tolist()
+
+    threads = [threading.Thread(target=generate, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for index, prompt in enumerate(prompts):
+        expected = local.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+        assert outputs[index] == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "attention_mask"),
+        ({"past_key_values": object()}, "past_key_values"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"input_ids": None}, "input_ids"),
+    ],
+)
+def test_what_remote_blocks_cannot_do_is_refused(
+    model: RemoteCausalLM, arguments: dict[str, Any], field: str
+) -> None:
+    """Instead of computing something else."""
+    with pytest.raises(BadRequest, match=field):
+        model(**{"input_ids": PROMPT, **arguments})
+
+
+def test_a_session_cannot_grow(model: RemoteCausalLM) -> None:
+    """Servers reserve memory at the start; a generation that does not fit is refused before it runs."""
+    with model.inference_session(max_tokens=8) as cache, pytest.raises(BadRequest, match="8 tokens"):
+        model.generate(PROMPT, past_key_values=cache, max_new_tokens=10)
+
+
+def test_closing_twice_is_closing_once(model: RemoteCausalLM) -> None:
+    """The context manager may close what was closed by hand; an unused cache has nothing to close."""
+    RemoteCache(model.runtime, model.client.session).close()
+    model.close()
+    model.close()
