@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from petalsd.errors import WeightsError
+from petalsd.models.files import DirectoryStore, FileStore, Progress
+from petalsd.models.hub import HubStore
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-Progress = Callable[[str, int, int], None]
-"""Called as a file arrives: its name, bytes so far, bytes in all."""
-
-
-class FileStore(Protocol):
-    """The files of one model: how to know them, get them, and find them on this machine."""
-
-    def list_files(self) -> frozenset[str]:
-        """Names of the files that the model has; raises WeightsError when it cannot be found."""
-
-    def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
-        """Bring these files here, whole and verified; at once when they are. Raises WeightsError."""
-
-    def path(self, file: str) -> Path:
-        """Where a fetched file lies."""
-
-
-class DirectoryStore:
-    """A directory with config.json and safetensors files in it."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def list_files(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in self._directory.iterdir() if entry.is_file())
-
-    def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
-        for file in files:
-            if not self.path(file).is_file():
-                raise WeightsError(
-                    f"{file} is missing in {self._directory.name}", hint="copy the whole checkpoint"
-                )
-
-    def path(self, file: str) -> Path:
-        return self._directory / file
 
 
 class ModelSource:
@@ -73,7 +39,12 @@ class ModelSource:
         self.source = source
         self.is_directory = Path(source).is_dir()
         self._index: dict[str, str] | None = None
-        self._files: FileStore = DirectoryStore(Path(source))
+        self._files: FileStore
+        if self.is_directory:
+            self._files = DirectoryStore(Path(source))
+        else:
+            cache = cache_dir or Path.home() / ".cache" / "petalsd"
+            self._files = HubStore(source, revision, cache, token, offline, max_disk_bytes)
 
     @property
     def name(self) -> str:

@@ -1,0 +1,97 @@
+"""How much of the disk cached weights may take, and which go first when room is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from petalsd.errors import WeightsError
+
+log = structlog.get_logger(__name__)
+
+RESERVE_BYTES = 1 << 30
+"""Left free on the disk whatever the budget says."""
+
+_LOCK_DEADLINE_S = 3600.0
+_LOCK_POLL_S = 0.2
+
+
+class DiskBudget:
+    """Owns the files under ``root/*/blobs``. Their modification time says when they were last used.
+
+    ``max_bytes`` None: bounded by the disk alone. Methods are called under ``lock``, which works across processes.
+    """
+
+    def __init__(self, root: Path, max_bytes: int | None) -> None:
+        self._root = root
+        self._max_bytes = max_bytes
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process downloads into a cache, or evicts from it, at a time; WeightsError after an hour."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + _LOCK_DEADLINE_S
+        with (self._root / ".lock").open("a") as file:
+            while not _try_lock(file.fileno()):
+                if time.monotonic() > deadline:
+                    raise WeightsError(
+                        f"another process has held the weights cache for {_LOCK_DEADLINE_S:.0f} s",
+                        hint="see who downloads into the same model.cache_dir",
+                    )
+                time.sleep(_LOCK_POLL_S)
+            yield
+
+    def make_room(self, needed_bytes: int, keep: frozenset[Path]) -> None:
+        """Delete the least recently used files, none of ``keep``, until this much more fits; else WeightsError."""
+        candidates = sorted(
+            (path for path in self._root.glob("*/blobs/*") if path not in keep),
+            key=lambda path: path.stat().st_mtime,
+        )
+        available = self._available_bytes()
+        evictable = sum(path.stat().st_size for path in candidates)
+        if available + evictable < needed_bytes:
+            raise WeightsError(
+                f"{_gib(needed_bytes)} of weights do not fit: {_gib(max(available, 0))} available, "
+                f"{_gib(evictable)} could be freed",
+                hint="free the disk, raise model.max_disk_bytes, serve fewer blocks, or set model.cache_dir",
+            )
+        for path in candidates:
+            if available >= needed_bytes:
+                return
+            available += path.stat().st_size
+            log.info("weights_evicted", file=path.name, nbytes=path.stat().st_size)
+            path.unlink()
+
+    def touch(self, path: Path) -> None:
+        """Say that this file is used now."""
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that is only readable is fine, its order is just not kept
+            os.utime(path)
+
+    def _available_bytes(self) -> int:
+        free = shutil.disk_usage(self._root).free - RESERVE_BYTES
+        if self._max_bytes is None:
+            return free
+        used = sum(path.stat().st_size for path in self._root.glob("*/blobs/*"))
+        return min(free, self._max_bytes - used)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Closing the file releases it, so does the end of the process."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,45 @@
+"""What a model source needs from the place where its files are, and the simplest such place, a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from petalsd.errors import WeightsError
+
+Progress = Callable[[str, int, int], None]
+"""Called as a file arrives: its name, bytes so far, bytes in all. It may raise to stop the download."""
+
+
+class FileStore(Protocol):
+    """The files of one model: how to know them, get them, and find them on this machine."""
+
+    def list_files(self) -> frozenset[str]:
+        """Names of the files that the model has; raises WeightsError when it cannot be found."""
+
+    def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
+        """Bring these files here, whole and verified; at once when they are. Raises WeightsError."""
+
+    def path(self, file: str) -> Path:
+        """Where a fetched file lies."""
+
+
+class DirectoryStore:
+    """A directory with config.json and safetensors files in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def list_files(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in self._directory.iterdir() if entry.is_file())
+
+    def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
+        for file in files:
+            if not self.path(file).is_file():
+                raise WeightsError(
+                    f"{file} is missing in {self._directory.name}", hint="copy the whole checkpoint"
+                )
+
+    def path(self, file: str) -> Path:
+        return self._directory / file
