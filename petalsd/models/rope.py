@@ -32,7 +32,8 @@ class Rope:
         self._original_positions = config.rope.get("original_max_position_embeddings", config.max_positions)
         self._config = config
         self._frequencies = functools.lru_cache(_MAX_CACHED_LENGTHS)(self._compute_frequencies)
-        self._table = (torch.empty(0), torch.empty(0))
+        nothing = torch.empty(0, config.head_dim, dtype=dtype, device=device)
+        self._table = (nothing, nothing)
 
     def cos_sin(
         self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None
@@ -76,6 +77,12 @@ class Rope:
             return length if length > self._max_positions else 0
         return self._original_positions + 1 if length > self._original_positions else 0
 
+    def _seq_len(self, regime: int) -> int | torch.Tensor | None:
+        """As transformers hands it over: a tensor where the base is computed from it, which rounds differently."""
+        if regime == 0:
+            return None
+        return torch.tensor(regime) if self.rope_type == "dynamic" else regime
+
     def _compute_frequencies(self, length: int) -> tuple[torch.Tensor, float]:
         """Float32 ``[D/2]`` and the factor; length 0 means a row as short as can be."""
         config = self._config
@@ -90,7 +97,9 @@ class Rope:
             rope_parameters=dict(config.rope),
         )
         try:
-            frequencies, attention_scaling = compute(carrier, device=self.device, seq_len=length or None)
+            frequencies, attention_scaling = compute(
+                carrier, device=self.device, seq_len=self._seq_len(length)
+            )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"rope_parameters = {dict(config.rope)} cannot be used: {error!r}") from error
         if frequencies.shape != (config.head_dim // 2,):
@@ -102,7 +111,7 @@ class Rope:
 
 
 def _default_frequencies(
-    config: PreTrainedConfig, device: torch.device, seq_len: int | None
+    config: PreTrainedConfig, device: torch.device, seq_len: int | torch.Tensor | None
 ) -> tuple[torch.Tensor, float]:
     """Unscaled: ``theta^(-2i/D)``, in the order of operations of transformers' models."""
     dim = config.head_dim

@@ -161,19 +161,19 @@ def _read(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         names_by_file[index[name]].append(name)
     tensors: dict[str, torch.Tensor] = {}
     for file, names in names_by_file.items():
-        tensors.update(_read_file(source.path(file), names))
+        tensors.update(_read_file(source.path(file), file, names))
     for name, shape in shapes.items():
         _check_tensor(name, tensors[name], shape, index[name])
     return tensors
 
 
-def _read_file(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, file_name: str, names: list[str]) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise WeightsError(
-            f"{path.name} cannot be read: {error}",
+            f"{file_name} cannot be read: {error}",
             hint="it is damaged or incomplete: delete it and start again",
         ) from error
 

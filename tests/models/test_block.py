@@ -163,3 +163,16 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     tolerance = 0.02 * float(expected.abs().max())
     assert_close(paged, expected, tolerance, 0.0, "paged bfloat16")
     assert_close(narrow.forward_dense(hidden.bfloat16())[0], expected, tolerance, 0.0, "dense bfloat16")
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-dynamic-grown", "llama-longrope"], indirect=True)
+def test_a_backward_pass_works_after_paged_steps(case: Case) -> None:
+    """What the shared Rope made under inference mode can be differentiated through."""
+    rope = Rope(case.config, torch.float32, CPU)
+    with torch.inference_mode():
+        rope.cos_sin(torch.arange(NUM_TOKENS))
+    block = TransformerBlock(0, case.config, case.blocks[0].weights, rope)
+    hidden = case.inputs.clone().requires_grad_()
+    block.forward_dense(hidden).sum().backward()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()

@@ -1,0 +1,191 @@
+"""Reading blocks and heads from a directory, and every way in which a checkpoint can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from petalsd.errors import WeightsError
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.source import INDEX_FILE, SINGLE_FILE, ModelSource
+from petalsd.models.weights import block_tensors, files_with, load_block, load_head
+from petalsd.ops.linear import linear
+from petalsd.ops.norm import rms_norm
+from tests.numeric import assert_close
+from tests.tiny_models import FAMILIES, HIDDEN_SIZE, make_tiny
+
+CPU = torch.device("cpu")
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    make_tiny("llama", tmp_path)
+    return tmp_path
+
+
+def _load(directory: Path, index: int = 1) -> None:
+    source = ModelSource(str(directory))
+    load_block(source, BlockConfig.from_hf(source.config()), index, torch.float32, CPU)
+
+
+def _rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
+    """Save the single file again with some tensors replaced, or left out where None."""
+    tensors = load_file(directory / SINGLE_FILE)
+    for name, tensor in changes.items():
+        tensors.pop(name) if tensor is None else tensors.update({name: tensor})
+    save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_shard_size", [None, "100KB"])
+def test_the_head_equals_transformers(family: str, max_shard_size: str | None, tmp_path: Path) -> None:
+    """Embedding, final norm and head, tied or not, give transformers' logits around its own layers."""
+    model = make_tiny(family, tmp_path, max_shard_size=max_shard_size)
+    source = ModelSource(str(tmp_path))
+    config = BlockConfig.from_hf(source.config())
+    head = load_head(source, config, torch.float32)
+    ids = torch.arange(20)[None]
+    hidden = head.embed_tokens[ids]
+    for index in range(config.num_blocks):
+        hidden = load_block(source, config, index, torch.float32, CPU).forward_dense(hidden)
+    logits = linear(rms_norm(hidden, head.norm, config.norm_eps), head.lm_head)
+    with torch.no_grad():
+        assert_close(logits, model(ids).logits, 1e-3, 1e-4, "logits")
+    assert (head.lm_head is head.embed_tokens) == config.tie_word_embeddings
+
+
+def test_only_the_blocks_tensors_are_named(directory: Path) -> None:
+    """The tensors of a block are exactly those that the checkpoint has under its prefix."""
+    source = ModelSource(str(directory))
+    config = BlockConfig.from_hf(source.config())
+    named = {name for name in source.index() if name.startswith("model.layers.1.")}
+    assert set(block_tensors(config, 1)) == named
+
+
+def test_weights_are_frozen_and_our_own(directory: Path) -> None:
+    """No tensor requires a gradient, and none is a view into the file."""
+    source = ModelSource(str(directory))
+    config = BlockConfig.from_hf(source.config())
+    block = load_block(source, config, 1, torch.float32, CPU)
+    before = block.weights.qkv.clone()
+    (directory / SINGLE_FILE).write_bytes(b"")
+    assert torch.equal(block.weights.qkv, before)
+    assert not block.weights.qkv.requires_grad
+    assert block.nbytes == sum(4 * torch.Size(shape).numel() for shape in block_tensors(config, 1).values())
+
+
+def test_a_block_comes_from_the_shards_that_hold_it(tmp_path: Path) -> None:
+    """Shards that do not hold the block are not opened: they may be missing."""
+    make_tiny("qwen2", tmp_path, max_shard_size="100KB")
+    source = ModelSource(str(tmp_path))
+    config = BlockConfig.from_hf(source.config())
+    needed = files_with(source, block_tensors(config, 1))
+    for path in tmp_path.glob("*.safetensors"):
+        if path.name not in needed:
+            path.unlink()
+    _load(tmp_path)
+    with pytest.raises(WeightsError, match="is missing"):
+        _load(tmp_path, 3)
+
+
+def test_a_missing_tensor_is_named(directory: Path) -> None:
+    """A checkpoint without one of the block's tensors is refused by the tensor's name."""
+    _rewrite(directory, **{Q_PROJ: None})
+    with pytest.raises(WeightsError, match=f"no file holds the tensor {Q_PROJ}"):
+        _load(directory)
+
+
+def test_a_tensor_that_the_index_promises_but_the_file_lacks_is_named(tmp_path: Path) -> None:
+    """An index that does not fit its shards is refused by the file's name."""
+    make_tiny("llama", tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    other = next(
+        file for file in sorted(set(index["weight_map"].values())) if file != index["weight_map"][Q_PROJ]
+    )
+    index["weight_map"][Q_PROJ] = other
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=f"{other} cannot be read"):
+        _load(tmp_path)
+
+
+def test_a_wrong_shape_is_named(directory: Path) -> None:
+    """A tensor whose shape contradicts config.json is refused with both shapes."""
+    _rewrite(directory, **{Q_PROJ: torch.zeros(HIDDEN_SIZE, 7)})
+    with pytest.raises(
+        WeightsError, match=r"q_proj\.weight has shape \(64, 7\), config\.json means \(64, 64\)"
+    ):
+        _load(directory)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused(directory: Path, dtype: torch.dtype) -> None:
+    """Integers and 8-bit floats are not weights that can be cast."""
+    _rewrite(directory, **{Q_PROJ: torch.zeros(HIDDEN_SIZE, HIDDEN_SIZE).to(dtype)})
+    with pytest.raises(WeightsError, match=r"q_proj\.weight has dtype"):
+        _load(directory)
+
+
+def test_other_float_dtypes_are_cast(directory: Path) -> None:
+    """A bfloat16 tensor in the file becomes what the block is loaded in."""
+    _rewrite(directory, **{Q_PROJ: torch.ones(HIDDEN_SIZE, HIDDEN_SIZE, dtype=torch.bfloat16)})
+    source = ModelSource(str(directory))
+    block = load_block(source, BlockConfig.from_hf(source.config()), 1, torch.float32, CPU)
+    assert torch.equal(block.weights.qkv[:HIDDEN_SIZE], torch.ones(HIDDEN_SIZE, HIDDEN_SIZE))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 5, 3000])
+def test_a_truncated_file_is_refused(directory: Path, kept_bytes: int) -> None:
+    """A file that ends early, in its header or its data, is named and nothing is loaded."""
+    file = directory / SINGLE_FILE
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        _load(directory)
+
+
+def test_a_bad_header_is_refused(directory: Path) -> None:
+    """A header that claims to be huge is an error, not an allocation."""
+    file = directory / SINGLE_FILE
+    file.write_bytes(b"\xff" * 7 + b"\x7f" + file.read_bytes()[8:])
+    with pytest.raises(WeightsError, match="header"):
+        _load(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"]
+)
+def test_pickled_checkpoints_are_refused_with_what_to_do(directory: Path, name: str) -> None:
+    """A .bin checkpoint is never opened; the error says how to convert it."""
+    (directory / SINGLE_FILE).rename(directory / name)
+    with pytest.raises(WeightsError, match="save_pretrained, which writes safetensors"):
+        _load(directory)
+
+
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    """Without config.json the directory is no model; without weights neither."""
+    with pytest.raises(WeightsError, match=r"config\.json is missing"):
+        ModelSource(str(tmp_path)).config()
+    with pytest.raises(WeightsError, match="neither"):
+        ModelSource(str(tmp_path)).index()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}']
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
+    """An index that is no JSON object, or names a file elsewhere, is refused by its name."""
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
+        ModelSource(str(tmp_path)).index()
+
+
+def test_errors_do_not_show_paths(directory: Path) -> None:
+    """What a peer may read names files, not where they lie on this machine."""
+    (directory / SINGLE_FILE).write_bytes(b"short")
+    with pytest.raises(WeightsError) as caught:
+        _load(directory)
+    assert str(directory.parent) not in str(caught.value)
