@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petalsd.client.autograd import remote_blocks
@@ -159,14 +160,14 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        generation_mode: Any,
+        generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
         """transformers' hook between the length of a generation being known and its first step."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
-            cache.reserve(max_cache_length + 1)
+            cache.reserve(max_cache_length + 1 + _candidate_tokens(generation_config, generation_mode))
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -183,6 +184,13 @@ def _check_inputs(attention_mask: torch.Tensor | None, cache: object, others: di
     for name in ("position_ids", "output_attentions", "output_hidden_states"):
         if others.get(name) not in (None, False):
             raise BadRequest(name, others[name], "the remote blocks do not support it")
+
+
+def _candidate_tokens(generation_config: GenerationConfig, mode: GenerationMode) -> int:
+    """What assisted generation may feed beyond the length before it rolls back."""
+    if mode != GenerationMode.ASSISTED_GENERATION:
+        return 0
+    return max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
 
 
 def _whole_from(config: BlockConfig) -> int | None:

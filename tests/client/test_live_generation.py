@@ -1,0 +1,166 @@
+"""Generation through real servers on loopback equals transformers' own, token by token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from petalsd.client.model import RemoteCausalLM
+from petalsd.client.options import ClientOptions
+from tests.client.live_server import PREFIX, LiveServer, in_threads
+from tests.tiny_models import FAMILIES, make_tiny
+
+pytestmark = pytest.mark.swarm
+
+NEW_TOKENS = 24
+
+
+def prompt(seed: int, tokens: int = 9, rows: int = 1) -> torch.Tensor:
+    return torch.randint(1, 256, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def connect(path: Path, servers: list[LiveServer], **options: object) -> RemoteCausalLM:
+    settings = ClientOptions(**options)  # type: ignore[arg-type]
+    return RemoteCausalLM.from_pretrained(
+        path, initial_peers=[servers[0].maddr], dht_prefix=PREFIX, options=settings
+    )
+
+
+def check_idle(servers: list[LiveServer]) -> None:
+    """All pages are back; the book-keeping is sound."""
+    for server in servers:
+        stats = server.pool.stats()
+        assert (stats.sessions, stats.pages_reserved) == (0, 0)
+        server.pool.check_integrity()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    """Each family over two servers, greedy, beyond its sliding window."""
+    reference = make_tiny(family, tmp_path)
+    ids = prompt(1, tokens=20)
+    with in_threads(tmp_path, "0:2", "2:4") as servers:
+        with connect(tmp_path, servers) as model:
+            output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+            assert [str(span.span) for span in model.client.manager.spans] in (["0:2", "2:4"], ["2:4", "0:2"])
+        check_idle(servers)
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert output.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_length(rope: str, tmp_path: Path) -> None:
+    """Past the original length too, where cut or merged steps would give other numbers."""
+    reference = make_tiny("llama", tmp_path, rope=rope, max_position_embeddings=32)
+    ids = prompt(2, tokens=26)
+    with in_threads(tmp_path, "0:4") as servers, connect(tmp_path, servers, max_step_tokens=5) as model:
+        output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert output.tolist() == expected.tolist()
+
+
+class Llama:
+    """A tiny Llama, its reference, three servers of overlapping spans and a client: shared by the tests below."""
+
+    def __init__(self, reference: PreTrainedModel, model: RemoteCausalLM, servers: list[LiveServer]) -> None:
+        self.reference = reference
+        self.model = model
+        self.servers = servers
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
+    path = tmp_path_factory.mktemp("llama")
+    reference = make_tiny("llama", path)
+    with (
+        in_threads(path, "0:2", "1:3", "2:4") as servers,
+        connect(path, servers, max_step_tokens=16) as model,
+    ):
+        yield Llama(reference, model, servers)
+        check_idle(servers)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    ],
+    ids=["greedy", "sampling", "beams", "assisted"],
+)
+def test_kinds_of_generation(llama: Llama, settings: dict[str, object]) -> None:
+    """Prefill in several messages, decoding, reordering and rollback on real caches."""
+    ids = prompt(3, tokens=4).repeat(1, 6)
+    torch.manual_seed(0)
+    output = llama.model.generate(ids, max_new_tokens=NEW_TOKENS, **settings)
+    torch.manual_seed(0)
+    expected = llama.reference.generate(ids, max_new_tokens=NEW_TOKENS, **settings)
+    assert output.tolist() == expected.tolist()
+
+
+def test_eight_at_once(llama: Llama) -> None:
+    """Eight generations share the servers' batches; each gives its own tokens."""
+    prompts = [prompt(10 + i, tokens=5 + 3 * i) for i in range(8)]
+    outputs: dict[int, list[list[int]]] = {}
+
+    def generate(index: int) -> None:
+        ids = prompts[index]
+        outputs[index] = llama.model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False).tolist()
+
+    threads = [threading.Thread(target=generate, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    for index, ids in enumerate(prompts):
+        expected = llama.reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        assert outputs[index] == expected.tolist()
+
+
+def test_rows_of_one_session(llama: Llama) -> None:
+    """A batch of prompts of one length."""
+    ids = prompt(4, rows=3)
+    output = llama.model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    expected = llama.reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert output.tolist() == expected.tolist()
+
+
+def test_a_session_rolled_back(llama: Llama) -> None:
+    """After ``position = p`` the session continues from there."""
+    ids, other = prompt(5), prompt(6, tokens=4)
+    with llama.model.inference_session(max_tokens=80) as cache:
+        first = llama.model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        cache.position = 12
+        branch = torch.cat([first[:, :12], other], dim=1)
+        output = llama.model.generate(branch, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    expected = llama.reference.generate(branch, max_new_tokens=10, do_sample=False)
+    assert output.tolist() == expected.tolist()
+
+
+def test_loss_and_gradients(llama: Llama) -> None:
+    """A call without cache trains what stands before the blocks."""
+    ids = prompt(7, rows=3)
+    embeds = llama.reference.get_input_embeddings()(ids).detach()
+    here, there = embeds.clone().requires_grad_(), embeds.clone().requires_grad_()
+    expected = llama.reference(inputs_embeds=here, labels=ids, use_cache=False)
+    expected.loss.backward()
+    result = llama.model(inputs_embeds=there, labels=ids)
+    result.loss.backward()
+    torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(there.grad, here.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_hidden_states_after_the_blocks(llama: Llama) -> None:
+    """Logits of one prefill are within 1e-4 of transformers'."""
+    ids = prompt(8, tokens=40)
+    with torch.no_grad(), llama.model.inference_session(max_tokens=40) as cache:
+        actual = llama.model(ids, past_key_values=cache).logits
+        expected = llama.reference(ids).logits
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
