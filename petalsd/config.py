@@ -134,7 +134,9 @@ class EngineSection(Section):
     max_session_tokens: AutoCount = _restart(
         "auto", "longest session; auto: 8192, or 2048 without grouped queries, at most kv_tokens"
     )
-    max_batch_tokens: Count = _restart(1024, "tokens computed at once; longer steps are split, not refused")
+    max_batch_tokens: Annotated[int, Field(ge=2)] = _restart(
+        1024, "tokens computed at once; longer steps are split, not refused"
+    )
     max_sessions: Count = _restart(256, "sequences served at once")
     request_timeout_s: Seconds = _restart(180.0, "limit of one forward or backward request")
     step_timeout_s: Seconds = _restart(300.0, "how long a session may wait for its client's next step")

@@ -53,12 +53,12 @@ def set_level(level: str) -> None:
 
 
 def adopt_loggers(names: Iterable[str]) -> None:
-    """Route libraries that bring their own handlers through ours; call it after importing them."""
+    """Route libraries that bring their own handlers through ours, warnings and worse; import them first."""
     for name in names:
         logger = logging.getLogger(name)
         logger.handlers = []
         logger.propagate = True
-        logger.setLevel(logging.NOTSET)
+        logger.setLevel(logging.WARNING)
 
 
 def error_fields(error: BaseException) -> dict[str, str]:

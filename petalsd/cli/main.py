@@ -9,13 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
-from petalsd.errors import ConfigError, PetalsdError
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-EXIT_TEMPORARY = 75  # EX_TEMPFAIL: a restart may help
-EXIT_BAD_CONFIG = 78  # EX_CONFIG: a restart cannot help (RestartPreventExitStatus= in the unit)
+from petalsd.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK, exit_code_of
+from petalsd.errors import PetalsdError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         return int(importlib.import_module(verb.module).run(arguments))
-    except ConfigError as error:
-        return _fail(error, EXIT_BAD_CONFIG)
     except PetalsdError as error:
-        return _fail(error, EXIT_FAILED)
+        return _fail(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -68,11 +61,11 @@ def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(error: PetalsdError, exit_code: int) -> int:
+def _fail(error: PetalsdError) -> int:
     print(f"petalsd: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  {error.hint}", file=sys.stderr)
-    return exit_code
+    return exit_code_of(error)
 
 
 if __name__ == "__main__":

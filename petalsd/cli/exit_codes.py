@@ -1,0 +1,18 @@
+"""What the exit status of ``petalsd`` means; argparse adds 2 for bad usage."""
+
+from __future__ import annotations
+
+from petalsd.errors import ConfigError, ModelError, PetalsdError, SwarmError, WeightsError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL: a restart may help
+EXIT_BAD_CONFIG = 78  # EX_CONFIG: a restart cannot help (RestartPreventExitStatus= in a unit)
+EXIT_INTERRUPTED = 130
+
+
+def exit_code_of(error: PetalsdError) -> int:
+    """Weights and peers may come back; a configuration or a model that cannot be served will not."""
+    if isinstance(error, WeightsError | SwarmError):
+        return EXIT_TEMPORARY
+    return EXIT_BAD_CONFIG if isinstance(error, ConfigError | ModelError) else EXIT_FAILED

@@ -1,0 +1,183 @@
+"""What this configuration means on this machine: model, device, dtype, memory, and how many blocks that is.
+
+Nothing is started or allocated here; ``petalsd check`` and ``petalsd run`` make the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from petalsd.config import BlocksSection, Config, ModelSection
+from petalsd.daemon.memory import device_memory_bytes
+from petalsd.daemon.sizing import MemoryNeed, kv_tokens_for, max_session_tokens_for, memory_need
+from petalsd.engine.limits import EngineLimits
+from petalsd.errors import ConfigError
+from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.block import TransformerBlock
+from petalsd.models.block_config import BlockConfig, dtype_for
+from petalsd.models.naming import dht_prefix
+from petalsd.models.rope import Rope
+from petalsd.models.source import ModelSource
+from petalsd.models.weights import block_tensors, files_with, load_block
+from petalsd.paths import InstancePaths
+from petalsd.types import BlockSpan
+
+_HUB_URL = "https://huggingface.co/"
+# Of the memory that is available at start; the rest is left to the system and to what others do meanwhile. A GPU
+# is ours alone, and what else it needs is counted in the reserve.
+_CPU_MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPlan:
+    """prefix        name of the model in the swarm
+    repository    its page on the Hub, None for a directory
+    kv_tokens     tokens of cache per block
+    memory_bytes  what serving may take
+    """
+
+    source: ModelSource
+    model: BlockConfig
+    prefix: str
+    repository: str | None
+    device: torch.device
+    dtype: torch.dtype
+    geometry: KVGeometry
+    kv_tokens: int
+    need: MemoryNeed
+    memory_bytes: int
+    limits: EngineLimits
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How many blocks are served, and which, if that is not for the swarm to decide."""
+
+    num_blocks: int
+    pinned: BlockSpan | None
+
+
+def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
+    """Blocking: reads the model's config, perhaps from the Hub. ConfigError, UnsupportedModel or WeightsError."""
+    source = open_source(config.model, paths)
+    model = BlockConfig.from_hf(source.config())
+    device = choose_device(config.engine.device)
+    dtype = dtype_for(config.model.dtype, model, device)
+    geometry = KVGeometry(config.engine.page_tokens, model.num_kv_heads, model.head_dim, dtype.itemsize)
+    kv_tokens = kv_tokens_for(config.engine.kv_tokens, model)
+    share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0
+    return ServingPlan(
+        source=source,
+        model=model,
+        prefix=dht_prefix(
+            model.model_type, config.model.source, source.is_directory, config.model.dht_prefix
+        ),
+        repository=None if source.is_directory else _HUB_URL + config.model.source,
+        device=device,
+        dtype=dtype,
+        geometry=geometry,
+        kv_tokens=kv_tokens,
+        need=memory_need(model, geometry, kv_tokens),
+        memory_bytes=int(device_memory_bytes(device) * share),
+        limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
+    )
+
+
+def demand_for(plan: ServingPlan, blocks: BlocksSection) -> Demand:
+    """ConfigError when the span is not inside the model, or when not even one block fits."""
+    total = plan.model.num_blocks
+    if blocks.span is not None:
+        if not BlockSpan(0, total).covers(blocks.span):
+            raise ConfigError(f"blocks.span = {blocks.span}: {plan.source.name} has the blocks 0:{total}")
+        return Demand(len(blocks.span), blocks.span)
+    if blocks.count != "auto":
+        return _whole_or_free(min(blocks.count, total), total)
+    fitting = plan.need.fitting_blocks(plan.memory_bytes, total)
+    if fitting == 0:
+        raise ConfigError(
+            f"blocks.count = auto: one block takes {gib(plan.need.of_blocks(1))}, "
+            f"there are {gib(plan.memory_bytes)} for it on {plan.device}",
+            hint="lower engine.kv_tokens, or set blocks.count to try all the same",
+        )
+    return _whole_or_free(fitting, total)
+
+
+def choose_device(setting: str) -> torch.device:
+    """``auto`` is the GPU if torch sees one; ConfigError for a GPU that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device("cuda:0" if setting == "cuda" else setting)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"engine.device = {setting!r}: torch {torch.__version__} sees {count} CUDA devices",
+            hint="check the driver and that this torch was built for CUDA, or use cpu",
+        )
+    return device
+
+
+def open_source(section: ModelSection, paths: InstancePaths) -> ModelSource:
+    """The model's files, with the token read from its file."""
+    return ModelSource(
+        section.source,
+        revision=section.revision,
+        cache_dir=section.cache_dir or paths.weights_dir,
+        token=_read_token(section.token_file),
+        offline=section.offline,
+        max_disk_bytes=section.max_disk_bytes,
+    )
+
+
+class ModelReader:
+    """``span_loader.WeightsReader`` over the plan's source."""
+
+    def __init__(self, plan: ServingPlan, rope: Rope) -> None:
+        self._plan = plan
+        self._rope = rope
+
+    def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
+        tensors = [name for index in span for name in block_tensors(self._plan.model, index)]
+        self._plan.source.fetch(files_with(self._plan.source, tensors), progress)
+
+    def load_block(self, index: int) -> TransformerBlock:
+        plan = self._plan
+        return load_block(plan.source, plan.model, index, plan.dtype, plan.device, rope=self._rope)
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def _whole_or_free(num_blocks: int, total: int) -> Demand:
+    """All blocks leave nothing to choose: no delay, no balance checks."""
+    return Demand(num_blocks, BlockSpan(0, total) if num_blocks == total else None)
+
+
+def _limits(config: Config, max_session_tokens: int) -> EngineLimits:
+    engine = config.engine
+    return EngineLimits(
+        max_batch_tokens=engine.max_batch_tokens,
+        max_sessions=engine.max_sessions,
+        max_session_tokens=max_session_tokens,
+        pass_deadline_s=engine.request_timeout_s,
+    )
+
+
+def _read_token(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"model.token_file = {file}: {error.strerror}") from error
+    if not token or any(character.isspace() for character in token):
+        raise ConfigError(f"model.token_file = {file}: holds no token", hint="one line, nothing else")
+    return token

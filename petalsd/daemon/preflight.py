@@ -1,0 +1,119 @@
+"""Everything that can be validated without serving, as a list of findings for a person to read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from petalsd.config import Config
+from petalsd.daemon.plan import ServingPlan, demand_for, gib, make_plan
+from petalsd.errors import PetalsdError
+from petalsd.models.weights import block_tensors, files_with
+from petalsd.paths import InstancePaths
+from petalsd.swarm.identity import read_peer_id
+from petalsd.types import BlockSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. ``text`` says what was found, or what is wrong and what to do."""
+
+    name: str
+    is_ok: bool
+    text: str
+
+
+def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
+    """Findings in the order of a start, each as soon as it is known. Writes nothing but the Hub's cache."""
+    identity = config.swarm.identity_path or paths.identity_file
+    yield _finding("identity", lambda: _check_identity(identity))
+    yield _finding("state directory", lambda: _check_writable(paths.state_dir))
+    yield _finding("weights cache", lambda: _check_writable(config.model.cache_dir or paths.weights_dir))
+    plan: ServingPlan | None = None
+    try:
+        plan = make_plan(config, paths)
+    except PetalsdError as error:
+        yield Finding("model", False, _text(error))
+    if plan is not None:
+        known_plan = plan
+        yield Finding("model", True, _describe_model(plan))
+        yield _finding("weights", lambda: _check_weights(known_plan))
+        yield _finding("device", lambda: f"{known_plan.device}, {known_plan.dtype_name}")
+        yield _finding("blocks", lambda: _check_blocks(known_plan, config))
+        yield _finding("limits", lambda: _describe_limits(known_plan))
+    yield Finding("swarm", True, _describe_swarm(config))
+
+
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except PetalsdError as error:
+        return Finding(name, False, _text(error))
+    except OSError as error:
+        return Finding(name, False, f"{error.filename}: {error.strerror}")
+
+
+def _text(error: PetalsdError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message
+
+
+def _check_identity(path: Path) -> str:
+    if path.exists():
+        return f"{read_peer_id(path)} from {path}"
+    _check_writable(path.parent)
+    return f"{path} will be made"
+
+
+def _check_writable(directory: Path) -> str:
+    """The directory, or the nearest existing one above it, lets us write."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(0, "is not a directory", str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(0, "is not writable by this user", str(existing))
+    return str(directory) if existing == directory else f"{directory} will be made"
+
+
+def _describe_model(plan: ServingPlan) -> str:
+    model = plan.model
+    return (
+        f"{plan.source.name}: {model.model_type}, {model.num_blocks} blocks, hidden size {model.hidden_size}, "
+        f"called {plan.prefix} in the swarm"
+    )
+
+
+def _check_weights(plan: ServingPlan) -> str:
+    """The index names a file for every tensor of every block; the files themselves may still be remote."""
+    tensors = [name for index in range(plan.model.num_blocks) for name in block_tensors(plan.model, index)]
+    return f"all tensors found in {len(files_with(plan.source, tensors))} safetensors files"
+
+
+def _check_blocks(plan: ServingPlan, config: Config) -> str:
+    demand = demand_for(plan, config.blocks)
+    need_bytes = plan.need.of_blocks(demand.num_blocks)
+    what = f"{demand.num_blocks} of {plan.model.num_blocks} blocks"
+    if demand.pinned is not None and demand.pinned != BlockSpan(0, plan.model.num_blocks):
+        what += f" ({demand.pinned})"
+    memory = f"take {gib(need_bytes)} with weights and cache, {gib(plan.memory_bytes)} are there for it"
+    if need_bytes > plan.memory_bytes:
+        fitting = plan.need.fitting_blocks(plan.memory_bytes, plan.model.num_blocks)
+        raise PetalsdError(f"{what} {memory}", hint=f"{fitting} blocks fit; or lower engine.kv_tokens")
+    return f"{what} {memory}"
+
+
+def _describe_limits(plan: ServingPlan) -> str:
+    return (
+        f"{plan.kv_tokens} tokens of cache per block, sessions up to {plan.limits.max_session_tokens} tokens, "
+        f"{plan.limits.max_sessions} sequences at once"
+    )
+
+
+def _describe_swarm(config: Config) -> str:
+    peers = config.swarm.initial_peers
+    if not peers:
+        return "a private swarm of our own"
+    return "the public swarm" if peers == "public" else f"joins through {len(peers)} peers"

@@ -1,0 +1,88 @@
+"""How much is served: blocks that fit the memory, tokens of cache, announced throughput. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petalsd.errors import ConfigError
+from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.models.block_config import BlockConfig
+
+# Reference clients count on these (models with grouped queries, others): tokens of cache per block, and the
+# longest session.
+KV_TOKENS = (16384, 4096)
+MAX_SESSION_TOKENS = (8192, 2048)
+
+# What backpropagation through a block needs at its peak: 2 GiB at hidden size 14336, in proportion elsewhere.
+_PASS_BYTES_PER_HIDDEN = (2 << 30) / 14336
+# Allocator rounding and the buffers beside the parameters.
+_WEIGHTS_OVERHEAD = 1.01
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes that serving takes: ``reserve_bytes`` once, ``block_bytes`` (weights and cache) for each block."""
+
+    block_bytes: int
+    reserve_bytes: int
+
+    def of_blocks(self, num_blocks: int) -> int:
+        return self.reserve_bytes + num_blocks * self.block_bytes
+
+    def fitting_blocks(self, memory_bytes: int, limit: int) -> int:
+        """The most blocks that fit, at most ``limit``; 0 when not even one does."""
+        return max(0, min(limit, (memory_bytes - self.reserve_bytes) // self.block_bytes))
+
+
+def kv_tokens_for(setting: int | str, config: BlockConfig) -> int:
+    """Tokens of cache per block over all sessions."""
+    return _by_groups(setting, config, KV_TOKENS)
+
+
+def max_session_tokens_for(setting: int | str, config: BlockConfig, kv_tokens: int) -> int:
+    """The longest session; a longer one than the cache holds could never be served."""
+    longest = _by_groups(setting, config, MAX_SESSION_TOKENS)
+    if setting == "auto":
+        return min(longest, kv_tokens)
+    if longest > kv_tokens:
+        raise ConfigError(
+            f"engine.max_session_tokens = {longest} is above the {kv_tokens} tokens of engine.kv_tokens",
+            hint="raise kv_tokens or lower max_session_tokens",
+        )
+    return longest
+
+
+def memory_need(config: BlockConfig, geometry: KVGeometry, kv_tokens: int) -> MemoryNeed:
+    """``geometry`` also says how many bytes a weight has."""
+    cache_bytes = (pages_for(kv_tokens, 1, geometry.page_tokens) - 1) * geometry.page_bytes
+    weights_bytes = int(parameters_per_block(config) * geometry.dtype_bytes * _WEIGHTS_OVERHEAD)
+    return MemoryNeed(weights_bytes + cache_bytes, int(config.hidden_size * _PASS_BYTES_PER_HIDDEN))
+
+
+def parameters_per_block(config: BlockConfig) -> int:
+    """Projections of attention and of the gated MLP, and the norms; biases are too small to count."""
+    query_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    attention = config.hidden_size * (2 * query_size + 2 * kv_size)
+    return attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+
+
+def network_rps(network_mbps: float, hidden_size: int) -> float:
+    """Tokens/s that the link carries: a token's hidden state takes 16 bits per element."""
+    return network_mbps * 1e6 / (16 * hidden_size)
+
+
+def announced_throughput(
+    forward_rps: float, network_rps: float, num_blocks: int, *, is_relayed: bool
+) -> float:
+    """Requests' tokens/s of a span, as the swarm compares servers (PROTOCOL 6.4).
+
+    A request enters at a random block of the span, so it uses (n+1)/2 blocks on average; relays are slow.
+    """
+    return min(forward_rps / ((num_blocks + 1) / 2), network_rps * (0.2 if is_relayed else 1.0))
+
+
+def _by_groups(setting: int | str, config: BlockConfig, defaults: tuple[int, int]) -> int:
+    if isinstance(setting, int):
+        return setting
+    return defaults[0] if config.kv_groups > 1 else defaults[1]

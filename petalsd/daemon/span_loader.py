@@ -1,0 +1,123 @@
+"""Gets the weights of a span into memory: fetch the files, load block by block, keep what is there already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from petalsd.daemon.backoff import Backoff, retry
+from petalsd.daemon.detached import AbandonSwitch, run_detached
+from petalsd.errors import WeightsError
+from petalsd.log import error_fields
+from petalsd.models.block import TransformerBlock
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+LOAD_BACKOFF = Backoff(attempts=5, first_delay_s=2.0, max_delay_s=60.0)
+_PROGRESS_PERIOD_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Where a load is: ``stage`` is "fetch" (units are bytes of ``item``, a file) or "load" (units are blocks)."""
+
+    stage: str
+    item: str
+    done: int
+    total: int
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.done // self.total if self.total else 100
+
+
+class WeightsReader(Protocol):
+    """What the loader needs of a model; blocking, called on the loading thread. Both raise WeightsError."""
+
+    def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
+        """Bring the files that hold ``span`` to the disk; ``progress(file, done_bytes, total_bytes)``."""
+
+    def load_block(self, index: int) -> TransformerBlock:
+        """Read one block from the disk to the device."""
+
+
+class SpanLoader:
+    """Owns the loaded blocks; those in both the old and the new span are never loaded twice."""
+
+    def __init__(
+        self,
+        reader: WeightsReader,
+        on_progress: Callable[[LoadProgress], None],
+        backoff: Backoff = LOAD_BACKOFF,
+    ) -> None:
+        self._reader = reader
+        self._on_progress = on_progress
+        self._backoff = backoff
+        self.blocks: dict[int, TransformerBlock] = {}
+
+    async def load(self, span: BlockSpan) -> dict[int, TransformerBlock]:
+        """All blocks of ``span``; the others are given up first. WeightsError after the last attempt.
+
+        Blocks that were loaded before a failure stay for the next attempt.
+        """
+        self.drop_outside(span)
+        started_s = time.monotonic()
+        kept = len(self.blocks)
+        await retry(
+            lambda: run_detached(lambda switch: self._load_missing(span, switch), "petalsd-loader"),
+            self._backoff,
+            (WeightsError, OSError),
+            lambda error, delay_s: log.warning(
+                "load_failed", span=str(span), retry_s=delay_s, **error_fields(error)
+            ),
+        )
+        log.info(
+            "span_loaded", span=str(span), kept_blocks=kept, seconds=round(time.monotonic() - started_s, 2)
+        )
+        return dict(self.blocks)
+
+    def drop_outside(self, span: BlockSpan | None) -> None:
+        """Give up the blocks outside ``span``; their memory is free once nobody else holds them."""
+        self.blocks = {index: block for index, block in self.blocks.items() if span and index in span}
+
+    def _load_missing(self, span: BlockSpan, switch: AbandonSwitch) -> None:
+        """On the loading thread."""
+        missing = [index for index in span if index not in self.blocks]
+        if not missing:
+            return
+
+        def fetching(file: str, done_bytes: int, total_bytes: int) -> None:
+            switch.check()
+            self._on_progress(LoadProgress("fetch", file, done_bytes, total_bytes))
+
+        self._reader.fetch(BlockSpan(missing[0], missing[-1] + 1), fetching)
+        for number, index in enumerate(missing):
+            switch.check()
+            self._on_progress(LoadProgress("load", f"block {index}", number, len(missing)))
+            self.blocks[index] = self._reader.load_block(index)
+
+
+class ProgressLog:
+    """Writes a line every two seconds, so that a long load is seen to move and a short one stays quiet."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_s = clock()
+
+    def __call__(self, progress: LoadProgress) -> None:
+        now_s = self._clock()
+        if now_s - self._last_s >= _PROGRESS_PERIOD_S:
+            self._last_s = now_s
+            log.info(
+                "loading",
+                stage=progress.stage,
+                item=progress.item,
+                done=progress.done,
+                total=progress.total,
+                percent=progress.percent,
+            )

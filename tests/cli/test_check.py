@@ -1,0 +1,109 @@
+"""``petalsd check`` on real model directories, good and bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
+from petalsd.cli.main import main
+from tests.tiny_models import make_tiny
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny Llama; HOME is a fresh directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("STATE_DIRECTORY", "CACHE_DIRECTORY", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "tiny-llama"
+    make_tiny("llama", path)
+    return path
+
+
+def check(capsys: pytest.CaptureFixture[str], source: Path, *overrides: str) -> tuple[int, dict[str, str]]:
+    """Exit code, and the text of each finding; bad ones begin with BAD."""
+    words = ["check", "--json", "--instance", "t", "--set", f"model.source={source}"]
+    for override in overrides:
+        words += ["--set", override]
+    code = main(words)
+    findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return code, {item["name"]: ("" if item["is_ok"] else "BAD ") + item["text"] for item in findings}
+
+
+def test_a_good_configuration_passes(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every finding is good, says what was found, and nothing was written."""
+    code, findings = check(capsys, model_dir, "blocks.span=1:3", "engine.device=cpu")
+    assert code == EXIT_OK, findings
+    assert findings["model"].startswith("tiny-llama: llama, ")
+    assert findings["blocks"].startswith("2 of ")
+    assert "(1:3)" in findings["blocks"]
+    assert findings["device"] == "cpu, bfloat16"
+    assert "sessions up to 8192 tokens" in findings["limits"]
+    assert findings["identity"].endswith("identity.key will be made")
+    assert findings["swarm"] == "a private swarm of our own"
+    assert not (model_dir.parent / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "text"),
+    [
+        ("blocks.span=0:99", "blocks", "BAD blocks.span = 0:99: tiny-llama has the blocks 0:"),
+        ("engine.kv_tokens=100000000000", "blocks", "BAD "),
+        ("engine.device=cuda:99", "model", "BAD engine.device = 'cuda:99': torch"),
+        ("model.dtype=float16", "model", "BAD "),
+        (
+            "model.token_file=/nonexistent/token",
+            "model",
+            "BAD model.token_file = /nonexistent/token: No such",
+        ),
+        ("swarm.identity_path=/dev/null/key", "identity", "BAD /dev/null: is not a directory"),
+        ("model.dht_prefix=a.b", "model", "BAD "),
+    ],
+)
+def test_what_would_not_serve_is_found(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], override: str, name: str, text: str
+) -> None:
+    """Exit 78 and a finding that names the problem."""
+    code, findings = check(capsys, model_dir, "engine.device=cpu", override)
+    assert code == EXIT_BAD_CONFIG
+    assert findings[name].startswith(text), findings
+
+
+def test_a_count_that_does_not_fit_says_how_many_do(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The memory of weights and cache is compared with what there is."""
+    overrides = ["engine.kv_tokens=100000000000", "blocks.count=2", "engine.device=cpu"]
+    code, findings = check(capsys, model_dir, *overrides)
+    assert code == EXIT_BAD_CONFIG
+    assert findings["blocks"].startswith("BAD 2 of ")
+    assert "0 blocks fit; or lower engine.kv_tokens" in findings["blocks"]
+
+
+def test_a_model_that_cannot_be_read_is_found(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown family, and weights that are not there."""
+    config_file = model_dir / "config.json"
+    content = json.loads(config_file.read_text())
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    code, findings = check(capsys, model_dir)
+    assert code == EXIT_BAD_CONFIG
+    assert findings["weights"].startswith("BAD ")
+    assert "safetensors" in findings["weights"]
+    config_file.write_text(json.dumps(content | {"model_type": "gpt2"}))
+    code, findings = check(capsys, model_dir)
+    assert findings["model"].startswith("BAD model_type = 'gpt2' is not served")
+
+
+def test_without_json_the_findings_are_for_people(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line per finding, ok or BAD in front, and a last sentence when it would not serve."""
+    words = ["check", "-i", "t", "--set", f"model.source={model_dir}", "--set", "blocks.span=0:99"]
+    assert main(words) == EXIT_BAD_CONFIG
+    captured = capsys.readouterr()
+    assert any(line.startswith("ok   model ") for line in captured.out.splitlines())
+    assert any(line.startswith("BAD  blocks ") for line in captured.out.splitlines())
+    assert "would not serve" in captured.err

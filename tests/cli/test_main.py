@@ -1,0 +1,88 @@
+"""The ``petalsd`` command: verbs, exit codes, and that light verbs stay light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from petalsd.cli import main as cli
+from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.toml"
+    file.write_text('[model]\nsource = "owner/model"\n[blocks]\nspan = "0:4"\n')
+    return file
+
+
+def test_show_prints_values_and_origins(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """show lists each key with its effective value and where that came from."""
+    assert cli.main(["show", "-c", str(config_file), "--set", "engine.threads=2"]) == EXIT_OK
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith('span = "0:4"') and line.endswith(f"# {config_file}") for line in lines)
+    assert any(line.startswith("threads = 2") and line.endswith("# --set") for line in lines)
+    assert any(line.startswith("page_tokens = 16") and line.endswith("# default") for line in lines)
+
+
+def test_what_show_prints_is_a_file_with_the_same_effect(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The output of show can be saved and used as a configuration."""
+    cli.main(["show", "-c", str(config_file), "--json"])
+    before = json.loads(capsys.readouterr().out)
+    cli.main(["show", "-c", str(config_file)])
+    saved = tmp_path / "saved.toml"
+    saved.write_text(capsys.readouterr().out)
+    cli.main(["show", "-c", str(saved), "--json"])
+    after = json.loads(capsys.readouterr().out)
+    assert {key: item["value"] for key, item in after.items()} == {
+        key: item["value"] for key, item in before.items()
+    }
+    assert before["blocks.span"] == {"value": "0:4", "origin": str(config_file)}
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "show"])
+def test_a_bad_configuration_exits_78(
+    verb: str, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 78 tells systemd that a restart cannot help; the text names the key."""
+    assert cli.main([verb, "-c", str(config_file), "--set", "blocks.cuont=3"]) == EXIT_BAD_CONFIG
+    assert "did you mean blocks.count?" in capsys.readouterr().err
+
+
+def test_an_instance_may_do_without_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container sets everything by the environment; without it, the missing file is named."""
+    monkeypatch.setenv("CONFIGURATION_DIRECTORY", str(tmp_path))
+    assert cli.main(["show", "--instance", "x"]) == EXIT_BAD_CONFIG
+    assert f"there is no {tmp_path}/x.toml" in capsys.readouterr().err
+    monkeypatch.setenv("PETALSD_MODEL__SOURCE", "owner/model")
+    assert cli.main(["show", "--instance", "x"]) == EXIT_OK
+
+
+def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing or doubled choice of configuration is a usage error."""
+    for words in (["show"], ["show", "-c", "x", "-i", "y"], ["fly"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        assert caught.value.code == 2
+    assert "usage: petalsd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["show", "-i", "x"]])
+def test_light_commands_never_import_torch(words: list[str]) -> None:
+    """Help, version and show answer without torch, hivemind or asyncio servers."""
+    program = (
+        "import sys\nfrom petalsd.cli.main import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'hivemind', 'transformers', 'uvloop'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    environ = {"PETALSD_MODEL__SOURCE": "owner/model", "HOME": "/nonexistent", "PATH": "/usr/bin"}
+    subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=60, capture_output=True)

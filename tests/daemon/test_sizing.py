@@ -1,0 +1,93 @@
+"""The arithmetic of what is served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from petalsd.daemon.memory import available_bytes, cgroup_left_bytes
+from petalsd.daemon.sizing import (
+    MemoryNeed,
+    announced_throughput,
+    kv_tokens_for,
+    max_session_tokens_for,
+    memory_need,
+    network_rps,
+    parameters_per_block,
+)
+from petalsd.errors import ConfigError
+from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.block_config import BlockConfig
+
+GROUPED = BlockConfig(
+    model_type="llama", num_blocks=80, hidden_size=8192, num_heads=64, num_kv_heads=8, head_dim=128,
+    intermediate_size=28672, norm_eps=1e-5, activation="silu", qkv_bias=False, output_bias=False, mlp_bias=False,
+    qk_norm=False, windows=(None,) * 80, rope={"rope_type": "default"}, vocab_size=128256, max_positions=131072,
+    tie_word_embeddings=False, dtype=torch.bfloat16,
+)  # fmt: skip
+UNGROUPED = replace(GROUPED, num_kv_heads=64)
+GEOMETRY = KVGeometry(page_tokens=16, num_kv_heads=8, head_dim=128, dtype_bytes=2)
+
+
+def test_cache_and_session_limits_are_the_reference_ones() -> None:
+    """Models with grouped queries get 16384 and 8192 tokens, others 4096 and 2048, unless configured."""
+    assert (kv_tokens_for("auto", GROUPED), kv_tokens_for("auto", UNGROUPED)) == (16384, 4096)
+    assert max_session_tokens_for("auto", GROUPED, 16384) == 8192
+    assert max_session_tokens_for("auto", UNGROUPED, 4096) == 2048
+    assert kv_tokens_for(700, GROUPED) == 700
+
+
+def test_no_session_may_be_longer_than_the_cache() -> None:
+    """An automatic limit follows a small cache; a configured one above it is an error that names both keys."""
+    assert max_session_tokens_for("auto", GROUPED, 700) == 700
+    with pytest.raises(ConfigError, match="raise kv_tokens or lower max_session_tokens"):
+        max_session_tokens_for(8192, GROUPED, 4096)
+
+
+def test_a_block_of_a_70b_model_has_856_million_parameters() -> None:
+    """The count of the published architecture."""
+    assert parameters_per_block(GROUPED) == 855_654_400
+
+
+def test_memory_need_adds_weights_and_cache() -> None:
+    """Per block: weights with 1 % overhead and 2 * tokens * kv heads * head size * bytes of cache."""
+    need = memory_need(GROUPED, GEOMETRY, kv_tokens=16384)
+    assert need.block_bytes == int(855_654_400 * 2 * 1.01) + 2 * 16384 * 8 * 128 * 2
+    assert need.reserve_bytes == (2 << 30) * 8192 // 14336
+
+
+def test_as_many_blocks_as_fit() -> None:
+    """The reserve is taken once; the count is capped by the model and never negative."""
+    need = MemoryNeed(block_bytes=10, reserve_bytes=5)
+    assert [need.fitting_blocks(memory, 4) for memory in (0, 14, 15, 34, 35, 1000)] == [0, 0, 1, 2, 3, 4]
+    assert need.of_blocks(3) == 35
+
+
+def test_announced_throughput_counts_half_of_the_span_and_the_network() -> None:
+    """min(forward / ((n+1)/2), network), a relayed network counting a fifth."""
+    assert announced_throughput(1000.0, 1e9, 9, is_relayed=False) == 200.0
+    assert announced_throughput(1000.0, 50.0, 9, is_relayed=False) == 50.0
+    assert announced_throughput(1000.0, 50.0, 9, is_relayed=True) == 10.0
+    assert network_rps(100.0, 8192) == pytest.approx(762.9, abs=0.1)
+
+
+def test_available_memory_is_read_in_bytes(tmp_path: Path) -> None:
+    """MemAvailable of /proc/meminfo is given in KiB."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       2000 kB\nMemFree:  1 kB\nMemAvailable:   1000 kB\n")
+    assert available_bytes(meminfo) == 1_024_000
+
+
+def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
+    """A limit of a parent group binds too; "max" and missing files are no limit."""
+    group = tmp_path / "system.slice" / "petalsd.service"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("100\n")
+    assert cgroup_left_bytes(tmp_path, "/system.slice/petalsd.service") == 1 << 62
+    (group.parent / "memory.max").write_text("1000\n")
+    (group.parent / "memory.current").write_text("400\n")
+    assert cgroup_left_bytes(tmp_path, "/system.slice/petalsd.service") == 600

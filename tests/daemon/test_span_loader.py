@@ -1,0 +1,90 @@
+"""Loading spans with a reader that keeps a record instead of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from petalsd.daemon.backoff import Backoff
+from petalsd.daemon.span_loader import LoadProgress, ProgressLog, SpanLoader
+from petalsd.errors import UnsupportedModel, WeightsError
+from petalsd.types import BlockSpan
+
+
+class RecordingReader:
+    """Blocks are their names; ``failures`` are raised by load_block one after the other."""
+
+    def __init__(self, failures: Sequence[Exception | None] = ()) -> None:
+        self.failures = iter(failures)
+        self.fetched: list[BlockSpan] = []
+        self.loaded: list[int] = []
+
+    def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
+        self.fetched.append(span)
+        progress("model.safetensors", 50, 200)
+
+    def load_block(self, index: int) -> Any:
+        failure = next(self.failures, None)
+        if failure is not None:
+            raise failure
+        self.loaded.append(index)
+        return f"block {index}"
+
+
+def make_loader(reader: RecordingReader, attempts: int = 3) -> tuple[SpanLoader, list[LoadProgress]]:
+    progress: list[LoadProgress] = []
+    return SpanLoader(reader, progress.append, Backoff(attempts, 0.0, 0.0)), progress
+
+
+async def test_blocks_in_both_spans_are_kept() -> None:
+    """A move from 0:4 to 2:6 fetches and loads 4 and 5 only, and gives up 0 and 1."""
+    reader = RecordingReader()
+    loader, _ = make_loader(reader)
+    await loader.load(BlockSpan(0, 4))
+    blocks = await loader.load(BlockSpan(2, 6))
+    assert reader.loaded == [0, 1, 2, 3, 4, 5]
+    assert reader.fetched == [BlockSpan(0, 4), BlockSpan(4, 6)]
+    assert list(blocks) == [2, 3, 4, 5]
+
+
+async def test_a_failed_load_is_tried_again_from_where_it_was() -> None:
+    """Blocks loaded before the failure are not loaded again."""
+    reader = RecordingReader([None, WeightsError("truncated"), None, OSError("disk"), None])
+    loader, _ = make_loader(reader)
+    assert list(await loader.load(BlockSpan(0, 3))) == [0, 1, 2]
+    assert reader.loaded == [0, 1, 2]
+
+
+async def test_attempts_are_bounded_and_permanent_errors_end_them() -> None:
+    """The last WeightsError is raised; another error is raised at once."""
+    loader, _ = make_loader(RecordingReader([WeightsError(f"try {n}") for n in (1, 2, 3)]))
+    with pytest.raises(WeightsError, match="try 3"):
+        await loader.load(BlockSpan(0, 1))
+    loader, _ = make_loader(RecordingReader([UnsupportedModel("bits"), None]))
+    with pytest.raises(UnsupportedModel):
+        await loader.load(BlockSpan(0, 1))
+
+
+async def test_progress_tells_files_and_blocks() -> None:
+    """Fetching reports bytes of a file, loading reports blocks."""
+    loader, progress = make_loader(RecordingReader())
+    await loader.load(BlockSpan(1, 3))
+    assert progress == [
+        LoadProgress("fetch", "model.safetensors", 50, 200),
+        LoadProgress("load", "block 1", 0, 2),
+        LoadProgress("load", "block 2", 1, 2),
+    ]
+    assert [item.percent for item in progress] == [25, 0, 50]
+
+
+def test_progress_is_logged_every_two_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """A short load stays quiet; a long one writes a line per two seconds."""
+    seconds = iter([0.0, 1.9, 2.0, 3.9, 4.0])
+    progress = ProgressLog(clock=lambda: next(seconds))
+    for done in range(4):
+        progress(LoadProgress("load", f"block {done}", done, 4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loading" in line]
+    assert ["block 1" in lines[0], "block 3" in lines[1]] == [True, True]
+    assert len(lines) == 2
