@@ -1,0 +1,61 @@
+"""``petalsd run``: serve until SIGTERM or SIGINT (drain, exit 0; a second one stops at once). SIGHUP reloads."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import signal
+import sys
+from types import FrameType
+
+import structlog
+
+from petalsd.cli.exit_codes import EXIT_OK, exit_code_of
+from petalsd.cli.options import ConfigChoice, add_config_arguments, config_choice
+from petalsd.config import Config
+from petalsd.errors import PetalsdError
+from petalsd.log import configure_logging, error_fields
+
+log = structlog.get_logger(__name__)
+
+_WANTED_OPEN_FILES = 65536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit_before_start)
+    choice = config_choice(arguments)
+    config = choice.load().config
+    configure_logging(config.daemon.log_format, config.daemon.log_level)
+    _raise_file_limit()
+    try:
+        _serve(choice, config)
+    except PetalsdError as error:
+        log.error("failed", **error_fields(error))
+        return exit_code_of(error)
+    return EXIT_OK
+
+
+def _serve(choice: ConfigChoice, config: Config) -> None:
+    import uvloop  # late, like torch below: a bad file is reported without waiting for them
+
+    from petalsd.daemon.assembly import serve
+
+    uvloop.run(serve(config, choice.paths, lambda: choice.load().config))
+
+
+def _exit_before_start(number: int, frame: FrameType | None) -> None:
+    """A stop that comes while libraries are being imported: nothing has been started yet."""
+    sys.exit(EXIT_OK)
+
+
+def _raise_file_limit() -> None:
+    """Each peer takes a few file descriptors; the usual soft limit of 1024 is too low for a busy server."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

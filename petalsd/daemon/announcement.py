@@ -1,0 +1,42 @@
+"""What we say about ourselves in the swarm: one record, as things are at the moment of writing."""
+
+from __future__ import annotations
+
+from petalsd import __version__
+from petalsd.daemon.plan import ServingPlan
+from petalsd.daemon.speed import Speed
+from petalsd.engine.engine import Engine
+from petalsd.swarm.protocol import ServerState
+from petalsd.swarm.record import ServerRecord
+from petalsd.types import BlockSpan
+
+VERSION = f"petalsd {__version__}"
+
+
+class RecordWriter:
+    """Fills the server record of PROTOCOL 2.3; the announcer adds the pings."""
+
+    def __init__(self, plan: ServingPlan, engine: Engine, speed: Speed, public_name: str | None) -> None:
+        self._plan = plan
+        self._engine = engine
+        self._speed = speed
+        self._public_name = public_name
+
+    def describe(self, state: ServerState, span: BlockSpan, is_relayed: bool) -> ServerRecord:
+        """``cache_tokens_left`` counts K rows and V rows separately, over all our blocks: the wire's unit."""
+        rates = self._speed.rates
+        pool = self._engine.pool
+        return ServerRecord(
+            state=state,
+            throughput=rates.announced(len(span), is_relayed=is_relayed),
+            span=span,
+            public_name=self._public_name,
+            version=VERSION,
+            network_rps=rates.network_rps,
+            forward_rps=rates.forward_rps,
+            inference_rps=rates.inference_rps,
+            torch_dtype=self._plan.dtype_name,
+            quant_type="none",
+            using_relay=is_relayed,
+            cache_tokens_left=None if pool is None else 2 * pool.tokens_free,
+        )

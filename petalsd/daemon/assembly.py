@@ -1,0 +1,123 @@
+"""Builds a daemon from a configuration and runs it: the one place that knows all the real parts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from petalsd.config import Config
+from petalsd.daemon.announcement import VERSION, RecordWriter
+from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.detached import run_detached
+from petalsd.daemon.membership import Membership, node_options
+from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, make_plan
+from petalsd.daemon.rebalancer import Rebalancer
+from petalsd.daemon.settings import Settings
+from petalsd.daemon.signals import Signals
+from petalsd.daemon.span_loader import ProgressLog, SpanLoader
+from petalsd.daemon.speed import Speed
+from petalsd.daemon.supervisor import Supervisor
+from petalsd.engine.engine import Engine
+from petalsd.errors import ConfigError
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.sizing import pages_for
+from petalsd.log import adopt_loggers
+from petalsd.models.block import TransformerBlock
+from petalsd.models.rope import Rope
+from petalsd.paths import InstancePaths
+from petalsd.swarm.announcer import AnnouncerOptions
+from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+_LIBRARIES = ("hivemind", "transformers", "huggingface_hub")
+
+
+async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]) -> None:
+    """Run until a stop signal; ``read`` loads the configuration again for a reload."""
+    adopt_loggers(_LIBRARIES)
+    with Signals() as signals:
+        plan = await _plan_unless_stopped(config, paths, signals)
+        if plan is not None:
+            await Daemon(build_parts(config, plan, paths, read), signals).run()
+    log.info("stopped")
+
+
+async def _plan_unless_stopped(config: Config, paths: InstancePaths, signals: Signals) -> ServingPlan | None:
+    """The model's config may come slowly from the Hub; a stop does not wait for it."""
+    _make_directories(paths)
+    planning = asyncio.create_task(run_detached(lambda _: make_plan(config, paths), "petalsd-plan"))
+    stop = asyncio.create_task(signals.stop.wait())
+    await asyncio.wait({planning, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if planning.done():
+        return planning.result()
+    planning.cancel()
+    return None
+
+
+def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: Callable[[], Config]) -> Parts:
+    """Constructs everything and starts nothing. ConfigError when the blocks asked for cannot be served."""
+    demand_for(plan, config.blocks)
+    settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
+    rng = random.Random()
+    engine = Engine(plan.limits, plan.device, config.engine.threads)
+    rope = Rope(plan.model, plan.dtype, plan.device)
+    speed = Speed(plan, config.swarm, paths)
+    member = Membership(
+        node_options(config.swarm, paths, plan.model.num_blocks),
+        AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
+        Serving(engine, _served_model(plan), _handler_limits(config)),
+        RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
+    )
+    rebalancer = Rebalancer(member, rng)
+
+    def demand() -> Demand:
+        return demand_for(plan, settings.config.blocks)
+
+    async def hand_over(span: BlockSpan, blocks: Mapping[int, TransformerBlock]) -> None:
+        num_pages = pages_for(plan.kv_tokens, len(span), plan.geometry.page_tokens)
+        pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device)
+        pool.allocate()
+        await engine.load_span(blocks, pool, rope)
+
+    return Parts(
+        engine=engine,
+        member=member,
+        loader=SpanLoader(ModelReader(plan, rope), ProgressLog()),
+        rebalancer=rebalancer,
+        supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng),
+        settings=settings,
+        prepare=speed.find_out,
+        hand_over=hand_over,
+        demand=demand,
+    )
+
+
+def _served_model(plan: ServingPlan) -> ServedModel:
+    return ServedModel(plan.prefix, plan.model.num_blocks, plan.model.hidden_size, plan.dtype, VERSION)
+
+
+def _handler_limits(config: Config) -> HandlerLimits:
+    engine = config.engine
+    return HandlerLimits(
+        request_timeout_s=engine.request_timeout_s,
+        step_timeout_s=engine.step_timeout_s,
+        session_timeout_s=engine.session_timeout_s,
+    )
+
+
+def _make_directories(paths: InstancePaths) -> None:
+    """Outside systemd nobody else makes them; the state is for our eyes only."""
+    try:
+        paths.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.cache_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename} cannot be made: {error.strerror}",
+            hint="set STATE_DIRECTORY and CACHE_DIRECTORY to directories of this user",
+        ) from error

@@ -1,0 +1,150 @@
+"""Our membership in the swarm: node, handlers and announcements, joined, healed and left as one thing."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from petalsd.config import SwarmSection
+from petalsd.errors import SwarmError
+from petalsd.paths import InstancePaths
+from petalsd.swarm.announcer import Announcer, AnnouncerOptions
+from petalsd.swarm.directory import SwarmView, read_view
+from petalsd.swarm.handler import TransformerConnectionHandler
+from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS, ServerState
+from petalsd.swarm.reachability import ReachabilityService, is_directly_reachable
+from petalsd.swarm.record import ServerRecord
+from petalsd.swarm.serving import Serving
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+_LOADING = "this server is loading its blocks"
+
+# The record of a state and span as things are now; told whether others reach us through relays only.
+Describe = Callable[[ServerState, BlockSpan, bool], ServerRecord]
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What lives and dies with one libp2p daemon."""
+
+    node: Node
+    handler: TransformerConnectionHandler
+    announcer: Announcer
+    reachability: ReachabilityService | None
+
+    async def open(self) -> None:
+        await self.handler.start()
+        if self.reachability is not None:
+            await self.reachability.start()
+        self.announcer.start()
+
+    async def close(self) -> None:
+        """From the outside in: no more announcements, no more requests, no more node."""
+        await self.announcer.stop()
+        await self.handler.stop("the server is stopping")
+        if self.reachability is not None:
+            await self.reachability.stop()
+        await self.node.stop()
+
+
+class Membership:
+    """``parts.SwarmMember`` over the real swarm; start after stop makes all of it anew under the same identity."""
+
+    def __init__(
+        self, options: NodeOptions, announcing: AnnouncerOptions, serving: Serving, describe: Describe
+    ) -> None:
+        self._options = options
+        self._announcing = announcing
+        self._serving = serving
+        self._describe = describe
+        self._connection: _Connection | None = None
+        self._is_relayed = False
+
+    @property
+    def peer_id(self) -> str:
+        return self._joined.node.peer_id
+
+    async def start(self) -> None:
+        """Join, refusing requests until ``admit``. SwarmError says why it cannot."""
+        self._serving.refuse(_LOADING)
+        self._is_relayed = await _is_relay_needed(self._options)
+        node = Node(replace(self._options, client_mode=self._is_relayed))
+        await node.start()
+        self._connection = _Connection(
+            node=node,
+            handler=TransformerConnectionHandler(node, self._serving),
+            announcer=Announcer(node, self._announcing, self._make_record),
+            reachability=None if self._is_relayed else ReachabilityService(node),
+        )
+        try:
+            await self._connection.open()
+        except BaseException:
+            await self.stop()
+            raise
+        log.info("joined", peer_id=node.peer_id, maddrs=await node.visible_maddrs(), relayed=self._is_relayed)
+
+    async def stop(self) -> None:
+        """Leave; idempotent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def until_failed(self) -> str:
+        return await self._joined.node.until_failed()
+
+    async def maddrs(self) -> list[str]:
+        return await self._joined.node.visible_maddrs()
+
+    async def announce(self, state: ServerState, span: BlockSpan) -> None:
+        await self._joined.announcer.announce(state, span)
+
+    def admit(self) -> None:
+        self._serving.serve()
+
+    def refuse(self, reason: str) -> None:
+        self._serving.refuse(reason)
+
+    async def read_view(self) -> SwarmView:
+        return await read_view(self._joined.node, self._announcing.prefix, self._announcing.num_blocks)
+
+    @property
+    def _joined(self) -> _Connection:
+        if self._connection is None:
+            raise SwarmError("this server has not joined a swarm")
+        return self._connection
+
+    def _make_record(self, state: ServerState, span: BlockSpan) -> ServerRecord:
+        return self._describe(state, span, self._is_relayed)
+
+
+def node_options(section: SwarmSection, paths: InstancePaths, num_blocks: int) -> NodeOptions:
+    """``num_blocks`` lookups run at once: one for each block's record."""
+    peers = section.initial_peers
+    return NodeOptions(
+        initial_peers=PUBLIC_INITIAL_PEERS if isinstance(peers, str) else peers,
+        host_maddrs=section.host_maddrs,
+        announce_maddrs=section.announce_maddrs,
+        identity_path=section.identity_path or paths.identity_file,
+        use_relay=section.relay,
+        use_auto_relay=section.relay and not _is_loopback_only(section.host_maddrs),
+        num_workers=num_blocks,
+    )
+
+
+async def _is_relay_needed(options: NodeOptions) -> bool:
+    """Ask the swarm whether it can dial us; a new swarm, or one on this machine alone, has nobody to ask."""
+    if not options.initial_peers or not options.use_auto_relay:
+        return False
+    return not await is_directly_reachable(options)
+
+
+def _is_loopback_only(maddrs: tuple[str, ...]) -> bool:
+    """Whether all of ``/ip4/127.0.0.1/tcp/0`` and the like stay on this machine."""
+    hosts = [maddr.split("/")[1:3] for maddr in maddrs]
+    return all(kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback for kind, host in hosts)

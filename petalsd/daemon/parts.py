@@ -1,0 +1,61 @@
+"""What the daemon asks of the parts that it brings to life. The real ones and the tests' fakes both fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from petalsd.engine.engine import EngineStats
+from petalsd.kvcache.pool import KVPool
+from petalsd.models.block import TransformerBlock
+from petalsd.models.rope import Rope
+from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.protocol import ServerState
+from petalsd.types import BlockSpan
+
+
+class ServingEngine(Protocol):
+    """The part of ``engine.Engine`` that the daemon uses."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self, deadline_s: float) -> None: ...
+
+    async def load_span(self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> None: ...
+
+    async def drop_span(self, reason: str) -> None: ...
+
+    async def self_test(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class SwarmMember(Protocol):
+    """Our presence in the swarm: node, handlers and announcements as one thing."""
+
+    @property
+    def peer_id(self) -> str: ...
+
+    async def start(self) -> None:
+        """Join; requests are refused until ``admit``. SwarmError says why it cannot."""
+
+    async def stop(self) -> None:
+        """Leave; idempotent, bounded in time, works on a broken member too."""
+
+    async def until_failed(self) -> str:
+        """Wait until this member is broken for good; the reason. ``stop`` and ``start`` heal it."""
+
+    async def maddrs(self) -> list[str]:
+        """Addresses under which others reach us."""
+
+    async def announce(self, state: ServerState, span: BlockSpan) -> None:
+        """Returns when the records of all blocks of ``span`` are stored. SwarmError or DeadlineExceeded."""
+
+    def admit(self) -> None:
+        """Answer requests."""
+
+    def refuse(self, reason: str) -> None:
+        """Answer new sessions and requests with Draining(reason); running sessions go on."""
+
+    async def read_view(self) -> SwarmView:
+        """Who serves what now. SwarmError or DeadlineExceeded."""

@@ -1,0 +1,148 @@
+"""Watches a span that is served: health of the parts, our own record, and whether another place is better."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from petalsd.config import BlocksSection
+from petalsd.daemon.parts import ServingEngine, SwarmMember
+from petalsd.daemon.plan import Demand
+from petalsd.daemon.rebalancer import Rebalancer
+from petalsd.errors import DeadlineExceeded, PetalsdError, SwarmError
+from petalsd.log import error_fields
+from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.protocol import ServerState
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+# One batch or unit of a pass takes a small part of this on any machine that is worth announcing.
+_ENGINE_STUCK_S = 120.0
+
+
+class Cause(enum.Enum):
+    """Why a span is left."""
+
+    BALANCE = "balance"
+    RECONFIGURED = "reconfigured"
+    ENGINE_BROKEN = "engine_broken"
+    MEMBER_BROKEN = "member_broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    cause: Cause
+    reason: str
+
+
+class Supervisor:
+    """``blocks`` gives the section in force, ``demand`` what it asks for."""
+
+    def __init__(
+        self,
+        engine: ServingEngine,
+        member: SwarmMember,
+        rebalancer: Rebalancer,
+        blocks: Callable[[], BlocksSection],
+        demand: Callable[[], Demand],
+        rng: random.Random,
+    ) -> None:
+        self._engine = engine
+        self._member = member
+        self._rebalancer = rebalancer
+        self._blocks = blocks
+        self._demand = demand
+        self._rng = rng
+        self._check_now = asyncio.Event()
+
+    def check_now(self) -> None:
+        """Do the next check at once, and say in the log what came of it."""
+        self._check_now.set()
+
+    async def until_departure(self, span: BlockSpan) -> Departure:
+        """Check at random intervals until there is a reason to leave ``span``."""
+        failure = asyncio.create_task(self._member.until_failed(), name="member-failure")
+        try:
+            while True:
+                was_asked = await self._wait_for_check(failure)
+                departure = await self._check(span, failure)
+                if departure is not None:
+                    return departure
+                if was_asked:
+                    log.info("placement_unchanged", span=str(span))
+        finally:
+            failure.cancel()
+
+    async def _wait_for_check(self, failure: asyncio.Task[str]) -> bool:
+        """Until a random time has passed, something failed, or somebody asked (True)."""
+        wait_s = self._rng.uniform(0.0, 2.0 * self._blocks().balance_period_s)
+        asked = asyncio.create_task(self._check_now.wait())
+        try:
+            await asyncio.wait({asked, failure}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+        was_asked = self._check_now.is_set()
+        self._check_now.clear()
+        return was_asked
+
+    async def _check(self, span: BlockSpan, failure: asyncio.Task[str]) -> Departure | None:
+        if failure.done():
+            return Departure(Cause.MEMBER_BROKEN, failure.result())
+        problem = await self._engine_problem()
+        if problem is not None:
+            return Departure(Cause.ENGINE_BROKEN, problem)
+        demand = self._demand()
+        if len(span) != demand.num_blocks or demand.pinned not in (None, span):
+            return Departure(Cause.RECONFIGURED, f"the configuration asks for {demand}")
+        try:
+            view = await self._member.read_view()
+            is_complete = await self._restore_record(span, view)
+        except (SwarmError, DeadlineExceeded) as error:
+            log.warning("check_failed", span=str(span), **error_fields(error))
+            return None
+        is_free = is_complete and demand.pinned is None
+        if is_free and self._rebalancer.should_move(view, self._blocks().balance_quality):
+            return Departure(Cause.BALANCE, "the swarm is served better from other blocks")
+        return None
+
+    async def _engine_problem(self) -> str | None:
+        """A canary crosses the device when it is idle; when it is busy, its work must move."""
+        busy_since_s = self._engine.stats().busy_since_monotonic_s
+        if busy_since_s is not None:
+            busy_s = time.monotonic() - busy_since_s
+            return (
+                f"the engine has been at one batch for {busy_s:.0f} s" if busy_s > _ENGINE_STUCK_S else None
+            )
+        before = self._engine.stats().iterations_total
+        try:
+            async with asyncio.timeout(_ENGINE_STUCK_S):
+                await self._engine.self_test()
+        except TimeoutError:
+            is_moving = self._engine.stats().iterations_total > before
+            return None if is_moving else "the self-test did not come back"
+        except PetalsdError as error:
+            return f"the self-test failed: {error}"
+        return None
+
+    async def _restore_record(self, span: BlockSpan, view: SwarmView) -> bool:
+        """Announce again what got lost (others restart, clocks differ); whether ``view`` had all of it."""
+        peer = self._member.peer_id
+        missing = [index for index in span if not _is_online(view, index, peer)]
+        if missing:
+            log.warning("own_record_missing", blocks=missing)
+            await self._member.announce(ServerState.ONLINE, span)
+        return not missing
+
+
+def _is_online(view: SwarmView, block: int, peer: str) -> bool:
+    with contextlib.suppress(KeyError, IndexError):
+        return view.blocks[block][peer].state is ServerState.ONLINE
+    return False

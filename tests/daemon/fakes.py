@@ -1,0 +1,212 @@
+"""A swarm that is a dictionary, an engine that computes nothing, and a daemon made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from petalsd.config import Config
+from petalsd.config_loading import load_config
+from petalsd.daemon.backoff import Backoff
+from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.plan import Demand
+from petalsd.daemon.rebalancer import Rebalancer
+from petalsd.daemon.settings import Settings
+from petalsd.daemon.signals import Signals
+from petalsd.daemon.span_loader import SpanLoader
+from petalsd.daemon.supervisor import Supervisor
+from petalsd.engine.engine import EngineStats
+from petalsd.errors import ConfigError, SwarmError
+from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.protocol import ServerState
+from petalsd.swarm.record import ServerRecord
+from petalsd.types import BlockSpan, DaemonState
+
+NUM_BLOCKS = 8
+PEER = "Qm" + "a" * 44
+OTHER = "Qm" + "b" * 44
+QUICK = Backoff(attempts=3, first_delay_s=0.0, max_delay_s=0.0)
+
+
+class FakeSwarm:
+    """The directory: per block, peer to record."""
+
+    def __init__(self) -> None:
+        self.blocks: list[dict[str, ServerRecord]] = [{} for _ in range(NUM_BLOCKS)]
+
+    def put(self, peer: str, state: ServerState, span: BlockSpan, throughput: float = 1.0) -> None:
+        for block in span:
+            self.blocks[block][peer] = ServerRecord(state, throughput, span=span)
+
+    def states_of(self, peer: str) -> dict[int, ServerState]:
+        return {index: records[peer].state for index, records in enumerate(self.blocks) if peer in records}
+
+
+@dataclass
+class FakeMember:
+    """Records what it is asked for in ``calls``; ``failures`` are raised by the calls of that name."""
+
+    swarm: FakeSwarm
+    calls: list[str]
+    peer_id: str = PEER
+    throughput: float = 1.0
+    failures: dict[str, list[Exception]] = field(default_factory=dict)
+    is_admitting: bool = False
+    broken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def _call(self, name: str, detail: str = "") -> None:
+        self.calls.append(f"{name} {detail}".strip())
+        if self.failures.get(name):
+            raise self.failures[name].pop(0)
+
+    async def start(self) -> None:
+        self._call("join")
+        self.broken = asyncio.Event()
+
+    async def stop(self) -> None:
+        self._call("part")
+        self.is_admitting = False
+
+    async def until_failed(self) -> str:
+        await self.broken.wait()
+        return "p2pd died"
+
+    async def maddrs(self) -> list[str]:
+        return [f"/ip4/127.0.0.1/tcp/1/p2p/{self.peer_id}"]
+
+    async def announce(self, state: ServerState, span: BlockSpan) -> None:
+        self._call("announce", f"{state.name} {span}")
+        if self.broken.is_set():
+            raise SwarmError("p2pd died")
+        self.swarm.put(self.peer_id, state, span, self.throughput)
+
+    def admit(self) -> None:
+        self._call("admit")
+        self.is_admitting = True
+
+    def refuse(self, reason: str) -> None:
+        self._call("refuse")
+        self.is_admitting = False
+
+    async def read_view(self) -> SwarmView:
+        if self.failures.get("read_view"):
+            raise self.failures["read_view"].pop(0)
+        return SwarmView("prefix", NUM_BLOCKS, [dict(records) for records in self.swarm.blocks])
+
+
+@dataclass
+class FakeEngine:
+    """``sessions`` is how many are open; ``busy_since_s`` as in EngineStats."""
+
+    calls: list[str]
+    sessions: int = 0
+    busy_since_s: float | None = None
+    failures: list[Exception] = field(default_factory=list)
+
+    async def start(self) -> None:
+        self.calls.append("engine starts")
+
+    async def stop(self, deadline_s: float) -> None:
+        self.calls.append("engine stops")
+
+    async def load_span(self, blocks: Mapping[int, Any], pool: Any, rope: Any) -> None:
+        self.calls.append("engine loads")
+
+    async def drop_span(self, reason: str) -> None:
+        self.calls.append("engine drops")
+        self.sessions = 0
+
+    async def self_test(self) -> None:
+        self.calls.append("self-test")
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            sessions=self.sessions, rows=self.sessions, queued_passes=0, steps_total=0, tokens_total=0,
+            iterations_total=0, last_step_monotonic_s=0.0, busy_since_monotonic_s=self.busy_since_s,
+        )  # fmt: skip
+
+
+@dataclass
+class FakeReader:
+    calls: list[str]
+    failures: list[Exception] = field(default_factory=list)
+
+    def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def load_block(self, index: int) -> Any:
+        self.calls.append(f"load {index}")
+        return object()
+
+
+class Stage:
+    """A daemon of fakes, with everything at hand that a test looks at or breaks."""
+
+    def __init__(self, *overrides: str) -> None:
+        self.calls: list[str] = []
+        self.swarm = FakeSwarm()
+        self.member = FakeMember(self.swarm, self.calls)
+        self.engine = FakeEngine(self.calls)
+        self.reader = FakeReader(self.calls)
+        self.signals = Signals()
+        self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
+        self.settings = Settings(self._read(), self._read, self._demand)
+        rng = random.Random(0)
+        rebalancer = Rebalancer(self.member, rng)
+        self.supervisor = Supervisor(
+            self.engine, self.member, rebalancer, lambda: self.settings.config.blocks, self.demand, rng
+        )
+        self.daemon = Daemon(
+            Parts(
+                engine=self.engine,
+                member=self.member,
+                loader=SpanLoader(self.reader, lambda progress: None, QUICK),
+                rebalancer=rebalancer,
+                supervisor=self.supervisor,
+                settings=self.settings,
+                prepare=self._prepare,
+                hand_over=self._hand_over,
+                demand=self.demand,
+            ),
+            self.signals,
+            QUICK,
+        )
+        self._seen: list[tuple[DaemonState, asyncio.Future[None]]] = []
+        self.daemon.lifecycle.subscribe(self._on_move)
+
+    def demand(self) -> Demand:
+        return self._demand(self.settings.config)
+
+    def until(self, state: DaemonState) -> asyncio.Future[None]:
+        """Resolves when the daemon next moves to ``state``."""
+        future = asyncio.get_running_loop().create_future()
+        self._seen.append((state, future))
+        return future
+
+    def _on_move(self, old: DaemonState, new: DaemonState) -> None:
+        for state, future in self._seen:
+            if state is new and not future.done():
+                future.set_result(None)
+
+    def _read(self) -> Config:
+        return load_config(None, {}, self.overrides).config
+
+    def _demand(self, config: Config) -> Demand:
+        blocks = config.blocks
+        if blocks.span is not None:
+            if blocks.span.end > NUM_BLOCKS:
+                raise ConfigError(f"blocks.span = {blocks.span}: outside the model")
+            return Demand(len(blocks.span), blocks.span)
+        return Demand(4 if blocks.count == "auto" else blocks.count, None)
+
+    async def _prepare(self) -> None:
+        self.calls.append("prepare")
+
+    async def _hand_over(self, span: BlockSpan, blocks: Mapping[int, Any]) -> None:
+        await self.engine.load_span(blocks, None, None)

@@ -1,0 +1,109 @@
+"""`petalsd run` as a process of its own, watched through its JSON log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+START_S = 90
+
+
+class DaemonProcess:
+    """Start it, wait for events of its log, send signals, wait for its end."""
+
+    def __init__(self, name: str, home: Path, *overrides: str) -> None:
+        self.name = name
+        self.home = home
+        self.overrides = list(overrides)
+        self.events: list[dict[str, Any]] = []
+        self._process: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        words = ["-m", "petalsd", "run", "--instance", self.name]
+        for override in self.overrides:
+            words += ["--set", override]
+        environ = {"HOME": str(self.home), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1",
+                   "CONFIGURATION_DIRECTORY": str(self.home)}  # fmt: skip
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *words,
+            stderr=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
+            env=environ,
+        )
+        self._reading = asyncio.create_task(self._read(self._process))
+
+    async def event(
+        self, name: str, *, after: int = 0, matching: Callable[[dict[str, Any]], bool] = lambda event: True
+    ) -> dict[str, Any]:
+        """The first event of that name at or past index ``after`` that matches; fails with the log at the end."""
+        async with asyncio.timeout(START_S):
+            while True:
+                for event in self.events[after:]:
+                    if event.get("event") == name and matching(event):
+                        return event
+                assert self._reading is not None
+                if self._reading.done():
+                    raise AssertionError(f"{self.name} ended before {name!r}:\n{self.text()}")
+                await self._changed.wait()
+
+    async def online(self) -> dict[str, Any]:
+        return await self.event("online")
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def ended(self) -> int:
+        """The exit status."""
+        assert self._process is not None
+        assert self._reading is not None
+        async with asyncio.timeout(30):
+            await self._reading
+            return await self._process.wait()
+
+    async def end(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        if self._reading is not None:
+            await self._reading
+
+    def text(self) -> str:
+        return "\n".join(json.dumps(event) for event in self.events[-30:])
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        while line := await process.stderr.readline():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = {"event": "text", "text": line.decode(errors="replace").rstrip()}
+            self.events.append(event)
+            self._changed.set()
+            self._changed = asyncio.Event()
+        self._changed.set()
+
+
+def child_pids(pid: int) -> list[int]:
+    """Direct children of a process."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

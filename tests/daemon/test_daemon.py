@@ -1,0 +1,263 @@
+"""The life of a daemon made of fakes: the order of things, moves, failures, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from petalsd.errors import EngineError, SwarmError, WeightsError
+from petalsd.swarm.protocol import ServerState
+from petalsd.types import BlockSpan, DaemonState
+from tests.daemon.fakes import OTHER, PEER, Stage
+
+DEADLINE_S = 20
+
+
+async def until_online(stage: Stage) -> asyncio.Task[None]:
+    online = stage.until(DaemonState.ONLINE)
+    running = asyncio.create_task(stage.daemon.run())
+    await asyncio.wait({online, running}, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+    assert online.done(), stage.calls
+    return running
+
+
+async def stopped(stage: Stage, running: asyncio.Task[None]) -> None:
+    stage.signals.request_stop()
+    await asyncio.wait_for(running, DEADLINE_S)
+
+
+async def test_start_and_stop_order() -> None:
+    """Nothing is announced before it is true; on the way out OFFLINE comes first and the parts go in order."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    assert stage.calls == [
+        "prepare", "engine starts", "join", "announce JOINING 0:2", "load 0", "load 1", "engine loads",
+        "self-test", "admit", "announce ONLINE 0:2",
+    ]  # fmt: skip
+    stage.calls.clear()
+    await stopped(stage, running)
+    assert stage.calls == ["announce OFFLINE 0:2", "refuse", "engine drops", "part", "engine stops"]
+    assert stage.daemon.lifecycle.state is DaemonState.STOPPED
+
+
+async def test_a_free_span_goes_where_the_swarm_is_weakest() -> None:
+    """With a count only, the blocks that nobody serves are chosen."""
+    stage = Stage("blocks.count=4")
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(0, 4))
+    running = await until_online(stage)
+    assert stage.swarm.states_of(PEER) == dict.fromkeys(range(4, 8), ServerState.ONLINE)
+    await stopped(stage, running)
+    assert stage.swarm.states_of(PEER) == dict.fromkeys(range(4, 8), ServerState.OFFLINE)
+
+
+async def test_records_of_an_earlier_life_are_retracted_first() -> None:
+    """A crash left ONLINE records elsewhere: they are declared OFFLINE before anything is announced."""
+    stage = Stage("blocks.span=0:2")
+    stage.swarm.put(PEER, ServerState.ONLINE, BlockSpan(4, 6))
+    running = await until_online(stage)
+    assert stage.calls.index("announce OFFLINE 4:6") < stage.calls.index("announce JOINING 0:2")
+    await stopped(stage, running)
+
+
+async def test_a_move_keeps_common_blocks_and_leaves_before_it_joins() -> None:
+    """When another server leaves a gap, the daemon says OFFLINE, ends its sessions and serves the gap."""
+    stage = Stage("blocks.count=4", "blocks.balance_period_s=0.01")
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(4, 8))
+    third = "Qm" + "c" * 44
+    running = await until_online(stage)
+    stage.calls.clear()
+    online = stage.until(DaemonState.ONLINE)
+    stage.swarm.put(third, ServerState.ONLINE, BlockSpan(0, 4), throughput=5.0)
+    stage.swarm.put(OTHER, ServerState.OFFLINE, BlockSpan(4, 8))
+    await asyncio.wait_for(online, DEADLINE_S)
+    moves = [call for call in stage.calls if call != "self-test"]
+    assert moves == [
+        "announce OFFLINE 0:4", "refuse", "engine drops", "announce JOINING 4:8", "load 4", "load 5", "load 6",
+        "load 7", "engine loads", "admit", "announce ONLINE 4:8",
+    ]  # fmt: skip
+    await stopped(stage, running)
+
+
+async def test_a_lost_record_is_announced_again() -> None:
+    """A missing own record at a check is stored anew; nothing moves."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.calls.clear()
+    stage.swarm.blocks[1].clear()
+    stage.supervisor.check_now()
+    await eventually(lambda: "announce ONLINE 0:2" in stage.calls)
+    assert stage.daemon.lifecycle.state is DaemonState.ONLINE
+    assert "refuse" not in stage.calls
+    await stopped(stage, running)
+
+
+async def test_a_dead_p2pd_is_replaced() -> None:
+    """The member is stopped and started, the old record retracted, and the loaded blocks are used again."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.calls.clear()
+    online = stage.until(DaemonState.ONLINE)
+    stage.member.broken.set()
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert stage.calls == [
+        "refuse", "engine drops", "part", "join", "announce OFFLINE 0:2", "announce JOINING 0:2",
+        "engine loads", "self-test", "admit", "announce ONLINE 0:2",
+    ]  # fmt: skip
+    await stopped(stage, running)
+
+
+async def test_a_broken_engine_is_replaced() -> None:
+    """A failed self-test at a check: OFFLINE, a new engine thread, the same blocks."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.calls.clear()
+    online = stage.until(DaemonState.ONLINE)
+    stage.engine.failures.append(EngineError("wrong"))
+    stage.supervisor.check_now()
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert stage.calls[:6] == [
+        "self-test", "announce OFFLINE 0:2", "refuse", "engine drops", "engine stops", "engine starts"
+    ]  # fmt: skip
+    await stopped(stage, running)
+
+
+async def test_an_engine_that_is_stuck_at_one_batch_is_replaced() -> None:
+    """A busy engine is not given a canary; when one batch takes minutes it is broken."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.calls.clear()
+    online = stage.until(DaemonState.ONLINE)
+    stage.engine.busy_since_s = time.monotonic() - 1000
+    stage.supervisor.check_now()
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert stage.calls[0] == "announce OFFLINE 0:2"
+    await stopped(stage, running)
+
+
+async def test_a_load_that_keeps_failing_leaves_the_swarm() -> None:
+    """After the last attempt OFFLINE is announced, everything stops, and the error comes out of run()."""
+    stage = Stage("blocks.span=0:2")
+    stage.reader.failures = [WeightsError("no such file")] * 3
+    with pytest.raises(WeightsError):
+        await asyncio.wait_for(stage.daemon.run(), DEADLINE_S)
+    assert stage.calls[-5:] == ["announce OFFLINE 0:2", "refuse", "engine drops", "part", "engine stops"]
+    assert stage.daemon.lifecycle.state is DaemonState.FAILED
+
+
+async def test_a_swarm_that_cannot_be_joined_is_given_up() -> None:
+    """Joining is tried a bounded number of times."""
+    stage = Stage("blocks.span=0:2")
+    stage.member.failures["join"] = [SwarmError("nobody there")] * 3
+    with pytest.raises(SwarmError, match="nobody there"):
+        await asyncio.wait_for(stage.daemon.run(), DEADLINE_S)
+    assert stage.calls.count("join") == 3
+    assert not any(call.startswith("announce") for call in stage.calls)
+
+
+async def test_rounds_that_keep_failing_end_the_daemon() -> None:
+    """An announcement that is never stored costs a new member each time, five times."""
+    stage = Stage("blocks.span=0:2")
+    stage.member.failures["announce"] = [SwarmError("refused")] * 100
+    with pytest.raises(SwarmError, match="refused"):
+        await asyncio.wait_for(stage.daemon.run(), DEADLINE_S)
+    assert stage.calls.count("join") == 5
+    assert stage.daemon.lifecycle.state is DaemonState.FAILED
+
+
+async def test_a_stop_waits_for_sessions() -> None:
+    """After OFFLINE the daemon waits until the last session has ended by itself."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.engine.sessions = 1
+    draining = stage.until(DaemonState.DRAINING)
+    stage.signals.request_stop()
+    await asyncio.wait_for(draining, DEADLINE_S)
+    await eventually(lambda: "refuse" in stage.calls)
+    assert "engine drops" not in stage.calls
+    stage.engine.sessions = 0
+    await asyncio.wait_for(running, DEADLINE_S)
+    assert stage.calls[-3:] == ["engine drops", "part", "engine stops"]
+
+
+async def test_a_second_signal_ends_the_drain() -> None:
+    """Sessions that are still open are cut when the second signal comes."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.engine.sessions = 1
+    draining = stage.until(DaemonState.DRAINING)
+    stage.signals.request_stop()
+    await asyncio.wait_for(draining, DEADLINE_S)
+    stage.signals.request_stop()
+    await asyncio.wait_for(running, DEADLINE_S)
+    assert stage.daemon.lifecycle.state is DaemonState.STOPPED
+
+
+async def test_the_drain_has_a_deadline() -> None:
+    """With a deadline of 0 a stop waits for nobody."""
+    stage = Stage("blocks.span=0:2", "daemon.drain_deadline_s=0")
+    running = await until_online(stage)
+    stage.engine.sessions = 1
+    await stopped(stage, running)
+    assert stage.engine.sessions == 0
+
+
+async def test_a_stop_while_loading_says_offline() -> None:
+    """The JOINING record is retracted although nothing was ever served."""
+    stage = Stage("blocks.span=0:2")
+    loading = asyncio.Event()
+    stage.reader.load_block = lambda index: loading.set() or time.sleep(0.2)  # type: ignore[method-assign,func-returns-value]
+    running = asyncio.create_task(stage.daemon.run())
+    await eventually(loading.is_set)
+    await stopped(stage, running)
+    assert stage.swarm.states_of(PEER) == {0: ServerState.OFFLINE, 1: ServerState.OFFLINE}
+
+
+async def test_a_reload_applies_a_new_span_and_refuses_a_bad_one() -> None:
+    """SIGHUP: a changed span moves the daemon at once; one outside the model changes nothing."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    online = stage.until(DaemonState.ONLINE)
+    stage.overrides[-1] = "blocks.span=1:3"
+    stage.signals.reload.set()
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert stage.calls.count("load 1") == 1
+    stage.overrides[-1] = "blocks.span=7:9"
+    stage.calls.clear()
+    stage.signals.reload.set()
+    await eventually(lambda: not stage.signals.reload.is_set())
+    assert stage.settings.config.blocks.span == BlockSpan(1, 3)
+    assert stage.calls == []
+    await stopped(stage, running)
+
+
+async def test_a_reload_that_changes_nothing_moves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The placement is looked at once and the log says that it stays."""
+    stage = Stage("blocks.span=0:2")
+    running = await until_online(stage)
+    stage.calls.clear()
+    stage.signals.reload.set()
+    await eventually(lambda: "self-test" in stage.calls and "placement_unchanged" in capsys.readouterr().out)
+    assert stage.calls == ["self-test"]
+    await stopped(stage, running)
+
+
+async def test_a_directory_that_cannot_be_read_moves_nobody() -> None:
+    """A failed reading at a check is logged; serving goes on."""
+    stage = Stage("blocks.count=2")
+    running = await until_online(stage)
+    stage.calls.clear()
+    stage.member.failures["read_view"] = [SwarmError("timeout")]
+    stage.supervisor.check_now()
+    await eventually(lambda: not stage.member.failures["read_view"])
+    assert stage.daemon.lifecycle.state is DaemonState.ONLINE
+    assert "refuse" not in stage.calls
+    await stopped(stage, running)
+
+
+async def eventually(condition: object) -> None:
+    """Let the loop run until ``condition()`` holds."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
+            await asyncio.sleep(0)
