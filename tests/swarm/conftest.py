@@ -7,8 +7,11 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
+from petalsd.swarm.node import Node
 from petalsd.swarm.stream import InboundBudget, MessageStream
+from tests.swarm.servers import Server, joining, node, server
 
 PEER_A, PEER_B = "QmPeerA" + "a" * 39, "QmPeerB" + "b" * 39
 
@@ -23,3 +26,32 @@ async def stream_pair() -> AsyncIterator[tuple[MessageStream, MessageStream]]:
     yield ends[0], ends[1]
     for stream in ends:
         stream.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nodes() -> AsyncIterator[tuple[Node, Node]]:
+    """A full node and a client of its swarm, shared by a module."""
+    async with node() as first, node(await joining(first, client_mode=True)) as client:
+        yield first, client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_server(
+    nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Server]:
+    """A server with default limits on the module's full node."""
+    async with server(nodes[0], tmp_path_factory.mktemp("tiny")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(nodes: tuple[Node, Node]) -> Node:
+    """The module's client node."""
+    return nodes[1]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def tiny(shared_server: Server) -> AsyncIterator[Server]:
+    """The module's server; after each test all its pages must be back."""
+    yield shared_server
+    await shared_server.idle()

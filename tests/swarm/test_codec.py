@@ -236,3 +236,9 @@ def test_too_few_tensors_are_refused() -> None:
     """The refusal says how many the call needs."""
     with pytest.raises(BadRequest, match="needs 3"):
         codec.arrange([proto()], None, 3)
+
+
+def test_parts_keep_the_codec() -> None:
+    """The first part of a cut tensor carries its codec, so that every codec may be streamed."""
+    message = proto(compression=runtime_pb2.FLOAT16)
+    assert next(codec.split_for_stream(message)).compression == runtime_pb2.FLOAT16
