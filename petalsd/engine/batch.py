@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from petalsd.kvcache.pool import KVPool
@@ -63,29 +65,45 @@ class ItemBatch:
 
 def build_batch(items: Sequence[BatchItem], pool: KVPool, device: torch.device) -> ItemBatch:
     """Lay the items out and look up their pages. The pool's copies must have been applied."""
-    rows = [item.rows for item in items]
-    num_rows = sum(rows)
-    lengths = np.repeat(np.array([item.tokens for item in items]), rows)
-    starts = np.repeat(np.array([item.start for item in items]), rows)
-    bounds = np.zeros(num_rows + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    contexts = starts + lengths
+    starts = [item.start for item in items for _ in range(item.rows)]
+    lengths = [item.tokens for item in items for _ in range(item.rows)]
+    contexts = [start + length for start, length in zip(starts, lengths, strict=True)]
     page_tokens = pool.kv.page_tokens
-    origins = np.empty((num_rows, -(-int(contexts.max()) // page_tokens)), dtype=np.int32)
+    origins = np.empty((len(starts), -(-max(contexts) // page_tokens)), dtype=np.int32)
     origins_table = torch.from_numpy(origins)
     pool.fill_origins([item.kv for item in items], origins_table)
-    row_of_token = np.repeat(np.arange(num_rows), lengths)
-    positions = np.arange(bounds[-1]) + (starts - bounds[:-1])[row_of_token]
-    runs = positions // page_tokens
+    index = _index_decode if max(lengths) == 1 else _index_tokens
+    indices = torch.from_numpy(index(starts, lengths, origins, page_tokens)).to(device)
+    positions, write_origins, write_offsets = indices.unbind()
     ragged = RaggedBatch(
-        token_bounds=bounds.tolist(),
-        context_lens=contexts.tolist(),
-        positions=torch.from_numpy(positions).to(device),
+        token_bounds=list(accumulate(lengths, initial=0)),
+        context_lens=contexts,
+        positions=positions,
         origins=origins_table.to(device),
-        write_origins=torch.from_numpy(origins[row_of_token, runs].astype(np.int64)).to(device),
-        write_offsets=torch.from_numpy(positions - runs * page_tokens).to(device),
+        write_origins=write_origins,
+        write_offsets=write_offsets,
     )
     return ItemBatch(ragged, *_item_bounds(items))
+
+
+def _index_tokens(
+    starts: list[int], lengths: list[int], origins: npt.NDArray[np.int32], page_tokens: int
+) -> npt.NDArray[np.int64]:
+    """``[3, T]``: positions, write origins and write offsets of all tokens, from the rows' figures."""
+    rows = np.repeat(np.arange(len(starts)), lengths)
+    first_tokens = np.cumsum(lengths) - lengths
+    positions = np.arange(len(rows)) + (np.array(starts) - first_tokens)[rows]
+    runs = positions // page_tokens
+    return np.stack((positions, origins[rows, runs], positions - runs * page_tokens))
+
+
+def _index_decode(
+    starts: list[int], lengths: list[int], origins: npt.NDArray[np.int32], page_tokens: int
+) -> npt.NDArray[np.int64]:
+    """``_index_tokens`` where each row has one token. A few rows in plain Python cost less than array calls."""
+    places = [divmod(start, page_tokens) for start in starts]
+    write_origins = [origins.item(row, run) for row, (run, _) in enumerate(places)]
+    return np.array([starts, write_origins, [offset for _, offset in places]])
 
 
 def step_ends(items: Sequence[BatchItem]) -> torch.Tensor:

@@ -159,7 +159,8 @@ class Engine:
             raise
 
     async def _reserve(self, core: EngineCore, spec: SessionSpec) -> KVSession:
-        request = KVRequest(spec.span.start, len(spec.span), spec.batch, spec.max_tokens)
+        tokens = max(1, spec.max_tokens)  # a session of none is legal on the wire, but not in the pool
+        request = KVRequest(spec.span.start, len(spec.span), spec.batch, tokens)
         return await core.served.pool.reserve(request, spec.alloc_timeout_s)
 
     def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession) -> Session:

@@ -61,14 +61,12 @@ class Session:
         if self._answer is not None:
             raise BadRequest("step", step.start, "the session's step before it is not answered yet")
         check_step(step, self.spec, self._position, self._core.served.hidden_size)
-        self._answer = asyncio.get_running_loop().create_future()
-        self._thread.post(partial(self._core.submit_step, self._state, step, self._answer))
+        loop = asyncio.get_running_loop()
+        answer = self._answer = loop.create_future()
+        self._thread.post(partial(self._core.submit_step, self._state, step, answer))
+        deadline = loop.call_later(self._deadline_s, self._miss_deadline, answer)
         try:
-            async with asyncio.timeout(self._deadline_s):
-                output = await self._answer
-        except TimeoutError:
-            self.end(f"a step took longer than {self._deadline_s:g} s")
-            raise DeadlineExceeded(f"the step was not computed within {self._deadline_s:g} s") from None
+            output: torch.Tensor = await answer
         except PetalsdError as error:
             self.end(error.message)
             raise
@@ -76,9 +74,15 @@ class Session:
             self.end("a step of it was given up")
             raise
         finally:
+            deadline.cancel()
             self._answer = None
         self._position = step.start + step.hidden.shape[1]
         return output
+
+    def _miss_deadline(self, answer: asyncio.Future[torch.Tensor]) -> None:
+        if not answer.done():
+            text = f"the step was not computed within {self._deadline_s:g} s"
+            answer.set_exception(DeadlineExceeded(text))
 
     def end(self, reason: str) -> None:
         """Take no more steps; one that waits gets SessionClosed. The pages go back after the running iteration."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import structlog
+
+log = structlog.get_logger(__name__)
+
 _Answer = tuple["asyncio.Future[Any]", Any]
 
 
@@ -22,7 +26,10 @@ class Outbox:
     def flush(self) -> None:
         if self._answers:
             answers, self._answers = self._answers, []
-            self._loop.call_soon_threadsafe(_resolve, answers)
+            try:
+                self._loop.call_soon_threadsafe(_resolve, answers)
+            except RuntimeError:  # the loop is closed: this thread hung in the device and was left behind
+                log.warning("answers_lost", num_answers=len(answers))
 
 
 def _resolve(answers: list[_Answer]) -> None:

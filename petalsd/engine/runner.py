@@ -33,9 +33,6 @@ def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
     >>> split_segments([BlockSpan(0, 4), BlockSpan(2, 6)])
     0:2 with item 0, 2:4 with items 0 and 1, 4:6 with item 1
     """
-    first = spans[0]
-    if all(span == first for span in spans):
-        return [Segment(first, tuple(range(len(spans))))]
     cuts = sorted({span.start for span in spans} | {span.end for span in spans})
     segments = []
     for start, end in pairwise(cuts):
@@ -68,10 +65,14 @@ class SpanRunner:
         hidden = items[0].hidden if len(items) == 1 else torch.cat([item.hidden for item in items])
         if any(item.prompts is not None for item in items):
             hidden = hidden.clone()  # prompts are added in place, and these may be the client's own states
-        for segment in split_segments([item.span for item in items]):
-            hidden = self._run_segment(segment, items, batch, hidden, cos_sin)
+        span = items[0].span
+        if all(item.span == span for item in items):
+            hidden = self._walk(span, items, hidden, batch.ragged, cos_sin)
+        else:
+            for segment in split_segments([item.span for item in items]):
+                hidden = self._run_segment(segment, items, batch, hidden, cos_sin)
         answer = hidden.cpu()
-        return [answer[tokens] for tokens in batch.item_tokens]
+        return [answer[tokens] for tokens in batch.item_tokens] if len(items) > 1 else [answer]
 
     def _run_segment(
         self,

@@ -16,16 +16,18 @@ from petalsd.kvcache.session import KVSession
 class StepJob:
     """A step on its way through the engine, possibly in several chunks.
 
-    hidden    ``[B, n, M]`` in the model's dtype on the device
-    prompts   None, or ``[len(span), B or 1, prefix, M]``, likewise
-    num_done  tokens of each row computed so far
-    output    ``[B, n, M]`` on the CPU, filled as chunks come; None while nothing is
+    hidden      ``[B, n, M]`` in the model's dtype on the device
+    prompts     None, or ``[len(span), B or 1, prefix, M]``, likewise
+    num_tokens  n
+    num_done    tokens of each row computed so far
+    output      ``[B, n, M]`` on the CPU, filled as chunks come; None while nothing is
     """
 
     step: Step
     answer: asyncio.Future[torch.Tensor]
     hidden: torch.Tensor
     prompts: torch.Tensor | None
+    num_tokens: int
     num_done: int = 0
     output: torch.Tensor | None = None
 
@@ -37,11 +39,7 @@ class StepJob:
         prompts = step.prompts
         if prompts is not None:
             prompts = prompts.to(device, dtype) if prompts.shape[2] else None
-        return cls(step, answer, step.hidden.to(device, dtype), prompts)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.step.hidden.shape[1]
+        return cls(step, answer, step.hidden.to(device, dtype), prompts, step.hidden.shape[1])
 
 
 @dataclass(slots=True)

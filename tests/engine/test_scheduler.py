@@ -1,0 +1,250 @@
+"""The scheduler's promises, on integers alone: budget, decode first, chunks, fairness per peer, no starvation."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petalsd.engine.scheduler import DECODE_MEMORY, PASS_PERIOD, PassQueue, Plan, Scheduler
+
+BUDGET, CHUNK = 16, 5
+
+jobs = st.tuples(
+    st.sampled_from("abcd"),  # peer
+    st.integers(1, CHUNK),  # rows
+    st.one_of(st.just(1), st.integers(1, 60)),  # tokens
+    st.integers(1, 4),  # weight
+)
+arrivals = st.lists(st.lists(jobs, max_size=4), max_size=25)
+
+
+def cost(plan: Plan, rows: dict[int, int]) -> int:
+    return sum(piece.tokens * rows[piece.key] for piece in plan.slices)
+
+
+class Run:
+    """Drives a scheduler and checks each plan against what was handed in."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(BUDGET, CHUNK)
+        self.rows: dict[int, int] = {}
+        self.left: dict[int, int] = {}
+        self.finished: list[int] = []
+
+    def add(self, peer: str, rows: int, tokens: int, weight: int = 1) -> int:
+        key = len(self.rows)
+        self.scheduler.add(key, peer, rows, tokens, weight)
+        self.rows[key], self.left[key] = rows, tokens
+        return key
+
+    def remove(self, key: int) -> None:
+        self.scheduler.remove(key)
+        self.left.pop(key, None)
+
+    def plan(self) -> Plan:
+        plan = self.scheduler.schedule()
+        assert cost(plan, self.rows) <= BUDGET
+        assert len({piece.key for piece in plan.slices}) == len(plan.slices), "a job is planned twice"
+        assert bool(plan.slices) == bool(self.left), "work waits and nothing is planned, or the reverse"
+        for key, tokens, is_last in plan.slices:
+            assert 0 < tokens <= self.left[key]
+            self.left[key] -= tokens
+            assert is_last == (self.left[key] == 0)
+            if is_last:
+                del self.left[key]
+                self.finished.append(key)
+        assert len(self.scheduler) == len(self.left)
+        return plan
+
+    def drain(self) -> None:
+        while self.left:
+            self.plan()
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrivals, st.lists(st.integers(0, 40), max_size=10))
+def test_every_job_is_computed_once_within_the_budget(
+    waves: list[list[tuple[str, int, int, int]]], removed: list[int]
+) -> None:
+    """Whatever comes and goes, plans stay in the budget, each job gets exactly its tokens, and all finish."""
+    run = Run()
+    gone = set()
+    for wave, key in zip(waves, removed + [-1] * len(waves), strict=False):
+        for job in wave:
+            run.add(*job)
+        if key in run.left:
+            run.remove(key)
+            gone.add(key)
+        run.plan()
+    run.drain()
+    assert sorted(run.finished) == sorted(set(run.rows) - gone)
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrivals)
+def test_decode_goes_first(waves: list[list[tuple[str, int, int, int]]]) -> None:
+    """Prefill is planned beside a waiting decode only within its own chunk, and decode comes first in the plan."""
+    run = Run()
+    for wave in waves:
+        for job in wave:
+            run.add(*job)
+        decoding = {key for key, tokens in run.left.items() if tokens == 1}
+        slices = run.plan().slices
+        kinds = [piece.key in decoding for piece in slices]
+        assert kinds == sorted(kinds, reverse=True)
+        planned = {piece.key for piece in slices}
+        if decoding - planned:
+            prefill = sum(piece.tokens * run.rows[piece.key] for piece in slices if piece.key not in decoding)
+            assert prefill <= CHUNK
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(jobs, min_size=1, max_size=30), jobs)
+def test_nobody_starves(crowd: list[tuple[str, int, int, int]], patient: tuple[str, int, int, int]) -> None:
+    """A job is done after a bounded number of iterations although others refill the queue all the time."""
+    run = Run()
+    for job in crowd:
+        run.add(*job)
+    _, rows, tokens, weight = patient
+    key = run.add("patient", rows, tokens, weight)
+    num_peers = 5
+    rounds = 4 + num_peers * (2 + tokens * rows * max(weight, 4) // 2) * 4
+    for round_number in range(rounds):
+        run.plan()
+        if key not in run.left:
+            return
+        if len(run.left) < 30:
+            run.add(*crowd[round_number % len(crowd)])
+    pytest.fail(f"the job has {run.left[key]} of {tokens} tokens left after {rounds} iterations")
+
+
+def test_a_stream_of_new_peers_does_not_starve_an_old_one() -> None:
+    """A peer that was given much is still served while every competitor is new."""
+    run = Run()
+    run.add("old", 5, 40)
+    for _ in range(20):
+        run.plan()
+    key = run.add("old", 5, 20)
+    for number in range(200):
+        run.add(f"new-{number}", 5, 3)
+        run.plan()
+        if key not in run.left:
+            return
+    pytest.fail("the old peer starved")
+
+
+@pytest.mark.parametrize("tokens", [1, 50], ids=["decode", "prefill"])
+def test_peers_share_equally(tokens: int) -> None:
+    """One session gets as much as ten of another peer together, when there is more work than budget."""
+    run = Run()
+    given_to: Counter[str] = Counter()
+    peer_of = {}
+    waiting: dict[str, int] = defaultdict(int)
+    wanted = {"one": 1, "many": 10}
+    for _ in range(200):
+        for peer, count in wanted.items():
+            while waiting[peer] < count:
+                peer_of[run.add(peer, CHUNK, tokens)] = peer
+                waiting[peer] += 1
+        for piece in run.plan().slices:
+            given_to[peer_of[piece.key]] += piece.tokens
+            waiting[peer_of[piece.key]] -= piece.is_last
+    if tokens == 1:  # one session can use one row set per iteration at most, and gets it every time
+        assert given_to["one"] == 200
+    else:
+        assert abs(given_to["one"] - given_to["many"]) <= 50
+
+
+def test_the_weight_counts() -> None:
+    """A peer whose jobs run through four times the blocks gets a quarter of the tokens."""
+    run = Run()
+    given_to: Counter[int] = Counter()
+    light, heavy = run.add("light", 1, 10_000, 1), run.add("heavy", 1, 10_000, 4)
+    for _ in range(100):
+        for piece in run.plan().slices:
+            given_to[piece.key] += piece.tokens
+    assert given_to[light] == pytest.approx(4 * given_to[heavy], rel=0.1)
+
+
+def test_a_lone_prefill_uses_the_whole_budget() -> None:
+    """While nobody decodes, prefill is cut by the budget, not by the chunk."""
+    run = Run()
+    run.add("a", 1, 40)
+    assert [run.plan().slices[0].tokens for _ in range(3)] == [16, 16, 8]
+
+
+def test_prefill_stays_small_shortly_after_a_decode() -> None:
+    """A decode keeps prefill to a chunk for some iterations, because its client comes back soon."""
+    run = Run()
+    run.add("a", 1, 1)
+    run.plan()
+    run.add("b", 1, 1000)
+    sizes = [run.plan().slices[0].tokens for _ in range(DECODE_MEMORY + 1)]
+    assert sizes == [CHUNK] * (DECODE_MEMORY - 1) + [BUDGET] * 2
+
+
+def test_passes_wait_but_not_for_ever() -> None:
+    """A pass gets its turn at once when no steps wait, and every few iterations while they do."""
+    scheduler = Scheduler(BUDGET, CHUNK)
+    assert scheduler.schedule(has_pass=True) == Plan([], True)
+    turns = []
+    for key in range(4 * PASS_PERIOD):
+        scheduler.add(key, "a", 1, 1)
+        turns.append(scheduler.schedule(has_pass=True).runs_pass)
+    assert turns == ([False] * (PASS_PERIOD - 1) + [True]) * 4
+    assert scheduler.schedule(has_pass=False) == Plan([], False)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "weight"), [(0, 1, 1), (CHUNK + 1, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_jobs_that_can_never_run_are_refused(rows: int, tokens: int, weight: int) -> None:
+    """A job without rows, tokens or weight, or with more rows than a chunk, is a mistake of the caller."""
+    with pytest.raises(ValueError, match="cannot schedule"):
+        Scheduler(BUDGET, CHUNK).add(0, "a", rows, tokens, weight)
+
+
+def test_a_key_is_taken_until_its_job_ends() -> None:
+    """The same key twice is a mistake; removing or finishing the job frees it."""
+    scheduler = Scheduler(BUDGET, CHUNK)
+    scheduler.add(0, "a", 1, 9)
+    with pytest.raises(ValueError, match="already queued"):
+        scheduler.add(0, "a", 1, 1)
+    scheduler.remove(0)
+    scheduler.remove(0)
+    scheduler.add(0, "a", 1, 1)
+    scheduler.schedule()
+    scheduler.add(0, "a", 1, 1)
+
+
+def test_a_chunk_must_leave_room_for_decode() -> None:
+    """A chunk of more than half the budget is refused: a turn would not always fit."""
+    with pytest.raises(ValueError, match="twice"):
+        Scheduler(16, 9)
+
+
+def test_passes_take_turns_by_peer() -> None:
+    """One pass is worked on until it ends; then it is the next peer's turn."""
+    queue = PassQueue()
+    for key, peer in enumerate("aaab"):
+        queue.add(key, peer)
+    order = []
+    while (key := queue.head()) is not None:
+        assert queue.head() == key
+        order.append(key)
+        queue.remove(key)
+    assert order == [0, 3, 1, 2]
+    queue.remove(0)
+
+
+def test_giving_up_a_waiting_pass_leaves_the_running_one() -> None:
+    """Removing a pass that waits changes neither the running one nor its peer's turn."""
+    queue = PassQueue()
+    for key, peer in enumerate("aabb"):
+        queue.add(key, peer)
+    queue.remove(2)
+    queue.remove(1)
+    assert (queue.head(), len(queue)) == (0, 2)
+    queue.remove(0)
+    assert queue.head() == 3
