@@ -24,14 +24,12 @@ def paged_attention(
     """
     plan = plan_attention(batch, kv.page_tokens, window)
     first_slot = block * kv.page_tokens
-    if len(plan.decode) == 1 and not plan.prefill:
-        group = plan.decode[0]
-        return _attend_decode(q, kv, group, first_slot, scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in plan.decode:
-        out.index_copy_(
-            0, group.tokens, _attend_decode(q.index_select(0, group.tokens), kv, group, first_slot, scale)
-        )
+        if group.tokens is None:
+            return _attend_decode(q, kv, group, first_slot, scale)
+        picked = q.index_select(0, group.tokens)
+        out.index_copy_(0, group.tokens, _attend_decode(picked, kv, group, first_slot, scale))
     for row in plan.prefill:
         out[row.start : row.end] = _attend_prefill(q[row.start : row.end], kv, row, first_slot, scale)
     return out

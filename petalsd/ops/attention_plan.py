@@ -25,12 +25,12 @@ _UNPADDED_TOKENS = 128
 class DecodeGroup:
     """Rows with one new token each, attended to in one call.
 
-    tokens    ``[R]`` int64, the rows' tokens in the batch
+    tokens    ``[R]`` int64, the rows' tokens in the batch; None when they are the batch, in its order
     slots     ``[R * L]`` int64, each row's context, padded
     is_valid  ``[R, 1, 1, L]`` bool, False where padded; None when nothing is
     """
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None
     slots: torch.Tensor
     is_valid: torch.Tensor | None
 
@@ -102,15 +102,22 @@ def _make_plan(batch: RaggedBatch, page_tokens: int, window: int | None) -> Atte
 def _plan_decode(batch: RaggedBatch, rows: list[int], gathered: list[int], page_tokens: int) -> DecodeGroup:
     device = batch.origins.device
     width = max(gathered)
-    last = torch.tensor([batch.context_lens[row] - 1 for row in rows], device=device)[:, None]
-    counts = torch.tensor(gathered, device=device)[:, None]
-    offsets = torch.arange(width, device=device)
-    positions = torch.minimum(last + 1 - counts + offsets, last)
-    row_ids = torch.tensor(rows, device=device)
-    is_valid = None if min(gathered) == width else (offsets < counts)[:, None, None, :]
+    is_whole_batch = len(rows) == batch.num_tokens == batch.num_rows
+    ends = torch.tensor([[batch.context_lens[row]] for row in rows], device=device)
+    if min(gathered) == width:
+        is_valid = None
+        positions = ends + torch.arange(-width, 0, device=device)
+    else:
+        offsets, counts = torch.arange(width, device=device), torch.tensor(gathered, device=device)[:, None]
+        is_valid = (offsets < counts)[:, None, None, :]
+        positions = torch.minimum(ends - counts + offsets, ends - 1)
     return DecodeGroup(
-        tokens=torch.tensor([batch.token_bounds[row] for row in rows], device=device),
-        slots=_slots(batch.origins[row_ids], positions, page_tokens).flatten(),
+        tokens=None
+        if is_whole_batch
+        else torch.tensor([batch.token_bounds[row] for row in rows], device=device),
+        slots=_slots(
+            batch.origins if is_whole_batch else batch.origins[rows], positions, page_tokens
+        ).flatten(),
         is_valid=is_valid,
     )
 
