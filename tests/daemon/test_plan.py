@@ -1,0 +1,111 @@
+"""What a configuration comes to on this machine, with a tiny model in a directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from petalsd.config import Config
+from petalsd.config_loading import load_config
+from petalsd.daemon.membership import node_options
+from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, choose_device, demand_for, make_plan
+from petalsd.daemon.sizing import MemoryNeed
+from petalsd.errors import ConfigError
+from petalsd.models.rope import Rope
+from petalsd.paths import InstancePaths
+from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
+from petalsd.types import BlockSpan
+
+PEER = "/ip4/10.0.0.7/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY"
+
+
+def configured(model_dir: Path, *overrides: str) -> Config:
+    return load_config(None, {}, [f"model.source={model_dir}", "engine.device=cpu", *overrides]).config
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> InstancePaths:
+    return InstancePaths("t", tmp_path / "state", tmp_path / "cache")
+
+
+@pytest.fixture
+def plan(model_dir: Path, paths: InstancePaths) -> ServingPlan:
+    return make_plan(configured(model_dir), paths)
+
+
+def test_a_plan_says_what_is_served(model_dir: Path, plan: ServingPlan) -> None:
+    """Name in the swarm, dtype by the rule of the reference, cache and limits by the model's query groups."""
+    assert (plan.prefix, plan.repository, plan.dtype_name) == ("tiny-hf", None, "bfloat16")
+    assert (plan.kv_tokens, plan.limits.max_session_tokens) == (16384, 8192)
+    assert plan.memory_bytes > plan.need.of_blocks(plan.model.num_blocks)
+
+
+def test_which_blocks_are_asked_for(model_dir: Path, plan: ServingPlan) -> None:
+    """A span pins, a count leaves the choice to the swarm, all blocks leave none."""
+    demands = {
+        override: demand_for(plan, configured(model_dir, override).blocks)
+        for override in ("blocks.span=1:3", "blocks.count=2", "blocks.count=99", "blocks.count=auto")
+    }
+    assert demands == {
+        "blocks.span=1:3": Demand(2, BlockSpan(1, 3)),
+        "blocks.count=2": Demand(2, None),
+        "blocks.count=99": Demand(4, BlockSpan(0, 4)),
+        "blocks.count=auto": Demand(4, BlockSpan(0, 4)),
+    }
+
+
+def test_auto_serves_as_many_blocks_as_fit(model_dir: Path, plan: ServingPlan) -> None:
+    """The count follows the memory; when not even one block fits the error gives both figures."""
+    blocks = configured(model_dir).blocks
+    tight = replace(plan, need=MemoryNeed(block_bytes=2**30, reserve_bytes=2**30), memory_bytes=7 * 2**29)
+    assert demand_for(tight, blocks) == Demand(2, None)
+    with pytest.raises(ConfigError, match=r"one block takes 2\.0 GiB, there are 0\.5 GiB"):
+        demand_for(replace(tight, memory_bytes=2**29), blocks)
+
+
+def test_blocks_are_read_for_the_plan(plan: ServingPlan) -> None:
+    """The reader fetches a span's files and loads its blocks in the plan's dtype."""
+    reader = ModelReader(plan, Rope(plan.model, plan.dtype, plan.device))
+    reader.fetch(BlockSpan(1, 3), lambda file, done, total: None)
+    block = reader.load_block(2)
+    assert (block.index, block.dtype) == (2, torch.bfloat16)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    """The error names the setting and what torch sees; auto never fails."""
+    with pytest.raises(ConfigError, match=r"engine\.device = 'cuda:64'"):
+        choose_device("cuda:64")
+    assert choose_device("auto").type in ("cpu", "cuda")
+
+
+def test_the_token_is_read_from_its_file(model_dir: Path, paths: InstancePaths, tmp_path: Path) -> None:
+    """A file with anything but one word in it is no token file."""
+    file = tmp_path / "token"
+    file.write_text("two words\n")
+    with pytest.raises(ConfigError, match="holds no token"):
+        make_plan(configured(model_dir, f"model.token_file={file}"), paths)
+    file.write_text("hf_secret\n")
+    make_plan(configured(model_dir, f"model.token_file={file}"), paths)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"initial_peers": (), "use_relay": True, "use_auto_relay": True}),
+        (["swarm.relay=false"], {"use_relay": False, "use_auto_relay": False}),
+        (["swarm.initial_peers=public"], {"initial_peers": PUBLIC_INITIAL_PEERS}),
+        ([f"swarm.initial_peers={PEER}"], {"initial_peers": (PEER,)}),
+        (["swarm.host_maddrs=/ip4/127.0.0.1/tcp/0,/ip6/::1/tcp/0"], {"use_auto_relay": False}),
+        (["swarm.host_maddrs=/ip4/127.0.0.1/tcp/0,/ip4/10.0.0.1/tcp/0"], {"use_auto_relay": True}),
+        (["swarm.identity_path=/keys/a"], {"identity_path": Path("/keys/a"), "num_workers": 12}),
+    ],
+)
+def test_how_the_node_joins(
+    model_dir: Path, paths: InstancePaths, overrides: list[str], expected: dict[str, object]
+) -> None:
+    """The word public means the public list; a node on loopback alone looks for no relays."""
+    options = node_options(configured(model_dir, *overrides).swarm, paths, num_blocks=12)
+    assert {name: getattr(options, name) for name in expected} == expected
