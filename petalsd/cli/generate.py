@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from petalsd.cli.exit_codes import EXIT_OK
 from petalsd.errors import WeightsError
+from petalsd.log import configure_logging
 
 if TYPE_CHECKING:
     import torch
 
 PUBLIC = "public"
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -44,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the local parts of the model")
+    parser.add_argument(
+        "--log-level",
+        choices=_LOG_LEVELS,
+        default="warning",
+        help="what goes to standard error beside the rate",
+    )
     parser.set_defaults(usage_error=parser.error)
 
 
@@ -55,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from petalsd.client.model import RemoteCausalLM
     from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 
+    configure_logging("auto", arguments.log_level)
     prompt = _take_prompt(arguments)
     tokenizer = _load_tokenizer(arguments.model)
     input_ids = _encode(tokenizer, prompt, arguments.chat)

@@ -1,20 +1,17 @@
-"""A real server of some blocks: in a thread of the tests, or as a process that a test may kill.
-
-``python -m tests.client.live_server MODEL START:END [PEER ...]`` prints its address when it serves and runs until
-its standard input closes.
-"""
+"""A real server of some blocks: in a thread of the tests, or as a process that a test may kill."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+import structlog
 import torch
 
 from petalsd.client.runtime import ClientRuntime
@@ -35,6 +32,8 @@ from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
 from petalsd.types import BlockSpan
 
 PREFIX = "live-tiny"
+VERSION = "petalsd test"
+FAST_RPS, SLOW_RPS = 500.0, 0.5
 CPU = torch.device("cpu")
 PAGE_TOKENS, KV_TOKENS = 16, 4096
 
@@ -49,9 +48,9 @@ class LiveServer:
 
 @contextlib.asynccontextmanager
 async def serve_blocks(
-    path: str, span: BlockSpan, initial_peers: tuple[str, ...], version: str = "petalsd test"
+    path: str, span: BlockSpan, initial_peers: tuple[str, ...], inference_rps: float
 ) -> AsyncIterator[LiveServer]:
-    """Serve ``span`` of the model at ``path`` in float32, announced."""
+    """Serve ``span`` of the model at ``path`` in float32, announced with a rate that clients route by."""
     source = ModelSource(path)
     config = BlockConfig.from_hf(source.config())
     rope = Rope(config, torch.float32, CPU)
@@ -60,11 +59,16 @@ async def serve_blocks(
     pool = KVPool(geometry, pages_for(KV_TOKENS, len(span), PAGE_TOKENS), torch.float32, CPU)
     pool.allocate()
     engine, node = Engine(EngineLimits(), CPU, num_threads=1), Node(NodeOptions(initial_peers=initial_peers))
-    served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, torch.float32, version)
+    served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, torch.float32, VERSION)
 
     def record(state: ServerState, blocks: BlockSpan) -> ServerRecord:
         return ServerRecord(
-            state, 10.0, blocks, version=version, inference_rps=500.0, cache_tokens_left=2 * pool.tokens_free
+            state,
+            10.0,
+            blocks,
+            version=VERSION,
+            inference_rps=inference_rps,
+            cache_tokens_left=2 * pool.tokens_free,
         )
 
     await engine.start()
@@ -84,15 +88,17 @@ async def serve_blocks(
 
 
 @contextlib.contextmanager
-def in_threads(path: Path, *spans: str) -> Iterator[list[LiveServer]]:
-    """Servers on one loop in the background, the later ones joined through the first."""
+def in_threads(
+    path: Path, *spans: str, peers: tuple[str, ...] = (), inference_rps: float = FAST_RPS
+) -> Iterator[list[LiveServer]]:
+    """Servers on one loop in the background, joined through ``peers`` or the first of them."""
     with ClientRuntime() as runtime:
         stack = contextlib.AsyncExitStack()
         servers: list[LiveServer] = []
         try:
             for text in spans:
-                peers = (servers[0].maddr,) if servers else ()
-                serving = serve_blocks(str(path), BlockSpan.parse(text), peers)
+                known = peers or tuple(server.maddr for server in servers[:1])
+                serving = serve_blocks(str(path), BlockSpan.parse(text), known, inference_rps)
                 servers.append(runtime.run(stack.enter_async_context(serving)))
             yield servers
         finally:
@@ -100,19 +106,18 @@ def in_threads(path: Path, *spans: str) -> Iterator[list[LiveServer]]:
 
 
 class ServerProcess:
-    """The same as a process of its own, ended by SIGKILL."""
+    """The same as a process of its own, to be ended by SIGKILL. Forked from one that has imported everything."""
 
     def __init__(self, path: Path, span: str, *peers: str) -> None:
-        command = [sys.executable, "-m", "tests.client.live_server", str(path), span, *peers]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.maddr = ""
-
-    def wait_ready(self) -> str:
-        """Its address, once it serves."""
-        assert self._process.stdout is not None
-        self.maddr = self._process.stdout.readline().strip()
-        assert self.maddr.startswith("/"), "the server process did not start"
-        return self.maddr
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_run_process, args=(theirs, str(path), span, peers), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.maddr: str = self._ours.recv()
 
     @property
     def peer(self) -> str:
@@ -120,26 +125,22 @@ class ServerProcess:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(10)
+        self._process.join(10)
 
     def close(self) -> None:
         self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._ours.close()
 
 
-async def _main(path: str, span: str, *peers: str) -> None:
+def _run_process(parent: Connection, path: str, span: str, peers: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
-    async with serve_blocks(path, BlockSpan.parse(span), peers) as server:
-        sys.stdout.write(f"{server.maddr}\n")
-        sys.stdout.flush()
-        await asyncio.to_thread(sys.stdin.read)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    asyncio.run(_serve_for(parent, path, span, peers))
 
 
-def run_main(arguments: list[Any]) -> None:
-    asyncio.run(_main(*arguments))
-
-
-if __name__ == "__main__":
-    run_main(sys.argv[1:])
+async def _serve_for(parent: Connection, path: str, span: str, peers: tuple[str, ...]) -> None:
+    """Tell the parent our address and serve until it is gone."""
+    async with serve_blocks(path, BlockSpan.parse(span), peers, FAST_RPS) as server:
+        parent.send(server.maddr)
+        with contextlib.suppress(EOFError):
+            await asyncio.to_thread(parent.recv)
