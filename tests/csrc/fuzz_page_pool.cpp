@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -89,7 +90,7 @@ class FakeEngine {
  private:
   void call_on(Handle handle, Model& model, Random& random) {
     const std::int64_t room = std::min<std::int64_t>(4, model.shape.max_tokens - model.length());
-    switch (random.between(0, 9)) {
+    switch (random.between(0, 29)) {
       case 0: {
         const std::int64_t length = random.between(0, model.length());
         pool_.truncate(handle, length);
@@ -99,9 +100,12 @@ class FakeEngine {
       case 1:
         reorder(handle, model, random);
         break;
-      case 2:  // a batch that failed before it began
-        pool_.extend(handle, model.length() + random.between(0, room));
-        pool_.truncate(handle, model.length());
+      case 2:  // batches that failed before they began: their copies stay pending
+        for (std::int64_t times = random.between(1, 4); times > 0; --times) {
+          pool_.extend(handle, model.length() + random.between(0, room));
+          pool_.truncate(handle, model.length());
+          reorder(handle, model, random);
+        }
         break;
       default:
         step(handle, model, random.between(0, room), random);
@@ -134,7 +138,10 @@ class FakeEngine {
   void apply_copies(std::size_t limit) {
     for (auto group = pool_.take_copies(limit); !group.empty(); group = pool_.take_copies(limit)) {
       std::vector<std::int64_t> gathered;
+      std::set<Page> targets;
       for (const Copy& copy : group) {
+        PETALSD_CHECK(targets.count(copy.source) == 0, "page ", copy.source, " is read after it was written");
+        PETALSD_CHECK(targets.insert(copy.target).second, "page ", copy.target, " is written twice");
         for (std::int64_t i = 0; i < kPageTokens; ++i) gathered.push_back(slab_.at(slot(copy.source, i)));
       }
       std::size_t from = 0;

@@ -127,6 +127,7 @@ class FakeEngine:
         while pairs := self.pool.take_copies(limit):
             sources, targets = np.frombuffer(pairs, dtype=np.int32).reshape(-1, 2).T
             assert len(sources) <= limit
+            assert len(set(targets)) == len(targets), "a page is written twice in a group"
             self.slab[targets] = self.slab[sources]
             for source, target in zip(sources, targets, strict=True):
                 one_by_one[target] = one_by_one[source]

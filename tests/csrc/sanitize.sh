@@ -20,8 +20,10 @@ compile() { # NAME SANITIZERS
 fixed_addresses=""
 if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(uname -m) -R"; fi
 
-compile fuzz_address address,undefined
+compile fuzz_address address,undefined &
+address_build=$!
 compile fuzz_thread thread
+wait $address_build
 for seed in 1 2 3; do
     echo "address, undefined: alone, seed $seed"
     "$build/fuzz_address" alone 120000 $seed

@@ -133,6 +133,19 @@ def test_a_freed_source_is_reused_while_its_copy_is_pending() -> None:
     engine.check_books()
 
 
+def test_a_page_written_twice_is_in_two_groups() -> None:
+    """A dropped target of a pending copy becomes the target of another copy, which comes in a later group."""
+    engine = FakeEngine(num_pages=4, page_tokens=2)
+    beams = engine.try_open(Shape(0, 1, batch=3, max_tokens=2))
+    engine.step({beams: 1})
+    engine.reorder(beams, [0, 0, 1])  # row 2 is in page 2, page 3 is free
+    engine.abandoned_step(beams, 1)  # row 0 copies page 1 to 3
+    engine.reorder(beams, [2, 2, 1])  # row 0's copy is dropped
+    engine.abandoned_step(beams, 1)  # row 0 copies page 2 to 3
+    assert pending_pairs(engine) == [(1, 3)]
+    assert pending_pairs(engine) == [(2, 3)]
+
+
 def test_rows_that_share_a_run_move_together() -> None:
     """A shared run is moved once, and all its rows follow."""
     engine = FakeEngine(num_pages=10, page_tokens=2)
