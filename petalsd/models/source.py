@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from petalsd.errors import WeightsError
 from petalsd.models.files import DirectoryStore, FileStore, Progress
 from petalsd.models.hub import HubStore
+from petalsd.paths import instance_paths
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -21,6 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 class ModelSource:
     """A model by name: ``source`` is a directory if one of that name exists, else a repository on the Hub.
 
+    cache_dir       where files from the Hub are kept; None: the cache that all daemons of this user share
     token           sent to the Hub with every request
     offline         only what earlier runs have fetched is used
     max_disk_bytes  what this model cache may take; None: whatever leaves a reserve on the disk
@@ -43,7 +46,7 @@ class ModelSource:
         if self.is_directory:
             self._files = DirectoryStore(Path(source))
         else:
-            cache = cache_dir or Path.home() / ".cache" / "petalsd"
+            cache = cache_dir or instance_paths("client", os.environ).weights_dir
             self._files = HubStore(source, revision, cache, token, offline, max_disk_bytes)
 
     @property

@@ -295,3 +295,13 @@ def test_the_commit_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
     source = _source(tmp_path)
     source.config()
     assert COMMIT in (tmp_path / "acme--tiny" / "main.json").read_text()
+
+
+def test_without_a_cache_directory_the_users_cache_is_used(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that names no cache shares the one of the user's daemons."""
+    monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ModelSource(FakeHub.repository).config()
+    assert list(tmp_path.glob("petalsd/weights/acme--tiny/main.json"))
