@@ -1,0 +1,206 @@
+"""How many tokens per second go through one block here: measured through the engine itself, kept on disk.
+
+A measurement takes a few seconds of full load, so it is done once per model, device, dtype and version, and by one
+process at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from petalsd import __version__
+from petalsd.engine.engine import Engine
+from petalsd.engine.limits import EngineLimits
+from petalsd.engine.step import PassRequest, SessionSpec, Step
+from petalsd.errors import DeadlineExceeded
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.models.block import TransformerBlock
+from petalsd.models.rope import Rope
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+_PEER = "throughput"
+_PAGE_TOKENS = 16
+_WARM_UP_STEPS = 4
+_MAX_STEPS = 100
+_SHORT_PASS_TOKENS = 64
+_LONG_PASS_TOKENS = 1024
+_MAX_PASSES = 10
+_BUDGET_S = 3.0  # for each of the two figures; exceeded by one step or pass at most
+_LOCK_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRates:
+    """Tokens per second through one block, finite and greater than zero.
+
+    inference_rps  one token at a time, with a cache
+    forward_rps    in passes of 1024 tokens (64 where those would take too long)
+    """
+
+    inference_rps: float
+    forward_rps: float
+
+    def __post_init__(self) -> None:
+        for rate in (self.inference_rps, self.forward_rps):
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"a rate must be finite and greater than zero, got {rate}")
+
+
+async def measure(
+    blocks: Mapping[int, TransformerBlock], rope: Rope, device: torch.device, num_threads: int = 0
+) -> BlockRates:
+    """Run a session and passes through ``blocks``, consecutive ones of the same kind; one is enough.
+
+    Takes up to some ten seconds and the memory of a small KV pool. EngineError when computing fails.
+    """
+    first = next(iter(blocks.values()))
+    config, max_tokens = first.config, _WARM_UP_STEPS + _MAX_STEPS
+    geometry = KVGeometry(_PAGE_TOKENS, config.num_kv_heads, config.head_dim, first.dtype.itemsize)
+    pool = KVPool(geometry, pages_for(max_tokens, len(blocks), _PAGE_TOKENS), first.dtype, device)
+    pool.allocate()
+    engine = Engine(EngineLimits(), device, num_threads)
+    await engine.start()
+    try:
+        await engine.load_span(blocks, pool, rope)
+        span = BlockSpan(min(blocks), max(blocks) + 1)
+        steps_rate = await _measure_steps(engine, SessionSpec(span, 1, max_tokens, _PEER), config.hidden_size)
+        passes_rate = await _measure_passes(engine, span, config.hidden_size)
+    finally:
+        await engine.stop(_BUDGET_S)
+    rates = BlockRates(steps_rate * len(blocks), passes_rate * len(blocks))
+    log.info("throughput_measured", **asdict(rates))
+    return rates
+
+
+async def _measure_steps(engine: Engine, spec: SessionSpec, hidden_size: int) -> float:
+    """Tokens per second of one session that decodes."""
+    session = await engine.open_session(spec)
+    token = torch.zeros(1, 1, hidden_size)
+
+    async def step() -> None:
+        await session.step(Step(token, session.position))
+
+    try:
+        for _ in range(_WARM_UP_STEPS):
+            await step()
+        return 1 / await _seconds_per_call(step, _MAX_STEPS)
+    finally:
+        await session.close()
+
+
+async def _measure_passes(engine: Engine, span: BlockSpan, hidden_size: int) -> float:
+    """Tokens per second of forward passes."""
+
+    async def seconds_per_pass(tokens: int, max_passes: int) -> float:
+        request = PassRequest(span, torch.zeros(1, tokens, hidden_size), _PEER)
+
+        async def forward() -> None:
+            await engine.forward(request)
+
+        return await _seconds_per_call(forward, max_passes)
+
+    await seconds_per_pass(_SHORT_PASS_TOKENS, 1)
+    short_s = await seconds_per_pass(_SHORT_PASS_TOKENS, 1)
+    if short_s * _LONG_PASS_TOKENS / _SHORT_PASS_TOKENS > _BUDGET_S:
+        return _SHORT_PASS_TOKENS / short_s
+    return _LONG_PASS_TOKENS / await seconds_per_pass(_LONG_PASS_TOKENS, _MAX_PASSES)
+
+
+async def _seconds_per_call(call: Callable[[], Awaitable[None]], max_calls: int) -> float:
+    """Mean of as many calls as the budget allows, at least one."""
+    start = now = time.perf_counter()
+    num_calls = 0
+    while num_calls < max_calls and now - start < _BUDGET_S:
+        await call()
+        num_calls += 1
+        now = time.perf_counter()
+    return (now - start) / num_calls
+
+
+def rate_key(model: str, dtype: torch.dtype, device: torch.device, num_threads: int = 0) -> str:
+    """What the figures depend on; ``model`` is its source as configured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = num_threads or torch.get_num_threads()
+    kind = str(dtype).removeprefix("torch.")
+    return f"{model} {kind} on {name}, {threads} threads, petalsd {__version__}, torch {torch.__version__}"
+
+
+class RateCache:
+    """Measured rates in a JSON file, ``{key: {"inference_rps": …, "forward_rps": …}}``.
+
+    A damaged file counts as empty. ``path`` with ``.lock`` appended is what processes lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def get_or_measure(
+        self, key: str, measure: Callable[[], Awaitable[BlockRates]], timeout_s: float
+    ) -> BlockRates:
+        """The kept rates, or measured ones, which are kept then. One process measures while the others wait.
+
+        DeadlineExceeded when others do not come to an end in ``timeout_s``.
+        """
+        async with self._locked(timeout_s):
+            rates = self._read().get(key)
+            if rates is None:
+                rates = await measure()
+                self._write({**self._read(), key: rates})
+            return rates
+
+    @asynccontextmanager
+    async def _locked(self, timeout_s: float) -> AsyncIterator[None]:
+        """Hold the lock file; the kernel lets go of it when the process dies."""
+        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not _try_lock(lock):
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(
+                        f"another process measures throughput for more than {timeout_s:g} s",
+                        hint="set swarm.throughput to a number",
+                    )
+                await asyncio.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(lock)
+
+    def _read(self) -> dict[str, BlockRates]:
+        try:
+            content = json.loads(self._path.read_bytes())
+            return {key: BlockRates(**rates) for key, rates in content.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.warning("throughput_file_unreadable", file=self._path.name, error=repr(error))
+            return {}
+
+    def _write(self, rates: Mapping[str, BlockRates]) -> None:
+        """Replace the file in one go, so that a reader never sees half of it."""
+        content = json.dumps({key: asdict(value) for key, value in rates.items()}, indent=2)
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        partial.write_text(content + "\n")
+        partial.replace(self._path)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
