@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from petalsd.errors import ConfigError, ModelError, PetalsdError, SwarmError, WeightsError
+from petalsd.errors import ConfigError, DeadlineExceeded, ModelError, PetalsdError, SwarmError, WeightsError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -12,7 +12,7 @@ EXIT_INTERRUPTED = 130
 
 
 def exit_code_of(error: PetalsdError) -> int:
-    """Weights and peers may come back; a configuration or a model that cannot be served will not."""
-    if isinstance(error, WeightsError | SwarmError):
+    """Weights, peers and time may come back; a configuration or a model that cannot be served will not."""
+    if isinstance(error, WeightsError | SwarmError | DeadlineExceeded):
         return EXIT_TEMPORARY
     return EXIT_BAD_CONFIG if isinstance(error, ConfigError | ModelError) else EXIT_FAILED

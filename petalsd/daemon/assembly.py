@@ -62,12 +62,12 @@ async def _plan_unless_stopped(config: Config, paths: InstancePaths, signals: Si
 
 def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: Callable[[], Config]) -> Parts:
     """Constructs everything and starts nothing. ConfigError when the blocks asked for cannot be served."""
-    demand_for(plan, config.blocks)
+    _warn_of_tight_memory(plan, demand_for(plan, config.blocks))
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
     engine = Engine(plan.limits, plan.device, config.engine.threads)
     rope = Rope(plan.model, plan.dtype, plan.device)
-    speed = Speed(plan, config.swarm, paths)
+    speed = Speed(plan, config, paths)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
@@ -96,6 +96,18 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         hand_over=hand_over,
         demand=demand,
     )
+
+
+def _warn_of_tight_memory(plan: ServingPlan, demand: Demand) -> None:
+    """Blocks that were asked for by number are tried; ``petalsd check`` is stricter."""
+    need_bytes = plan.need.of_blocks(demand.num_blocks)
+    if need_bytes > plan.memory_bytes:
+        log.warning(
+            "memory_is_tight",
+            blocks=demand.num_blocks,
+            need_gib=round(need_bytes / 2**30, 2),
+            available_gib=round(plan.memory_bytes / 2**30, 2),
+        )
 
 
 def _served_model(plan: ServingPlan) -> ServedModel:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from petalsd.config import SwarmSection
+import structlog
+import torch
+
+from petalsd.config import Config
 from petalsd.daemon.plan import ServingPlan
-from petalsd.daemon.sizing import announced_throughput
-from petalsd.errors import ConfigError
+from petalsd.daemon.sizing import announced_throughput, network_rps
+from petalsd.engine.throughput import BlockRates, RateCache, measure, rate_key
+from petalsd.models.block import BlockWeights, TransformerBlock
+from petalsd.models.rope import Rope
 from petalsd.paths import InstancePaths
+
+log = structlog.get_logger(__name__)
+
+# Another process of this instance may be at its own measurement; one takes some ten seconds.
+_MEASURE_TIMEOUT_S = 120.0
+_WEIGHTS_SCALE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +49,11 @@ class Rates:
 class Speed:
     """``rates`` are known once ``find_out`` has returned."""
 
-    def __init__(self, plan: ServingPlan, section: SwarmSection, paths: InstancePaths) -> None:
+    def __init__(self, plan: ServingPlan, config: Config, paths: InstancePaths) -> None:
         self._plan = plan
-        self._section = section
-        self._file = paths.throughput_file
+        self._section = config.swarm
+        self._num_threads = config.engine.threads
+        self._cache = RateCache(paths.throughput_file)
         self.rates = Rates()
 
     async def find_out(self) -> None:
@@ -49,4 +61,48 @@ class Speed:
         if self._section.throughput != "auto":
             self.rates = Rates(throughput=float(self._section.throughput))
             return
-        raise ConfigError("swarm.throughput = auto cannot be measured yet", hint="set a number")
+        plan = self._plan
+        key = rate_key(plan.source.source, plan.dtype, plan.device, self._num_threads)
+        measured = await self._cache.get_or_measure(key, self._measure, _MEASURE_TIMEOUT_S)
+        self.rates = Rates(
+            inference_rps=measured.inference_rps,
+            forward_rps=measured.forward_rps,
+            network_rps=network_rps(self._section.network_mbps, plan.model.hidden_size),
+        )
+        log.info("throughput_known", **asdict(self.rates))
+
+    async def _measure(self) -> BlockRates:
+        plan = self._plan
+        log.info("measuring_throughput", device=str(plan.device), dtype=plan.dtype_name)
+        rope = Rope(plan.model, plan.dtype, plan.device)
+        return await measure({0: random_block(plan, rope)}, rope, plan.device, self._num_threads)
+
+
+def random_block(plan: ServingPlan, rope: Rope) -> TransformerBlock:
+    """A block with the shapes of the plan's model: speed does not depend on the weights, so none are fetched."""
+    model = plan.model
+    head = model.head_dim
+    query_size, kv_size = model.num_heads * head, model.num_kv_heads * head
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=plan.dtype, device=plan.device).normal_(0.0, _WEIGHTS_SCALE)
+
+    return TransformerBlock(
+        0,
+        model,
+        BlockWeights(
+            input_norm=weights(model.hidden_size),
+            qkv=weights(query_size + 2 * kv_size, model.hidden_size),
+            output=weights(model.hidden_size, query_size),
+            mlp_norm=weights(model.hidden_size),
+            gate_up=weights(2 * model.intermediate_size, model.hidden_size),
+            down=weights(model.hidden_size, model.intermediate_size),
+            qkv_bias=weights(query_size + 2 * kv_size) if model.qkv_bias else None,
+            q_norm=weights(head) if model.qk_norm else None,
+            k_norm=weights(head) if model.qk_norm else None,
+            output_bias=weights(model.hidden_size) if model.output_bias else None,
+            gate_up_bias=weights(2 * model.intermediate_size) if model.mlp_bias else None,
+            down_bias=weights(model.hidden_size) if model.mlp_bias else None,
+        ),
+        rope,
+    )

@@ -1,0 +1,63 @@
+"""The speed that is announced: a configured number, or one measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from petalsd.config_loading import load_config
+from petalsd.daemon.announcement import RecordWriter
+from petalsd.daemon.plan import make_plan
+from petalsd.daemon.speed import Rates, Speed
+from petalsd.engine.engine import Engine
+from petalsd.paths import InstancePaths
+from petalsd.swarm.protocol import ServerState
+from petalsd.types import BlockSpan
+from tests.tiny_models import FAMILIES, make_tiny
+
+
+def speed_of(model_dir: Path, tmp_path: Path, *overrides: str) -> Speed:
+    paths = InstancePaths("t", tmp_path, tmp_path)
+    overrides = (f"model.source={model_dir}", "engine.device=cpu", "engine.threads=1", *overrides)
+    config = load_config(None, {}, overrides).config
+    return Speed(make_plan(config, paths), config, paths)
+
+
+async def test_a_configured_throughput_stands_alone(model_dir: Path, tmp_path: Path) -> None:
+    """The number is announced as it is for any span; the three rates stay unknown; nothing is measured."""
+    speed = speed_of(model_dir, tmp_path, "swarm.throughput=7")
+    await speed.find_out()
+    assert speed.rates == Rates(throughput=7.0)
+    assert speed.rates.announced(4, is_relayed=True) == 7.0
+    assert not (tmp_path / "throughput.json").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_measurement_is_made_once(family: str, tmp_path: Path) -> None:
+    """One random block of the family is measured, and the next start takes the figures from the disk."""
+    make_tiny(family, tmp_path / "model")
+    first = speed_of(tmp_path / "model", tmp_path, "swarm.network_mbps=1")
+    await first.find_out()
+    second = speed_of(tmp_path / "model", tmp_path, "swarm.network_mbps=1")
+    await second.find_out()
+    assert first.rates == second.rates
+    assert first.rates.network_rps == 1e6 / (16 * 64)
+    assert first.rates.inference_rps is not None
+    assert first.rates.inference_rps > 0
+    assert first.rates.announced(4, is_relayed=False) <= first.rates.network_rps
+
+
+async def test_the_record_before_anything_is_loaded(model_dir: Path, tmp_path: Path) -> None:
+    """A JOINING record has the throughput that placement counts, and no cache yet."""
+    speed = speed_of(model_dir, tmp_path, "swarm.throughput=7")
+    await speed.find_out()
+    plan = make_plan(
+        load_config(None, {}, [f"model.source={model_dir}"]).config, InstancePaths("t", tmp_path, tmp_path)
+    )
+    writer = RecordWriter(plan, Engine(plan.limits, plan.device), speed, "somebody")
+    record = writer.describe(ServerState.JOINING, BlockSpan(1, 3), True)
+    assert (record.state, record.throughput, record.span) == (ServerState.JOINING, 7.0, BlockSpan(1, 3))
+    assert (record.cache_tokens_left, record.using_relay, record.public_name) == (None, True, "somebody")
+    assert record.version is not None
+    assert record.version.startswith("petalsd ")
