@@ -10,6 +10,7 @@ from types import FrameType
 
 import structlog
 
+from petalsd import __version__
 from petalsd.cli.exit_codes import EXIT_OK, exit_code_of
 from petalsd.cli.options import ConfigChoice, add_config_arguments, config_choice
 from petalsd.config import Config
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     choice = config_choice(arguments)
     config = choice.load().config
     configure_logging(config.daemon.log_format, config.daemon.log_level)
+    log.info("starting", version=__version__, instance=choice.paths.instance, source=config.model.source)
     _raise_file_limit()
     try:
         _serve(choice, config)

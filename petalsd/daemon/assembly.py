@@ -88,7 +88,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     return Parts(
         engine=engine,
         member=member,
-        loader=SpanLoader(ModelReader(plan, rope), ProgressLog()),
+        loader=SpanLoader(ModelReader(plan, rope), ProgressLog),
         rebalancer=rebalancer,
         supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng),
         settings=settings,

@@ -36,6 +36,9 @@ class LoadProgress:
         return 100 * self.done // self.total if self.total else 100
 
 
+ProgressSink = Callable[[LoadProgress], None]
+
+
 class WeightsReader(Protocol):
     """What the loader needs of a model; blocking, called on the loading thread. Both raise WeightsError."""
 
@@ -47,16 +50,19 @@ class WeightsReader(Protocol):
 
 
 class SpanLoader:
-    """Owns the loaded blocks; those in both the old and the new span are never loaded twice."""
+    """Owns the loaded blocks; those in both the old and the new span are never loaded twice.
+
+    ``start_progress`` is called at the beginning of each load for what that load reports to.
+    """
 
     def __init__(
         self,
         reader: WeightsReader,
-        on_progress: Callable[[LoadProgress], None],
+        start_progress: Callable[[], ProgressSink],
         backoff: Backoff = LOAD_BACKOFF,
     ) -> None:
         self._reader = reader
-        self._on_progress = on_progress
+        self._start_progress = start_progress
         self._backoff = backoff
         self.blocks: dict[int, TransformerBlock] = {}
 
@@ -67,9 +73,9 @@ class SpanLoader:
         """
         self.drop_outside(span)
         started_s = time.monotonic()
-        kept = len(self.blocks)
+        kept, progress = len(self.blocks), self._start_progress()
         await retry(
-            lambda: run_detached(lambda switch: self._load_missing(span, switch), "petalsd-loader"),
+            lambda: run_detached(lambda switch: self._load_missing(span, switch, progress), "petalsd-loader"),
             self._backoff,
             (WeightsError, OSError),
             lambda error, delay_s: log.warning(
@@ -85,7 +91,7 @@ class SpanLoader:
         """Give up the blocks outside ``span``; their memory is free once nobody else holds them."""
         self.blocks = {index: block for index, block in self.blocks.items() if span and index in span}
 
-    def _load_missing(self, span: BlockSpan, switch: AbandonSwitch) -> None:
+    def _load_missing(self, span: BlockSpan, switch: AbandonSwitch, progress: ProgressSink) -> None:
         """On the loading thread."""
         missing = [index for index in span if index not in self.blocks]
         if not missing:
@@ -93,17 +99,17 @@ class SpanLoader:
 
         def fetching(file: str, done_bytes: int, total_bytes: int) -> None:
             switch.check()
-            self._on_progress(LoadProgress("fetch", file, done_bytes, total_bytes))
+            progress(LoadProgress("fetch", file, done_bytes, total_bytes))
 
         self._reader.fetch(BlockSpan(missing[0], missing[-1] + 1), fetching)
         for number, index in enumerate(missing):
             switch.check()
-            self._on_progress(LoadProgress("load", f"block {index}", number, len(missing)))
+            progress(LoadProgress("load", f"block {index}", number, len(missing)))
             self.blocks[index] = self._reader.load_block(index)
 
 
 class ProgressLog:
-    """Writes a line every two seconds, so that a long load is seen to move and a short one stays quiet."""
+    """A line every two seconds: a long load is seen to move, a short one stays quiet."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -166,7 +166,7 @@ class Stage:
             Parts(
                 engine=self.engine,
                 member=self.member,
-                loader=SpanLoader(self.reader, lambda progress: None, QUICK),
+                loader=SpanLoader(self.reader, lambda: lambda progress: None, QUICK),
                 rebalancer=rebalancer,
                 supervisor=self.supervisor,
                 settings=self.settings,

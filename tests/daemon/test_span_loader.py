@@ -35,7 +35,7 @@ class RecordingReader:
 
 def make_loader(reader: RecordingReader, attempts: int = 3) -> tuple[SpanLoader, list[LoadProgress]]:
     progress: list[LoadProgress] = []
-    return SpanLoader(reader, progress.append, Backoff(attempts, 0.0, 0.0)), progress
+    return SpanLoader(reader, lambda: progress.append, Backoff(attempts, 0.0, 0.0)), progress
 
 
 async def test_blocks_in_both_spans_are_kept() -> None:
