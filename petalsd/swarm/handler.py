@@ -41,7 +41,7 @@ class TransformerConnectionHandler:
         self._node = node
         self._serving = serving
         self._sessions = SessionRegistry()
-        self._pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s)
+        self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
         self._streams: dict[asyncio.Task[None], str] = {}
         self._per_peer: Counter[str] = Counter()
@@ -72,7 +72,7 @@ class TransformerConnectionHandler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._pusher.stop()
+        await self.pusher.stop()
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self._unregister()
@@ -141,7 +141,7 @@ class TransformerConnectionHandler:
 
     async def rpc_inference(self, stream: MessageStream) -> None:
         """A session."""
-        await InferenceCall(stream, self._serving, self._sessions, self._pusher).run()
+        await InferenceCall(stream, self._serving, self._sessions, self.pusher).run()
 
     # ------------------------------------------------------------------------------------- machinery
 

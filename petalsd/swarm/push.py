@@ -44,6 +44,14 @@ class Pusher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def __len__(self) -> int:
+        """Pushes under way."""
+        return len(self._tasks)
+
+    async def wait(self) -> None:
+        """Return when what is under way now has arrived or failed."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def stop(self) -> None:
         """Give up what is under way."""
         tasks = list(self._tasks)

@@ -1,0 +1,180 @@
+"""Rows 2 to 6, 20 and 22 of the checklist: what is written into the DHT, when, and until when."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from petalsd.errors import SwarmError
+from petalsd.swarm.announcer import Announcer, AnnouncerOptions
+from petalsd.swarm.directory import parse_entries
+from petalsd.swarm.node import DHTEntry
+from petalsd.swarm.protocol import MODELS_KEY, ServerState
+from petalsd.swarm.record import ServerRecord
+from petalsd.types import BlockSpan
+
+OWN = "Qm" + "o" * 44
+NEXT = "Qm" + "n" * 44
+ONLINE, JOINING, OFFLINE = ServerState.ONLINE, ServerState.JOINING, ServerState.OFFLINE
+
+
+class FakeDHT:
+    """Stores as hivemind does: a later expiration wins, an earlier or equal one is refused."""
+
+    peer_id = OWN
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[object, DHTEntry]] = {}
+        self.writes: list[tuple[str, str, object, float]] = []
+        self.is_reachable = True
+
+    async def store(
+        self, keys: list[str], subkey: str, value: object, expiration: float, timeout_s: float
+    ) -> list[str]:
+        refused = []
+        for key in keys:
+            known = self.entries.setdefault(key, {})
+            if not self.is_reachable or (subkey in known and known[subkey].expiration >= expiration):
+                refused.append(key)
+                continue
+            known[subkey] = DHTEntry(value, expiration)
+            self.writes.append((key, subkey, value, expiration))
+        return refused
+
+    async def get(self, keys: list[str], timeout_s: float) -> dict[str, dict[object, DHTEntry]]:
+        return {key: dict(self.entries.get(key, {})) for key in keys}
+
+    async def ping(self, peer: str) -> float:
+        return 0.25
+
+    def states(self) -> list[tuple[str, ServerState]]:
+        """What was written under blocks, in order."""
+        return [(key, ServerState(value[0])) for key, _, value, _ in self.writes if key != MODELS_KEY]
+
+    def record(self, key: str) -> ServerRecord:
+        return parse_entries(key, self.entries[key])[OWN]
+
+
+def make_record(state: ServerState, span: BlockSpan) -> ServerRecord:
+    return ServerRecord(state, 10, inference_rps=40, cache_tokens_left=2 * 512, version="0.1.0")
+
+
+def announcer(dht: FakeDHT, prefix: str = "m-hf", period_s: float = 120.0) -> Announcer:
+    options = AnnouncerOptions(prefix, 6, "https://huggingface.co/x/m", update_period_s=period_s)
+    return Announcer(dht, options, make_record)  # type: ignore[arg-type]
+
+
+async def test_rows_2_to_6_one_exact_record_under_every_own_block() -> None:
+    """Floats, exact span, unscaled rates and a base58 subkey, the same under each block, when it returns."""
+    dht = FakeDHT()
+    await announcer(dht).announce(ONLINE, BlockSpan(1, 3))
+    assert dht.states() == [("m-hf.1", ONLINE), ("m-hf.2", ONLINE)]
+    (_, subkey, value, _), (_, _, same, _), _ = dht.writes
+    assert subkey == OWN and isinstance(value, tuple) and value == same
+    assert (
+        type(value[1]) is float
+        and value[2]["inference_rps"] == 40.0
+        and value[2]["cache_tokens_left"] == 1024
+    )
+    assert (value[2]["start_block"], value[2]["end_block"]) == (1, 3)
+
+
+async def test_row_5_old_blocks_go_offline_before_new_ones_are_declared() -> None:
+    """A change of span writes OFFLINE under the whole old span first."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(0, 2))
+    await ours.announce(JOINING, BlockSpan(1, 3))
+    assert dht.states()[2:] == [
+        ("m-hf.0", OFFLINE),
+        ("m-hf.1", OFFLINE),
+        ("m-hf.1", JOINING),
+        ("m-hf.2", JOINING),
+    ]
+    assert dht.record("m-hf.0").span == BlockSpan(0, 2)
+
+
+async def test_row_5_withdrawing_writes_offline_once() -> None:
+    """On a stop the blocks go OFFLINE without pings; a second call, or one before any record, writes nothing."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.withdraw()
+    await ours.announce(ONLINE, BlockSpan(0, 1))
+    await ours.withdraw()
+    await ours.withdraw()
+    assert dht.states() == [("m-hf.0", ONLINE), ("m-hf.0", OFFLINE)]
+    assert dht.record("m-hf.0").next_pings is None
+
+
+async def test_row_5_every_entry_outlives_the_one_before() -> None:
+    """Expirations grow strictly, and a period of 120 s keeps a record for 240 s."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    for state in (JOINING, ONLINE, ONLINE, OFFLINE):
+        await ours.announce(state, BlockSpan(0, 1))
+    expirations = [expiration for key, _, _, expiration in dht.writes if key == "m-hf.0"]
+    assert expirations == sorted(set(expirations)) and len(expirations) == 4
+    assert 239 < expirations[0] - time.time() <= 240
+
+
+async def test_row_5_a_longer_entry_from_before_a_restart_is_outlived() -> None:
+    """An entry of ours that expires later than usual does not hide the new one."""
+    dht = FakeDHT()
+    longer = time.time() + 1000
+    dht.entries["m-hf.0"] = {OWN: DHTEntry((2, 1.0, {}), longer)}
+    await announcer(dht).announce(JOINING, BlockSpan(0, 1))
+    assert dht.record("m-hf.0").state == JOINING
+    assert longer < dht.entries["m-hf.0"][OWN].expiration < longer + 1
+
+
+async def test_an_entry_for_years_is_not_followed() -> None:
+    """Anyone may write under our name; a ghost that lasts for years must not be made ours."""
+    dht = FakeDHT()
+    dht.entries["m-hf.0"] = {OWN: DHTEntry((2, 1.0, {}), time.time() + 1e8)}
+    with pytest.raises(SwarmError, match="1 of 1 blocks"):
+        await announcer(dht).announce(ONLINE, BlockSpan(0, 1))
+
+
+async def test_nothing_stored_is_an_error() -> None:
+    """announce returns only when the record is stored, so an unreachable swarm raises."""
+    dht = FakeDHT()
+    dht.is_reachable = False
+    with pytest.raises(SwarmError, match="2 of 2 blocks"):
+        await announcer(dht).announce(ONLINE, BlockSpan(0, 2))
+
+
+async def test_row_20_the_model_is_listed_with_all_its_blocks() -> None:
+    """_petals.models gets the model's total and its repository, while we are not OFFLINE."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(0, 1))
+    listed = dht.entries[MODELS_KEY]["m-hf"]
+    assert listed.value == {"num_blocks": 6, "repository": "https://huggingface.co/x/m"}
+    await ours.withdraw()
+    assert dht.entries[MODELS_KEY]["m-hf"] == listed
+
+
+async def test_row_20_a_private_model_is_not_listed() -> None:
+    """A prefix with an underscore in front stays out of _petals.models."""
+    dht = FakeDHT()
+    await announcer(dht, prefix="_mine").announce(ONLINE, BlockSpan(0, 1))
+    assert MODELS_KEY not in dht.entries
+
+
+async def test_row_22_renewing_writes_a_lost_record_again() -> None:
+    """Whether or not the DHT still has it, the current entry is written anew, with fresh pings."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(0, 2))
+    dht.entries.clear()
+    dht.entries["m-hf.2"] = {NEXT: DHTEntry((2, 1.0, {}), time.time() + 60)}
+    await ours.renew()
+    assert dht.record("m-hf.1").next_pings == {NEXT: 0.25}
+
+
+async def test_nothing_is_renewed_before_it_is_announced() -> None:
+    """A renewal without an announcement writes nothing."""
+    dht = FakeDHT()
+    await announcer(dht).renew()
+    assert dht.writes == []

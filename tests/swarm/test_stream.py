@@ -1,0 +1,124 @@
+"""Messages over a stream: framing, bounds, ends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hivemind.p2p import P2P
+from hivemind.proto.runtime_pb2 import ExpertRequest, Tensor
+
+from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded
+from petalsd.swarm.stream import InboundBudget, MessageStream, RemoteError, StreamEnded
+
+Pair = tuple[MessageStream, MessageStream]
+
+
+def large(num_bytes: int = 600_000) -> ExpertRequest:
+    return ExpertRequest(uid="u", tensors=[Tensor(buffer=b"x" * num_bytes)])
+
+
+@pytest.mark.parametrize("message", [ExpertRequest(), ExpertRequest(uid="u"), large()])
+async def test_messages_arrive_as_they_were_sent(stream_pair: Pair, message: ExpertRequest) -> None:
+    """Small and large messages, several in a row, both ways."""
+    for sender, receiver in (stream_pair, stream_pair[::-1]):
+        for _ in range(2):
+            sending = asyncio.create_task(sender.send(message))
+            assert await receiver.receive(ExpertRequest) == message
+            await sending
+
+
+async def test_the_framing_is_hiveminds(stream_pair: Pair) -> None:
+    """hivemind's own functions read what we write and write what we read."""
+    ours, theirs = stream_pair
+    await ours.send(ExpertRequest(uid="a"))
+    assert (await P2P.receive_protobuf(ExpertRequest, theirs._reader))[0].uid == "a"
+    await ours.send_error("broken")
+    assert (await P2P.receive_protobuf(ExpertRequest, theirs._reader))[1].message == "broken"
+    await P2P.send_protobuf(ExpertRequest(uid="b"), theirs._writer)
+    assert (await ours.receive(ExpertRequest)).uid == "b"
+    await P2P.send_protobuf(P2P.END_OF_STREAM, theirs._writer)
+    assert await ours.receive(ExpertRequest) is None
+
+
+async def test_an_error_of_the_peer_is_raised_with_its_code(stream_pair: Pair) -> None:
+    """petalsd's codes are told apart from other texts."""
+    await stream_pair[0].send_error("out_of_pages: 5 of 4")
+    await stream_pair[0].send_error("KeyError: x")
+    codes = []
+    for _ in range(2):
+        with pytest.raises(RemoteError) as failure:
+            await stream_pair[1].receive(ExpertRequest)
+        codes.append(failure.value.remote_code)
+    assert codes == ["out_of_pages", ""]
+
+
+async def test_a_peer_that_closes_ends_the_stream(stream_pair: Pair) -> None:
+    """Both receiving and sending say so."""
+    stream_pair[0].close()
+    with pytest.raises(StreamEnded):
+        await stream_pair[1].receive(ExpertRequest)
+    with pytest.raises(StreamEnded):
+        for _ in range(3):
+            await stream_pair[1].send(large(100_000))
+
+
+async def test_a_peer_that_does_not_read_is_given_up(stream_pair: Pair) -> None:
+    """Sending has a deadline."""
+    with pytest.raises(DeadlineExceeded, match="did not read"):
+        for _ in range(10):
+            await stream_pair[0].send(large(1_000_000))
+
+
+async def test_a_message_above_the_limit_is_refused_unread(stream_pair: Pair) -> None:
+    """The length alone decides."""
+    stream_pair[0]._writer.write(b"\0" + (2**20 + 1).to_bytes(8, "big"))
+    with pytest.raises(BadRequest, match="message length"):
+        await stream_pair[1].receive(ExpertRequest)
+
+
+async def test_finishing_delivers_what_was_written_last() -> None:
+    """With input unread, a plain close would drop the last answer; finish waits until the peer has it."""
+    is_finished = asyncio.Event()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = MessageStream("QmCaller", reader, writer, InboundBudget(2**20, 2**21), 1.0)
+        await stream.receive(ExpertRequest)
+        await stream.send_error("refused")
+        await stream.finish()
+        is_finished.set()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    caller = MessageStream("QmServer", reader, writer, InboundBudget(2**20, 2**21), 1.0)
+    for _ in range(20):
+        await caller.send(large(50_000))
+    with pytest.raises(RemoteError, match="refused"):
+        await caller.receive(ExpertRequest)
+    caller.close()
+    await is_finished.wait()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_bytes_on_their_way_in_are_bounded_together() -> None:
+    """What all streams hold is counted, given back, and never more than allowed."""
+    budget = InboundBudget(10, 100)
+    budget.take(60)
+    with pytest.raises(Overloaded, match="60 bytes"):
+        budget.take(41)
+    budget.give_back(60)
+    budget.take(100)
+    assert budget.held_bytes == 100
+
+
+async def test_a_closed_stream_holds_nothing(stream_pair: Pair) -> None:
+    """The bytes of a received message are given back by the next call and by close."""
+    sender, receiver = stream_pair
+    sending = asyncio.create_task(sender.send(large()))
+    await receiver.receive(ExpertRequest)
+    await sending
+    assert receiver._budget.held_bytes > 600_000
+    receiver.close()
+    receiver.close()
+    assert receiver._budget.held_bytes == 0
