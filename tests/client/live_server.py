@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from transformers import LlamaConfig  # noqa: F401 - lazy otherwise, and slow: processes inherit it
 
 from petalsd.client.runtime import ClientRuntime
 from petalsd.engine.engine import Engine
