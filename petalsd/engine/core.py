@@ -5,7 +5,6 @@ Everything here runs on one thread, so nothing is locked; and nothing here waits
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ import structlog
 import torch
 
 from petalsd.engine.batch import BatchItem
+from petalsd.engine.gathering import Gathering
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob, PassRunner
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.scheduler import PassQueue, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
-from petalsd.engine.step import Step
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.block import TransformerBlock
@@ -85,6 +84,7 @@ class EngineCore:
         self._outbox = outbox
         self._progress = progress
         self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens)
+        self._gathering = Gathering()
         self._sessions: dict[int, EngineSession] = {}
         self._runner = SpanRunner(served.blocks, served.pool, served.rope, device)
         self._pass_queue = PassQueue()
@@ -95,26 +95,33 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._scheduler) or bool(self._pass_queue)
 
+    def pause_s(self) -> float:
+        """Seconds that the next iteration should wait for sessions that are about to come."""
+        return self._gathering.pause_s(time.monotonic()) if self._scheduler else 0.0
+
     # Commands, called between iterations
 
-    def submit_step(self, session: EngineSession, step: Step, answer: asyncio.Future[torch.Tensor]) -> None:
+    def submit_step(self, session: EngineSession, job: StepJob) -> None:
         """Take on a step that was checked against the session; its first one makes the session known here."""
         self._sessions[session.key] = session
-        job = StepJob.prepare(step, answer, self._pool.dtype, self._device)
+        session.job = job
         try:
-            session.begin(job)
+            job.load(self._pool.dtype, self._device)
+            session.rewind(job.step)
         except Exception as error:
             self._fail(session, error)
             return
         if job.num_tokens == 0:
-            self._complete(session, answer, job.hidden.cpu())
+            self._complete(session, job, job.hidden.cpu())
             return
         spec = session.spec
+        self._gathering.arrived(session.key, job.arrived_at)
         self._scheduler.add(session.key, spec.peer, spec.batch, job.num_tokens, len(spec.span))
 
     def close_session(self, session: EngineSession) -> None:
         """Drop the session with whatever it is at, and give its pages back. Harmless when repeated."""
         self._scheduler.remove(session.key)
+        self._gathering.forget(session.key)
         self._sessions.pop(session.key, None)
         session.job = None
         session.kv.close()
@@ -142,15 +149,18 @@ class EngineCore:
 
     def iterate(self) -> None:
         """Plan what runs now, run it, answer what is complete."""
-        self._progress.busy_since_monotonic_s = time.monotonic()
+        progress = self._progress
+        start = progress.busy_since_monotonic_s = time.monotonic()
         plan = self._scheduler.schedule(has_pass=bool(self._pass_queue))
         if plan.slices:
             self._run_steps(plan.slices)
+            now = time.monotonic()
+            self._gathering.ran(now - start, now, has_more=bool(self._scheduler))
         if plan.runs_pass:
             self._run_pass_unit()
-        self._progress.num_iterations += 1
-        self._progress.last_step_monotonic_s = time.monotonic()
-        self._progress.busy_since_monotonic_s = None
+        progress.num_iterations += 1
+        progress.last_step_monotonic_s = time.monotonic()
+        progress.busy_since_monotonic_s = None
 
     def _run_steps(self, slices: Sequence[Slice]) -> None:
         sessions, items = self._prepare(slices)
@@ -165,7 +175,7 @@ class EngineCore:
             job = session.job
             output = session.accept(states)
             if output is not None and job is not None:
-                self._complete(session, job.answer, output)
+                self._complete(session, job, output)
 
     def _prepare(self, slices: Sequence[Slice]) -> tuple[list[EngineSession], list[BatchItem]]:
         """Make room for the slices' tokens. A session that fails here is out, the others go on."""
@@ -191,12 +201,11 @@ class EngineCore:
             log.warning("batch_failed", num_sessions=len(items), error=repr(error), then="each alone")
         return [result for item in items for result in self._compute([item])]
 
-    def _complete(
-        self, session: EngineSession, answer: asyncio.Future[torch.Tensor], output: torch.Tensor
-    ) -> None:
+    def _complete(self, session: EngineSession, job: StepJob, output: torch.Tensor) -> None:
         session.job = None
+        self._gathering.answered(session.key, time.monotonic())
         self._progress.num_steps += 1
-        self._outbox.put(answer, output)
+        self._outbox.put(job.answer, output)
 
     def _fail(self, session: EngineSession, error: Exception) -> None:
         """Computing went wrong for this session: its pages are in doubt, so it is over."""

@@ -10,7 +10,7 @@ import torch
 
 from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
-from petalsd.engine.session import EngineSession
+from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.engine.thread import EngineThread
 from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed
@@ -63,7 +63,7 @@ class Session:
         check_step(step, self.spec, self._position, self._core.served.hidden_size)
         loop = asyncio.get_running_loop()
         answer = self._answer = loop.create_future()
-        self._thread.post(partial(self._core.submit_step, self._state, step, answer))
+        self._thread.post(partial(self._core.submit_step, self._state, StepJob.of(step, answer)))
         deadline = loop.call_later(self._deadline_s, self._miss_deadline, answer)
         try:
             output: torch.Tensor = await answer

@@ -71,7 +71,7 @@ class SpanRunner:
         else:
             for segment in split_segments([item.span for item in items]):
                 hidden = self._run_segment(segment, items, batch, hidden, cos_sin)
-        answer = hidden.cpu()
+        answer = hidden.cpu().contiguous()
         return [answer[tokens] for tokens in batch.item_tokens] if len(items) > 1 else [answer]
 
     def _run_segment(

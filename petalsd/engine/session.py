@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,8 @@ from petalsd.kvcache.session import KVSession
 class StepJob:
     """A step on its way through the engine, possibly in several chunks.
 
-    hidden      ``[B, n, M]`` in the model's dtype on the device
+    arrived_at  when it was handed in (``time.monotonic``)
+    hidden      ``[B, n, M]``, once loaded in the model's dtype on the device
     prompts     None, or ``[len(span), B or 1, prefix, M]``, likewise
     num_tokens  n
     num_done    tokens of each row computed so far
@@ -25,6 +27,7 @@ class StepJob:
 
     step: Step
     answer: asyncio.Future[torch.Tensor]
+    arrived_at: float
     hidden: torch.Tensor
     prompts: torch.Tensor | None
     num_tokens: int
@@ -32,14 +35,16 @@ class StepJob:
     output: torch.Tensor | None = None
 
     @classmethod
-    def prepare(
-        cls, step: Step, answer: asyncio.Future[torch.Tensor], dtype: torch.dtype, device: torch.device
-    ) -> StepJob:
-        """Cast and move the step's tensors."""
-        prompts = step.prompts
-        if prompts is not None:
-            prompts = prompts.to(device, dtype) if prompts.shape[2] else None
-        return cls(step, answer, step.hidden.to(device, dtype), prompts, step.hidden.shape[1])
+    def of(cls, step: Step, answer: asyncio.Future[torch.Tensor]) -> StepJob:
+        """Of a checked step that was handed in just now."""
+        prompts = step.prompts if step.prompts is not None and step.prompts.shape[2] else None
+        return cls(step, answer, time.monotonic(), step.hidden, prompts, step.hidden.shape[1])
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Cast and move the tensors."""
+        self.hidden = self.hidden.to(device, dtype)
+        if self.prompts is not None:
+            self.prompts = self.prompts.to(device, dtype)
 
 
 @dataclass(slots=True)
@@ -52,14 +57,13 @@ class EngineSession:
     position: int = 0
     job: StepJob | None = field(default=None, repr=False)
 
-    def begin(self, job: StepJob) -> None:
-        """Take a step on: roll back to its start and reorder the rows. Both act on whole rows, so they commute."""
-        self.job = job
-        if job.step.start < self.position:
-            self.kv.truncate(job.step.start)
-            self.position = job.step.start
-        if job.step.hypo_ids is not None:
-            self.kv.reorder(job.step.hypo_ids)
+    def rewind(self, step: Step) -> None:
+        """Roll back to the start of a step and reorder the rows. Both act on whole rows, so they commute."""
+        if step.start < self.position:
+            self.kv.truncate(step.start)
+            self.position = step.start
+        if step.hypo_ids is not None:
+            self.kv.reorder(step.hypo_ids)
 
     def next_item(self, tokens: int) -> BatchItem:
         """Make room for the next ``tokens`` tokens of each row, and return them as a share of a batch."""

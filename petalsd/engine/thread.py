@@ -73,24 +73,30 @@ class EngineThread:
         if self._num_threads:
             torch.set_num_threads(self._num_threads)
         while not self._is_stopping:
-            self._run_commands()
-            self.outbox.flush()
-            core = self._core
-            if core is not None and core.has_work:
-                self._iterate(core)
-                self.outbox.flush()
+            command = self._next_command()
+            if command is not None:
+                self._obey(command)
+            elif self._core is not None:
+                self._iterate(self._core)
 
-    def _run_commands(self) -> None:
-        """Run what was posted; while there is no work, wait for something (leaving is a command, too)."""
+    def _next_command(self) -> Command | None:
+        """What was posted next, waiting for it while there is no work or a batch gathers; None: iterate now."""
         commands, core = self._commands, self._core
-        must_wait = core is None or not core.has_work
-        while must_wait or not commands.empty():
-            must_wait = False
-            command = commands.get()
-            try:
-                command()
-            except Exception:
-                log.exception("engine_command_failed")
+        if commands.empty():
+            self.outbox.flush()
+            if core is not None and core.has_work:
+                pause_s = core.pause_s()
+                try:
+                    return commands.get(timeout=pause_s) if pause_s > 0 else None
+                except queue.Empty:
+                    return None
+        return commands.get()
+
+    def _obey(self, command: Command) -> None:
+        try:
+            command()
+        except Exception:
+            log.exception("engine_command_failed")
 
     def _iterate(self, core: EngineCore) -> None:
         """The top of the engine: a bug below ends what is under way, not the thread."""
