@@ -176,3 +176,21 @@ def test_a_client_waits_for_a_gap_to_close(tiny: tuple[Path, PreTrainedModel]) -
         output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=AtToken(5, replace))
     expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert output.tolist() == expected.tolist()
+
+
+def test_our_own_node_killed(tiny: tuple[Path, PreTrainedModel]) -> None:
+    """The client's libp2p daemon dies: it is started anew and the generation goes on."""
+    path, reference = tiny
+    ids = prompt(6)
+    with in_threads(path, "0:4") as first, connect(path, first[0].maddr) as model:
+
+        def kill_node() -> None:
+            child = model.client.node._daemon._child
+            assert child is not None
+            child.kill()
+
+        output = model.generate(
+            ids, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=AtToken(5, kill_node)
+        )
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert output.tolist() == expected.tolist()
