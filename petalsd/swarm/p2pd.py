@@ -176,6 +176,11 @@ class P2PDaemon:
         waited = f"not up within {self._options.startup_timeout_s:g} s"
         reason = waited if isinstance(error, TimeoutError) else str(error)
         last = _message(self._lines[-1]) if self._lines else "it said nothing"
+        if "bootstrap peers" in last:
+            return SwarmError(
+                f"cannot join the swarm through {', '.join(self._options.initial_peers)}: none can be reached",
+                hint="check that one of the initial peers runs and that their addresses are right",
+            )
         return SwarmError(
             f"the libp2p daemon did not start: {reason}; its last words: {last}",
             hint="check host_maddrs, announce_maddrs, identity_path and initial_peers",

@@ -242,3 +242,14 @@ def test_parts_keep_the_codec() -> None:
     """The first part of a cut tensor carries its codec, so that every codec may be streamed."""
     message = proto(compression=runtime_pb2.FLOAT16)
     assert next(codec.split_for_stream(message)).compression == runtime_pb2.FLOAT16
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_found_in_every_dtype(dtype: torch.dtype, value: float) -> None:
+    """One NaN or infinity among large and small numbers is refused; the numbers alone are not."""
+    tensor = torch.tensor([1.0, -3e4, 6e-5, 0.0]).to(dtype)
+    assert torch.equal(codec.decode_tensor(codec.encode_tensor(tensor), "x"), tensor)
+    tensor[2] = value
+    with pytest.raises(BadRequest, match="finite"):
+        codec.decode_tensor(codec.encode_tensor(tensor), "x")

@@ -1,0 +1,41 @@
+"""Row 21 of the checklist: who can be dialled."""
+
+from __future__ import annotations
+
+import pytest
+from hivemind.p2p import P2PContext, PeerID, ServicerBase
+from hivemind.proto import dht_pb2
+
+from petalsd.swarm.node import Node
+from petalsd.swarm.reachability import ReachabilityService, ask, is_directly_reachable
+from tests.swarm.servers import joining, node
+
+pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
+NOBODY = PeerID.from_base58("12D3KooWPPYTbCekn58DYPfnN3EpyNH2Y4LAnCUmRmTCwXsU74EX")
+
+
+class ReachabilityProtocol(ServicerBase):
+    """The reference's face, for its stub."""
+
+    async def rpc_check(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse: ...
+
+
+async def test_row_21_a_server_vouches_for_itself_and_looks_at_others(nodes: tuple[Node, Node]) -> None:
+    """About itself it answers at once without a probe; others are dialled; nobody is not reachable."""
+    service = ReachabilityService(nodes[0])
+    await service.start()
+    own, client = nodes[0].p2p.peer_id, nodes[1]
+    stub = ReachabilityProtocol.get_stub(client.p2p, own)
+    request = dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=own.to_bytes()))
+    assert (await stub.rpc_check(request, timeout=10)).available
+    assert service._probe is None
+    assert await ask(client.p2p, own, NOBODY, 10) is False
+    assert service._probe is not None
+    async with node(await joining(nodes[0])) as other:
+        others = ReachabilityService(other)
+        await others.start()
+        assert await ask(client.p2p, own, other.p2p.peer_id, 10) is True
+        assert await ask(client.p2p, NOBODY, own, 2) is None
+        assert await is_directly_reachable(await joining(nodes[0]))
+        await others.stop()
+    await service.stop()
