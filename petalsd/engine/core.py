@@ -139,7 +139,7 @@ class EngineCore:
             job.units.close()
 
     def fail_all(self, error: Exception) -> None:
-        """End everything that is under way with EngineError."""
+        """End all sessions and passes; steps and passes under way get EngineError."""
         for session in list(self._sessions.values()):
             self._fail(session, error)
         for job in list(self._passes.values()):

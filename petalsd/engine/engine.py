@@ -85,6 +85,7 @@ class Engine:
 
     async def start(self) -> None:
         """Start the engine thread; its answers come to the running loop."""
+        self._progress = Progress()  # a thread that was left behind may still write to the old one
         self._thread = EngineThread(Outbox(asyncio.get_running_loop()), self._num_threads)
         self._thread.start()
 

@@ -37,12 +37,12 @@ class EngineThread:
         self._thread.start()
 
     def post(self, command: Command) -> None:
-        """Run ``command`` on the thread before its next iteration; from any thread. After ``stop``: never."""
+        """Run ``command`` on the thread before its next iteration; from any thread. Not after ``stop``."""
         self._commands.put(command)
 
     async def wait_for_commands(self, timeout_s: float) -> bool:
         """Wait until everything posted so far was done; False when it was not in time."""
-        if not self._thread.is_alive():
+        if self._is_stopping:
             return True
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.post(partial(self.outbox.put, done, None))
@@ -61,13 +61,11 @@ class EngineThread:
     async def stop(self, timeout_s: float) -> bool:
         """Leave after the commands posted so far; False when the running iteration did not end in time."""
         has_ended = await self.wait_for_commands(timeout_s)
-        self.post(self._leave)
+        self._is_stopping = True
+        self.post(_wake_up)
         if has_ended:
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout_s)
         return has_ended
-
-    def _leave(self) -> None:
-        self._is_stopping = True
 
     def _run(self) -> None:
         if self._num_threads:
@@ -78,6 +76,9 @@ class EngineThread:
                 self._obey(command)
             elif self._core is not None:
                 self._iterate(self._core)
+        while not self._commands.empty():  # somebody may wait for these
+            self._obey(self._commands.get())
+        self.outbox.flush()
 
     def _next_command(self) -> Command | None:
         """What was posted next, waiting for it while there is no work or a batch gathers; None: iterate now."""
@@ -105,3 +106,8 @@ class EngineThread:
         except Exception as error:
             log.exception("engine_iteration_failed")
             core.fail_all(error)
+        self.outbox.flush()
+
+
+def _wake_up() -> None:
+    """A command that only ends the wait for one."""

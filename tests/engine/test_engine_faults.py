@@ -377,3 +377,35 @@ async def test_self_test_finds_broken_blocks(llama: TinyModel) -> None:
         async with serving(llama, blocks=with_hook(llama, 2, hook)) as engine:
             with pytest.raises(EngineError):
                 await engine.self_test()
+
+
+async def test_closing_while_the_engine_stops_returns(llama: TinyModel, gate: Gate) -> None:
+    """A session closed during stop is not left waiting for a thread that has gone, and its pages are back."""
+    engine = Engine(EngineLimits(), CPU, num_threads=1)
+    pool = llama.pool()
+    await engine.start()
+    await engine.load_span(with_hook(llama, 0, gate), pool, llama.rope)
+    session = await engine.open_session(SessionSpec(BlockSpan(0, 4), 1, 8, "p"))
+    step = asyncio.create_task(session.step(Step(states(1, 1), 0)))
+    await gate.wait_until_reached()
+    stopping = asyncio.create_task(engine.stop(deadline_s=10))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(session.close())
+    await asyncio.sleep(0)
+    gate.opened.set()
+    async with asyncio.timeout(30):
+        await asyncio.gather(stopping, closing)
+    with pytest.raises(SessionClosed):
+        await step
+    assert pool.stats().pages_reserved == 0
+
+
+async def test_an_engine_can_be_started_again(llama: TinyModel) -> None:
+    """After a stop the same engine starts, serves and stops once more."""
+    engine = Engine(EngineLimits(), CPU, num_threads=1)
+    for _ in range(2):
+        await engine.start()
+        await engine.load_span(llama.blocks, llama.pool(), llama.rope)
+        await engine.self_test()
+        await engine.stop(deadline_s=10)
+        assert engine.span is None
