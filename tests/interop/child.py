@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -23,10 +24,16 @@ class Child:
     """One process and its descendants. Use as a context manager: leaving it leaves no process behind."""
 
     def __init__(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        has_input: bool = False,
     ) -> None:
         self.command = list(command)
         self.log = log
+        self._stdin = subprocess.PIPE if has_input else subprocess.DEVNULL
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -34,7 +41,7 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                self.command, stdout=log, stderr=subprocess.STDOUT, stdin=self._stdin,
                 env=self._environment, start_new_session=True,
             )  # fmt: skip
 
@@ -47,7 +54,8 @@ class Child:
         process, deadline = self._running(), time.monotonic() + deadline_s
         while True:
             ended = process.poll() is not None
-            match = re.search(pattern, self.output(), re.MULTILINE)
+            # Only whole lines: what follows the last line break is still being written.
+            match = re.search(pattern, self.output().rpartition("\n")[0], re.MULTILINE)
             if match is not None:
                 return match
             if ended:
@@ -61,6 +69,13 @@ class Child:
 
     def last_lines(self) -> str:
         return "\n".join([f"$ {' '.join(self.command)}", *self.output().splitlines()[-_SHOWN_LINES:]])
+
+    def send_line(self, line: str) -> None:
+        pipe = self._running().stdin
+        if pipe is None:
+            raise ChildFailed(f"{self.command[0]} was started without an input")
+        pipe.write(line.encode() + b"\n")
+        pipe.flush()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process itself, as a service manager or a terminal would."""
@@ -84,10 +99,11 @@ class Child:
         return self._running().wait(timeout=STOP_DEADLINE_S)
 
     def _kill_group(self) -> None:
-        try:
-            os.killpg(self._running().pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        process = self._running()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.stdin is not None:
+            process.stdin.close()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:

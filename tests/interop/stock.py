@@ -1,4 +1,4 @@
-"""Stock Petals 2.2.0.post1, run in its own environment: servers, and jobs that use its client."""
+"""Stock Petals 2.2.0.post1, run in its own environment: servers, and a client that runs jobs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from petalsd.types import BlockSpan
-from tests.interop.child import Child
+from tests.interop.child import Child, ChildFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-petals" / "bin" / "python"
-JOBS = Path(__file__).resolve().parent / "petals_side"
+WORKER = Path(__file__).resolve().parent / "petals_side" / "worker.py"
 
 START_DEADLINE_S = 90.0
 JOB_DEADLINE_S = 100.0
-# One thread per process: servers, client and test share few cores. The proxy that refuses keeps the question
-# for newer releases, which Petals asks at every start, from leaving the machine.
+# The proxy that refuses keeps Petals' question for newer releases, asked at every start, on this machine.
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",  # servers, client and test share few cores
     "PYTHONWARNINGS": "ignore",
     "HTTPS_PROXY": "http://127.0.0.1:9",
     "HF_HUB_OFFLINE": "1",
@@ -46,6 +45,7 @@ class ServerOptions:
     initial_peers: Sequence[str] = ()
     dtype: str = "float32"
     num_handlers: int = 2
+    threads: int = 1
 
     def command(self) -> list[str]:
         swarm = ["--initial_peers", *self.initial_peers] if self.initial_peers else ["--new_swarm"]
@@ -69,17 +69,36 @@ class ServerOptions:
 def stock_server(options: ServerOptions) -> Iterator[list[str]]:
     """Run a stock server until the block ends; yields its multiaddresses once it computes."""
     options.directory.mkdir(parents=True, exist_ok=True)
-    with Child(options.command(), options.directory / "server.log", ENVIRONMENT) as child:
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(options.threads)}
+    with Child(options.command(), options.directory / "server.log", environment) as child:
         running = child.wait_for(r"Running a server on (\[.*\])", START_DEADLINE_S)
         child.wait_for(r"\[INFO\] Started$", START_DEADLINE_S)
         yield list(ast.literal_eval(running[1]))
 
 
-def run_job(
-    name: str, directory: Path, deadline_s: float = JOB_DEADLINE_S, **arguments: Any
-) -> dict[str, Any]:
-    """Run ``petals_side/<name>.py`` with JSON arguments; return its JSON result. Its log stays behind."""
-    command = [str(PYTHON), str(JOBS / f"{name}.py"), json.dumps(arguments, default=str)]
-    with Child(command, directory / f"{name}.log", ENVIRONMENT) as child:
-        result: dict[str, Any] = json.loads(child.wait_for(r"^result (\{.*\})$", deadline_s)[1])
-    return result
+class StockClient:
+    """A process of stock Petals that runs the jobs of petals_side/ one after another. Use as a context manager."""
+
+    def __init__(self, log: Path) -> None:
+        self._child = Child([str(PYTHON), str(WORKER)], log, ENVIRONMENT, has_input=True)
+        self._last_id = 0
+
+    def call(self, job: str, deadline_s: float = JOB_DEADLINE_S, **arguments: Any) -> dict[str, Any]:
+        """Run one job; ChildFailed shows its traceback."""
+        self._last_id += 1
+        self._child.send_line(
+            json.dumps({"id": self._last_id, "job": job, "arguments": arguments}, default=str)
+        )
+        match = self._child.wait_for(rf"^(answer|failed) {self._last_id}\b(.*)$", deadline_s)
+        if match[1] == "failed":
+            raise ChildFailed(f"{job} failed:\n{self._child.last_lines()}")
+        answer: dict[str, Any] = json.loads(match[2])
+        return answer
+
+    def __enter__(self) -> StockClient:
+        self._child.start()
+        self._child.wait_for("^ready$", START_DEADLINE_S)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._child.kill()

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from job import connect, run
+from swarm_model import connect
 from transformers import AutoModelForCausalLM
 
 
@@ -20,7 +20,7 @@ def generate(
     """``local``: also generate with transformers in this process, the same way, as the expected answer."""
     prompt = torch.tensor(input_ids)
     how = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
-    remote_model = connect(**swarm)
+    remote_model = connect(swarm)
     started = time.perf_counter()
     result = {"output_ids": remote_model.generate(prompt, **how).tolist()}
     result["seconds"] = time.perf_counter() - started
@@ -28,6 +28,3 @@ def generate(
         local_model = AutoModelForCausalLM.from_pretrained(swarm["model"], torch_dtype=torch.float32)
         result["expected_ids"] = local_model.generate(prompt, **how).tolist()
     return result
-
-
-run(generate)

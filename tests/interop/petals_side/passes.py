@@ -5,32 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from job import connect, run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from swarm_model import connect
 
 
-def passes(
-    swarm: dict[str, Any], batch: int, tokens: int, prefix: int, tensors: str, use_prompts: bool = True
-) -> dict[str, Any]:
-    """Write inputs, outputs and gradients to the safetensors file ``tensors``.
+def passes(swarm: dict[str, Any], inputs: str, results: str) -> dict[str, Any]:
+    """Read tensors from the safetensors file ``inputs``, write those computed to ``results``; all float32.
 
-    hidden, output, grad_output, grad_hidden ``[batch, tokens, M]``; prompts, grad_prompts
-    ``[num_blocks, batch, prefix, M]`` unless ``use_prompts`` is false; all float32.
+    inputs     hidden, grad_output ``[B, n, M]``; prompts ``[num_blocks, B, prefix, M]`` may be missing
+    results    output, grad_hidden ``[B, n, M]``; grad_prompts like prompts
     """
-    blocks = connect(**swarm).transformer.h
-    hidden_size = blocks.config.hidden_size
-    hidden = torch.randn(batch, tokens, hidden_size, requires_grad=True)
-    prompts = torch.randn(len(blocks), batch, prefix, hidden_size, requires_grad=True)
-    grad_output = torch.randn(batch, tokens, hidden_size)
-
-    output = blocks(hidden, prompts=prompts if use_prompts else None)
-    output.backward(grad_output)
-
-    results = {"hidden": hidden, "output": output, "grad_output": grad_output, "grad_hidden": hidden.grad}
-    if use_prompts:
-        results |= {"prompts": prompts, "grad_prompts": prompts.grad}
-    save_file({name: tensor.detach().contiguous() for name, tensor in results.items()}, tensors)
-    return {"shapes": {name: list(tensor.shape) for name, tensor in results.items()}}
-
-
-run(passes)
+    tensors = load_file(inputs)
+    blocks = connect(swarm).transformer.h
+    hidden, prompts = tensors["hidden"].requires_grad_(), tensors.get("prompts")
+    if prompts is not None:
+        prompts.requires_grad_()
+    output = blocks(hidden, prompts=prompts)
+    output.backward(tensors["grad_output"])
+    computed = {"output": output.detach(), "grad_hidden": hidden.grad}
+    if prompts is not None:
+        computed["grad_prompts"] = prompts.grad
+    save_file({name: tensor.to(torch.float32).contiguous() for name, tensor in computed.items()}, results)
+    return {}

@@ -1,0 +1,69 @@
+"""petalsd daemons as their users start them: `petalsd run` with a file, watched through the JSON log."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from petalsd.types import BlockSpan
+from tests.interop.child import Child
+
+START_DEADLINE_S = 90.0
+_ONLINE = r'^\{.*"event": ?"online".*\}$'
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """What a daemon serves; ``directory`` keeps its configuration, identity and log."""
+
+    model: Path
+    directory: Path
+    dht_prefix: str
+    span: BlockSpan
+    initial_peers: Sequence[str] = ()
+    dtype: str = "float32"
+    threads: int = 1
+
+    def toml(self) -> str:
+        sections: dict[str, dict[str, object]] = {
+            "model": {"source": str(self.model), "dht_prefix": self.dht_prefix, "dtype": self.dtype},
+            "blocks": {"span": str(self.span)},
+            "swarm": {
+                "initial_peers": list(self.initial_peers),
+                "host_maddrs": ["/ip4/127.0.0.1/tcp/0"],
+                "identity_path": str(self.directory / "identity"),
+                "throughput": 10.0,
+            },
+            "engine": {"device": "cpu", "threads": self.threads},
+            "daemon": {"drain_deadline_s": 0.0, "log_format": "json"},
+        }
+        lines = []
+        for name, keys in sections.items():
+            lines.append(f"[{name}]")
+            # Strings, numbers and lists of strings look the same in TOML as in JSON.
+            lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+        return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def petalsd_daemon(options: DaemonOptions) -> Iterator[list[str]]:
+    """Run a daemon until the block ends; yields its multiaddresses once it is online. It must stop in order."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    file = options.directory / "petalsd.toml"
+    file.write_text(options.toml())
+    command = [sys.executable, "-m", "petalsd", "run", "--config", str(file)]
+    environment = {"XDG_STATE_HOME": str(options.directory), "OMP_NUM_THREADS": str(options.threads)}
+    child = Child(command, options.directory / "daemon.log", environment)
+    child.start()
+    try:
+        yield json.loads(child.wait_for(_ONLINE, START_DEADLINE_S)[0])["maddrs"]
+    except BaseException:
+        child.kill()
+        raise
+    code = child.stop(signal.SIGTERM)
+    assert code == 0, f"stopped with {code}:\n{child.last_lines()}"

@@ -1,0 +1,39 @@
+"""Runs jobs with the stock client, one after another: a line of JSON in, a line of JSON out.
+
+    in    {"id": 1, "job": "generate", "arguments": {"swarm": {...}, "input_ids": [[5, 99]], ...}}
+    out   answer 1 {"output_ids": [[5, 99, 17]]}      or      failed 1 (with the traceback before it)
+
+The jobs are the functions of generate.py and passes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from generate import generate
+from passes import passes
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"generate": generate, "passes": passes}
+
+
+def main() -> None:
+    print("ready", flush=True)  # noqa: T201 - the protocol
+    for line in sys.stdin:
+        request = json.loads(line)
+        torch.manual_seed(0)
+        try:
+            answer = JOBS[request["job"]](**request["arguments"])
+        except Exception:
+            traceback.print_exc()
+            print("failed", request["id"], flush=True)  # noqa: T201 - the protocol
+        else:
+            print("answer", request["id"], json.dumps(answer), flush=True)  # noqa: T201 - the protocol
+
+
+if __name__ == "__main__":
+    main()
