@@ -1,0 +1,1 @@
+"""Sessions, scheduling and batches: everything between a decoded request and the device."""

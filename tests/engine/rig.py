@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -130,3 +132,23 @@ class HookedBlock:
     def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
         self._hook(hidden)
         return self._block.forward_dense(hidden)
+
+
+def with_hook(model: TinyModel, block: int, hook: Callable[[torch.Tensor], None]) -> dict[int, Any]:
+    """The model's blocks, one of them hooked."""
+    return {**model.blocks, block: HookedBlock(model.blocks[block], hook)}
+
+
+class Gate:
+    """Holds the engine thread inside a block until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, hidden: torch.Tensor) -> None:
+        self.reached.set()
+        self.opened.wait(timeout=30)
+
+    async def wait_until_reached(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, 30)
