@@ -97,7 +97,8 @@ class InferenceCall:
     async def _step(self, session: Session, structure: object, message: StepMessage) -> None:
         try:
             tensors = arrange(message.tensors, structure, 3)
-            step = await off_loop(tensors[0].ByteSize(), decode_step, message, structure, session.position)
+            start = session.position if message.start is None else message.start
+            step = await off_loop(sum(part.ByteSize() for part in tensors), decode_step, tensors, start)
             answer = await session.step(step)
         except BadRequest as error:
             if not message.is_pushed:

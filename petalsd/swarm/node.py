@@ -169,6 +169,8 @@ class Node:
 
     async def get(self, keys: Sequence[str], timeout_s: float) -> dict[str, dict[object, DHTEntry]]:
         """The latest unexpired subkey -> entry of each key; a key that holds no such map reads as empty."""
+        if not keys:
+            return {}
         found = await self._within(
             timeout_s,
             self.dht.get_many(

@@ -103,12 +103,12 @@ class PushRequest:
         return cls(served_span(request.uid, prefix), session_id, message)
 
 
-def decode_step(message: StepMessage, structure: object, position: int) -> Step:
-    """The tensors of a step: hidden, prompts, hypo_ids. Without a start it goes on at ``position``."""
-    hidden, prompts, hypo_ids = arrange(message.tensors, structure, 3)
+def decode_step(tensors: Sequence[runtime_pb2.Tensor], start: int) -> Step:
+    """The tensors of a step, in order: hidden, prompts, hypo_ids."""
+    hidden, prompts, hypo_ids = tensors
     return Step(
         hidden=decode_tensor(hidden, "hidden states"),
-        start=position if message.start is None else message.start,
+        start=start,
         prompts=_optional(prompts, "prompts"),
         hypo_ids=_hypo_ids(hypo_ids),
     )

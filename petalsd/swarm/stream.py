@@ -148,6 +148,7 @@ class MessageStream:
                     self._writer.write(payload)
                 await self._writer.drain()
         except TimeoutError:
+            self._writer.transport.abort()  # what it has not read would wait in memory
             raise DeadlineExceeded(f"the peer did not read for {self._send_timeout_s:g} s") from None
         except (OSError, RuntimeError) as error:
             raise StreamEnded(self.peer, "closed the stream") from error

@@ -41,6 +41,7 @@ async def test_records_written_by_one_node_are_read_by_another() -> None:
         view = await read_view(client, "m", 3, timeout_s=10)
         assert [(remote.peer, str(remote.span)) for remote in view.spans()] == [(first.peer_id, "0:2")]
         assert view.missing_blocks() == [2]
+        assert await client.get([], timeout_s=10) == {}
 
 
 @pytest.mark.swarm
