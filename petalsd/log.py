@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
 from petalsd.errors import PetalsdError
@@ -45,6 +46,23 @@ def configure_logging(log_format: str, level: str, stream: TextIO | None = None)
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)
+
+
+def use_standard_logging() -> None:
+    """For a library in somebody else's program: unless that has configured structlog, events go to ``logging``,
+    where they behave like any library's (warnings and worse on standard error, unless told otherwise).
+    """
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"], sort_keys=False),
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
 
 
 def set_level(level: str) -> None:
@@ -81,5 +99,12 @@ def _shared_processors() -> list[Processor]:
 
 def _rendering(as_console: bool, *, colors: bool) -> list[Processor]:
     if as_console:
-        return [structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time", sort_keys=False)]
-    return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
+        formatter = structlog.dev.plain_traceback
+        return [
+            structlog.dev.ConsoleRenderer(
+                colors=colors, timestamp_key="time", sort_keys=False, exception_formatter=formatter
+            )
+        ]
+    # Without the frames' locals: those hold activations.
+    tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
+    return [tracebacks, structlog.processors.JSONRenderer(default=str)]

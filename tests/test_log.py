@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -89,3 +91,31 @@ def test_a_traceback_is_part_of_the_json_line() -> None:
         structlog.get_logger("x").exception("unexpected")
     (line,) = out.getvalue().splitlines()
     assert json.loads(line)["exception"][0]["exc_value"] == "broken"
+
+
+def test_as_a_library_events_go_to_standard_logging() -> None:
+    """A program that configured nothing hears warnings of the library on standard error, and nothing on output."""
+    code = (
+        "import structlog; from petalsd.log import use_standard_logging; use_standard_logging(); "
+        "log = structlog.get_logger('petalsd.x'); log.info('quiet'); log.warning('loud', peer='p')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("", "event='loud' peer='p'\n")
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_tracebacks_show_no_locals(log_format: str) -> None:
+    """An unexpected error is logged with its frames, but not with what was in them: activations among it."""
+    out = io.StringIO()
+    configure_logging(log_format, "info", out)
+    hidden = "a secret activation"
+    try:
+        _fail(hidden)
+    except RuntimeError:
+        structlog.get_logger("petalsd.x").exception("broken")
+    assert "_fail" in out.getvalue()
+    assert hidden not in out.getvalue()
+
+
+def _fail(activation: str) -> None:
+    raise RuntimeError("no luck")

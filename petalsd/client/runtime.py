@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from petalsd.errors import SessionClosed
+from petalsd.log import use_standard_logging
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ class ClientRuntime:
 
     def start(self) -> None:
         """Start the thread."""
+        use_standard_logging()
         self._is_running = True
         self._thread.start()
 
