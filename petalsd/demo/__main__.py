@@ -60,6 +60,7 @@ class Daemons:
     def __init__(self, model: Path, directory: Path, stack: contextlib.ExitStack) -> None:
         self.model = model
         self.stack = stack
+        self.running: list[DaemonProcess] = []
         self._directory = directory
 
     def start(self, name: str, span: BlockSpan, peers: list[str]) -> DaemonProcess:
@@ -78,6 +79,7 @@ class Daemons:
         daemon = DaemonProcess(name, config, state)
         daemon.start()
         self.stack.callback(daemon.stop, STOP_TIMEOUT_S)
+        self.running.append(daemon)
         return daemon
 
 

@@ -104,8 +104,8 @@ class DaemonProcess:
 
     def _read_log(self) -> None:
         assert self._process is not None and self._process.stderr is not None
-        with (self._state / "log.jsonl").open("w") as copy:
-            for line in self._process.stderr:
+        with self._process.stderr as log, (self._state / "log.jsonl").open("w") as copy:
+            for line in log:
                 copy.write(line)
                 copy.flush()
                 with self._changed:

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "petalsd"
 # Imports point downward only: a package may import those of a lower rank and itself. The modules of rank 0 may
 # import each other.
 RANKS = {
-    "cli": 8, "demo": 8,
+    "demo": 9,
+    "cli": 8,
     "daemon": 7,
     "client": 6,
     "swarm": 5,
@@ -23,7 +24,8 @@ RANKS = {
     "kvcache": 3, "models": 3,
     "ops": 2,
     "kernels": 1, "_C": 1,
-    "config": 0, "config_addresses": 0, "config_loading": 0, "errors": 0, "log": 0, "paths": 0, "types": 0,
+    "config": 0, "config_addresses": 0, "config_loading": 0, "config_reference": 0,
+    "errors": 0, "log": 0, "paths": 0, "types": 0,
 }  # fmt: skip
 
 # Third-party packages that only these layers may import, with the reason.

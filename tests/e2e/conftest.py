@@ -1,0 +1,67 @@
+"""The real model, computed by transformers and served by real daemons on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from petalsd.demo.__main__ import NUM_BLOCKS, START_TIMEOUT_S, Daemons
+from petalsd.types import BlockSpan
+
+FIRST_HALF = BlockSpan(0, NUM_BLOCKS // 2)
+SECOND_HALF = BlockSpan(NUM_BLOCKS // 2, NUM_BLOCKS)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    path = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model")).resolve()
+    if not (path / "config.json").exists():
+        pytest.skip(f"the demo model is missing: {path} (make demo-model)")
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(demo_model: Path) -> PreTrainedModel:
+    """The same model in one process, float32."""
+    return AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_model: Path) -> list[torch.Tensor]:
+    """Token ids ``[1, n]`` of eight questions of different length."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    subjects = (
+        "rain",
+        "the sea",
+        "a clock",
+        "iron",
+        "a long winter",
+        "music",
+        "bread and butter",
+        "the night sky",
+    )
+    texts = [f"Write {3 + i} words about {subject}." for i, subject in enumerate(subjects)]
+    return [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def daemons(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    with contextlib.ExitStack() as stack:
+        yield Daemons(demo_model, tmp_path_factory.mktemp("daemons"), stack)
+
+
+@pytest.fixture(scope="module")
+def swarm(daemons: Daemons) -> list[str]:
+    """Two daemons, half of the blocks each; the address of the first."""
+    first = daemons.start("first", FIRST_HALF, [])
+    maddrs: list[str] = first.wait_for("joined", START_TIMEOUT_S)["maddrs"]
+    second = daemons.start("second", SECOND_HALF, maddrs)
+    for daemon in (first, second):
+        daemon.wait_for("online", START_TIMEOUT_S)
+    return maddrs
