@@ -11,6 +11,7 @@ import structlog
 
 from petalsd.daemon.backoff import Backoff, retry
 from petalsd.daemon.drain import wait_until_idle
+from petalsd.daemon.health import engine_problem
 from petalsd.daemon.lifecycle import Lifecycle, Presence
 from petalsd.daemon.parts import ServingEngine, SwarmMember
 from petalsd.daemon.plan import Demand
@@ -117,7 +118,8 @@ class Daemon:
         self._span = span
         await parts.member.announce(ServerState.JOINING, span)
         await parts.hand_over(span, await parts.loader.load(span))
-        await parts.engine.self_test()
+        if problem := await engine_problem(parts.engine):
+            raise EngineError(problem)
         parts.member.admit()
         await parts.member.announce(ServerState.ONLINE, span)
         self.lifecycle.move(DaemonState.ONLINE)

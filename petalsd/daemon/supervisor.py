@@ -6,26 +6,23 @@ import asyncio
 import contextlib
 import enum
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 
 from petalsd.config import BlocksSection
+from petalsd.daemon.health import engine_problem, member_problem
 from petalsd.daemon.parts import ServingEngine, SwarmMember
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
-from petalsd.errors import DeadlineExceeded, PetalsdError, SwarmError
+from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.log import error_fields
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
-
-# One batch or unit of a pass takes a small part of this on any machine that is worth announcing.
-_ENGINE_STUCK_S = 120.0
 
 
 class Cause(enum.Enum):
@@ -94,9 +91,10 @@ class Supervisor:
         return was_asked
 
     async def _check(self, span: BlockSpan, failure: asyncio.Task[str]) -> Departure | None:
-        if failure.done():
-            return Departure(Cause.MEMBER_BROKEN, failure.result())
-        problem = await self._engine_problem()
+        problem = failure.result() if failure.done() else await member_problem(self._member)
+        if problem is not None:
+            return Departure(Cause.MEMBER_BROKEN, problem)
+        problem = await engine_problem(self._engine)
         if problem is not None:
             return Departure(Cause.ENGINE_BROKEN, problem)
         demand = self._demand()
@@ -111,25 +109,6 @@ class Supervisor:
         is_free = is_complete and demand.pinned is None
         if is_free and self._rebalancer.should_move(view, self._blocks().balance_quality):
             return Departure(Cause.BALANCE, "the swarm is served better from other blocks")
-        return None
-
-    async def _engine_problem(self) -> str | None:
-        """A canary crosses the device when it is idle; when it is busy, its work must move."""
-        busy_since_s = self._engine.stats().busy_since_monotonic_s
-        if busy_since_s is not None:
-            busy_s = time.monotonic() - busy_since_s
-            return (
-                f"the engine has been at one batch for {busy_s:.0f} s" if busy_s > _ENGINE_STUCK_S else None
-            )
-        before = self._engine.stats().iterations_total
-        try:
-            async with asyncio.timeout(_ENGINE_STUCK_S):
-                await self._engine.self_test()
-        except TimeoutError:
-            is_moving = self._engine.stats().iterations_total > before
-            return None if is_moving else "the self-test did not come back"
-        except PetalsdError as error:
-            return f"the self-test failed: {error}"
         return None
 
     async def _restore_record(self, span: BlockSpan, view: SwarmView) -> bool:

@@ -111,6 +111,7 @@ class FakeEngine:
 
     async def stop(self, deadline_s: float) -> None:
         self.calls.append("engine stops")
+        self.busy_since_s = None
 
     async def load_span(self, blocks: Mapping[int, Any], pool: Any, rope: Any) -> None:
         self.calls.append("engine loads")

@@ -80,14 +80,17 @@ async def test_a_restart_keeps_the_identity(launch: Launch, node: Node) -> None:
     ]
 
 
-async def test_a_dead_p2pd_is_replaced_in_the_same_process(launch: Launch, node: Node) -> None:
-    """SIGKILL to the child: a new one is started, the same PeerID is announced again, the process lives on."""
-    daemon = launch("one", "blocks.span=0:4")
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_broken_p2pd_is_replaced_in_the_same_process(
+    launch: Launch, node: Node, blow: signal.Signals
+) -> None:
+    """A child that died or hangs gets a successor; the same PeerID is announced again, the process lives on."""
+    daemon = launch("one", "blocks.span=0:4", "blocks.balance_period_s=1")
     await daemon.start()
     first = await daemon.online()
     seen = len(daemon.events)
     (child,) = child_pids(daemon.pid)
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, blow)
     second = await daemon.event("online", after=seen)
     assert second["peer_id"] == first["peer_id"]
     assert second["maddrs"] != first["maddrs"]
