@@ -136,8 +136,8 @@ async def test_a_stop_while_starting_exits_0(launch: Launch, node: Node) -> None
     assert all(records == {} for records in (await states(node)).values())
 
 
-async def test_what_cannot_be_served_ends_with_a_reason(launch: Launch, tmp_path: Path) -> None:
-    """A span outside the model exits 78, a swarm that does not answer or weights that are missing exit 75."""
+async def test_what_cannot_be_served_ends_with_a_reason(launch: Launch) -> None:
+    """A span outside the model is a configuration error: the log says why, exit 78."""
     daemon = launch("one", "blocks.span=0:9")
     await daemon.start()
     assert "has the blocks 0:4" in (await daemon.event("failed"))["error"]

@@ -1,0 +1,30 @@
+"""Exit statuses by error: what a restart can heal and what it cannot."""
+
+from __future__ import annotations
+
+import pytest
+
+from petalsd.cli.exit_codes import exit_code_of
+from petalsd.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    EngineError,
+    ModelError,
+    PetalsdError,
+    SwarmError,
+    UnsupportedModel,
+    WeightsError,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 78), (ModelError("x"), 78), (UnsupportedModel("x"), 78),
+        (WeightsError("x"), 75), (SwarmError("x"), 75), (DeadlineExceeded("x"), 75),
+        (EngineError("x"), 1), (PetalsdError("x"), 1),
+    ],
+)  # fmt: skip
+def test_exit_status_of_errors(error: PetalsdError, code: int) -> None:
+    """78 for what only a person can change, 75 for what may pass, 1 for the rest."""
+    assert exit_code_of(error) == code
