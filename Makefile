@@ -7,7 +7,7 @@ DEMO_MODEL := .cache/demo-model
 STAMP := $(VENV)/.installed
 # Quiet unless something fails; `make V=1 ...` shows everything.
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
-SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml constraints.txt
 
 .PHONY: help install demo-model demo test test-interop lint format sanitize docs clean
 

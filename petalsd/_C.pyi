@@ -75,3 +75,44 @@ class PagePool:
     def stats(self) -> PoolStats: ...
     def check_integrity(self) -> None:
         """Raise KVPoolError with both sides of the first equation that does not hold."""
+
+class ThreadTeam:
+    """A few threads that share the work of their caller; they sleep when there is none."""
+
+    def __init__(self, num_threads: int) -> None:
+        """``num_threads`` counts the caller."""
+    @property
+    def num_threads(self) -> int: ...
+
+class DecodeRows:
+    """R rows with one new token each: addresses of tensors that the caller keeps alive."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        k_v_cos_sin: Sequence[int],
+        page_tokens: int,
+        origins: int,
+        origins_stride: int,
+        positions: int,
+    ) -> None:
+        """k and v ``[N, P, Hkv, D]``, cos and sin ``[R, D]`` in the block's dtype; origins ``[R, stride]`` int32 as in
+        ``ops.ragged``; positions ``[R]`` int64."""
+
+class DecodeBlock:
+    """One transformer block for decode steps on the CPU."""
+
+    def __init__(
+        self,
+        index: int,
+        sizes: Sequence[int],
+        norm_eps: float,
+        weights: Sequence[int],
+        is_bfloat16: bool,
+        tier: str,
+    ) -> None:
+        """sizes: hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, window (0: none). weights:
+        addresses, or 0, of input_norm, qkv, qkv_bias, q_norm, k_norm, output, output_bias, mlp_norm, gate_up,
+        gate_up_bias, down, down_bias. tier: ``auto``, ``baseline`` or ``avx2``."""
+    def run(self, rows: DecodeRows, hidden: int, out: int, team: ThreadTeam) -> None:
+        """Write K and V of the new tokens, attend, and write ``[R, M]`` to the address ``out``."""

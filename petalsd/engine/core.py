@@ -73,6 +73,7 @@ class EngineCore:
     def __init__(
         self,
         served: ServedSpan,
+        runner: SpanRunner,
         limits: EngineLimits,
         device: torch.device,
         outbox: Outbox,
@@ -86,7 +87,7 @@ class EngineCore:
         self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens)
         self._gathering = Gathering()
         self._sessions: dict[int, EngineSession] = {}
-        self._runner = SpanRunner(served.blocks, served.pool, served.rope, device)
+        self._runner = runner
         self._pass_queue = PassQueue()
         self._passes: dict[int, PassJob] = {}
         self._pass_runner = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)

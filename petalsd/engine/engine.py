@@ -21,6 +21,7 @@ from petalsd.engine.handle import Session
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
+from petalsd.engine.runner import SpanRunner
 from petalsd.engine.session import EngineSession
 from petalsd.engine.step import PassRequest, SessionSpec, Step
 from petalsd.engine.thread import EngineThread
@@ -37,6 +38,7 @@ from petalsd.errors import (
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.models.block import TransformerBlock
+from petalsd.models.native_block import native_blocks
 from petalsd.models.rope import Rope
 from petalsd.types import BlockSpan
 
@@ -123,7 +125,9 @@ class Engine:
         thread = self._running_thread()
         served = ServedSpan.of(blocks, pool, rope)
         await self.drop_span(f"blocks {served.span} are served instead")
-        core = EngineCore(served, self.limits, self.device, thread.outbox, self._progress)
+        decoding = native_blocks(blocks, self._num_threads or torch.get_num_threads())
+        runner = SpanRunner(decoding, pool, rope, self.device)
+        core = EngineCore(served, runner, self.limits, self.device, thread.outbox, self._progress)
         thread.post(partial(thread.set_core, core))
         self._core = core
 

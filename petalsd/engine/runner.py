@@ -11,7 +11,7 @@ import torch
 
 from petalsd.engine.batch import BatchItem, ItemBatch, build_batch, select_items, step_ends
 from petalsd.kvcache.pool import KVPool
-from petalsd.models.block import TransformerBlock
+from petalsd.models.native_block import PagedBlock
 from petalsd.models.rope import Rope
 from petalsd.ops.ragged import RaggedBatch
 from petalsd.types import BlockSpan
@@ -46,7 +46,7 @@ class SpanRunner:
     """Computes batches over the blocks of one loaded span. Lives on the engine thread."""
 
     def __init__(
-        self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope, device: torch.device
+        self, blocks: Mapping[int, PagedBlock], pool: KVPool, rope: Rope, device: torch.device
     ) -> None:
         self._blocks = blocks
         self._pool = pool

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the fuzz test of the page pool under AddressSanitizer with UndefinedBehaviorSanitizer and under
-# ThreadSanitizer, and runs it. Usage: sanitize.sh [BUILD_DIRECTORY]; CXX chooses the compiler.
+# Builds the tests of the C++ code under AddressSanitizer with UndefinedBehaviorSanitizer and under
+# ThreadSanitizer, and runs them. Usage: sanitize.sh [BUILD_DIRECTORY]; CXX chooses the compiler.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -8,22 +8,34 @@ build=${1:-$root/build/sanitize}
 cxx=${CXX:-g++}
 mkdir -p "$build"
 
-compile() { # NAME SANITIZERS
-    echo "building $1"
-    "$cxx" -std=c++17 -O1 -g -Wall -Wextra -Wshadow -Werror -D_GLIBCXX_ASSERTIONS -fno-omit-frame-pointer \
-        -fsanitize="$2" -fno-sanitize-recover=all -I"$root/csrc" -pthread -o "$build/$1" \
-        "$root/tests/csrc/fuzz_page_pool.cpp" "$root/csrc/page_pool.cpp" "$root/csrc/run_store.cpp" \
-        "$root/csrc/copy_log.cpp" "$root/csrc/free_space.cpp"
+pool="fuzz_page_pool.cpp page_pool.cpp run_store.cpp copy_log.cpp free_space.cpp"
+block="run_decode_block.cpp decode_block.cpp decode_kernels_avx2.cpp decode_kernels_baseline.cpp thread_team.cpp"
+
+compile() { # NAME SANITIZERS TEST SOURCE...
+    name=$1 sanitizers=$2 test=$3
+    shift 3
+    echo "building $name"
+    (cd "$root/csrc" && "$cxx" -std=c++17 -O1 -g -Wall -Wextra -Wshadow -Werror -D_GLIBCXX_ASSERTIONS -fno-omit-frame-pointer \
+        -Wno-psabi -fsanitize="$sanitizers" -fno-sanitize-recover=all -I. -pthread -o "$build/$name" \
+        "$root/tests/csrc/$test" "$@")
 }
 
 # ThreadSanitizer of older compilers cannot work with the address randomisation of newer kernels.
 fixed_addresses=""
 if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(uname -m) -R"; fi
 
-compile fuzz_address address,undefined &
-address_build=$!
-compile fuzz_thread thread
-wait $address_build
+# shellcheck disable=SC2086 # lists of files
+{
+    { compile fuzz_address address,undefined $pool; compile block_address address,undefined $block; } &
+    address_builds=$!
+    compile fuzz_thread thread $pool
+    compile block_thread thread $block
+    wait $address_builds
+}
+echo "address, undefined: decode steps"
+"$build/block_address"
+echo "thread: decode steps"
+$fixed_addresses "$build/block_thread"
 for seed in 1 2 3; do
     echo "address, undefined: alone, seed $seed"
     "$build/fuzz_address" alone 120000 $seed

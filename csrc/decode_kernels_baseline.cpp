@@ -1,0 +1,10 @@
+#include "decode_kernels.hpp"
+
+namespace petalsd {
+namespace baseline {
+#include "decode_kernels.inc"
+}  // namespace baseline
+
+const DecodeKernels& baseline_kernels(DType dtype) { return baseline::kernels_of(dtype); }
+
+}  // namespace petalsd

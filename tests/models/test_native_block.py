@@ -1,0 +1,247 @@
+"""Decode steps in C++ give what the block itself gives, in every shape, dtype and tier, and in any company."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from petalsd import _C
+from petalsd.errors import KVPoolError
+from petalsd.models.block import BlockWeights, TransformerBlock
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.native_block import DecodeTeam, NativeBlock, can_be_native, native_blocks
+from petalsd.models.rope import Rope
+from tests.numeric import assert_close
+from tests.paged_rows import PagedRows
+
+CPU = torch.device("cpu")
+INDEX = 2
+BLOCKS = 4  # pages of a run
+
+
+def has_tier(tier: str) -> bool:
+    try:
+        make_native(make_block(), tier=tier)
+    except KVPoolError:
+        return False
+    return True
+
+
+def make_block(
+    dtype: torch.dtype = torch.float32, biases: bool = False, **overrides: Any
+) -> TransformerBlock:
+    """A random block of an odd shape: no size but the head's is a multiple of 8."""
+    raw = {
+        "model_type": "qwen3", "hidden_size": 84, "intermediate_size": 150, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": BLOCKS, "vocab_size": 16,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+    } | overrides  # fmt: skip
+    config = BlockConfig.from_hf(raw)
+    generator = torch.Generator().manual_seed(7)
+
+    def weight(*shape: int, scale: float = 0.15) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    m, d, i = config.hidden_size, config.head_dim, config.intermediate_size
+    q, kv = config.num_heads * d, config.num_kv_heads * d
+    weights = BlockWeights(
+        input_norm=1 + weight(m),
+        qkv=weight(q + 2 * kv, m),
+        output=weight(m, q),
+        mlp_norm=1 + weight(m),
+        gate_up=weight(2 * i, m),
+        down=weight(m, i),
+        q_norm=1 + weight(d),
+        k_norm=1 + weight(d),
+    )
+    if biases:
+        weights = replace(
+            weights, qkv_bias=weight(q + 2 * kv), output_bias=weight(m), gate_up_bias=weight(2 * i),
+            down_bias=weight(m), q_norm=None, k_norm=None,
+        )  # fmt: skip
+    return TransformerBlock(INDEX, config, weights, Rope(config, dtype, CPU))
+
+
+def make_native(block: TransformerBlock, threads: int = 1, tier: str = "auto") -> NativeBlock:
+    return NativeBlock(block, DecodeTeam(threads), tier)
+
+
+class Run:
+    """Rows with a history of their own length, and one new token each."""
+
+    def __init__(self, block: TransformerBlock, lengths: list[int], page_tokens: int = 8) -> None:
+        config = block.config
+        self.rows = PagedRows(
+            BLOCKS, config.num_kv_heads, config.head_dim, page_tokens, num_runs=512, dtype=block.dtype
+        )
+        self.ids = [self.rows.add_row() for _ in lengths]
+        generator = torch.Generator().manual_seed(3)
+        self.histories = [torch.randn(n, config.hidden_size, generator=generator) for n in lengths]
+        self.new = torch.randn(len(lengths), config.hidden_size, generator=generator).to(block.dtype)
+        self.block = block
+
+    def decode(self, by: TransformerBlock | NativeBlock) -> torch.Tensor:
+        """Prefill by the block itself, then the new tokens by ``by``; ``[R, M]``."""
+        filled = {
+            row: len(states) for row, states in zip(self.ids, self.histories, strict=True) if len(states)
+        }
+        with torch.inference_mode():
+            if filled:
+                batch = self.rows.extend(filled)
+                states = torch.cat(self.histories).to(self.block.dtype)
+                self.block.forward_paged(
+                    states, self.rows.kv, batch, self.block.rope.cos_sin(batch.positions)
+                )
+            batch = self.rows.extend(dict.fromkeys(self.ids, 1))
+            return by.forward_paged(self.new, self.rows.kv, batch, self.block.rope.cos_sin(batch.positions))
+
+
+LENGTHS = [0, 1, 7, 8, 15, 16, 63, 64, 65, 130]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "odd-sizes": {},
+    "biases": {"biases": True},
+    "no-groups": {"num_key_value_heads": 6},
+    "one-kv-head": {"num_key_value_heads": 1},
+    "head-64": {"head_dim": 64},
+    "head-80": {"head_dim": 80},
+    "head-128": {"head_dim": 128},
+    "head-12": {"head_dim": 12},
+    "window-1": {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 0},
+    "window-9": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    "window-64": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+}
+
+
+@pytest.mark.parametrize("tier", ["baseline", "avx2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_equals_the_block(shape: str, tier: str) -> None:
+    """Rows of all lengths around page, tile and window borders, to 1e-5 of the states' scale."""
+    if not has_tier(tier):
+        pytest.skip(f"this processor has no {tier}")
+    block = make_block(**SHAPES[shape])
+    expected = Run(block, LENGTHS).decode(block)
+    actual = Run(block, LENGTHS).decode(make_native(block, tier=tier))
+    assert_close(actual, expected, 2e-5, 2e-5, shape)
+
+
+@pytest.mark.parametrize("page_tokens", [1, 16, 64])
+def test_page_sizes(page_tokens: int) -> None:
+    """Tokens are found in pages of any size."""
+    block = make_block()
+    expected = Run(block, LENGTHS, page_tokens).decode(block)
+    assert_close(
+        Run(block, LENGTHS, page_tokens).decode(make_native(block)),
+        expected,
+        2e-5,
+        2e-5,
+        f"{page_tokens} a page",
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_is_nearer_to_float32_than_torch_is(shape: str) -> None:
+    """With the same bfloat16 weights and inputs, the error against float32 arithmetic is not above torch's own."""
+    block = make_block(torch.bfloat16, **SHAPES[shape])
+    weights = {
+        name: getattr(block.weights, name).float()
+        for name in BlockWeights.__dataclass_fields__
+        if getattr(block.weights, name) is not None
+    }
+    exact = TransformerBlock(
+        INDEX, block.config, BlockWeights(**weights), Rope(block.config, torch.float32, CPU)
+    )
+    expected = Run(exact, LENGTHS)
+    expected.new = expected.new.to(torch.bfloat16).float()
+    expected.histories = [states.to(torch.bfloat16).float() for states in expected.histories]
+    truth = expected.decode(exact)
+    by_torch = (Run(block, LENGTHS).decode(block).float() - truth).abs().mean()
+    native = (Run(block, LENGTHS).decode(make_native(block)).float() - truth).abs().mean()
+    assert native <= by_torch
+    assert native < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, threads: int) -> None:
+    """Bit for bit: a row in a batch of ten is the row alone, on any number of threads."""
+    block = make_block(dtype)
+    together = Run(block, LENGTHS)
+    batched = together.decode(make_native(block, threads))
+    alone = make_native(block)
+    for i, length in enumerate(LENGTHS):
+        single = Run(block, [length])
+        single.histories, single.new = [together.histories[i]], together.new[i : i + 1]
+        with torch.inference_mode():
+            # The same cache: torch's prefill of other shapes rounds differently.
+            single.rows.kv = together.rows.kv
+            batch = together.rows.extend({together.ids[i]: 0})
+            batch = replace(batch, token_bounds=[0, 1], positions=torch.tensor([length]))
+            out = alone.forward_paged(
+                single.new, together.rows.kv, batch, block.rope.cos_sin(batch.positions)
+            )
+        assert torch.equal(out[0], batched[i]), f"row {i}"
+
+
+def test_a_row_of_nan_stays_alone() -> None:
+    """NaN in one row's input reaches no other row; what nobody wrote (NaN here) reaches none at all."""
+    block = make_block()
+    clean = Run(block, LENGTHS).decode(make_native(block))
+    run = Run(block, LENGTHS)
+    run.new[4] = torch.nan
+    dirty = run.decode(make_native(block))
+    assert dirty[4].isnan().all()
+    others = [row for row in range(len(LENGTHS)) if row != 4]
+    assert torch.equal(dirty[others], clean[others])
+
+
+def test_prefill_is_left_to_the_block() -> None:
+    """A batch with a longer step takes the block's own path."""
+    block = make_block()
+    rows = PagedRows(BLOCKS, 2, 16, 8)
+    row = rows.add_row()
+    batch = rows.extend({row: 5})
+    states = torch.randn(5, 84)
+    with torch.inference_mode():
+        cos_sin = block.rope.cos_sin(batch.positions)
+        expected = block.forward_paged(states, rows.kv, batch, cos_sin)
+        assert torch.equal(make_native(block).forward_paged(states, rows.kv, batch, cos_sin), expected)
+
+
+def test_what_cannot_be_native_stays_as_it_is() -> None:
+    """Another activation or dtype keeps the block's own path; a stranger's block is passed on."""
+    assert can_be_native(make_block())
+    assert not can_be_native(make_block(hidden_act="gelu_pytorch_tanh"))
+    assert not can_be_native(make_block(torch.float16))
+    gelu, silu = make_block(hidden_act="gelu"), make_block()
+    chosen = native_blocks({0: gelu, 1: silu}, num_threads=1)
+    assert chosen[0] is gelu
+    assert isinstance(chosen[1], NativeBlock)
+
+
+def test_an_unknown_tier_is_refused() -> None:
+    """The message names the value and the choices."""
+    with pytest.raises(KVPoolError, match="tier = sse9: auto, baseline or avx2"):
+        make_native(make_block(), tier="sse9")
+
+
+def test_a_team_has_a_size() -> None:
+    """A team counts its caller and refuses nonsense."""
+    assert [_C.ThreadTeam(n).num_threads for n in (1, 2, 5)] == [1, 2, 5]
+    for size in (0, -1, 5000):
+        with pytest.raises(KVPoolError, match="num_threads"):
+            _C.ThreadTeam(size)
+
+
+def test_two_layouts_in_turn() -> None:
+    """Batches that alternate find their own pages: what was prepared for one is not used for the other."""
+    block = make_block()
+    native = make_native(block, threads=2)
+    runs = [Run(block, LENGTHS[:4]), Run(block, LENGTHS[4:])]
+    expected = [Run(block, LENGTHS[:4]).decode(block), Run(block, LENGTHS[4:]).decode(block)]
+    for run, wanted in zip(runs, expected, strict=True):
+        assert_close(run.decode(native), wanted, 2e-5, 2e-5, "batch")
