@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml constraints.txt
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize docs clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,7 +43,17 @@ demo: $(DEMO_MODEL)/config.json ## a private swarm of two daemons answers one qu
 	@exec $(BIN)/python -m petalsd.demo $(DEMO_MODEL) --state .cache/demo-state
 
 test: $(DEMO_MODEL)/config.json ## run every test that this machine can run
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest $(ARGS)
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(ARGS)
+	@echo "tests/interop, against stock Petals, is left to: make test-interop"
+
+test-interop: $(DEMO_MODEL)/config.json ## run the tests against stock Petals, in an environment of its own
+	@$(BIN)/python tests/interop/environment/build.py
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest tests/interop $(ARGS)
+
+bench: $(DEMO_MODEL)/config.json ## measure against stock Petals; results in benchmarks/results
+	@$(BIN)/python tests/interop/environment/build.py
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.step_latency
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.aggregate_decode
 
 sanitize: $(BIN)/python ## the C++ page pool under ASan, UBSan and TSan
 	@tests/csrc/sanitize.sh

@@ -14,8 +14,13 @@ setup(
             cxx_std=17,
             # Kernels fuse multiply and add; -Wno-psabi: vectors of 32 bytes never cross a call.
             extra_compile_args=[
-                "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi",
-            ],  # fmt: skip
+                "-O3",
+                "-Wall",
+                "-Wextra",
+                "-fvisibility=hidden",
+                "-ffp-contract=fast",
+                "-Wno-psabi",
+            ],
         )
     ],
     cmdclass={"build_ext": build_ext},

@@ -96,8 +96,8 @@ class DecodeRows:
         origins_stride: int,
         positions: int,
     ) -> None:
-        """k and v ``[N, P, Hkv, D]``, cos and sin ``[R, D]`` in the block's dtype; origins ``[R, stride]`` int32 as in
-        ``ops.ragged``; positions ``[R]`` int64."""
+        """k and v ``[N, P, Hkv, D]``, cos and sin ``[R, D]`` in the block's dtype; origins ``[R, stride]`` int32
+        as in ``ops.ragged``; positions ``[R]`` int64."""
 
 class DecodeBlock:
     """One transformer block for decode steps on the CPU."""
