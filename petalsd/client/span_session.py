@@ -1,4 +1,4 @@
-"""One stream of a session: what its server has been told, and the form of each message (PROTOCOL 3.9)."""
+"""One stream of a session: what its server has been told, and the form of each message (protocol.md 3.9)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ VERSION = f"petalsd {__version__}"
 
 
 class RecordWriter:
-    """Fills the server record of PROTOCOL 2.3; the announcer adds the pings."""
+    """Fills the server record of protocol.md 2.3; the announcer adds the pings."""
 
     def __init__(self, plan: ServingPlan, engine: Engine, speed: Speed, public_name: str | None) -> None:
         self._plan = plan

@@ -40,7 +40,7 @@ class Rebalancer:
         return choose_span(others, view.num_blocks, demand.num_blocks)
 
     def should_move(self, view: SwarmView, balance_quality: float) -> bool:
-        """The rule of PROTOCOL 6.3 over the spans that are served or being loaded; ours must be among them."""
+        """The rule of protocol.md 6.3 over the spans that are served or being loaded; ours must be among them."""
         spans = view.spans(ServerState.JOINING)
         return should_move(spans, self._member.peer_id, view.num_blocks, balance_quality, self._rng)
 

@@ -75,7 +75,7 @@ def network_rps(network_mbps: float, hidden_size: int) -> float:
 def announced_throughput(
     forward_rps: float, network_rps: float, num_blocks: int, *, is_relayed: bool
 ) -> float:
-    """Requests' tokens/s of a span, as the swarm compares servers (PROTOCOL 6.4).
+    """Requests' tokens/s of a span, as the swarm compares servers (protocol.md 6.4).
 
     A request enters at a random block of the span, so it uses (n+1)/2 blocks on average; relays are slow.
     """

@@ -39,7 +39,7 @@ class SwarmView:
     blocks: Sequence[Mapping[str, ServerRecord]]
 
     def spans(self, min_state: ServerState = ServerState.ONLINE) -> list[RemoteSpan]:
-        """Each server's span at ``min_state`` or better, in order of PeerID (PROTOCOL 2.5).
+        """Each server's span at ``min_state`` or better, in order of PeerID (protocol.md 2.5).
 
         A server's claimed ends win over the blocks it is listed under; of records in different states the
         better one counts.

@@ -1,4 +1,4 @@
-"""Where a server should stand: pure functions of a reading of the directory (PROTOCOL 6.3).
+"""Where a server should stand: pure functions of a reading of the directory (protocol.md 6.3).
 
 Every server of a swarm must come to the same sums, so throughputs are added in order of PeerID and ties go
 to the lowest block.

@@ -1,4 +1,4 @@
-"""Can other peers dial us? Asking them, and answering the same question for others (PROTOCOL 3.12)."""
+"""Can other peers dial us? Asking them, and answering the same question for others (protocol.md 3.12)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What servers write into the DHT about themselves, and how it is read back (PROTOCOL 2.2, 2.3).
+"""What servers write into the DHT about themselves, and how it is read back (protocol.md 2.2, 2.3).
 
 Anyone may write anything into the DHT, so reading is strict where routing depends on a value and tolerant
 everywhere else.

@@ -1,4 +1,4 @@
-"""Routing is Petals' cost model: the route is the cheapest one, and its price is what PROTOCOL 4.4 says."""
+"""Routing is Petals' cost model: the route is the cheapest one, and its price is what protocol.md 4.4 says."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def all_routes(spans: list[RemoteSpan], blocks: BlockSpan) -> list[list[Hop]]:
 
 
 def price(hops: list[Hop], max_tokens: int, facts: RoutingFacts) -> float:
-    """PROTOCOL 4.4, spelled out."""
+    """protocol.md 4.4, spelled out."""
 
     def delay(rtt: float | None) -> float:
         return 0.15 if rtt is None else min(rtt / 2, 5.0)

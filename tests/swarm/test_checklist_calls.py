@@ -1,4 +1,4 @@
-"""The interop checklist (PROTOCOL 10, server) over stock stubs: names, info, passes, reachability."""
+"""The interop checklist (protocol.md 10, server) over stock stubs: names, info, passes, reachability."""
 
 from __future__ import annotations
 

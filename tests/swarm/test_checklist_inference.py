@@ -1,4 +1,4 @@
-"""The interop checklist (PROTOCOL 10, server) for ``rpc_inference``, spoken by a stock client's stream."""
+"""The interop checklist (protocol.md 10, server) for ``rpc_inference``, spoken by a stock client's stream."""
 
 from __future__ import annotations
 

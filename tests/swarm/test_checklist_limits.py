@@ -1,4 +1,4 @@
-"""The interop checklist (PROTOCOL 10, server): rows whose servers have limits of their own."""
+"""The interop checklist (protocol.md 10, server): rows whose servers have limits of their own."""
 
 from __future__ import annotations
 
