@@ -1,6 +1,6 @@
 """One decode step through one block over loopback, at the client: a bare echo, stock Petals and petalsd.
 
-    python -m benchmarks.step_latency [--providers echo petals petalsd] [--threads 1]
+    python -m benchmarks.step_latency [--providers echo petals petalsd] [--threads 2]
 
 A random block of SmolLM2-135M's shape (hidden 576, 9 heads, 3 KV heads), float32, batch 1. Two real p2pd lie
 between client and server. All providers run at once and take turns, so that they meet the same machine.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +36,9 @@ MAX_LENGTH = PREFILL_TOKENS + WARMUP_STEPS + ROUNDS * STEPS_PER_ROUND
 def main() -> None:
     parser = argparse.ArgumentParser(description="Latency of one decode step through one block.")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each server")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each server"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,10 +33,13 @@ def connect(path: Path, servers: list[LiveServer], **options: object) -> RemoteC
 
 
 def check_idle(servers: list[LiveServer]) -> None:
-    """All pages are back; the book-keeping is sound."""
+    """All pages come back when the servers have heard of the end; the book-keeping is sound."""
+    deadline_s = time.monotonic() + 10.0
     for server in servers:
-        stats = server.pool.stats()
-        assert (stats.sessions, stats.pages_reserved) == (0, 0)
+        while (stats := server.pool.stats()).sessions > 0:
+            assert time.monotonic() < deadline_s, f"{stats.sessions} session(s) are still open"
+            time.sleep(0.01)
+        assert stats.pages_reserved == 0
         server.pool.check_integrity()
 
 
