@@ -117,7 +117,11 @@ class Daemon:
         self.lifecycle.move(DaemonState.LOADING, f"blocks {span}")
         self._span = span
         await parts.member.announce(ServerState.JOINING, span)
-        await parts.hand_over(span, await parts.loader.load(span))
+        blocks = await parts.loader.load(span)
+        try:
+            await parts.hand_over(span, blocks)
+        except DeadlineExceeded as error:  # the engine's, where others are the swarm's
+            raise EngineError(error.message) from error
         if problem := await engine_problem(parts.engine):
             raise EngineError(problem)
         parts.member.admit()

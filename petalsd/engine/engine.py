@@ -24,7 +24,7 @@ from petalsd.engine.passes import PassJob
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.session import EngineSession
 from petalsd.engine.step import PassRequest, SessionSpec, Step
-from petalsd.engine.thread import EngineThread
+from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -254,10 +254,9 @@ class Engine:
         except (OutOfPages, Overloaded):
             answers = [await self.forward(PassRequest(span, canary, peer=CANARY_PEER))]
         else:
-            try:
-                answers = [await session.step(Step(canary, 0)), await session.step(Step(canary[:, :1], 2))]
-            finally:
-                await session.close()
+            # A failed or cancelled step ends its session; to close it would be to wait for the device again.
+            answers = [await session.step(Step(canary, 0)), await session.step(Step(canary[:, :1], 2))]
+            await session.close()
         if not all(bool(torch.isfinite(answer).all()) for answer in answers):
             raise EngineError(f"the self-test's states are not finite after blocks {span}")
 
@@ -269,7 +268,7 @@ class Engine:
         return self._thread
 
     def _serving_core(self) -> EngineCore:
-        self._running_thread()
+        check_alive(self._running_thread())
         if self._core is None:
             raise NotServed("no blocks are served here now")
         return self._core

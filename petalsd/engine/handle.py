@@ -12,7 +12,7 @@ from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
-from petalsd.engine.thread import EngineThread
+from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed
 
 
@@ -60,6 +60,7 @@ class Session:
             raise SessionClosed(self._end_reason)
         if self._answer is not None:
             raise BadRequest("step", step.start, "the session's step before it is not answered yet")
+        check_alive(self._thread)
         check_step(step, self.spec, self._position, self._core.served.hidden_size)
         loop = asyncio.get_running_loop()
         answer = self._answer = loop.create_future()

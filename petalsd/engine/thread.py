@@ -13,6 +13,7 @@ import torch
 
 from petalsd.engine.core import EngineCore
 from petalsd.engine.outbox import Outbox
+from petalsd.errors import EngineError
 
 log = structlog.get_logger(__name__)
 
@@ -22,7 +23,9 @@ Command = Callable[[], None]
 class EngineThread:
     """Runs commands in the order they were posted, and iterates the core in between.
 
-    ``num_threads`` is how many threads torch's operators use; 0 leaves torch's choice.
+    ``num_threads`` is how many threads torch's operators use; 0 leaves torch's choice. ``failure`` is set when
+    a bug kept it from iterating: it still obeys commands, so that everything can be taken down, but computes
+    no more.
     """
 
     def __init__(self, outbox: Outbox, num_threads: int) -> None:
@@ -31,6 +34,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._core: EngineCore | None = None
         self._is_stopping = False
+        self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="petalsd-engine", daemon=True)
 
     def start(self) -> None:
@@ -71,14 +75,30 @@ class EngineThread:
         if self._num_threads:
             torch.set_num_threads(self._num_threads)
         while not self._is_stopping:
-            command = self._next_command()
-            if command is not None:
-                self._obey(command)
-            elif self._core is not None:
-                self._iterate(self._core)
+            try:
+                self._turn()
+            except Exception as error:
+                self._give_up(error)
         while not self._commands.empty():  # somebody may wait for these
             self._obey(self._commands.get())
         self.outbox.flush()
+
+    def _turn(self) -> None:
+        """One command or one iteration."""
+        command = self._next_command()
+        if command is not None:
+            self._obey(command)
+        elif self._core is not None:
+            self._iterate(self._core)
+
+    def _give_up(self, error: Exception) -> None:
+        """A bug outside a batch would come back at every turn: end what is under way, and compute no more."""
+        log.exception("engine_failed")
+        core, self._core = self._core, None
+        self.failure = error
+        if core is not None:
+            core.fail_all(error)
+            self.outbox.flush()
 
     def _next_command(self) -> Command | None:
         """What was posted next, waiting for it while there is no work or a batch gathers; None: iterate now."""
@@ -107,6 +127,14 @@ class EngineThread:
             log.exception("engine_iteration_failed")
             core.fail_all(error)
         self.outbox.flush()
+
+
+def check_alive(thread: EngineThread) -> None:
+    """EngineError when the thread has given up: what is posted to it would never be computed."""
+    if thread.failure is not None:
+        raise EngineError(
+            f"the engine has failed ({type(thread.failure).__name__}) and waits for its restart"
+        )
 
 
 def _wake_up() -> None:

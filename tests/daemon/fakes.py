@@ -105,6 +105,7 @@ class FakeEngine:
     sessions: int = 0
     busy_since_s: float | None = None
     failures: list[Exception] = field(default_factory=list)
+    load_failures: list[Exception] = field(default_factory=list)
 
     async def start(self) -> None:
         self.calls.append("engine starts")
@@ -115,6 +116,8 @@ class FakeEngine:
 
     async def load_span(self, blocks: Mapping[int, Any], pool: Any, rope: Any) -> None:
         self.calls.append("engine loads")
+        if self.load_failures:
+            raise self.load_failures.pop(0)
 
     async def drop_span(self, reason: str) -> None:
         self.calls.append("engine drops")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from petalsd.errors import EngineError, SwarmError, WeightsError
+from petalsd.errors import DeadlineExceeded, EngineError, SwarmError, WeightsError
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan, DaemonState
 from tests.daemon.fakes import OTHER, PEER, Stage
@@ -120,6 +120,16 @@ async def test_a_broken_engine_is_replaced() -> None:
     assert stage.calls[:6] == [
         "self-test", "announce OFFLINE 0:2", "refuse", "engine drops", "engine stops", "engine starts"
     ]  # fmt: skip
+    await stopped(stage, running)
+
+
+async def test_an_engine_that_does_not_let_go_is_replaced() -> None:
+    """A deadline that the engine misses while it takes blocks over is the engine's fault, not the swarm's."""
+    stage = Stage("blocks.span=0:2")
+    stage.engine.load_failures.append(DeadlineExceeded("the engine thread did not let go"))
+    running = await until_online(stage)
+    assert "engine stops" in stage.calls
+    assert "part" not in stage.calls
     await stopped(stage, running)
 
 

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from petalsd.engine.core import EngineCore
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, SessionSpec, Step
@@ -175,3 +176,46 @@ async def test_an_engine_can_be_started_again(llama: TinyModel) -> None:
         await engine.self_test()
         await engine.stop(deadline_s=10)
         assert engine.span is None
+
+
+async def test_a_self_test_that_is_given_up_does_not_wait_for_the_device(
+    llama: TinyModel, gate: Gate
+) -> None:
+    """Whoever bounds the self-test gets the loop back at once, though the device still hangs in it."""
+    async with serving(llama, blocks=with_hook(llama, 0, gate)) as engine:
+        canary = asyncio.create_task(engine.self_test())
+        await gate.wait_until_reached()
+        canary.cancel()
+        done, _ = await asyncio.wait({canary}, timeout=5)
+        gate.opened.set()
+        assert done == {canary}
+        assert canary.cancelled()
+
+
+async def test_a_bug_between_iterations_is_noticed(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends every session with EngineError, nothing new is taken on, and a new start heals it."""
+    async with serving(llama) as engine:
+        spec = SessionSpec(BlockSpan(0, 4), 1, 8, "p")
+        running, idle = await engine.open_session(spec), await engine.open_session(spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineCore, "pause_s", _broken)
+            async with asyncio.timeout(5):
+                with pytest.raises(EngineError):
+                    await running.step(Step(states(1, 2), 0))
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineError):
+                await idle.step(Step(states(1, 2), 0))
+            with pytest.raises(EngineError):
+                await engine.self_test()
+            with pytest.raises(EngineError):
+                await engine.open_session(spec)
+            await running.close()
+            await idle.close()
+            await engine.stop(5.0)
+        await engine.start()
+        await engine.load_span(llama.blocks, llama.pool(), llama.rope)
+        await engine.self_test()
+
+
+def _broken(core: EngineCore) -> float:
+    raise RuntimeError("a bug")
