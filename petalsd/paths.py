@@ -9,6 +9,8 @@ from pathlib import Path
 
 from petalsd.errors import ConfigError
 
+SYSTEM_RUN_DIR = Path("/run/petalsd")
+CONTROL_SOCKET_NAME = "control.sock"
 _INSTANCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -16,13 +18,19 @@ _INSTANCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class InstancePaths:
     """Directories of one instance; none of them need exist yet.
 
-    state_dir   identity key, measurements: this instance's own, kept
-    cache_dir   weights: shared by all instances, can be deleted
+    state_dir    identity key, measurements: this instance's own, kept
+    cache_dir    weights: shared by all instances, can be deleted
+    runtime_dir  control socket: gone after a restart of the machine; None where there is no such place
     """
 
     instance: str
     state_dir: Path
     cache_dir: Path
+    runtime_dir: Path | None = None
+
+    @property
+    def control_socket(self) -> Path:
+        return (self.runtime_dir or self.state_dir) / CONTROL_SOCKET_NAME
 
     @property
     def identity_file(self) -> Path:
@@ -46,7 +54,15 @@ def instance_paths(instance: str, environ: Mapping[str, str]) -> InstancePaths:
         instance,
         state_dir=state or _xdg(environ, "XDG_STATE_HOME", ".local/state") / instance,
         cache_dir=cache or _xdg(environ, "XDG_CACHE_HOME", ".cache"),
+        runtime_dir=_systemd_dir(environ, "RUNTIME_DIRECTORY") or _own_runtime_dir(instance, environ),
     )
+
+
+def control_socket_of(instance: str, environ: Mapping[str, str], system_dir: Path = SYSTEM_RUN_DIR) -> Path:
+    """Where to find the daemon ``instance``: the service's socket if there is one, else the user's own."""
+    check_instance_name(instance)
+    service = system_dir / instance / CONTROL_SOCKET_NAME
+    return service if service.exists() else instance_paths(instance, environ).control_socket
 
 
 def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:
@@ -66,6 +82,12 @@ def _systemd_dir(environ: Mapping[str, str], name: str) -> Path | None:
     """The first of the colon-separated directories, as the unit lists them."""
     first = environ.get(name, "").partition(":")[0]
     return Path(first) if first else None
+
+
+def _own_runtime_dir(instance: str, environ: Mapping[str, str]) -> Path | None:
+    """XDG gives this directory to users who are logged in, and no default for it."""
+    given = Path(environ.get("XDG_RUNTIME_DIR", ""))
+    return given / "petalsd" / instance if given.is_absolute() else None
 
 
 def _xdg(environ: Mapping[str, str], name: str, below_home: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from petalsd.errors import ConfigError
-from petalsd.paths import config_file_of, instance_paths
+from petalsd.paths import config_file_of, control_socket_of, instance_paths
 
 
 def test_systemd_directories_win() -> None:
@@ -46,3 +46,24 @@ def test_instance_names_cannot_leave_their_directory(name: str) -> None:
     """A name with a slash, a space or a leading dot is a configuration error."""
     with pytest.raises(ConfigError, match="use letters"):
         instance_paths(name, {"HOME": "/home/u"})
+
+
+def test_the_control_socket_of_a_daemon() -> None:
+    """systemd's runtime directory, else the user's, else the state directory."""
+    service = {"RUNTIME_DIRECTORY": "/run/petalsd/a", "STATE_DIRECTORY": "/var/lib/petalsd/a"}
+    assert instance_paths("a", service).control_socket == Path("/run/petalsd/a/control.sock")
+    user = {"HOME": "/home/u", "XDG_RUNTIME_DIR": "/run/user/7"}
+    assert instance_paths("a", user).control_socket == Path("/run/user/7/petalsd/a/control.sock")
+    bare = {"HOME": "/home/u", "XDG_RUNTIME_DIR": "relative"}
+    assert instance_paths("a", bare).control_socket == Path("/home/u/.local/state/petalsd/a/control.sock")
+
+
+def test_the_service_is_found_before_the_users_own(tmp_path: Path) -> None:
+    """A command finds the socket of the system's instance, and the user's where there is no such instance."""
+    environ = {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path / "user")}
+    service = tmp_path / "system" / "a" / "control.sock"
+    own = tmp_path / "user" / "petalsd" / "a" / "control.sock"
+    assert control_socket_of("a", environ, tmp_path / "system") == own
+    service.parent.mkdir(parents=True)
+    service.touch()
+    assert control_socket_of("a", environ, tmp_path / "system") == service
