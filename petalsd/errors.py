@@ -9,6 +9,7 @@ PetalsdError
 ├── NotServed            the blocks asked for are not served here (any more)
 ├── OutOfPages           the KV pool cannot hold the session, now or within the time allowed
 ├── Overloaded           as many sessions or passes as are allowed are already here
+├── Conflict             an administrator asked for something that the daemon's state does not allow now
 ├── Draining             new sessions are refused: the daemon is draining, moving or stopping
 ├── SessionClosed        the session was ended from our side, with the reason
 ├── DeadlineExceeded     a wait reached its deadline
@@ -80,6 +81,10 @@ class OutOfPages(PetalsdError):
 
 class Overloaded(PetalsdError):
     code = "overloaded"
+
+
+class Conflict(PetalsdError):
+    code = "conflict"
 
 
 class Draining(PetalsdError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 
 import sdnotify
 
@@ -26,12 +26,12 @@ class Notifier:
         self.last_ping_monotonic_s: float | None = None
 
     @classmethod
-    def take(cls, environ: MutableMapping[str, str]) -> Notifier:
-        """Speak for this process alone: the variables are removed, so that no child process inherits them."""
-        channel = sdnotify.SystemdNotifier() if environ.get("NOTIFY_SOCKET") else None
-        interval_s = _watchdog_interval_s(environ) if channel else None
+    def take(cls) -> Notifier:
+        """Speak for this process alone: the variables leave the environment, so that no child inherits them."""
+        channel = sdnotify.SystemdNotifier() if os.environ.get("NOTIFY_SOCKET") else None
+        interval_s = _watchdog_interval_s(os.environ) if channel else None
         for name in _VARIABLES:
-            environ.pop(name, None)
+            os.environ.pop(name, None)
         return cls(channel, interval_s)
 
     def ready(self) -> None:
@@ -75,7 +75,7 @@ class Notifier:
             self._channel.notify(state)
 
 
-def _watchdog_interval_s(environ: MutableMapping[str, str]) -> float | None:
+def _watchdog_interval_s(environ: Mapping[str, str]) -> float | None:
     """None unless the watchdog is meant for this very process (sd_watchdog_enabled(3))."""
     usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
     if not usec.isdecimal() or int(usec) == 0 or (pid and pid != str(os.getpid())):

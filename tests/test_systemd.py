@@ -28,7 +28,7 @@ def notifier(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    notifier = Notifier.take(os.environ)
+    notifier = Notifier.take()
     yield notifier
     notifier.close()
 
@@ -72,16 +72,20 @@ def test_children_do_not_speak_for_us(notifier: Notifier) -> None:
     assert notifier.watchdog_interval_s == 30.0
 
 
-def test_a_watchdog_for_another_process_is_not_ours(manager: socket.socket) -> None:
-    environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}
-    notifier = Notifier.take(environ)
+def test_a_watchdog_for_another_process_is_not_ours(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    notifier = Notifier.take()
     notifier.close()
     assert notifier.watchdog_interval_s is None
-    assert environ == {}
 
 
-def test_outside_systemd_nothing_happens() -> None:
-    notifier = Notifier.take({})
+def test_outside_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notifier = Notifier.take()
     for call in (notifier.ready, notifier.reloading, notifier.stopping, notifier.watchdog):
         call()
     assert notifier.watchdog_interval_s is None

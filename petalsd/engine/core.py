@@ -18,7 +18,7 @@ from petalsd.engine.limits import EngineLimits
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob, PassRunner
 from petalsd.engine.runner import SpanRunner
-from petalsd.engine.scheduler import PassQueue, Scheduler, Slice
+from petalsd.engine.scheduler import PassQueue, Plan, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
@@ -27,6 +27,8 @@ from petalsd.models.rope import Rope
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
+
+_FORGETTING = 0.999  # per batch: a slow one counts for some thousand more
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Progress:
     num_steps, num_tokens   answered steps; tokens computed, over all rows, passes not included
     last_step_monotonic_s   when the device last finished something (``time.monotonic``)
     busy_since_monotonic_s  since when it has been at what it does now; None while it is idle
+    busy_tokens             tokens of that, over all rows; a pass counts as the most it computes at once
+    slowest_token_s         seconds per token of the slowest batches so far, forgotten slowly
     """
 
     num_iterations: int = 0
@@ -65,6 +69,23 @@ class Progress:
     num_tokens: int = 0
     last_step_monotonic_s: float = 0.0
     busy_since_monotonic_s: float | None = None
+    busy_tokens: int = 0
+    slowest_token_s: float = 0.0
+
+    def begin(self, tokens: int) -> float:
+        """The device is at these from now on; the time."""
+        self.busy_tokens = tokens
+        self.busy_since_monotonic_s = now = time.monotonic()
+        return now
+
+    def end(self) -> None:
+        """What began is done."""
+        self.last_step_monotonic_s = now = time.monotonic()
+        if self.busy_since_monotonic_s is not None and self.busy_tokens:
+            token_s = (now - self.busy_since_monotonic_s) / self.busy_tokens
+            self.slowest_token_s = max(token_s, self.slowest_token_s * _FORGETTING)
+        self.num_iterations += 1
+        self.busy_since_monotonic_s = None
 
 
 class EngineCore:
@@ -89,6 +110,7 @@ class EngineCore:
         self._sessions: dict[int, EngineSession] = {}
         self._runner = runner
         self._pass_queue = PassQueue()
+        self._max_pass_tokens = limits.max_pass_tokens
         self._passes: dict[int, PassJob] = {}
         self._pass_runner = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
 
@@ -150,18 +172,19 @@ class EngineCore:
 
     def iterate(self) -> None:
         """Plan what runs now, run it, answer what is complete."""
-        progress = self._progress
-        start = progress.busy_since_monotonic_s = time.monotonic()
         plan = self._scheduler.schedule(has_pass=bool(self._pass_queue))
+        start = self._progress.begin(self._num_tokens(plan))
         if plan.slices:
             self._run_steps(plan.slices)
             now = time.monotonic()
             self._gathering.ran(now - start, now, has_more=bool(self._scheduler))
         if plan.runs_pass:
             self._run_pass_unit()
-        progress.num_iterations += 1
-        progress.last_step_monotonic_s = time.monotonic()
-        progress.busy_since_monotonic_s = None
+        self._progress.end()
+
+    def _num_tokens(self, plan: Plan) -> int:
+        tokens = sum(piece.tokens * self._sessions[piece.key].spec.batch for piece in plan.slices)
+        return tokens + (self._max_pass_tokens if plan.runs_pass else 0)
 
     def _run_steps(self, slices: Sequence[Slice]) -> None:
         sessions, items = self._prepare(slices)

@@ -51,13 +51,15 @@ CANARY_PEER = "self-test"
 class EngineStats:
     """The figures of a moment.
 
-    sessions, rows          open ones; a session of batch size B has B rows
+    sessions, rows          open ones, the canary's aside; a session of batch size B has B rows
     queued_passes           forward and backward passes that are not answered yet
     steps_total             steps answered since the start
     tokens_total            tokens computed in steps, over all rows
     iterations_total        batches and units of passes
     last_step_monotonic_s   when the device last finished something; 0 when it never did
     busy_since_monotonic_s  since when the device has been at what it does now; None while it is idle
+    busy_tokens             tokens of what it does now, or did last
+    slowest_token_s         seconds per token of the slowest batches so far
     """
 
     sessions: int
@@ -68,6 +70,8 @@ class EngineStats:
     iterations_total: int
     last_step_monotonic_s: float
     busy_since_monotonic_s: float | None
+    busy_tokens: int
+    slowest_token_s: float
 
 
 class Engine:
@@ -140,6 +144,12 @@ class Engine:
         self._end_all(thread, NotServed(reason))
         if not await thread.wait_for_commands(self.limits.step_deadline_s):
             raise DeadlineExceeded("the engine thread did not let go of the blocks it served")
+
+    def end_sessions(self, reason: str) -> None:
+        """End all sessions with SessionClosed(reason) and all passes with Draining(reason); the span stays."""
+        for session in list(self._sessions):
+            session.end(reason)
+        self._fail_passes(Draining(reason))
 
     # Sessions
 
@@ -231,7 +241,7 @@ class Engine:
     def stats(self) -> EngineStats:
         progress = self._progress
         return EngineStats(
-            sessions=len(self._sessions),
+            sessions=sum(session.spec.peer != CANARY_PEER for session in self._sessions),
             rows=self._num_rows,
             queued_passes=len(self._passes),
             steps_total=progress.num_steps,
@@ -239,6 +249,8 @@ class Engine:
             iterations_total=progress.num_iterations,
             last_step_monotonic_s=progress.last_step_monotonic_s,
             busy_since_monotonic_s=progress.busy_since_monotonic_s,
+            busy_tokens=progress.busy_tokens,
+            slowest_token_s=progress.slowest_token_s,
         )
 
     async def self_test(self) -> None:
@@ -281,7 +293,10 @@ class Engine:
         core.served.pool.dismiss_waiters(error)
         for session in list(self._sessions):
             session.end(error.message)
+        self._fail_passes(error)
+        thread.post(partial(thread.set_core, None))
+
+    def _fail_passes(self, error: PetalsdError) -> None:
         for job in self._passes.values():
             if not job.answer.done():
                 job.answer.set_exception(type(error)(error.message))
-        thread.post(partial(thread.set_core, None))
