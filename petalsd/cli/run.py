@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import resource
 import signal
 import sys
@@ -16,6 +17,7 @@ from petalsd.cli.options import ConfigChoice, add_config_arguments, config_choic
 from petalsd.config import Config
 from petalsd.errors import PetalsdError
 from petalsd.log import configure_logging, error_fields
+from petalsd.systemd import Notifier
 
 log = structlog.get_logger(__name__)
 
@@ -30,25 +32,27 @@ def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit_before_start)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is loaded yet that could be reloaded
+    faulthandler.enable()  # a process that the watchdog ends (SIGABRT) says where each thread was
+    notifier = Notifier.take()
     choice = config_choice(arguments)
     config = choice.load().config
     configure_logging(config.daemon.log_format, config.daemon.log_level)
     log.info("starting", version=__version__, instance=choice.paths.instance, source=config.model.source)
     _raise_file_limit()
     try:
-        _serve(choice, config)
+        _serve(choice, config, notifier)
     except PetalsdError as error:
         log.error("failed", **error_fields(error))
         return exit_code_of(error)
     return EXIT_OK
 
 
-def _serve(choice: ConfigChoice, config: Config) -> None:
+def _serve(choice: ConfigChoice, config: Config, notifier: Notifier) -> None:
     import uvloop  # late, like torch below: a bad file is reported without waiting for them
 
     from petalsd.daemon.assembly import serve
 
-    uvloop.run(serve(config, choice.paths, lambda: choice.load().config))
+    uvloop.run(serve(config, choice.paths, lambda: choice.load().config, notifier))
 
 
 def _exit_before_start(number: int, frame: FrameType | None) -> None:

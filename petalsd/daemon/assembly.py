@@ -9,17 +9,20 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from petalsd.config import Config
+from petalsd.daemon.activity import Activity
 from petalsd.daemon.announcement import VERSION, RecordWriter
+from petalsd.daemon.attendants import Attendants
 from petalsd.daemon.daemon import Daemon, Parts
 from petalsd.daemon.detached import run_detached
 from petalsd.daemon.membership import Membership, node_options
-from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, make_plan
+from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
-from petalsd.daemon.span_loader import ProgressLog, SpanLoader
+from petalsd.daemon.span_loader import ProgressLog, SpanLoader, both
 from petalsd.daemon.speed import Speed
 from petalsd.daemon.supervisor import Supervisor
+from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import Engine
 from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
@@ -30,6 +33,7 @@ from petalsd.models.rope import Rope
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import AnnouncerOptions
 from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
+from petalsd.systemd import Notifier
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -37,13 +41,17 @@ log = structlog.get_logger(__name__)
 _LIBRARIES = ("hivemind", "transformers", "huggingface_hub")
 
 
-async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]) -> None:
+async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config], notifier: Notifier) -> None:
     """Run until a stop signal; ``read`` loads the configuration again for a reload."""
     adopt_loggers(_LIBRARIES)
     with Signals() as signals:
+        notifier.status("Starting: reading the model's configuration")
         plan = await _plan_unless_stopped(config, paths, signals)
         if plan is not None:
-            await Daemon(build_parts(config, plan, paths, read), signals).run()
+            parts = build_parts(config, plan, paths, read)
+            daemon = Daemon(parts, signals)
+            async with Attendants(daemon, parts, plan, paths, notifier).attending(signals):
+                await daemon.run()
     log.info("stopped")
 
 
@@ -62,7 +70,8 @@ async def _plan_unless_stopped(config: Config, paths: InstancePaths, signals: Si
 
 def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: Callable[[], Config]) -> Parts:
     """Constructs everything and starts nothing. ConfigError when the blocks asked for cannot be served."""
-    _warn_of_tight_memory(plan, demand_for(plan, config.blocks))
+    board, activity = WarningBoard(), Activity()
+    _warn_of_tight_memory(plan, demand_for(plan, config.blocks), board)
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
     engine = Engine(plan.limits, plan.device, config.engine.threads)
@@ -88,26 +97,24 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     return Parts(
         engine=engine,
         member=member,
-        loader=SpanLoader(ModelReader(plan, rope), ProgressLog),
+        loader=SpanLoader(ModelReader(plan, rope), lambda: both(ProgressLog(), activity.loading), board),
         rebalancer=rebalancer,
-        supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng),
+        supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng, board),
         settings=settings,
         prepare=speed.find_out,
         hand_over=hand_over,
         demand=demand,
+        board=board,
+        activity=activity,
     )
 
 
-def _warn_of_tight_memory(plan: ServingPlan, demand: Demand) -> None:
+def _warn_of_tight_memory(plan: ServingPlan, demand: Demand, board: WarningBoard) -> None:
     """Blocks that were asked for by number are tried; ``petalsd check`` is stricter."""
     need_bytes = plan.need.of_blocks(demand.num_blocks)
     if need_bytes > plan.memory_bytes:
-        log.warning(
-            "memory_is_tight",
-            blocks=demand.num_blocks,
-            need_gib=round(need_bytes / 2**30, 2),
-            available_gib=round(plan.memory_bytes / 2**30, 2),
-        )
+        need, there = gib(need_bytes), gib(plan.memory_bytes)
+        board.set("memory_tight", f"{demand.num_blocks} blocks take {need}, there are {there}")
 
 
 def _served_model(plan: ServingPlan) -> ServedModel:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
+from petalsd.daemon.activity import Activity
 from petalsd.daemon.backoff import Backoff, retry
-from petalsd.daemon.drain import wait_until_idle
+from petalsd.daemon.drain import Drain, Hold
 from petalsd.daemon.health import engine_problem
 from petalsd.daemon.lifecycle import Lifecycle, Presence
 from petalsd.daemon.parts import ServingEngine, SwarmMember
@@ -20,7 +22,8 @@ from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.supervisor import Cause, Departure, Supervisor
-from petalsd.errors import DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
+from petalsd.daemon.warnings import WarningBoard
+from petalsd.errors import Conflict, DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.models.block import TransformerBlock
 from petalsd.swarm.protocol import ServerState
@@ -33,6 +36,8 @@ JOIN_BACKOFF = Backoff(attempts=6, first_delay_s=1.0, max_delay_s=15.0)
 MAX_FAILED_ROUNDS = 5
 _FAREWELL_S = 5.0  # for OFFLINE to be stored; the records expire by themselves if it is not
 _PART_STOP_S = 5.0
+_STOPPING = "this server is stopping"
+_BEGIN_S = 30.0  # for what an administrator asked for to begin: the loop may be at a check
 
 HandOver = Callable[[BlockSpan, Mapping[int, TransformerBlock]], Awaitable[None]]
 
@@ -55,6 +60,18 @@ class Parts:
     prepare: Callable[[], Awaitable[None]]
     hand_over: HandOver
     demand: Callable[[], Demand]
+    board: WarningBoard
+    activity: Activity
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """That a span was left for another one; ``at_unix_s`` is when that other one was served."""
+
+    at_unix_s: float
+    old: BlockSpan
+    new: BlockSpan
+    reason: str
 
 
 class Daemon:
@@ -64,8 +81,13 @@ class Daemon:
         self._parts = parts
         self._signals = signals
         self._join_backoff = join_backoff
-        self._span: BlockSpan | None = None
         self._failed_rounds = 0
+        self._target: BlockSpan | None = None
+        self._left: tuple[BlockSpan, str] | None = None
+        self._hold = Hold()
+        self.drain: Drain | None = None
+        self.span: BlockSpan | None = None
+        self.last_move: Move | None = None
         self.lifecycle = Lifecycle()
         self.lifecycle.subscribe(
             lambda old, new: log.info("state", old=old.value, new=new.value, reason=self.lifecycle.reason)
@@ -74,18 +96,71 @@ class Daemon:
     async def run(self) -> None:
         """Serve until a stop is asked for; raises what made serving impossible, after leaving the swarm."""
         serving = asyncio.create_task(self._serve(), name="serve")
-        reloading = asyncio.create_task(self._reload_on_signal(), name="reload")
         stop = asyncio.create_task(self._signals.stop.wait(), name="stop")
         try:
             await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (serving, reloading, stop):
+            for task in (serving, stop):
                 task.cancel()
-            await asyncio.gather(serving, reloading, stop, return_exceptions=True)
+            await asyncio.gather(serving, stop, return_exceptions=True)
             failure = None if serving.cancelled() else serving.exception()
             await self._stop(failure)
         if failure is not None:
             raise failure
+
+    # What an administrator asks for
+
+    async def hold(self, deadline_s: float | None) -> None:
+        """Drain, and serve nobody until ``release``; returns when new sessions are refused and OFFLINE announced.
+
+        While draining already, a given deadline replaces the one before. Conflict unless there is something to
+        drain; DeadlineExceeded when it has not begun in time.
+        """
+        if self.lifecycle.state is DaemonState.ONLINE:
+            self._hold.deadline_s = deadline_s
+            self._hold.asked.set()
+        elif self.lifecycle.state not in (DaemonState.DRAINING, DaemonState.DRAINED):
+            raise Conflict(
+                f"the daemon is {self.lifecycle.state.value}: there is nothing to drain",
+                hint="wait until it is online, or stop it",
+            )
+        elif self.drain is not None and deadline_s is not None:
+            self.drain.set_deadline(deadline_s)
+        await self._within(self._hold.begun.wait(), "draining")
+
+    async def release(self) -> None:
+        """Serve again after ``hold``; returns when that is announced. Conflict when nothing is held."""
+        state = self.lifecycle.state
+        if state is DaemonState.ONLINE and not self._hold.asked.is_set():
+            return
+        if not self._hold.asked.is_set() or self._signals.stop.is_set():
+            raise Conflict(f"the daemon is {state.value}: there is nothing to resume")
+        online = self.lifecycle.until(DaemonState.ONLINE)
+        self._hold.resumed.set()
+        await self._within(online, "resuming")
+
+    async def move_to(self, span: BlockSpan | None, reason: str) -> None:
+        """Leave for ``span``, or for the best one; returns when leaving has begun. Conflict unless ONLINE."""
+        if self.lifecycle.state is not DaemonState.ONLINE:
+            raise Conflict(
+                f"the daemon is {self.lifecycle.state.value}: only one that is online can move",
+                hint="petalsctl wait --ready",
+            )
+        self._target = span
+        leaving = self.lifecycle.until(DaemonState.REBALANCING)
+        self._parts.supervisor.leave(Departure(Cause.REQUESTED, reason))
+        await self._within(leaving, "moving")
+
+    async def _within(self, wait: Awaitable[object], what: str) -> None:
+        try:
+            async with asyncio.timeout(_BEGIN_S):
+                await wait
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{what} did not begin within {_BEGIN_S:g} s", hint="it may still; look at petalsctl status"
+            ) from None
+
+    # The rounds
 
     async def _serve(self) -> None:
         """One round per span: choose, load, serve, watch, leave."""
@@ -95,7 +170,7 @@ class Daemon:
                 span = await self._choose()
                 await self._take(span)
                 self._failed_rounds = 0
-                departure = await self._parts.supervisor.until_departure(span)
+                departure = await self._until_departure(span)
             except (SwarmError, DeadlineExceeded) as error:
                 departure = self._failed_round(Cause.MEMBER_BROKEN, error)
             except EngineError as error:
@@ -103,35 +178,90 @@ class Daemon:
             await self._leave(departure)
 
     async def _start(self) -> None:
+        self._parts.activity.at("measuring how fast this machine is")
         await self._parts.prepare()
         await self._parts.engine.start()
         await self._join()
 
     async def _choose(self) -> BlockSpan:
-        delay_s = self._parts.settings.config.blocks.join_delay_s
-        return await self._parts.rebalancer.choose(self._parts.demand(), delay_s)
+        self._parts.activity.at("choosing blocks")
+        demand, target = self._parts.demand(), self._target
+        self._target = None
+        if target is not None and demand.pinned is None and len(target) == demand.num_blocks:
+            demand = Demand(len(target), target)
+        return await self._parts.rebalancer.choose(demand, self._parts.settings.config.blocks.join_delay_s)
+
+    async def _until_departure(self, span: BlockSpan) -> Departure:
+        """Watch the span; while a drain holds the daemon, there is nothing to watch or to move."""
+        while True:
+            watching = asyncio.create_task(self._parts.supervisor.until_departure(span), name="supervisor")
+            held = asyncio.create_task(self._hold.asked.wait())
+            try:
+                await asyncio.wait({watching, held}, return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    return watching.result()
+            finally:
+                for task in (watching, held):
+                    task.cancel()
+                await asyncio.gather(watching, held, return_exceptions=True)
+            await self._stay_drained(span)
+
+    async def _stay_drained(self, span: BlockSpan) -> None:
+        """Drain, then wait for the resume; ONLINE again as it was."""
+        hold = self._hold
+        await self._begin_drain("asked for over the control socket", "this server is draining")
+        left = await self._drain(hold.deadline_s, hold.resumed)
+        if not hold.resumed.is_set():
+            if left:
+                log.warning("drain_abandoned", sessions_and_passes=left, was_cut_short=False)
+                self._parts.engine.end_sessions("the server's drain reached its deadline")
+            self.lifecycle.move(DaemonState.DRAINED)
+            log.info("drained", abandoned=left)
+        await hold.resumed.wait()
+        self._hold, self.drain = Hold(), None
+        await self._go_online(span)
 
     async def _take(self, span: BlockSpan) -> None:
         """Announce, load, prove and serve ``span``; ONLINE is announced when it is true and not before."""
         parts = self._parts
         self.lifecycle.move(DaemonState.LOADING, f"blocks {span}")
-        self._span = span
+        self.span = span
+        parts.activity.at(f"announcing blocks {span}")
         await parts.member.announce(ServerState.JOINING, span)
         blocks = await parts.loader.load(span)
+        parts.activity.at("testing the blocks")
         try:
             await parts.hand_over(span, blocks)
         except DeadlineExceeded as error:  # the engine's, where others are the swarm's
             raise EngineError(error.message) from error
         if problem := await engine_problem(parts.engine):
             raise EngineError(problem)
-        parts.member.admit()
-        await parts.member.announce(ServerState.ONLINE, span)
+        await self._go_online(span)
+        parts.board.clear("engine_failed", "p2pd_failed", "load_failed", "join_failed")
+        self._note_move(span)
+
+    async def _go_online(self, span: BlockSpan) -> None:
+        member = self._parts.member
+        member.admit()
+        await member.announce(ServerState.ONLINE, span)
         self.lifecycle.move(DaemonState.ONLINE)
-        log.info("online", span=str(span), peer_id=parts.member.peer_id, maddrs=await parts.member.maddrs())
+        log.info("online", span=str(span), peer_id=member.peer_id, maddrs=await member.maddrs())
+
+    def _note_move(self, span: BlockSpan) -> None:
+        left, self._left = self._left, None
+        if left is not None and left[0] != span:
+            self.last_move = Move(time.time(), left[0], span, left[1])
+            log.info("moved", old=str(left[0]), new=str(span), reason=left[1])
 
     async def _leave(self, departure: Departure) -> None:
         """OFFLINE first, then no new sessions, then end those that are here; broken parts are made anew."""
-        log.info("leaving", span=str(self._span), cause=departure.cause.value, reason=departure.reason)
+        if departure.cause is Cause.MEMBER_BROKEN:
+            self._parts.board.set("p2pd_failed", departure.reason)
+        if departure.cause is Cause.ENGINE_BROKEN:
+            self._parts.board.set("engine_failed", departure.reason)
+        if self.span is not None and self._left is None:
+            self._left = (self.span, departure.reason)
+        log.info("leaving", span=str(self.span), cause=departure.cause.value, reason=departure.reason)
         if self.lifecycle.can_move(DaemonState.REBALANCING):
             self.lifecycle.move(DaemonState.REBALANCING, departure.reason)
         if departure.cause is not Cause.MEMBER_BROKEN:
@@ -145,19 +275,26 @@ class Daemon:
             await self._parts.member.stop()
             await self._join()
             await self._announce_offline()
-        self._span = None
+        self.span = None
 
     async def _stop(self, failure: BaseException | None) -> None:
         """Say goodbye, let sessions finish, take the parts down from the outside in."""
         parts, state = self._parts, self.lifecycle.state
         was_online, was_present = state is DaemonState.ONLINE, self.lifecycle.presence is not Presence.ABSENT
         if was_online and failure is None:
-            self.lifecycle.move(DaemonState.DRAINING, "stop requested")
-        if was_present:
-            await self._announce_offline()
-        parts.member.refuse("this server is stopping")
+            await self._begin_drain("stop requested", _STOPPING)
+        else:
+            if was_present:
+                await self._announce_offline()
+            parts.member.refuse(_STOPPING)
         if self.lifecycle.state is DaemonState.DRAINING:
-            await self._drain()
+            left_s = None if self.drain is None else self.drain.deadline_left_s
+            if left := await self._drain(left_s, self._signals.now):
+                now = self._signals.now.is_set()
+                log.warning("drain_abandoned", sessions_and_passes=left, was_cut_short=now)
+            else:
+                self.lifecycle.move(DaemonState.DRAINED)
+                log.info("drained", abandoned=0)
         self.lifecycle.move(
             DaemonState.STOPPING if failure is None else DaemonState.FAILED, _reason_of(failure)
         )
@@ -168,31 +305,43 @@ class Daemon:
         if failure is None:
             self.lifecycle.move(DaemonState.STOPPED)
 
-    async def _drain(self) -> None:
-        deadline_s = self._parts.settings.config.daemon.drain_deadline_s
-        left = await wait_until_idle(self._parts.engine, deadline_s, self._signals.now)
-        if left:
-            log.warning("drain_abandoned", sessions_and_passes=left, was_cut_short=self._signals.now.is_set())
-        else:
-            self.lifecycle.move(DaemonState.DRAINED)
+    async def _begin_drain(self, reason: str, refusal: str) -> None:
+        """OFFLINE first, then no new sessions; running ones go on."""
+        self.lifecycle.move(DaemonState.DRAINING, reason)
+        log.info("drain_started", reason=reason)
+        await self._announce_offline()
+        self._parts.member.refuse(refusal)
+        self._hold.begun.set()
+
+    async def _drain(self, deadline_s: float | None, cut_short: asyncio.Event) -> int:
+        """Let sessions finish, in the configured time unless another one is given; how many are left."""
+        if deadline_s is None:
+            deadline_s = self._parts.settings.config.daemon.drain_deadline_s
+        self.drain = Drain(self._parts.engine, deadline_s)
+        return await self.drain.wait(cut_short)
 
     async def _join(self) -> None:
+        self._parts.activity.at("joining the swarm")
         await retry(
             self._parts.member.start,
             self._join_backoff,
             (SwarmError, DeadlineExceeded),
-            lambda error, delay_s: log.warning("join_failed", retry_s=delay_s, **error_fields(error)),
+            self._on_join_failure,
         )
+
+    def _on_join_failure(self, error: Exception, delay_s: float) -> None:
+        log.warning("join_failed", retry_s=delay_s, **error_fields(error))
+        self._parts.board.set("join_failed", str(error))
 
     async def _announce_offline(self) -> None:
         """As well as the swarm allows: leaving must not hang on a swarm that is gone."""
-        if self._span is None:
+        if self.span is None:
             return
         try:
             async with asyncio.timeout(_FAREWELL_S):
-                await self._parts.member.announce(ServerState.OFFLINE, self._span)
+                await self._parts.member.announce(ServerState.OFFLINE, self.span)
         except (SwarmError, DeadlineExceeded, TimeoutError) as error:
-            log.warning("offline_not_stored", span=str(self._span), **error_fields(error))
+            log.warning("offline_not_stored", span=str(self.span), **error_fields(error))
 
     async def _drop_span(self, reason: str) -> None:
         with contextlib.suppress(Draining):  # the engine was never started
@@ -209,14 +358,6 @@ class Daemon:
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
             raise error
         return Departure(cause, str(error))
-
-    async def _reload_on_signal(self) -> None:
-        """SIGHUP: read the configuration again, then look at the placement at once."""
-        while True:
-            await self._signals.reload.wait()
-            self._signals.reload.clear()
-            if self._parts.settings.reload() is not None:
-                self._parts.supervisor.check_now()
 
 
 def _reason_of(failure: BaseException | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -15,19 +17,52 @@ _POLL_S = 0.1
 _REPORT_PERIOD_S = 10.0
 
 
-async def wait_until_idle(engine: ServingEngine, deadline_s: float, cut_short: asyncio.Event) -> int:
-    """Wait until no session and no pass is left, the deadline is over or ``cut_short`` is set; what is left."""
-    end_s = time.monotonic() + deadline_s
-    report_s = time.monotonic()
-    while (left := open_work(engine)) and not cut_short.is_set() and (now_s := time.monotonic()) < end_s:
-        if now_s >= report_s:
-            report_s = now_s + _REPORT_PERIOD_S
-            log.info("draining", sessions_and_passes=left, left_s=round(end_s - now_s, 1))
-        await _pause(cut_short, min(_POLL_S, end_s - now_s))
-    return left
+@dataclass(slots=True)
+class Hold:
+    """A wish that the daemon drains and stays so: set from outside, obeyed by the serving task.
+
+    asked       drain; ``deadline_s`` None is the configured one
+    begun       OFFLINE is announced and new sessions are refused
+    resumed     serve again
+    """
+
+    deadline_s: float | None = None
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    resumed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Drain:
+    """One drain; its deadline may be set anew while it goes on."""
+
+    def __init__(
+        self, engine: ServingEngine, deadline_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._end_s = clock() + deadline_s
+
+    @property
+    def deadline_left_s(self) -> float:
+        return max(0.0, self._end_s - self._clock())
+
+    def set_deadline(self, deadline_s: float) -> None:
+        """Counted from now."""
+        self._end_s = self._clock() + deadline_s
+
+    async def wait(self, cut_short: asyncio.Event) -> int:
+        """Until no session and no pass is left, the deadline is over or ``cut_short`` is set; what is left."""
+        report_s = self._clock()
+        while (left := open_work(self._engine)) and not cut_short.is_set() and self.deadline_left_s > 0:
+            if self._clock() >= report_s:
+                report_s = self._clock() + _REPORT_PERIOD_S
+                log.info("draining", sessions_and_passes=left, left_s=round(self.deadline_left_s, 1))
+            await _pause(cut_short, min(_POLL_S, self.deadline_left_s))
+        return left
 
 
 def open_work(engine: ServingEngine) -> int:
+    """Sessions and passes that are under way."""
     stats = engine.stats()
     return stats.sessions + stats.queued_passes
 

@@ -11,7 +11,7 @@ from petalsd.errors import PetalsdError, SwarmError
 # One batch or unit of a pass takes a small part of this on any machine that is worth announcing, and so do the
 # kernels that are compiled for the first one.
 _ENGINE_STUCK_S = 120.0
-_P2PD_ANSWERS_S = 10.0
+_P2PD_ANSWERS_S = 5.0
 
 
 async def engine_problem(engine: ServingEngine) -> str | None:

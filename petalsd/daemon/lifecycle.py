@@ -1,9 +1,10 @@
 """The daemon's life cycle as a pure state machine; what is visible outside is a consequence of its state.
 
     STARTING ──> LOADING ──> ONLINE <──> DRAINING ──> DRAINED ──> ONLINE
-                  ^   ^        │
-                  │   └──── REBALANCING        every state but the last ──> STOPPING ──> STOPPED
-                  └─ (a load that is tried again)                     └──> FAILED
+                  ^   ^        │            │            │ (a resume finds a part broken)
+                  │   └──── REBALANCING <───┴────────────┘
+                  └─ (a load that is tried again)      every state but the last ──> STOPPING ──> STOPPED
+                                                                              └──> FAILED
 
 STARTING     parts come up, a span is being chosen; nothing is announced
 LOADING      weights of a chosen span are on their way; announced as JOINING
@@ -15,6 +16,7 @@ STOPPING     on the way out; FAILED is the same for an error that a restart may 
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import time
 from collections.abc import Callable
@@ -28,8 +30,8 @@ TRANSITIONS: dict[DaemonState, frozenset[DaemonState]] = {
     _S.LOADING: frozenset({_S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
     _S.ONLINE: frozenset({_S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
     _S.REBALANCING: frozenset({_S.LOADING, _S.ONLINE, _S.STOPPING, _S.FAILED}),
-    _S.DRAINING: frozenset({_S.DRAINED, _S.ONLINE, _S.STOPPING, _S.FAILED}),
-    _S.DRAINED: frozenset({_S.ONLINE, _S.STOPPING, _S.FAILED}),
+    _S.DRAINING: frozenset({_S.DRAINED, _S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
+    _S.DRAINED: frozenset({_S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
     _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),
     _S.STOPPED: frozenset(),
     _S.FAILED: frozenset(),
@@ -60,12 +62,19 @@ class Lifecycle:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._listeners: list[Listener] = []
+        self._waiting: list[tuple[DaemonState, asyncio.Future[None]]] = []
         self.state = DaemonState.STARTING
         self.since_s = clock()
         self.reason = ""
 
     def subscribe(self, listener: Listener) -> None:
         self._listeners.append(listener)
+
+    def until(self, state: DaemonState) -> asyncio.Future[None]:
+        """Done with the next move to ``state``."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((state, future))
+        return future
 
     def can_move(self, state: DaemonState) -> bool:
         return state in TRANSITIONS[self.state]
@@ -79,6 +88,10 @@ class Lifecycle:
         self.reason = reason
         for listener in self._listeners:
             listener(old, state)
+        for wanted, future in self._waiting:
+            if wanted is state and not future.done():
+                future.set_result(None)
+        self._waiting = [pair for pair in self._waiting if not pair[1].done()]
 
     @property
     def accepts_sessions(self) -> bool:

@@ -113,6 +113,9 @@ class Membership:
     async def read_view(self) -> SwarmView:
         return await read_view(self._joined.node, self._announcing.prefix, self._announcing.num_blocks)
 
+    async def is_in_touch(self) -> bool:
+        return await self._joined.node.is_in_touch()
+
     @property
     def _joined(self) -> _Connection:
         if self._connection is None:

@@ -17,6 +17,9 @@ from petalsd.types import BlockSpan
 class ServingEngine(Protocol):
     """The part of ``engine.Engine`` that the daemon uses."""
 
+    @property
+    def pool(self) -> KVPool | None: ...
+
     async def start(self) -> None: ...
 
     async def stop(self, deadline_s: float) -> None: ...
@@ -24,6 +27,8 @@ class ServingEngine(Protocol):
     async def load_span(self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> None: ...
 
     async def drop_span(self, reason: str) -> None: ...
+
+    def end_sessions(self, reason: str) -> None: ...
 
     async def self_test(self) -> None: ...
 
@@ -59,3 +64,6 @@ class SwarmMember(Protocol):
 
     async def read_view(self) -> SwarmView:
         """Who serves what now. SwarmError or DeadlineExceeded."""
+
+    async def is_in_touch(self) -> bool:
+        """Whether any other peer answers, dialling the first ones again; True where there is nobody else to be."""

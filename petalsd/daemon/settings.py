@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
 from petalsd.config import Config
 from petalsd.config_loading import changed_keys, with_live_keys
-from petalsd.errors import ConfigError
-from petalsd.log import error_fields, set_level
-
-log = structlog.get_logger(__name__)
+from petalsd.log import set_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +26,12 @@ class Settings:
         self._read = read
         self._check = check
 
-    def reload(self) -> Reload | None:
-        """Apply what can be applied while running; None, after saying why, when the new configuration is bad."""
-        try:
-            new = self._read()
-            merged = with_live_keys(self.config, new)
-            self._check(merged)
-        except ConfigError as error:
-            log.error("reload_refused", **error_fields(error))
-            return None
+    def reload(self) -> Reload:
+        """Apply what can be applied while running; ConfigError when the new one is bad: nothing has changed."""
+        new = self._read()
+        merged = with_live_keys(self.config, new)
+        self._check(merged)
         applied, pending = changed_keys(self.config, new)
         self.config = merged
         set_level(merged.daemon.log_level)
-        log.info("reloaded", applied=applied, needs_restart=pending)
         return Reload(tuple(applied), tuple(pending))

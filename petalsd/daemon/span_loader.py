@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
 
 from petalsd.daemon.backoff import Backoff, retry
 from petalsd.daemon.detached import AbandonSwitch, run_detached
+from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import WeightsError
 from petalsd.log import error_fields
 from petalsd.models.block import TransformerBlock
@@ -59,10 +61,12 @@ class SpanLoader:
         self,
         reader: WeightsReader,
         start_progress: Callable[[], ProgressSink],
+        board: WarningBoard,
         backoff: Backoff = LOAD_BACKOFF,
     ) -> None:
         self._reader = reader
         self._start_progress = start_progress
+        self._board = board
         self._backoff = backoff
         self.blocks: dict[int, TransformerBlock] = {}
 
@@ -78,14 +82,17 @@ class SpanLoader:
             lambda: run_detached(lambda switch: self._load_missing(span, switch, progress), "petalsd-loader"),
             self._backoff,
             (WeightsError, OSError),
-            lambda error, delay_s: log.warning(
-                "load_failed", span=str(span), retry_s=delay_s, **error_fields(error)
-            ),
+            partial(self._on_failure, span),
         )
+        self._board.clear("load_failed")
         log.info(
             "span_loaded", span=str(span), kept_blocks=kept, seconds=round(time.monotonic() - started_s, 2)
         )
         return dict(self.blocks)
+
+    def _on_failure(self, span: BlockSpan, error: Exception, delay_s: float) -> None:
+        log.warning("load_failed", span=str(span), retry_s=delay_s, **error_fields(error))
+        self._board.set("load_failed", str(error))
 
     def drop_outside(self, span: BlockSpan | None) -> None:
         """Give up the blocks outside ``span``; their memory is free once nobody else holds them."""
@@ -106,6 +113,16 @@ class SpanLoader:
             switch.check()
             progress(LoadProgress("load", f"block {index}", number, len(missing)))
             self.blocks[index] = self._reader.load_block(index)
+
+
+def both(first: ProgressSink, second: ProgressSink) -> ProgressSink:
+    """Reports to two."""
+
+    def report(progress: LoadProgress) -> None:
+        first(progress)
+        second(progress)
+
+    return report
 
 
 class ProgressLog:

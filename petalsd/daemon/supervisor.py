@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import enum
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from petalsd.daemon.health import engine_problem, member_problem
 from petalsd.daemon.parts import ServingEngine, SwarmMember
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
+from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.log import error_fields
 from petalsd.swarm.directory import SwarmView
@@ -25,10 +27,15 @@ from petalsd.types import BlockSpan
 log = structlog.get_logger(__name__)
 
 
+# A libp2p daemon that hangs is noticed within this and the deadline of its check.
+HEALTH_PERIOD_S = 5.0
+
+
 class Cause(enum.Enum):
     """Why a span is left."""
 
     BALANCE = "balance"
+    REQUESTED = "requested"
     RECONFIGURED = "reconfigured"
     ENGINE_BROKEN = "engine_broken"
     MEMBER_BROKEN = "member_broken"
@@ -51,6 +58,7 @@ class Supervisor:
         blocks: Callable[[], BlocksSection],
         demand: Callable[[], Demand],
         rng: random.Random,
+        board: WarningBoard,
     ) -> None:
         self._engine = engine
         self._member = member
@@ -58,42 +66,64 @@ class Supervisor:
         self._blocks = blocks
         self._demand = demand
         self._rng = rng
+        self._board = board
         self._check_now = asyncio.Event()
+        self._wanted: Departure | None = None
+        self.next_check_monotonic_s: float | None = None
 
     def check_now(self) -> None:
         """Do the next check at once, and say in the log what came of it."""
         self._check_now.set()
 
+    def leave(self, departure: Departure) -> None:
+        """Leave the span that is served, at once, for this reason."""
+        self._wanted = departure
+        self._check_now.set()
+
     async def until_departure(self, span: BlockSpan) -> Departure:
-        """Check at random intervals until there is a reason to leave ``span``."""
+        """Look at the libp2p daemon often and at the rest at random intervals, until there is a reason to go."""
         failure = asyncio.create_task(self._member.until_failed(), name="member-failure")
+        self._wanted = None
         try:
             while True:
-                was_asked = await self._wait_for_check(failure)
-                departure = await self._check(span, failure)
+                self._plan_check()
+                problem = await self._until_check(failure)
+                if problem is not None:
+                    return Departure(Cause.MEMBER_BROKEN, problem)
+                was_asked = self._check_now.is_set()
+                self._check_now.clear()
+                departure = self._wanted or await self._check(span)
                 if departure is not None:
                     return departure
                 if was_asked:
                     log.info("placement_unchanged", span=str(span))
         finally:
             failure.cancel()
+            self.next_check_monotonic_s = None
 
-    async def _wait_for_check(self, failure: asyncio.Task[str]) -> bool:
-        """Until a random time has passed, something failed, or somebody asked (True)."""
+    def _plan_check(self) -> None:
+        """At random, so that servers that were started together do not act together."""
         wait_s = self._rng.uniform(0.0, 2.0 * self._blocks().balance_period_s)
+        self.next_check_monotonic_s = time.monotonic() + wait_s
+
+    async def _until_check(self, failure: asyncio.Task[str]) -> str | None:
+        """Until the planned time has come or somebody asked: None. What is wrong with a member that breaks."""
         asked = asyncio.create_task(self._check_now.wait())
         try:
-            await asyncio.wait({asked, failure}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            while (problem := await self._broken_member(failure)) is None and not asked.done():
+                left_s = (self.next_check_monotonic_s or 0.0) - time.monotonic()
+                if left_s <= 0:
+                    break
+                pause_s = min(left_s, HEALTH_PERIOD_S)
+                await asyncio.wait({asked, failure}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             asked.cancel()
-        was_asked = self._check_now.is_set()
-        self._check_now.clear()
-        return was_asked
+        return problem
 
-    async def _check(self, span: BlockSpan, failure: asyncio.Task[str]) -> Departure | None:
-        problem = failure.result() if failure.done() else await member_problem(self._member)
-        if problem is not None:
-            return Departure(Cause.MEMBER_BROKEN, problem)
+    async def _broken_member(self, failure: asyncio.Task[str]) -> str | None:
+        return failure.result() if failure.done() else await member_problem(self._member)
+
+    async def _check(self, span: BlockSpan) -> Departure | None:
         problem = await engine_problem(self._engine)
         if problem is not None:
             return Departure(Cause.ENGINE_BROKEN, problem)
@@ -117,7 +147,10 @@ class Supervisor:
         missing = [index for index in span if not _is_online(view, index, peer)]
         if missing:
             log.warning("own_record_missing", blocks=missing)
+            self._board.set("record_missing", f"{len(missing)} of {len(span)} blocks")
             await self._member.announce(ServerState.ONLINE, span)
+        else:
+            self._board.clear("record_missing")
         return not missing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.swarm.dht_guard import DHTGuard
@@ -28,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 _PING_TIMEOUT_S = 5.0
 _STOP_DHT_S = 2.0
+_ASKED_PEERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,26 @@ class Node:
             if "not supported" not in str(error):
                 return math.inf
         return time.perf_counter() - started
+
+    async def is_in_touch(self) -> bool:
+        """Whether any peer answers. The initial ones are dialled again; a swarm of our own has nobody to lose."""
+        if not self.options.initial_peers:
+            return True
+        known = random.sample(peers := self.known_peers(), min(len(peers), _ASKED_PEERS))
+        if any(math.isfinite(rtt_s) for rtt_s in await asyncio.gather(*map(self.ping, known))):
+            return True
+        return any(await asyncio.gather(*map(self._redial, self.options.initial_peers)))
+
+    async def _redial(self, maddr: str) -> bool:
+        """A ping that is answered also puts the peer back into our routing table."""
+        peer = maddr.rpartition("/p2p/")[2]
+        try:
+            async with asyncio.timeout(_PING_TIMEOUT_S):
+                await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(maddr)])
+        except Exception as error:  # no route, refused, no such peer: the daemon's answer is text
+            log.debug("redial_failed", peer=peer, error=repr(error))
+            return False
+        return math.isfinite(await self.ping(peer))
 
     async def _join(self, p2p: P2P) -> DHTNode:
         peers = list(self.options.initial_peers)

@@ -10,19 +10,25 @@ from typing import Any
 
 from petalsd.config import Config
 from petalsd.config_loading import load_config
+from petalsd.daemon.activity import Activity
 from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.daemon import Daemon, Parts
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
+from petalsd.daemon.reloading import Reloader
+from petalsd.daemon.service import Service
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.supervisor import Supervisor
+from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import EngineStats
 from petalsd.errors import ConfigError, SwarmError
+from petalsd.kvcache.pool import KVPool
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
+from petalsd.systemd import Notifier
 from petalsd.types import BlockSpan, DaemonState
 
 NUM_BLOCKS = 8
@@ -55,6 +61,7 @@ class FakeMember:
     throughput: float = 1.0
     failures: dict[str, list[Exception]] = field(default_factory=dict)
     is_admitting: bool = False
+    is_swarm_there: bool = True
     broken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def _call(self, name: str, detail: str = "") -> None:
@@ -91,6 +98,10 @@ class FakeMember:
         self._call("refuse")
         self.is_admitting = False
 
+    async def is_in_touch(self) -> bool:
+        self._call("look around")
+        return self.is_swarm_there
+
     async def read_view(self) -> SwarmView:
         if self.failures.get("read_view"):
             raise self.failures["read_view"].pop(0)
@@ -106,6 +117,10 @@ class FakeEngine:
     busy_since_s: float | None = None
     failures: list[Exception] = field(default_factory=list)
     load_failures: list[Exception] = field(default_factory=list)
+    pool: KVPool | None = None
+    iterations: int = 0
+    busy_tokens: int = 0
+    slowest_token_s: float = 0.0
 
     async def start(self) -> None:
         self.calls.append("engine starts")
@@ -123,6 +138,10 @@ class FakeEngine:
         self.calls.append("engine drops")
         self.sessions = 0
 
+    def end_sessions(self, reason: str) -> None:
+        self.calls.append(f"sessions end: {reason}")
+        self.sessions = 0
+
     async def self_test(self) -> None:
         self.calls.append("self-test")
         if self.failures:
@@ -131,7 +150,9 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             sessions=self.sessions, rows=self.sessions, queued_passes=0, steps_total=0, tokens_total=0,
-            iterations_total=0, last_step_monotonic_s=0.0, busy_since_monotonic_s=self.busy_since_s,
+            iterations_total=self.iterations, last_step_monotonic_s=0.0,
+            busy_since_monotonic_s=self.busy_since_s, busy_tokens=self.busy_tokens,
+            slowest_token_s=self.slowest_token_s,
         )  # fmt: skip
 
 
@@ -161,28 +182,42 @@ class Stage:
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
+        self.board = WarningBoard()
         rng = random.Random(0)
         rebalancer = Rebalancer(self.member, rng)
         self.supervisor = Supervisor(
-            self.engine, self.member, rebalancer, lambda: self.settings.config.blocks, self.demand, rng
-        )
+            self.engine, self.member, rebalancer, lambda: self.settings.config.blocks, self.demand, rng,
+            self.board,
+        )  # fmt: skip
         self.daemon = Daemon(
             Parts(
                 engine=self.engine,
                 member=self.member,
-                loader=SpanLoader(self.reader, lambda: lambda progress: None, QUICK),
+                loader=SpanLoader(self.reader, lambda: lambda progress: None, self.board, QUICK),
                 rebalancer=rebalancer,
                 supervisor=self.supervisor,
                 settings=self.settings,
                 prepare=self._prepare,
                 hand_over=self._hand_over,
                 demand=self.demand,
+                board=self.board,
+                activity=Activity(),
             ),
             self.signals,
             QUICK,
         )
+        service = Service(Notifier(), lambda: "")
+        self.reloader = Reloader(self.settings, self.supervisor, service, self.board)
         self._seen: list[tuple[DaemonState, asyncio.Future[None]]] = []
         self.daemon.lifecycle.subscribe(self._on_move)
+
+    async def run(self) -> None:
+        """The daemon's life, with reloads on the signal beside it."""
+        reloading = asyncio.create_task(self.reloader.run(self.signals.reload))
+        try:
+            await self.daemon.run()
+        finally:
+            reloading.cancel()
 
     def demand(self) -> Demand:
         return self._demand(self.settings.config)

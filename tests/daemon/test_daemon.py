@@ -17,7 +17,7 @@ DEADLINE_S = 20
 
 async def until_online(stage: Stage) -> asyncio.Task[None]:
     online = stage.until(DaemonState.ONLINE)
-    running = asyncio.create_task(stage.daemon.run())
+    running = asyncio.create_task(stage.run())
     await asyncio.wait({online, running}, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
     assert online.done(), stage.calls
     return running
@@ -151,7 +151,7 @@ async def test_a_load_that_keeps_failing_leaves_the_swarm() -> None:
     stage = Stage("blocks.span=0:2")
     stage.reader.failures = [WeightsError("no such file")] * 3
     with pytest.raises(WeightsError):
-        await asyncio.wait_for(stage.daemon.run(), DEADLINE_S)
+        await asyncio.wait_for(stage.run(), DEADLINE_S)
     assert stage.calls[-5:] == ["announce OFFLINE 0:2", "refuse", "engine drops", "part", "engine stops"]
     assert stage.daemon.lifecycle.state is DaemonState.FAILED
 
@@ -161,7 +161,7 @@ async def test_a_swarm_that_cannot_be_joined_is_given_up() -> None:
     stage = Stage("blocks.span=0:2")
     stage.member.failures["join"] = [SwarmError("nobody there")] * 3
     with pytest.raises(SwarmError, match="nobody there"):
-        await asyncio.wait_for(stage.daemon.run(), DEADLINE_S)
+        await asyncio.wait_for(stage.run(), DEADLINE_S)
     assert stage.calls.count("join") == 3
     assert not any(call.startswith("announce") for call in stage.calls)
 
@@ -171,7 +171,7 @@ async def test_rounds_that_keep_failing_end_the_daemon() -> None:
     stage = Stage("blocks.span=0:2")
     stage.member.failures["announce"] = [SwarmError("refused")] * 100
     with pytest.raises(SwarmError, match="refused"):
-        await asyncio.wait_for(stage.daemon.run(), DEADLINE_S)
+        await asyncio.wait_for(stage.run(), DEADLINE_S)
     assert stage.calls.count("join") == 5
     assert stage.daemon.lifecycle.state is DaemonState.FAILED
 
@@ -218,7 +218,7 @@ async def test_a_stop_while_loading_says_offline() -> None:
     stage = Stage("blocks.span=0:2")
     loading = asyncio.Event()
     stage.reader.load_block = lambda index: loading.set() or time.sleep(0.2)  # type: ignore[method-assign,func-returns-value]
-    running = asyncio.create_task(stage.daemon.run())
+    running = asyncio.create_task(stage.run())
     await eventually(loading.is_set)
     await stopped(stage, running)
     assert stage.swarm.states_of(PEER) == {0: ServerState.OFFLINE, 1: ServerState.OFFLINE}

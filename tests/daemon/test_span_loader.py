@@ -9,6 +9,7 @@ import pytest
 
 from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.span_loader import LoadProgress, ProgressLog, SpanLoader
+from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import UnsupportedModel, WeightsError
 from petalsd.types import BlockSpan
 
@@ -35,7 +36,7 @@ class RecordingReader:
 
 def make_loader(reader: RecordingReader, attempts: int = 3) -> tuple[SpanLoader, list[LoadProgress]]:
     progress: list[LoadProgress] = []
-    return SpanLoader(reader, lambda: progress.append, Backoff(attempts, 0.0, 0.0)), progress
+    return SpanLoader(reader, lambda: progress.append, WarningBoard(), Backoff(attempts, 0.0, 0.0)), progress
 
 
 async def test_blocks_in_both_spans_are_kept() -> None:

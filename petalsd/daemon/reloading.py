@@ -1,0 +1,59 @@
+"""A reload from start to end, for SIGHUP and the control socket alike: all of the file or nothing of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from petalsd.daemon.detached import run_detached
+from petalsd.daemon.service import Service
+from petalsd.daemon.settings import Reload, Settings
+from petalsd.daemon.supervisor import Supervisor
+from petalsd.daemon.warnings import WarningBoard
+from petalsd.errors import ConfigError
+from petalsd.log import error_fields
+
+log = structlog.get_logger(__name__)
+
+
+class Reloader:
+    """Reads the configuration again, then has the placement looked at anew."""
+
+    def __init__(
+        self, settings: Settings, supervisor: Supervisor, service: Service, board: WarningBoard
+    ) -> None:
+        self._settings = settings
+        self._supervisor = supervisor
+        self._service = service
+        self._board = board
+        self._lock = asyncio.Lock()
+
+    async def reload(self) -> Reload:
+        """ConfigError says what is wrong, and then everything is as before."""
+        async with self._lock:
+            self._service.reloading()
+            try:
+                outcome = await run_detached(lambda _: self._settings.reload(), "petalsd-reload")
+            except ConfigError as error:
+                log.error("reload_refused", **error_fields(error))
+                self._board.set("reload_refused", error.message.splitlines()[-1].strip())
+                raise
+            finally:
+                self._service.reloaded()
+        log.info("reloaded", applied=outcome.applied, needs_restart=outcome.pending)
+        self._board.clear("reload_refused", "restart_needed")
+        if outcome.pending:
+            self._board.set("restart_needed", ", ".join(outcome.pending))
+        self._supervisor.check_now()
+        return outcome
+
+    async def run(self, asked: asyncio.Event) -> None:
+        """Reload whenever ``asked`` is set; a bad file is the administrator's to mend, and no reason to end."""
+        while True:
+            await asked.wait()
+            asked.clear()
+            try:
+                await self.reload()
+            except ConfigError:
+                continue

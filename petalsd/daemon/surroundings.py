@@ -1,0 +1,69 @@
+"""What the daemon depends on and cannot heal by itself: room on its disks, and a swarm that answers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import structlog
+
+from petalsd.daemon.backoff import Backoff
+from petalsd.daemon.parts import SwarmMember
+from petalsd.daemon.warnings import WarningBoard
+from petalsd.errors import PetalsdError
+
+log = structlog.get_logger(__name__)
+
+_PERIOD_S = 20.0
+_LOOK_S = 30.0
+_MIN_FREE_BYTES = 256 * 2**20
+_REDIAL = Backoff(attempts=2**31, first_delay_s=2.0, max_delay_s=60.0)
+
+
+class Surroundings:
+    """``disks`` are directories that the daemon writes to."""
+
+    def __init__(self, member: SwarmMember, disks: Iterable[Path], board: WarningBoard) -> None:
+        self._member = member
+        self._disks = tuple(disks)
+        self._board = board
+        self._lost_for = 0
+
+    async def run(self) -> None:
+        """Look around again and again; while the swarm is lost, sooner at first and then more patiently."""
+        while True:
+            self.look_at_disks()
+            await self.look_for_the_swarm()
+            await asyncio.sleep(_REDIAL.delay_s(self._lost_for) if self._lost_for else _PERIOD_S)
+
+    def look_at_disks(self) -> None:
+        full = [disk for disk in self._disks if _free_bytes(disk) < _MIN_FREE_BYTES]
+        if full:
+            shown = ", ".join(f"{_free_bytes(disk) / 2**20:.0f} MiB left in {disk}" for disk in full)
+            self._board.set("disk_full", shown)
+        else:
+            self._board.clear("disk_full")
+
+    async def look_for_the_swarm(self) -> None:
+        """Dial the first peers again when nobody answers; announcements go on once somebody does."""
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                is_in_touch = await self._member.is_in_touch()
+        except (PetalsdError, TimeoutError):
+            return  # not a member just now: whoever heals that says so
+        if is_in_touch:
+            if self._lost_for:
+                log.info("swarm_found", after_attempts=self._lost_for)
+            self._lost_for = 0
+            self._board.clear("swarm_unreachable")
+            return
+        if not self._lost_for:
+            log.error("swarm_lost")
+        self._lost_for += 1
+        self._board.set("swarm_unreachable", f"{self._lost_for} attempts")
+
+
+def _free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free

@@ -1,0 +1,112 @@
+"""What is wrong right now, as a list of declared warnings: for `petalsctl status`, the journal and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A warning that can be raised. ``severity``: "info", "warning" or "critical"; ``hint``: what to do."""
+
+    title: str
+    severity: str
+    hint: str
+
+
+KINDS = {
+    "engine_stuck": Kind(
+        "the engine does not come back from its work", "critical",
+        "under systemd the daemon is restarted by itself; if it comes again, look at the device (dmesg)",
+    ),
+    "engine_failed": Kind(
+        "the engine failed its self-test", "critical",
+        "it is being started anew; the journal has the error",
+    ),
+    "loop_stuck": Kind(
+        "the daemon's main loop is blocked", "critical", "the journal has the place where it hangs"
+    ),
+    "p2pd_failed": Kind(
+        "the libp2p daemon died or does not answer", "critical",
+        "it is being replaced under the same identity; if it comes again, look for memory pressure (dmesg)",
+    ),
+    "swarm_unreachable": Kind(
+        "no peer of the swarm answers", "critical",
+        "check the network and swarm.initial_peers; they are dialled again until one answers",
+    ),
+    "join_failed": Kind(
+        "joining the swarm failed", "warning", "check that the initial peers run and the clock is right"
+    ),
+    "load_failed": Kind(
+        "loading the blocks failed", "warning", "it is tried again; check network, disk and token"
+    ),
+    "disk_full": Kind(
+        "the disk is almost full", "critical", "make room, or bound the weights with model.max_disk_bytes"
+    ),
+    "memory_tight": Kind(
+        "the blocks need more memory than there is for them", "warning",
+        "lower blocks.count or engine.kv_tokens",
+    ),
+    "record_missing": Kind(
+        "our entry was missing from the swarm's directory", "warning",
+        "it was stored again; if it comes again, check the clock of this machine",
+    ),
+    "reload_refused": Kind(
+        "the configuration file is bad; the one before it is in force", "warning",
+        "petalsd check says what is wrong; then reload",
+    ),
+    "restart_needed": Kind(
+        "the configuration file changed in keys that need a restart", "info",
+        "systemctl restart petalsd@NAME when it suits",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveWarning:
+    """A raised warning; ``detail`` says what exactly, ``since_monotonic_s`` since when."""
+
+    code: str
+    kind: Kind
+    detail: str
+    since_monotonic_s: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind.title}: {self.detail}" if self.detail else self.kind.title
+
+
+class WarningBoard:
+    """Raising twice keeps the first time; clearing what is not raised is harmless. For one thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._active: dict[str, ActiveWarning] = {}
+
+    def set(self, code: str, detail: str = "") -> None:
+        """Raise the declared warning ``code``; a new ``detail`` replaces the old one. KeyError: not declared."""
+        kind, old = KINDS[code], self._active.get(code)
+        since_s = self._clock() if old is None else old.since_monotonic_s
+        self._active[code] = ActiveWarning(code, kind, detail, since_s)
+        if old is None:
+            log.warning("warning_raised", code=code, title=kind.title, detail=detail, hint=kind.hint)
+
+    def clear(self, *codes: str) -> None:
+        for code in codes:
+            if (old := self._active.pop(code, None)) is not None:
+                log.info(
+                    "warning_cleared", code=code, after_s=round(self._clock() - old.since_monotonic_s, 1)
+                )
+
+    def active(self) -> list[ActiveWarning]:
+        """The worst first, then the oldest."""
+        order = ("critical", "warning", "info")
+        return sorted(
+            self._active.values(), key=lambda one: (order.index(one.kind.severity), one.since_monotonic_s)
+        )

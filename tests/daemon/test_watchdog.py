@@ -1,0 +1,182 @@
+"""When the ping is earned, and what is said when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+import structlog
+
+from petalsd.daemon.warnings import WarningBoard
+from petalsd.daemon.watchdog import LoopWatch, Watchdog, stack_of
+from petalsd.errors import EngineError, NotServed
+from tests.daemon.fakes import FakeEngine
+from tests.daemon.test_daemon import eventually
+
+INTERVAL_S = 0.4
+
+
+class FakeNotifier:
+    """Counts what the service manager would hear."""
+
+    watchdog_interval_s = INTERVAL_S
+
+    def __init__(self) -> None:
+        self.pings = 0
+        self.triggers = 0
+        self.heard = asyncio.Event()
+
+    def watchdog(self) -> None:
+        self.pings += 1
+        self.heard.set()
+
+    def watchdog_trigger(self) -> None:
+        self.triggers += 1
+        self.heard.set()
+
+
+class Scene:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.notifier = FakeNotifier()
+        self.board = WarningBoard()
+        self.trouble = 0
+        self.watchdog = Watchdog(engine, self.notifier, self.board, self._on_trouble)  # type: ignore[arg-type]
+
+    def _on_trouble(self) -> None:
+        self.trouble += 1
+
+    async def look(self, times: int = 1) -> None:
+        """Until the service manager has heard something ``times`` times."""
+        running = asyncio.create_task(self.watchdog.run())
+        for _ in range(times):
+            self.notifier.heard.clear()
+            await asyncio.wait_for(self.notifier.heard.wait(), 10)
+        running.cancel()
+
+    def codes(self) -> list[str]:
+        return [warning.code for warning in self.board.active()]
+
+
+async def test_an_idle_engine_proves_itself_by_a_canary() -> None:
+    scene = Scene(FakeEngine([]))
+    await scene.look(3)
+    assert scene.engine.calls.count("self-test") >= 2
+    assert (scene.notifier.triggers, scene.codes()) == (0, [])
+
+
+async def test_work_that_moves_needs_no_canary() -> None:
+    scene = Scene(FakeEngine([]))
+
+    class Moving(FakeEngine):
+        def stats(self) -> Any:
+            self.iterations += 1
+            return super().stats()
+
+    scene = Scene(Moving([]))
+    await scene.look(3)
+    assert scene.engine.calls == []
+    assert scene.notifier.pings == 3
+
+
+async def test_a_batch_that_does_not_end_is_a_hang() -> None:
+    """The process asks to be restarted at once, and the warning says what it was at."""
+    scene = Scene(FakeEngine([], busy_since_s=time.monotonic() - 100, busy_tokens=4, slowest_token_s=0.01))
+    with structlog.testing.capture_logs() as logs:
+        await scene.look()
+    assert (scene.notifier.pings, scene.notifier.triggers, scene.trouble) == (0, 1, 1)
+    assert scene.codes() == ["engine_stuck"]
+    assert "4 tokens" in scene.board.active()[0].detail
+    assert any(entry["event"] == "engine_stuck" for entry in logs)
+
+
+async def test_a_long_prefill_is_no_hang() -> None:
+    """1024 tokens at 0.1 s each may take longer than the whole interval."""
+    scene = Scene(FakeEngine([], busy_since_s=time.monotonic() - 100, busy_tokens=1024, slowest_token_s=0.1))
+    await scene.look(3)
+    assert (scene.notifier.pings, scene.notifier.triggers) == (3, 0)
+
+
+async def test_a_canary_that_is_lost_in_an_idle_engine_is_a_hang() -> None:
+    class Deaf(FakeEngine):
+        async def self_test(self) -> None:
+            await asyncio.sleep(60)
+
+    scene = Scene(Deaf([]))
+    scene.watchdog._iterations = 0
+    await scene.look()
+    assert scene.notifier.triggers == 1
+    assert "canary" in scene.board.active()[0].detail
+
+
+async def test_a_canary_that_waits_behind_long_work_is_fine() -> None:
+    class Busy(FakeEngine):
+        async def self_test(self) -> None:
+            self.iterations += 1
+            await asyncio.sleep(60)
+
+    scene = Scene(Busy([]))
+    await scene.look(2)
+    assert (scene.notifier.pings, scene.notifier.triggers) == (2, 0)
+
+
+async def test_a_failed_canary_asks_for_a_new_engine_and_not_for_a_restart() -> None:
+    scene = Scene(FakeEngine([], failures=[EngineError("not finite")]))
+    scene.watchdog._iterations = 0
+    await scene.look()
+    assert (scene.notifier.pings, scene.notifier.triggers, scene.trouble) == (1, 0, 1)
+    assert scene.codes() == ["engine_failed"]
+    await scene.look()
+    assert scene.codes() == []
+
+
+async def test_without_blocks_the_loop_alone_is_proved() -> None:
+    scene = Scene(FakeEngine([], failures=[NotServed("no blocks") for _ in range(9)]))
+    await scene.look(2)
+    assert (scene.notifier.pings, scene.trouble, scene.codes()) == (2, 0, [])
+
+
+async def test_a_blocked_loop_is_seen_from_outside() -> None:
+    """The thread beside the loop says where it hangs, while it hangs, and when it moves again."""
+    with structlog.testing.capture_logs() as logs:
+        watching = asyncio.create_task(LoopWatch(0.2).run())
+        await asyncio.sleep(0)
+        hang_here()
+        await eventually(lambda: len(logs) >= 2)
+        watching.cancel()
+    assert [entry["event"] for entry in logs] == ["loop_stuck", "loop_moves_again"]
+    assert any("hang_here" in place for place in logs[0]["places"])
+
+
+def hang_here() -> None:
+    time.sleep(0.8)
+
+
+def test_the_stack_of_a_thread_that_is_not_there() -> None:
+    assert stack_of("nobody") == []
+    assert stack_of(threading.current_thread().name)[-1].endswith("stack_of")
+
+
+@pytest.mark.parametrize("code", ["engine_stuck", "disk_full"])
+def test_raising_a_warning_twice_keeps_its_time(code: str) -> None:
+    now = [1.0]
+    board = WarningBoard(lambda: now[0])
+    board.set(code, "one")
+    now[0] = 5.0
+    board.set(code, "two")
+    (warning,) = board.active()
+    assert (warning.since_monotonic_s, warning.detail) == (1.0, "two")
+    board.clear(code, "p2pd_failed")
+    assert board.active() == []
+
+
+def test_the_worst_warning_comes_first() -> None:
+    board = WarningBoard()
+    for code in ("restart_needed", "reload_refused", "swarm_unreachable"):
+        board.set(code)
+    assert [one.code for one in board.active()] == ["swarm_unreachable", "reload_refused", "restart_needed"]
+    with pytest.raises(KeyError):
+        board.set("no_such_warning")
