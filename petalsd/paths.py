@@ -59,10 +59,17 @@ def instance_paths(instance: str, environ: Mapping[str, str]) -> InstancePaths:
 
 
 def control_socket_of(instance: str, environ: Mapping[str, str], system_dir: Path = SYSTEM_RUN_DIR) -> Path:
-    """Where to find the daemon ``instance``: the service's socket if there is one, else the user's own."""
+    """Where to find the daemon ``instance``: the service's socket if there is one, else the user's own.
+
+    Looks for the service's directory: what is in there may be hidden from this user.
+    """
     check_instance_name(instance)
-    service = system_dir / instance / CONTROL_SOCKET_NAME
-    return service if service.exists() else instance_paths(instance, environ).control_socket
+    service = system_dir / instance
+    return (
+        service / CONTROL_SOCKET_NAME
+        if service.is_dir()
+        else instance_paths(instance, environ).control_socket
+    )
 
 
 def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:

@@ -20,14 +20,17 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False) -> None:
+    """``asks_daemon``: model and peers may be left out, since a running daemon tells them."""
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from standard input"
     )
-    parser.add_argument("--model", required=True, metavar="SOURCE", help="Hub repository or directory")
+    parser.add_argument(
+        "--model", required=not asks_daemon, metavar="SOURCE", help="Hub repository or directory"
+    )
     parser.add_argument(
         "--peers",
-        required=True,
+        required=not asks_daemon,
         nargs="+",
         action="extend",
         metavar="MADDR",

@@ -1,0 +1,226 @@
+"""Which daemon is meant, where its socket is, and what to type when it does not answer."""
+
+from __future__ import annotations
+
+import getpass
+import grp
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from petalsd.cli.petalsctl.connection import is_listening
+from petalsd.cli.petalsctl.problems import BadUsage, NoAnswer
+from petalsd.errors import ConfigError
+from petalsd.paths import check_instance_name, control_socket_of
+
+_SOCKET_NAME = "control.sock"
+_GROUP = "petalsd"
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Where services keep their files; tests have one of their own."""
+
+    run_dir: Path = Path("/run/petalsd")
+    config_dir: Path = Path("/etc/petalsd")
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """``name`` is None when only the socket was given. ``is_service``: one of systemd's, not a user's own."""
+
+    name: str | None
+    socket: Path
+    is_service: bool
+
+    @property
+    def title(self) -> str:
+        if self.name is None:
+            return f"the daemon at {self.socket}"
+        return f"petalsd@{self.name}" if self.is_service else f"petalsd {self.name}"
+
+    @property
+    def start_command(self) -> str:
+        if self.name is None:
+            return "start it, or leave --socket out to find the one that runs"
+        return (
+            f"sudo systemctl start petalsd@{self.name}"
+            if self.is_service
+            else f"petalsd run --instance {self.name}"
+        )
+
+    @property
+    def restart_command(self) -> str:
+        is_unit = self.name is not None and self.is_service
+        return f"sudo systemctl restart petalsd@{self.name}" if is_unit else "stop it and start it again"
+
+    @property
+    def log_command(self) -> str:
+        return f"journalctl -u petalsd@{self.name}" if self.name and self.is_service else ""
+
+
+def find_instance(
+    name: str | None, socket: Path | None, environ: Mapping[str, str], system: System
+) -> Instance:
+    """The one that was named, or the only one there is. BadUsage when several are running, NoAnswer for none."""
+    if socket is not None:
+        return Instance(None, socket, is_service=socket.is_relative_to(system.run_dir))
+    if name is not None:
+        return named_instance(name, environ, system)
+    found = running_instances(environ, system)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(str(instance.name) for instance in found)
+        raise BadUsage(
+            f"several instances are running: {names}",
+            hint=f"name one: petalsctl -i {found[0].name} …",
+        )
+    raise _nobody_found(configured_instances(system), system)
+
+
+def named_instance(name: str, environ: Mapping[str, str], system: System) -> Instance:
+    try:
+        check_instance_name(name)
+    except ConfigError as error:
+        raise BadUsage(error.message) from error
+    service = system.run_dir / name / _SOCKET_NAME
+    if _exists(service) or _exists(system.config_dir / f"{name}.toml"):
+        return Instance(name, _configured_socket(name, system) or service, is_service=True)
+    return Instance(name, control_socket_of(name, environ), is_service=False)
+
+
+def running_instances(environ: Mapping[str, str], system: System) -> list[Instance]:
+    """Those with a socket; one that nobody listens on counts only where there is no better one."""
+    found: dict[str, Instance] = {}
+    for directory in (system.run_dir, *_own_directories(environ)):
+        for path in _sockets_in(directory):
+            name = path.parent.name
+            found.setdefault(name, Instance(name, path, is_service=directory == system.run_dir))
+    for name in configured_instances(system):
+        elsewhere = _configured_socket(name, system)
+        if elsewhere is not None and _exists(elsewhere):
+            found[name] = Instance(name, elsewhere, is_service=True)
+    sockets = list(found.values())
+    if len(sockets) < 2:
+        return sockets
+    return [instance for instance in sockets if is_listening(instance.socket)] or sockets
+
+
+def configured_instances(system: System) -> list[str]:
+    """Names of the files in the configuration directory."""
+    try:
+        return sorted(path.stem for path in system.config_dir.glob("*.toml"))
+    except OSError:
+        return []
+
+
+def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer:
+    """Why nobody could be asked, and the command to type next."""
+    title, log = instance.title, instance.log_command
+    see = f"; {log} says why it ended" if log else ""
+    if isinstance(error, FileNotFoundError):
+        return NoAnswer(f"{title} is not running", hint=instance.start_command + see, is_absent=True)
+    if isinstance(error, ConnectionRefusedError):
+        return NoAnswer(
+            f"{title} is not running: nobody listens on the {instance.socket} that it left",
+            hint=instance.start_command + see,
+            is_absent=True,
+        )
+    if isinstance(error, PermissionError):
+        command = " ".join(["sudo petalsctl", *argv])
+        return NoAnswer(
+            f"this user may not talk to {title}",
+            hint=f"{command}; or join its group: {join_command(instance)}, then log in again",
+            is_forbidden=True,
+        )
+    look = log or "look at its log"
+    if isinstance(error, TimeoutError):
+        return NoAnswer(f"{title} does not answer in time", hint=look)
+    if isinstance(error, ConnectionError):
+        return NoAnswer(f"{title} closed the connection: it may be stopping", hint=look)
+    return NoAnswer(f"{title} cannot be asked: {error.strerror or error}", hint=look)
+
+
+def join_command(instance: Instance) -> str:
+    """Puts this user into the group that the socket belongs to."""
+    return f"sudo usermod -aG {_group_of(instance.socket)} {_user()}"
+
+
+def _nobody_found(configured: list[str], system: System) -> NoAnswer:
+    if not os.access(system.run_dir, os.R_OK | os.X_OK) and system.run_dir.exists():
+        return NoAnswer(
+            f"this user may not look into {system.run_dir}", hint="sudo petalsctl …", is_forbidden=True
+        )
+    if not configured:
+        return NoAnswer(
+            f"no petalsd is running, and none is configured in {system.config_dir}",
+            hint=f"write {system.config_dir}/NAME.toml, then: sudo systemctl start petalsd@NAME",
+            is_absent=True,
+        )
+    if len(configured) == 1:
+        name = configured[0]
+        hint = f"sudo systemctl start petalsd@{name}; journalctl -u petalsd@{name} says why it ended"
+        return NoAnswer(f"petalsd@{name} is not running", hint=hint, is_absent=True)
+    return NoAnswer(
+        f"no petalsd is running; configured are {', '.join(configured)}",
+        hint=f"sudo systemctl start petalsd@{configured[0]}",
+        is_absent=True,
+    )
+
+
+def _own_directories(environ: Mapping[str, str]) -> list[Path]:
+    """Where daemons that were started by hand have theirs: the parents of what ``control_socket_of`` says."""
+    in_runtime = control_socket_of("x", environ).parent.parent
+    in_state = control_socket_of("x", {**environ, "XDG_RUNTIME_DIR": ""}).parent.parent
+    return list(dict.fromkeys([in_runtime, in_state]))
+
+
+def _sockets_in(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.glob(f"*/{_SOCKET_NAME}"))
+    except OSError:
+        return []
+
+
+def _configured_socket(name: str, system: System) -> Path | None:
+    """control.socket of the instance's file, where it sets one and we may read it."""
+    try:
+        text = (system.config_dir / f"{name}.toml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    if "socket" not in text:
+        return None
+    import tomllib  # late: hardly any file sets this key
+
+    try:
+        control = tomllib.loads(text).get("control", {})
+        return Path(control["socket"]) if control.get("socket") else None
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError):
+        return None
+
+
+def _exists(path: Path) -> bool:
+    """Also True where we may not look."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _group_of(path: Path) -> str:
+    try:
+        return grp.getgrgid(path.lstat().st_gid).gr_name
+    except (OSError, KeyError):
+        return _GROUP
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "USER"

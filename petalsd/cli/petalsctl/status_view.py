@@ -1,0 +1,204 @@
+"""The status document as a person reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from petalsd.cli.petalsctl.text import EMPTY, Line, Piece, bar, clip_middle, fields, line
+from petalsd.cli.petalsctl.units import count, counted, duration, rate, size
+
+_BAR_WIDTH = 20
+_STATE_STYLES = {"online": "good", "failed": "bad", "stopped": "dim", "drained": "busy"}
+_SEVERITY_STYLES = {"critical": "bold bad", "warning": "bold busy", "info": "bold"}
+_SEVERITY_MARKS = {"critical": "✗", "warning": "!", "info": "i"}
+
+_Document = Mapping[str, Any]
+
+
+def status_lines(document: _Document) -> list[Line]:
+    """State first, then what is served, how it goes, and what is wrong with the way out."""
+    pairs = [
+        *_state_fields(document),
+        *_serving_fields(document),
+        *_load_fields(document),
+        *_upkeep_fields(document),
+        *_network_fields(document),
+    ]
+    return [_headline(document), *fields(pairs), *_warning_lines(document["warnings"])]
+
+
+def short_status(document: _Document) -> Line:
+    """One line, for redrawing while something is waited for."""
+    state = document["state"]
+    parts: list[Piece | str] = [Piece(f"{document['instance']} is {state}", style_of_state(state))]
+    if loading := document["loading"]:
+        parts.append(": " + _loading_text(loading))
+    elif drain := document["drain"]:
+        parts.append(": " + drain_text(drain["sessions_left"], drain["deadline_left_s"]))
+    elif document["reason"] and state != "online":
+        parts.append(f": {document['reason']}")
+    return line(*parts)
+
+
+def style_of_state(state: str) -> str:
+    return _STATE_STYLES.get(state, "busy")
+
+
+def drain_text(sessions_left: int, deadline_left_s: float | None) -> str:
+    """3 sessions left, at most 42 s."""
+    left = f"{counted(sessions_left, 'session')} left"
+    return left if deadline_left_s is None else f"{left}, at most {duration(deadline_left_s)}"
+
+
+def span_text(span: Mapping[str, int] | None) -> str:
+    return "none" if span is None else f"{span['start']}:{span['end']}"
+
+
+def _headline(document: _Document) -> Line:
+    state, style = document["state"], style_of_state(document["state"])
+    about = f"  petalsd {document['version']}, pid {document['pid']}, up {duration(document['uptime_s'])}"
+    return line(
+        Piece("● ", style),
+        Piece(document["instance"], "bold"),
+        " is ",
+        Piece(state, f"bold {style}" if style != "dim" else style),
+        f" for {duration(document['since_s'])}",
+        Piece(about, "dim"),
+    )
+
+
+def _state_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
+    if document["reason"]:
+        yield "because", document["reason"]
+    if loading := document["loading"]:
+        share = (loading["percent"] or 0.0) / 100
+        yield "loading", (*bar(share, _BAR_WIDTH, "busy"), Piece(f" {_loading_text(loading)}"))
+    if drain := document["drain"]:
+        yield "drain", drain_text(drain["sessions_left"], drain["deadline_left_s"])
+
+
+def _loading_text(loading: Mapping[str, Any]) -> str:
+    """fetching model-00002.safetensors, 45 %, 1.2 GiB of 2.7 GiB."""
+    parts = [f"{loading['stage']} {loading['item'] or ''}".strip()]
+    if loading["percent"] is not None:
+        parts.append(f"{loading['percent']:.0f} %")
+    if loading["total"]:
+        amount = size if loading["unit"] == "bytes" else count
+        unit = "" if loading["unit"] == "bytes" else f" {loading['unit'] or ''}"
+        parts.append(f"{amount(loading['done'] or 0)} of {amount(loading['total'])}{unit}".rstrip())
+    return ", ".join(parts)
+
+
+def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
+    model = document["model"]
+    what = ["" if model["quantization"] in (None, "none") else model["quantization"], model["dtype"]]
+    yield (
+        "model",
+        line(
+            model["source"],
+            Piece(f"  {model['family']}, {' '.join(filter(None, what))} on {model['device']}", "dim"),
+        ),
+    )
+    if model["dht_prefix"] not in (None, model["source"]):
+        yield "in the swarm", f"{model['dht_prefix']}"
+    total = model["num_blocks"]
+    if span := document["span"]:
+        yield "blocks", (*_span_bar(span, total), Piece(f" {span_text(span)} of {total}"))
+    else:
+        yield "blocks", f"none yet of {total}"
+
+
+def _span_bar(span: Mapping[str, int], total: int) -> Line:
+    """Where in the model the span lies."""
+    start = round(span["start"] / total * _BAR_WIDTH)
+    end = max(round(span["end"] / total * _BAR_WIDTH), start + 1)
+    return line(
+        Piece("░" * start, "dim"),
+        Piece("█" * (end - start), "accent"),
+        Piece("░" * (_BAR_WIDTH - end), "dim"),
+    )
+
+
+def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
+    sessions = document["sessions"]
+    text = f"{count(sessions['active'])} of {count(sessions['limit'])}"
+    if sessions["rows"] != sessions["active"]:
+        text += f", {counted(sessions['rows'], 'sequence')}"
+    if sessions["waiting"]:
+        text += f", {count(sessions['waiting'])} waiting for room"
+    yield "sessions", text
+    if kv := document["kv"]:
+        used = 1 - kv["pages_free"] / kv["pages_total"] if kv["pages_total"] else 1.0
+        style = "good" if used < 0.8 else "busy" if used < 0.95 else "bad"
+        text = f" {used * 100:.0f} % of {counted(kv['pages_total'], 'page')}"
+        room = f", room for {count(kv['tokens_left'])} tokens"
+        yield "cache", (*bar(used, _BAR_WIDTH, style), Piece(text + room))
+    if speed := document["throughput"]:
+        details = "  ".join(
+            f"{name} {rate(speed[key])}"
+            for name, key in (
+                ("decode", "inference_rps"),
+                ("passes", "forward_rps"),
+                ("network", "network_rps"),
+            )
+            if speed[key] is not None
+        )
+        yield "announced", line(f"{rate(speed['tokens_per_s'])} tokens/s", Piece(f"  {details}", "dim"))
+
+
+def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
+    balance = document["balance"]
+    if balance["is_pinned"]:
+        text = "never, the blocks are pinned"
+    elif balance["next_check_s"] is not None:
+        text = f"next check in {duration(balance['next_check_s'])}, quality {balance['quality']:g}"
+    else:
+        text = f"quality {balance['quality']:g}"
+    yield "balance", text
+    if move := balance["last_move"]:
+        ago = duration(time.time() - move["at_unix_s"])
+        yield (
+            "last move",
+            f"{_move_text(move)}, {ago} ago" + (f": {move['reason']}" if move["reason"] else ""),
+        )
+    watchdog = document["watchdog"]
+    if watchdog["interval_s"] is not None:
+        since = watchdog["last_ping_s"]
+        ping = "no ping yet" if since is None else f"ping {duration(since)} ago"
+        yield "watchdog", f"{ping}, every {duration(watchdog['interval_s'] / 2)}{_step_text(watchdog)}"
+
+
+def _move_text(move: Mapping[str, Any]) -> str:
+    return f"{span_text(move['from'])} → {span_text(move['to'])}"
+
+
+def _step_text(watchdog: Mapping[str, Any]) -> str:
+    since = watchdog["engine_last_step_s"]
+    return "" if since is None else f"; the engine's last step {duration(since)} ago"
+
+
+def _network_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
+    if document["peer_id"]:
+        relayed = Piece("  through a relay", "busy") if document["is_relayed"] else ""
+        yield "peer", line(document["peer_id"], relayed)
+    for name, maddr in zip(["listens on"] + [""] * len(document["maddrs"]), document["maddrs"], strict=False):
+        yield name, _short_maddr(maddr, document["peer_id"])
+
+
+def _short_maddr(maddr: str, peer_id: str | None) -> str:
+    """Without our own PeerID, which stands above; whole with --json, for pasting."""
+    return clip_middle(maddr.removesuffix(f"/p2p/{peer_id}"), 60)
+
+
+def _warning_lines(warnings: list[Mapping[str, Any]]) -> list[Line]:
+    lines: list[Line] = []
+    for warning in warnings:
+        style = _SEVERITY_STYLES.get(warning["severity"], "bold busy")
+        mark = _SEVERITY_MARKS.get(warning["severity"], "!")
+        since = f"  {warning['code']}, {duration(warning['since_s'])}"
+        lines += [EMPTY, line(Piece(f"{mark} {warning['title']}", style), Piece(since, "dim"))]
+        if warning["hint"]:
+            lines.append(line(f"  {warning['hint']}"))
+    return lines
