@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import structlog
 from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
@@ -140,11 +140,16 @@ class Node:
         return str(self.p2p.peer_id.to_base58())
 
     async def visible_maddrs(self) -> list[str]:
-        """Addresses with ``/p2p/<PeerID>`` under which others may dial us; empty when there are none (yet)."""
+        """Addresses with ``/p2p/<PeerID>`` under which others may dial us; empty when there are none (yet).
+
+        SwarmError when the libp2p daemon cannot be asked: it died.
+        """
         try:
             return [str(maddr) for maddr in await self.p2p.get_visible_maddrs(latest=True)]
         except ValueError:
             return []
+        except (OSError, EOFError, P2PDaemonError) as error:
+            raise SwarmError(f"the libp2p daemon cannot be asked: {error or type(error).__name__}") from error
 
     def known_peers(self) -> list[str]:
         """Peers in our DHT routing table."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,28 @@ async def test_the_death_of_p2pd_is_noticed() -> None:
         os.kill(_child(broken), signal.SIGKILL)
         async with asyncio.timeout(10):
             assert "libp2p daemon" in await failing
+        with pytest.raises(SwarmError, match="cannot be asked"):
+            await broken.visible_maddrs()
+
+
+@pytest.mark.swarm
+async def test_a_node_that_lost_everybody_finds_them_again(tmp_path: Path) -> None:
+    """Out of touch while the only peer is away, whoever asks; in touch again when it is back at its address."""
+    options = NodeOptions(identity_path=tmp_path / "key")
+    first = Node(options)
+    await first.start()
+    (maddr,) = await first.visible_maddrs()
+    async with node(await joining(first)) as other:
+        assert await other.is_in_touch()
+        await first.stop()
+        assert not await other.is_in_touch()
+        here = maddr.partition("/p2p/")[0]
+        again = Node(replace(options, host_maddrs=(here,)))
+        await again.start()
+        async with asyncio.timeout(30):  # libp2p waits some seconds before it dials again
+            while not await other.is_in_touch():
+                await asyncio.sleep(0.2)
+        await again.stop()
 
 
 @pytest.mark.swarm
