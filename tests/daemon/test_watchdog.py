@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
-from petalsd.daemon.warnings import WarningBoard
+from petalsd.daemon.warnings import KINDS, WarningBoard
 from petalsd.daemon.watchdog import LoopWatch, Watchdog, stack_of
 from petalsd.errors import EngineError, NotServed
 from tests.daemon.fakes import FakeEngine
@@ -180,3 +181,10 @@ def test_the_worst_warning_comes_first() -> None:
     assert [one.code for one in board.active()] == ["swarm_unreachable", "reload_refused", "restart_needed"]
     with pytest.raises(KeyError):
         board.set("no_such_warning")
+
+
+def test_every_warning_is_documented() -> None:
+    """The row of docs/operate.md is exactly what the code declares."""
+    page = (Path(__file__).parents[2] / "docs" / "operate.md").read_text()
+    for code, kind in KINDS.items():
+        assert f"| `{code}` | {kind.severity} | {kind.title} | {kind.hint} |" in page
