@@ -9,7 +9,7 @@ from petalsd.cli.petalsctl.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.following import Followed, goes_on
 from petalsd.cli.petalsctl.options import seconds
 from petalsd.cli.petalsctl.status_view import drain_text
-from petalsd.cli.petalsctl.text import Piece, line
+from petalsd.cli.petalsctl.text import Piece, advice, line
 
 _TARGET = "/v1/drain"
 
@@ -32,7 +32,7 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
             print_raw(answer)
         else:
             context.out.show([line(Piece("draining", "busy"), ": new sessions are refused from now on")])
-            context.out.show([line(f"  {context.command('wait --drained')} waits for the last session")])
+            context.out.show([advice(f"{context.command('wait --drained')} waits for the last session")])
         return EXIT_OK
     followed = Followed(context, _TARGET, body)
     try:

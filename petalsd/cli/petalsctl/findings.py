@@ -23,12 +23,12 @@ class Finding:
     fix: str = ""
 
     def lines(self) -> list[Line]:
-        first = line(
-            Piece(f"{self.level:<4}", _STYLES[self.level]), f"  {self.name:<{_NAME_WIDTH}}  ", self.text
-        )
-        if not self.fix:
-            return [first]
-        return [first, line(Piece(" " * (_NAME_WIDTH + 8) + f"→ {self.fix}", "accent"))]
+        level = Piece(f"{self.level:<4}", _STYLES[self.level])
+        hang = _NAME_WIDTH + 8
+        lines = [line(level, f"  {self.name:<{_NAME_WIDTH}}  ", self.text, hang=hang)]
+        if self.fix:
+            lines.append(line(Piece(f"{'':{hang}}→ {self.fix}", "accent"), hang=hang + 2))
+        return lines
 
 
 Check = Callable[[], Finding | Iterable[Finding]]

@@ -8,7 +8,7 @@ from typing import Any
 from petalsd.cli.petalsctl.context import Context, Document, parse, print_raw, understand
 from petalsd.cli.petalsctl.operation_view import progress_line
 from petalsd.cli.petalsctl.problems import CommandError, NoAnswer
-from petalsd.cli.petalsctl.text import Line, line
+from petalsd.cli.petalsctl.text import Line, advice, line
 
 
 class Followed:
@@ -71,4 +71,4 @@ class Followed:
 
 def goes_on(what: str, *commands: str) -> list[Line]:
     """The operation is the daemon's: our end is not its end."""
-    return [line(what), *(line(f"  {command}") for command in commands)]
+    return [line(what), *(advice(command) for command in commands)]

@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from petalsd.cli.petalsctl.status_view import span_text, style_of_state
-from petalsd.cli.petalsctl.text import EMPTY, Column, Line, Piece, clip_middle, line, table
-from petalsd.cli.petalsctl.units import count, counted, duration, rate
+from petalsd.cli.petalsctl.text import (
+    EMPTY,
+    Column,
+    Line,
+    Piece,
+    advice,
+    clip,
+    clip_middle,
+    line,
+    printable,
+    table,
+    width_of,
+)
+from petalsd.cli.petalsctl.units import count, counted, rate, short_duration
 
 _SHORT_PEER = 12
 _SHORT_SESSION = 10
+_NAME_WIDTH = 20
 _BUSY_IDLE_S = 60.0  # a client that thinks longer than this may be gone
 
 
@@ -31,13 +44,13 @@ def peer_lines(document: Mapping[str, Any]) -> list[Line]:
     peers = sorted(document["peers"], key=_peer_order)
     columns = [
         Column("blocks"), Column("state"), Column("tokens/s", is_right=True), Column("ping", is_right=True),
-        Column("peer"), Column("name", max_width=20), Column("version", max_width=16),
+        Column("peer"), Column("name", max_width=_NAME_WIDTH), Column("version", max_width=16),
     ]  # fmt: skip
     lines = table(columns, [_peer_row(peer) for peer in peers]) if peers else [line("no servers are known")]
     if uncovered := document["uncovered"]:
         missing = ", ".join(span_text(span) for span in uncovered)
         lines += [EMPTY, line(Piece(f"! nobody serves blocks {missing}", "bold bad"))]
-        lines.append(line("  clients cannot use the model until somebody does"))
+        lines.append(advice("clients cannot use the model until somebody does"))
     elif peers:
         lines += [EMPTY, line(Piece(f"{counted(len(peers), 'server')}, every block is served", "dim"))]
     return lines
@@ -53,8 +66,8 @@ def _session_row(session: Mapping[str, Any]) -> list[Piece | str]:
         count(session["position"]),
         count(session["max_tokens"]),
         count(session["kv_pages"]),
-        duration(session["age_s"]),
-        Piece(duration(idle_s), "busy" if idle_s > _BUSY_IDLE_S else ""),
+        short_duration(session["age_s"]),
+        Piece(short_duration(idle_s), "busy" if idle_s > _BUSY_IDLE_S else ""),
     ]
 
 
@@ -62,15 +75,15 @@ def _peer_row(peer: Mapping[str, Any]) -> list[Piece | str]:
     state = peer["state"]
     ping_ms, speed = peer["ping_ms"], peer["throughput"]
     name = peer["public_name"] or ""
+    mark = "(this one)" if peer["is_self"] else "(relayed)" if peer["is_relayed"] else ""
+    mark = f" {mark}" if name and mark else mark
     return [
         span_text(peer["span"]),
         Piece(state, style_of_state(state)),
         "" if speed is None else rate(speed),
         "" if ping_ms is None else f"{ping_ms:.0f} ms" if ping_ms >= 10 else f"{ping_ms:.1f} ms",
         Piece(_short_peer(peer["peer_id"]), "bold" if peer["is_self"] else ""),
-        f"{name} (this one)".strip()
-        if peer["is_self"]
-        else name + (" (relayed)" if peer["is_relayed"] else ""),
+        clip(printable(name), _NAME_WIDTH - width_of(mark)) + mark,
         peer["version"] or "",
     ]
 

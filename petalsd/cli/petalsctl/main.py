@@ -16,7 +16,7 @@ from petalsd.cli.petalsctl.context import Context, print_raw
 from petalsd.cli.petalsctl.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.options import Parser, add_common_options
 from petalsd.cli.petalsctl.problems import CommandError, Refused
-from petalsd.cli.petalsctl.text import Piece, line
+from petalsd.cli.petalsctl.text import Piece, advice, line
 from petalsd.errors import PetalsdError
 
 _PACKAGE = "petalsd.cli.petalsctl"
@@ -103,7 +103,7 @@ def _fail(context: Context, error: PetalsdError) -> int:
     """The sentence, and what to type next; for programs also a document of the daemon's form."""
     context.err.show([line(Piece(f"petalsctl: {error.message}", "bad"))])
     if error.hint:
-        context.err.show([line(f"  {error.hint}")])
+        context.err.show([advice(error.hint)])
     if context.is_json:
         document = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
         body = error.body if isinstance(error, Refused) else b""

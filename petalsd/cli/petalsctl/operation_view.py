@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from petalsd.cli.petalsctl.status_view import drain_text, span_text
-from petalsd.cli.petalsctl.text import Line, Piece, fields, line
+from petalsd.cli.petalsctl.text import Line, Piece, advice, fields, line
 from petalsd.cli.petalsctl.units import counted, duration, rate
 
 
@@ -14,7 +14,7 @@ def plan_lines(plan: Mapping[str, Any], *, is_dry_run: bool) -> list[Line]:
     """Where to, what the swarm gains, what it costs here, whose sessions it ends."""
     lines = [line(Piece(_verdict(plan, is_dry_run=is_dry_run), "bold"))]
     if plan["explanation"]:
-        lines.append(line(f"  {plan['explanation']}"))
+        lines.append(advice(plan["explanation"]))
     pairs: list[tuple[str, Line | str]] = [("now", f"blocks {span_text(plan['current'])}")]
     if plan["proposed"] is not None:
         pairs.append(("proposed", f"blocks {span_text(plan['proposed'])}"))
@@ -44,7 +44,7 @@ def reload_lines(outcome: Mapping[str, Any], restart_command: str) -> list[Line]
         lines.append(line(Piece("applied", "good"), f"  {', '.join(applied)}"))
     if waiting:
         lines.append(line(Piece("needs a restart", "busy"), f"  {', '.join(waiting)}"))
-        lines.append(line(f"  {restart_command}"))
+        lines.append(advice(restart_command))
     return lines
 
 

@@ -9,7 +9,7 @@ from petalsd.cli.petalsctl.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.following import Followed, goes_on
 from petalsd.cli.petalsctl.operation_view import plan_lines
 from petalsd.cli.petalsctl.options import span
-from petalsd.cli.petalsctl.text import Line, Piece, line
+from petalsd.cli.petalsctl.text import Line, Piece, advice, line
 
 _TARGET = "/v1/rebalance"
 
@@ -34,7 +34,7 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     def lines(plan: Document) -> list[Line]:
         shown = plan_lines(plan, is_dry_run=arguments.dry_run)
         if plan["would_move"] and not arguments.dry_run:
-            shown.append(line(f"  {context.command('status --watch')} shows the move"))
+            shown.append(advice(f"{context.command('status --watch')} shows the move"))
         return shown
 
     context.answer(body, understand(lines, parse(body)))

@@ -10,7 +10,7 @@ from petalsd.cli.petalsctl.exit_codes import EXIT_NO_ANSWER, EXIT_OK, EXIT_REFUS
 from petalsd.cli.petalsctl.options import seconds
 from petalsd.cli.petalsctl.problems import CommandError, NoAnswer
 from petalsd.cli.petalsctl.status_view import status_lines
-from petalsd.cli.petalsctl.text import EMPTY, Line, Piece, line
+from petalsd.cli.petalsctl.text import EMPTY, Line, Piece, advice, line
 from petalsd.cli.petalsctl.units import duration
 
 TARGET = "/v1/status"
@@ -78,5 +78,5 @@ def _show(context: Context, frame: list[Line], body: bytes) -> None:
 def _absence(error: CommandError, since_s: float) -> list[Line]:
     return [
         line(Piece(f"✗ {error.message}; last seen {duration(since_s)} ago", "bold bad")),
-        line(f"  {error.hint}"),
+        advice(error.hint),
     ]

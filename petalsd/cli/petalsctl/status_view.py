@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from petalsd.cli.petalsctl.text import EMPTY, Line, Piece, bar, clip_middle, fields, line
+from petalsd.cli.petalsctl.text import EMPTY, Line, Piece, advice, bar, clip_middle, fields, line
 from petalsd.cli.petalsctl.units import count, counted, duration, rate, size
 
 _BAR_WIDTH = 20
@@ -74,21 +74,31 @@ def _state_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         yield "because", document["reason"]
     if loading := document["loading"]:
         share = (loading["percent"] or 0.0) / 100
-        yield "loading", (*bar(share, _BAR_WIDTH, "busy"), Piece(f" {_loading_text(loading)}"))
+        if amounts := ", ".join(_loading_amounts(loading)):
+            yield "loading", line(*bar(share, _BAR_WIDTH, "busy"), f" {amounts}")
+        yield "" if amounts else "loading", _loading_what(loading)
     if drain := document["drain"]:
         yield "drain", drain_text(drain["sessions_left"], drain["deadline_left_s"])
 
 
 def _loading_text(loading: Mapping[str, Any]) -> str:
     """fetching model-00002.safetensors, 45 %, 1.2 GiB of 2.7 GiB."""
-    parts = [f"{loading['stage']} {loading['item'] or ''}".strip()]
+    return ", ".join([_loading_what(loading), *_loading_amounts(loading)])
+
+
+def _loading_what(loading: Mapping[str, Any]) -> str:
+    return f"{loading['stage']} {loading['item'] or ''}".strip()
+
+
+def _loading_amounts(loading: Mapping[str, Any]) -> list[str]:
+    parts: list[str] = []
     if loading["percent"] is not None:
         parts.append(f"{loading['percent']:.0f} %")
     if loading["total"]:
         amount = size if loading["unit"] == "bytes" else count
         unit = "" if loading["unit"] == "bytes" else f" {loading['unit'] or ''}"
         parts.append(f"{amount(loading['done'] or 0)} of {amount(loading['total'])}{unit}".rstrip())
-    return ", ".join(parts)
+    return parts
 
 
 def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
@@ -105,20 +115,17 @@ def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         yield "in the swarm", f"{model['dht_prefix']}"
     total = model["num_blocks"]
     if span := document["span"]:
-        yield "blocks", (*_span_bar(span, total), Piece(f" {span_text(span)} of {total}"))
+        yield "blocks", line(*_span_bar(span, total), f" {span_text(span)} of {total}")
     else:
         yield "blocks", f"none yet of {total}"
 
 
-def _span_bar(span: Mapping[str, int], total: int) -> Line:
+def _span_bar(span: Mapping[str, int], total: int) -> tuple[Piece, ...]:
     """Where in the model the span lies."""
     start = round(span["start"] / total * _BAR_WIDTH)
     end = max(round(span["end"] / total * _BAR_WIDTH), start + 1)
-    return line(
-        Piece("░" * start, "dim"),
-        Piece("█" * (end - start), "accent"),
-        Piece("░" * (_BAR_WIDTH - end), "dim"),
-    )
+    served = Piece("█" * (end - start), "accent")
+    return Piece("░" * start, "dim"), served, Piece("░" * (_BAR_WIDTH - end), "dim")
 
 
 def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
@@ -132,9 +139,9 @@ def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     if kv := document["kv"]:
         used = 1 - kv["pages_free"] / kv["pages_total"] if kv["pages_total"] else 1.0
         style = "good" if used < 0.8 else "busy" if used < 0.95 else "bad"
-        text = f" {used * 100:.0f} % of {counted(kv['pages_total'], 'page')}"
-        room = f", room for {count(kv['tokens_left'])} tokens"
-        yield "cache", (*bar(used, _BAR_WIDTH, style), Piece(text + room))
+        text = f" {used * 100:.0f} %, room for {count(kv['tokens_left'])} tokens"
+        pages = Piece(f"  {counted(kv['pages_total'], 'page')}", "dim")
+        yield "cache", line(*bar(used, _BAR_WIDTH, style), text, pages)
     if speed := document["throughput"]:
         details = "  ".join(
             f"{name} {rate(speed[key])}"
@@ -181,8 +188,9 @@ def _step_text(watchdog: Mapping[str, Any]) -> str:
 
 def _network_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     if document["peer_id"]:
-        relayed = Piece("  through a relay", "busy") if document["is_relayed"] else ""
-        yield "peer", line(document["peer_id"], relayed)
+        yield "peer", document["peer_id"]
+    if document["is_relayed"]:
+        yield "reached", line(Piece("through relays only", "busy"))
     for name, maddr in zip(["listens on"] + [""] * len(document["maddrs"]), document["maddrs"], strict=False):
         yield name, _short_maddr(maddr, document["peer_id"])
 
@@ -200,5 +208,5 @@ def _warning_lines(warnings: list[Mapping[str, Any]]) -> list[Line]:
         since = f"  {warning['code']}, {duration(warning['since_s'])}"
         lines += [EMPTY, line(Piece(f"{mark} {warning['title']}", style), Piece(since, "dim"))]
         if warning["hint"]:
-            lines.append(line(f"  {warning['hint']}"))
+            lines.append(advice(warning["hint"]))
     return lines

@@ -29,16 +29,15 @@ class Terminal:
     def show(self, lines: Sequence[Line]) -> None:
         """Write lines to stay; a frame that was drawn before is replaced by them."""
         width = self._width if self.is_terminal else _UNBOUNDED
-        text = "".join(render(line, width, is_coloured=self.is_coloured) + "\n" for line in lines)
+        text = "".join(f"{row}\n" for row in self._render(lines, width))
         self._write(self._to_frame_start() + _CLEAR_BELOW * bool(self._drawn_lines) + text)
         self._drawn_lines = 0
 
     def draw(self, lines: Sequence[Line]) -> None:
         """Replace the frame drawn before. No taller than the screen, where going up would miss its beginning."""
-        kept = lines[: max(1, self._height - 1)]
         # One column stays free: a full line would make some terminals wrap.
-        drawn = [render(line, self._width - 1, is_coloured=self.is_coloured) for line in kept]
-        body = "".join(f"{line}{_CLEAR_TO_LINE_END}\n" for line in drawn)
+        drawn = self._render(lines, self._width - 1)[: max(1, self._height - 1)]
+        body = "".join(f"{row}{_CLEAR_TO_LINE_END}\n" for row in drawn)
         self._write(self._to_frame_start() + body + _CLEAR_BELOW)
         self._drawn_lines = len(drawn)
 
@@ -57,6 +56,9 @@ class Terminal:
             yield
         finally:
             self._write(_SHOW_CURSOR)
+
+    def _render(self, lines: Sequence[Line], width: int) -> list[str]:
+        return [row for line in lines for row in render(line, width, is_coloured=self.is_coloured)]
 
     def leave(self) -> None:
         """Let the frame stay as it is; only the ^C that a terminal echoes goes."""

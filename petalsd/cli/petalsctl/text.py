@@ -6,11 +6,16 @@ replaced, so that nobody's name can drive the reader's terminal.
 
 from __future__ import annotations
 
+import itertools
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ELLIPSIS = "…"
+_WORDS = re.compile(
+    r"\s*\S+\s*$|\s*\S+|\s+"
+)  # a word takes the spaces before it, the last one also those behind
 _STYLES = {
     "": "",
     "bold": "1",
@@ -33,12 +38,27 @@ class Piece:
     style: str = ""
 
 
-Line = tuple[Piece, ...]
-EMPTY: Line = ()
+@dataclass(frozen=True, slots=True)
+class Line:
+    """hang   columns that its continuations are indented by, where it does not fit
+    is_row  part of a table: cut off instead
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    hang: int = 0
+    is_row: bool = False
 
 
-def line(*parts: Piece | str) -> Line:
-    return tuple(Piece(part) if isinstance(part, str) else part for part in parts)
+EMPTY = Line()
+
+
+def line(*parts: Piece | str, hang: int = 0) -> Line:
+    return Line(tuple(Piece(part) if isinstance(part, str) else part for part in parts), hang)
+
+
+def advice(text: str, indent: int = 2) -> Line:
+    """What to do, below the line that says why."""
+    return line(" " * indent + text, hang=indent)
 
 
 def printable(text: str) -> str:
@@ -78,18 +98,11 @@ def clip_middle(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}{ELLIPSIS}{text[-tail:]}"
 
 
-def render(content: Line, width: int, *, is_coloured: bool) -> str:
-    """One line for the terminal, not wider than ``width``; no line end."""
-    shown: list[str] = []
-    left = width
-    for piece in content:
-        text = clip(printable(piece.text), left)
-        left -= width_of(text)
-        codes = _STYLES[piece.style] if is_coloured else ""
-        shown.append(f"\x1b[{codes}m{text}\x1b[0m" if codes and text else text)
-        if left <= 0:
-            break
-    return "".join(shown).rstrip() if not is_coloured else "".join(shown)
+def render(content: Line, width: int, *, is_coloured: bool) -> list[str]:
+    """The line as the terminal gets it, in lines not wider than ``width``; no line ends."""
+    pieces = [Piece(printable(piece.text), piece.style) for piece in content.pieces]
+    rows = [_cut(pieces, width)] if content.is_row else _wrap(pieces, width, content.hang)
+    return ["".join(_styled(piece, is_coloured) for piece in _joined(row)).rstrip() for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +129,73 @@ def fields(pairs: Iterable[tuple[str, Line | str]], *, indent: int = 2) -> list[
     """Names in one column, values in the other."""
     known = [(name, line(value) if isinstance(value, str) else value) for name, value in pairs]
     width = max((len(name) for name, _ in known), default=0)
-    return [(Piece(" " * indent + f"{name:<{width}}  ", "dim"), *value) for name, value in known]
+    hang = indent + width + 2
+    return [
+        line(Piece(f"{'':{indent}}{name:<{width}}  ", "dim"), *value.pieces, hang=hang)
+        for name, value in known
+    ]
 
 
-def bar(share: float, width: int, style: str) -> Line:
+def bar(share: float, width: int, style: str) -> tuple[Piece, ...]:
     """A filled bar; ``share`` from 0 to 1."""
     filled = round(min(max(share, 0.0), 1.0) * width)
-    return line(Piece("█" * filled, style), Piece("░" * (width - filled), "dim"))
+    return Piece("█" * filled, style), Piece("░" * (width - filled), "dim")
+
+
+def _styled(piece: Piece, is_coloured: bool) -> str:
+    codes = _STYLES[piece.style] if is_coloured and piece.text else ""
+    return f"\x1b[{codes}m{piece.text}\x1b[0m" if codes else piece.text
+
+
+def _joined(pieces: Sequence[Piece]) -> Iterable[Piece]:
+    """Neighbours of one style as one, so that the style is switched once."""
+    for style, group in itertools.groupby(pieces, key=lambda piece: piece.style):
+        yield Piece("".join(piece.text for piece in group), style)
+
+
+def _cut(pieces: Sequence[Piece], width: int) -> list[Piece]:
+    kept: list[Piece] = []
+    left = width
+    for piece in pieces:
+        if left <= 0:
+            break
+        kept.append(Piece(clip(piece.text, left), piece.style))
+        left -= width_of(kept[-1].text)
+    return kept
+
+
+def _wrap(pieces: Sequence[Piece], width: int, hang: int) -> list[list[Piece]]:
+    """Breaks at spaces; a word longer than a line is broken anywhere, which keeps it whole for copying."""
+    rows: list[list[Piece]] = [[]]
+    left = width
+    for piece in pieces:
+        for word in _WORDS.findall(piece.text):
+            if width_of(word.rstrip()) > left and left < width - hang:
+                rows.append([Piece(" " * hang)])
+                left = width - hang
+                word = word.lstrip()
+            for part in _parts(word, left, width - hang):
+                if left <= 0 and part.strip():
+                    rows.append([Piece(" " * hang)])
+                    left = width - hang
+                rows[-1].append(Piece(part, piece.style))
+                left -= width_of(part)
+    return rows
+
+
+def _parts(word: str, first: int, following: int) -> Iterable[str]:
+    """``word`` in pieces of at most ``first`` columns, then ``following``."""
+    if width_of(word.rstrip()) <= first:
+        yield word
+        return
+    room = max(first, 1)
+    start = used = 0
+    for index, character in enumerate(word):
+        if used + _columns(character) > room and index > start:
+            yield word[start:index]
+            start, used, room = index, 0, max(following, 1)
+        used += _columns(character)
+    yield word[start:]
 
 
 def _cell(value: Piece | str, column: Column) -> Piece:
@@ -136,9 +209,7 @@ def _aligned(row: Sequence[Piece], columns: Sequence[Column], widths: Sequence[i
         padding = " " * (width - width_of(piece.text))
         pieces += [Piece(padding), piece] if column.is_right else [piece, Piece(padding)]
         pieces.append(Piece("  "))
-    while pieces and not pieces[-1].text.strip():
-        pieces.pop()
-    return tuple(pieces)
+    return Line(tuple(pieces), is_row=True)
 
 
 def _columns(character: str) -> int:

@@ -13,7 +13,7 @@ def duration(seconds: float) -> str:
         return "for ever"
     seconds = max(0.0, seconds)
     if seconds < 9.95:
-        return f"{seconds:.1f} s" if seconds > 0 else "0 s"
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -22,6 +22,16 @@ def duration(seconds: float) -> str:
             rest = whole % big_s // small_s
             return f"{whole // big_s} {big} {rest} {small}" if rest else f"{whole // big_s} {big}"
     raise AssertionError("days have no limit")
+
+
+def short_duration(seconds: float) -> str:
+    """One unit, for tables: 0.4 s, 93 s, 12 min, 5 h, 3 d."""
+    if seconds < 120:
+        return duration(seconds) if seconds < 59.5 else f"{seconds:.0f} s"
+    for unit, unit_s, limit in (("min", 60, 120), ("h", 3600, 48)):
+        if seconds < unit_s * limit:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
 
 
 def size(num_bytes: float) -> str:

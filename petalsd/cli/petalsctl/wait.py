@@ -125,4 +125,4 @@ class _Wait:
         else:
             now = understand(lambda document: [short_status(document)], self._last)[0]
         waiting = Piece(f"  (waiting {duration(left_s)} more)", "dim")
-        self._context.err.draw([(*now, waiting)])
+        self._context.err.draw([line(*now.pieces, waiting)])

@@ -1,0 +1,133 @@
+"""Documents as a daemon sends them, for rendering; `document(...)` changes single values of the usual one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+PEER = "12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK"
+OTHER = "12D3KooWHkP8Bo4gVZ3uRk1d9sVt6mD4WJbS5t1ZyGf7Qa2LxYpR"
+
+STATUS: dict[str, Any] = {
+    "schema_version": 1,
+    "version": "0.1.0",
+    "instance": "demo",
+    "state": "online",
+    "reason": "",
+    "since_s": 11_520.0,
+    "uptime_s": 11_532.5,
+    "pid": 4321,
+    "peer_id": PEER,
+    "maddrs": [f"/ip4/10.0.0.7/tcp/31337/p2p/{PEER}"],
+    "is_relayed": False,
+    "model": {
+        "source": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "dht_prefix": "SmolLM2-135M-Instruct-hf",
+        "num_blocks": 30,
+        "family": "llama",
+        "dtype": "float32",
+        "quantization": "none",
+        "device": "cpu",
+    },
+    "span": {"start": 0, "end": 15},
+    "loading": None,
+    "kv": {"pages_total": 15_360, "pages_free": 11_827, "page_tokens": 16, "tokens_left": 12_600},
+    "sessions": {"active": 3, "limit": 256, "rows": 4, "waiting": 0},
+    "throughput": {
+        "tokens_per_s": 123.4,
+        "inference_rps": 987.0,
+        "forward_rps": 2345.6,
+        "network_rps": 10850.0,
+    },
+    "balance": {"quality": 0.75, "next_check_s": 42.0, "last_move": None, "is_pinned": False},
+    "drain": None,
+    "watchdog": {"interval_s": 60.0, "last_ping_s": 12.0, "engine_last_step_s": 0.4},
+    "warnings": [],
+}
+
+SESSIONS: dict[str, Any] = {
+    "schema_version": 1,
+    "sessions": [
+        {
+            "id": "b7e2c9d0a1f34e5f",
+            "peer": OTHER,
+            "span": {"start": 0, "end": 15},
+            "rows": 1,
+            "position": 1234,
+            "max_tokens": 2048,
+            "age_s": 93.0,
+            "idle_s": 0.2,
+            "kv_pages": 1170,
+        },
+        {
+            "id": "01",
+            "peer": PEER,
+            "span": {"start": 5, "end": 15},
+            "rows": 2,
+            "position": 17,
+            "max_tokens": 512,
+            "age_s": 1.5,
+            "idle_s": 75.0,
+            "kv_pages": 40,
+        },
+    ],
+}
+
+PEERS: dict[str, Any] = {
+    "schema_version": 1,
+    "peers": [
+        {
+            "peer_id": OTHER,
+            "state": "joining",
+            "span": {"start": 15, "end": 25},
+            "throughput": 98.5,
+            "public_name": "a friend",
+            "version": "2.3.0.dev2",
+            "is_relayed": True,
+            "ping_ms": 23.4,
+            "is_self": False,
+        },
+        {
+            "peer_id": PEER,
+            "state": "online",
+            "span": {"start": 0, "end": 15},
+            "throughput": 123.4,
+            "public_name": None,
+            "version": "0.1.0",
+            "is_relayed": False,
+            "ping_ms": None,
+            "is_self": True,
+        },
+    ],
+    "uncovered": [{"start": 25, "end": 30}],
+}
+
+PLAN: dict[str, Any] = {
+    "schema_version": 1,
+    "current": {"start": 0, "end": 15},
+    "proposed": {"start": 15, "end": 30},
+    "gain": {"swarm_throughput_before": 41.0, "swarm_throughput_after": 123.4, "ratio": 3.01},
+    "cost": {"blocks_to_load": 15, "blocks_kept": 0, "seconds_estimate": 95.0},
+    "sessions_touched": 3,
+    "sessions_kept": 0,
+    "would_move": True,
+    "explanation": "blocks 15:30 are the slowest of the swarm",
+}
+
+PROGRESS: dict[str, Any] = {
+    "schema_version": 1,
+    "operation": "drain",
+    "state": "draining",
+    "sessions_left": 3,
+    "deadline_left_s": 42.0,
+    "stage": None,
+    "item": None,
+    "percent": None,
+    "done": False,
+    "error": None,
+}
+
+
+def document(usual: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy of ``usual`` with ``changes`` at its top level."""
+    return copy.deepcopy(usual) | changes
