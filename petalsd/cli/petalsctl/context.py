@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from petalsd.cli.petalsctl.connection import Connection
-from petalsd.cli.petalsctl.instances import Instance, System, explain, find_instance
-from petalsd.cli.petalsctl.problems import CommandError
+from petalsd.cli.petalsctl.instances import Instance, System, explain, find_instance, ways_to_permission
+from petalsd.cli.petalsctl.problems import CommandError, Refused
 from petalsd.cli.petalsctl.terminal import Terminal
 from petalsd.cli.petalsctl.text import Line
 
@@ -43,28 +44,32 @@ class Context:
         return self._instance
 
     def get(self, target: str, timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
-        """The daemon's answer; NoAnswer with the command to type next."""
-        instance = self.instance
-        try:
-            return Connection(instance.socket).get(target, timeout_s)
-        except OSError as error:
-            raise explain(instance, error, self._argv) from error
+        """The daemon's answer; NoAnswer with the command to type next, or Refused."""
+        with self._explained():
+            return Connection(self.instance.socket).get(target, timeout_s)
 
-    def post(self, target: str, body: Mapping[str, Any], timeout_s: float = SLOW_ANSWER_TIMEOUT_S) -> bytes:
+    def post(self, target: str, body: Mapping[str, Any]) -> bytes:
         """As ``get``, for what changes something."""
-        instance = self.instance
-        try:
-            return Connection(instance.socket).post(target, body, timeout_s)
-        except OSError as error:
-            raise explain(instance, error, self._argv) from error
+        with self._explained():
+            return Connection(self.instance.socket).post(target, body, SLOW_ANSWER_TIMEOUT_S)
 
     def follow(self, target: str, body: Mapping[str, Any]) -> Iterator[bytes]:
         """The lines of a streamed answer."""
+        with self._explained():
+            yield from Connection(self.instance.socket).follow(target, body)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the socket, and refusals for want of permission, with the way out."""
         instance = self.instance
         try:
-            yield from Connection(instance.socket).follow(target, body)
+            yield
         except OSError as error:
             raise explain(instance, error, self._argv) from error
+        except Refused as refusal:
+            if refusal.code == "forbidden" and not refusal.hint:
+                refusal.hint = ways_to_permission(instance, self._argv)
+            raise
 
     def command(self, words: str) -> str:
         """What to type to reach the same daemon: ``petalsctl -i demo WORDS``."""
@@ -72,12 +77,12 @@ class Context:
         which = f"-i {named} " if named is not None else f"--socket {socket} " if socket is not None else ""
         return f"petalsctl {which}{words}"
 
-    def answer(self, body: bytes, lines: Sequence[Line]) -> None:
+    def answer(self, body: bytes, view: Callable[[Document], list[Line]]) -> None:
         """The document as it came, or what a person reads."""
         if self.is_json:
             print_raw(body)
         else:
-            self.out.show(lines)
+            self.out.show(understand(view, parse(body)))
 
 
 def parse(body: bytes) -> Document:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from petalsd.cli.petalsctl.context import Context, Document, print_raw
+from petalsd.cli.petalsctl.context import Context, Document
 from petalsd.cli.petalsctl.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.following import Followed, goes_on
 from petalsd.cli.petalsctl.options import seconds
 from petalsd.cli.petalsctl.status_view import drain_text
-from petalsd.cli.petalsctl.text import Piece, advice, line
+from petalsd.cli.petalsctl.text import Line, Piece, advice, line
 
 _TARGET = "/v1/drain"
 
@@ -27,12 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(context: Context, arguments: argparse.Namespace) -> int:
     body = {"deadline_s": arguments.deadline, "wait": arguments.wait}
     if not arguments.wait:
-        answer = context.post(_TARGET, body)
-        if context.is_json:
-            print_raw(answer)
-        else:
-            context.out.show([line(Piece("draining", "busy"), ": new sessions are refused from now on")])
-            context.out.show([advice(f"{context.command('wait --drained')} waits for the last session")])
+        context.answer(context.post(_TARGET, body), lambda _: _begun(context))
         return EXIT_OK
     followed = Followed(context, _TARGET, body)
     try:
@@ -41,14 +36,21 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
         followed.leave(
             goes_on(
                 f"the drain goes on{_left(followed.last)}",
-                f"{context.command('drain --wait')}   shows it again",
-                f"{context.command('resume')}         calls it off",
+                f"{context.command('wait --drained')} shows it again",
+                f"{context.command('resume')} calls it off",
             )
         )
         return EXIT_INTERRUPTED
     if not context.is_json:
         context.out.show([line(Piece("drained", "good"), ": no sessions are left")])
     return EXIT_OK
+
+
+def _begun(context: Context) -> list[Line]:
+    return [
+        line(Piece("draining", "busy"), ": new sessions are refused from now on"),
+        advice(f"{context.command('wait --drained')} waits for the last session"),
+    ]
 
 
 def _left(progress: Document | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import grp
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from petalsd.cli.petalsctl.connection import is_listening
 from petalsd.cli.petalsctl.problems import BadUsage, NoAnswer
 from petalsd.errors import ConfigError
-from petalsd.paths import check_instance_name, control_socket_of
+from petalsd.paths import check_instance_name, config_file_of, control_socket_of
 
 _SOCKET_NAME = "control.sock"
 _GROUP = "petalsd"
@@ -88,7 +89,10 @@ def named_instance(name: str, environ: Mapping[str, str], system: System) -> Ins
     service = system.run_dir / name / _SOCKET_NAME
     if _exists(service) or _exists(system.config_dir / f"{name}.toml"):
         return Instance(name, _configured_socket(name, system) or service, is_service=True)
-    return Instance(name, control_socket_of(name, environ), is_service=False)
+    own = Instance(name, control_socket_of(name, environ, system.run_dir), is_service=False)
+    if not _exists(own.socket) and not config_file_of(name, environ).exists():
+        raise _unknown(name, environ, system)
+    return own
 
 
 def running_instances(environ: Mapping[str, str], system: System) -> list[Instance]:
@@ -129,11 +133,8 @@ def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer
             is_absent=True,
         )
     if isinstance(error, PermissionError):
-        command = " ".join(["sudo petalsctl", *argv])
         return NoAnswer(
-            f"this user may not talk to {title}",
-            hint=f"{command}; or join its group: {join_command(instance)}, then log in again",
-            is_forbidden=True,
+            f"this user may not talk to {title}", hint=ways_to_permission(instance, argv), is_forbidden=True
         )
     look = log or "look at its log"
     if isinstance(error, TimeoutError):
@@ -143,9 +144,11 @@ def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer
     return NoAnswer(f"{title} cannot be asked: {error.strerror or error}", hint=look)
 
 
-def join_command(instance: Instance) -> str:
-    """Puts this user into the group that the socket belongs to."""
-    return f"sudo usermod -aG {_group_of(instance.socket)} {_user()}"
+def ways_to_permission(instance: Instance, argv: Iterable[str]) -> str:
+    """The same command as root, or this user in the group that the socket belongs to."""
+    command = shlex.join(["sudo", "petalsctl", *argv])
+    join = f"sudo usermod -aG {_group_of(instance.socket)} {_user()}"
+    return f"{command}; or join its group: {join}, then log in again"
 
 
 def _nobody_found(configured: list[str], system: System) -> NoAnswer:
@@ -166,6 +169,16 @@ def _nobody_found(configured: list[str], system: System) -> NoAnswer:
     return NoAnswer(
         f"no petalsd is running; configured are {', '.join(configured)}",
         hint=f"sudo systemctl start petalsd@{configured[0]}",
+        is_absent=True,
+    )
+
+
+def _unknown(name: str, environ: Mapping[str, str], system: System) -> NoAnswer:
+    running = [str(instance.name) for instance in running_instances(environ, system)]
+    known = f"running: {', '.join(running)}" if running else "no other one is running"
+    return NoAnswer(
+        f"there is no instance {name}: neither a socket nor {system.config_dir}/{name}.toml",
+        hint=known,
         is_absent=True,
     )
 

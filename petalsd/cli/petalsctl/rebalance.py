@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from petalsd.cli.petalsctl.context import Context, Document, parse, understand
+from petalsd.cli.petalsctl.context import Context, Document
 from petalsd.cli.petalsctl.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.following import Followed, goes_on
 from petalsd.cli.petalsctl.operation_view import plan_lines
@@ -37,7 +37,7 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
             shown.append(advice(f"{context.command('status --watch')} shows the move"))
         return shown
 
-    context.answer(body, understand(lines, parse(body)))
+    context.answer(body, lines)
     return EXIT_OK
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from petalsd.cli.petalsctl.context import Context, Document, parse, understand
+from petalsd.cli.petalsctl.context import Context, Document
 from petalsd.cli.petalsctl.exit_codes import EXIT_OK
 from petalsd.cli.petalsctl.operation_view import reload_lines
 from petalsd.cli.petalsctl.text import Line
@@ -20,5 +20,5 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     def lines(outcome: Document) -> list[Line]:
         return reload_lines(outcome, context.instance.restart_command)
 
-    context.answer(body, understand(lines, parse(body)))
+    context.answer(body, lines)
     return EXIT_OK

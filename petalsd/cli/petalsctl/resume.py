@@ -15,5 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(context: Context, arguments: argparse.Namespace) -> int:
     body = context.post("/v1/resume", {})
-    context.answer(body, [line(Piece("serving again", "good"))])
+    context.answer(body, lambda _: [line(Piece("serving again", "good"))])
     return EXIT_OK

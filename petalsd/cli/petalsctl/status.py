@@ -29,9 +29,8 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     if arguments.watch:
         return _watch(context, max(arguments.interval, _MIN_INTERVAL_S))
     body = context.get(TARGET)
-    document = parse(body)
-    context.answer(body, understand(status_lines, document))
-    return exit_code_of(document)
+    context.answer(body, status_lines)
+    return exit_code_of(parse(body))
 
 
 def exit_code_of(document: Document) -> int:

@@ -209,6 +209,8 @@ def _aligned(row: Sequence[Piece], columns: Sequence[Column], widths: Sequence[i
         padding = " " * (width - width_of(piece.text))
         pieces += [Piece(padding), piece] if column.is_right else [piece, Piece(padding)]
         pieces.append(Piece("  "))
+    while pieces and not pieces[-1].text.strip():
+        pieces.pop()
     return Line(tuple(pieces), is_row=True)
 
 

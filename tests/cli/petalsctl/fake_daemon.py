@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+HANG_UP = object()
 Answer = tuple[int, bytes | Iterable[bytes]]
 
 
@@ -18,7 +19,8 @@ Answer = tuple[int, bytes | Iterable[bytes]]
 class FakeDaemon:
     """``answers`` by method and target: a document, or a function that makes (status, body).
 
-    A body that is not bytes is streamed, one chunk per item. ``requests`` holds (method, target, body) as they came.
+    A body that is not bytes is streamed, one chunk per item; HANG_UP ends the connection without a word.
+    ``requests`` holds (method, target, body) as they came; ``hung_up`` is set when a reader of a stream left.
     """
 
     path: Path
@@ -69,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.fake.requests.append((self.command, self.path, json.loads(raw) if raw else None))
         answer = self.fake.answers.get(f"{self.command} {self.path}")
+        if answer is HANG_UP:
+            self.close_connection = True
+            return
         if answer is None:
             error = {"error": {"code": "not_found", "message": f"no {self.path}", "hint": ""}}
             status, body = 404, json.dumps(error).encode()

@@ -102,7 +102,9 @@ class TerminalCommand:
         """Until ``condition`` holds for the text on the screen."""
         deadline_s = time.monotonic() + timeout_s
         while not condition(self.screen.text):
-            assert time.monotonic() < deadline_s and self._read(1.0), f"never came; the screen:\n{self.screen.text}"
+            assert time.monotonic() < deadline_s and self._read(1.0), (
+                f"never came; the screen:\n{self.screen.text}"
+            )
 
     def press_ctrl_c(self) -> None:
         os.write(self._master, b"\x03")

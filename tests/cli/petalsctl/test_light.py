@@ -1,0 +1,67 @@
+"""petalsctl stays light: what a verb may import, for an answer takes a blink."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from petalsd.cli.petalsctl.main import VERBS
+from tests.cli.petalsctl.documents import PEERS, PLAN, PROGRESS, SESSIONS, STATUS
+from tests.cli.petalsctl.fake_daemon import FakeDaemon, lines
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "hivemind",
+    "aiohttp",
+    "pydantic",
+    "rich",
+    "structlog",
+    "asyncio",
+    "numpy",
+    "uvloop",
+}
+LIGHT_VERBS = [verb.name for verb in VERBS if verb.name not in ("generate", "doctor")]
+
+
+@pytest.mark.parametrize("verb", LIGHT_VERBS)
+def test_light_verbs_load_nothing_heavy(verb: str, daemon: FakeDaemon) -> None:
+    """Neither to parse their arguments nor to show an answer."""
+    done = {**PROGRESS, "done": True}
+    daemon.answers |= {
+        "GET /v1/status": STATUS, "GET /v1/sessions": SESSIONS, "GET /v1/peers": PEERS,
+        "GET /metrics": {}, "GET /v1/version": {"version": "1"}, "POST /v1/drain": lines(done),
+        "POST /v1/resume": {}, "POST /v1/rebalance": PLAN, "POST /v1/reload": {"applied": [], "needs_restart": []},
+    }  # fmt: skip
+    words = ["--socket", str(daemon.path), verb, *(["--wait"] if verb == "drain" else [])]
+    program = (
+        "import sys\nfrom petalsd.cli.petalsctl.main import main\n"
+        f"status = main({words!r})\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "sys.exit(f'loads {heavy}' if heavy else status)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin"},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout
+
+
+def test_a_reader_that_leaves_is_no_traceback(daemon: FakeDaemon) -> None:
+    """petalsctl metrics | head -1."""
+    text = b"petalsd_up 1\n" * 200_000
+    daemon.answers["GET /metrics"] = lambda: (200, text)
+    command = [sys.executable, "-m", "petalsd.cli.petalsctl.main", "--socket", str(daemon.path), "metrics"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout, process.stderr:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.wait(20) == 141

@@ -1,0 +1,172 @@
+"""``petalsctl status``: what a person sees on a terminal, what a program gets, and the exit status."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.cli.petalsctl.conftest import Ctl
+from tests.cli.petalsctl.documents import STATUS, document
+from tests.cli.petalsctl.fake_daemon import FakeDaemon
+from tests.cli.petalsctl.screen import TerminalCommand
+
+OnTerminal = Callable[..., TerminalCommand]
+
+ONLINE = """\
+● demo is online for 3 h 12 min  petalsd 0.1.0, pid 4321, up 3 h 12 min
+  model         HuggingFaceTB/SmolLM2-135M-Instruct  llama, float32 on cpu
+  in the swarm  SmolLM2-135M-Instruct-hf
+  blocks        ██████████░░░░░░░░░░ 0:15 of 30
+  sessions      3 of 256, 4 sequences
+  cache         █████░░░░░░░░░░░░░░░ 23 %, room for 12,600 tokens  15,360 pages
+  announced     123 tokens/s  decode 987  passes 2,346  network 10,850
+  balance       next check in 42 s, quality 0.75
+  watchdog      ping 12 s ago, every 30 s; the engine's last step 0.4 s ago
+  peer          12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK
+  listens on    /ip4/10.0.0.7/tcp/31337"""
+
+LOADING = """\
+● demo is loading for 12 s  petalsd 0.1.0, pid 4321, up 3 h 12 min
+  loading       █████████░░░░░░░░░░░ 44 %, 1.2 GiB of 2.7 GiB
+                fetching model-00002-of-00007.safetensors"""
+
+DRAINING = """\
+● demo is draining for 8 s  petalsd 0.1.0, pid 4321, up 3 h 12 min
+  because       asked for on the control socket
+  drain         2 sessions left, at most 52 s"""
+
+WARNINGS = """\
+
+! The swarm does not list this server  record_missing, 2 min 10 s
+  it is announced again; if this stays, check that the initial peers can be
+  reached
+
+✗ The disk of the cache is full  disk_full, 3 s
+  df -h /var/cache/petalsd"""
+
+
+def loading_status() -> dict[str, object]:
+    loading = {
+        "stage": "fetching", "item": "model-00002-of-00007.safetensors", "done": 1288490188,
+        "total": 2899102924, "unit": "bytes", "percent": 44.4,
+    }  # fmt: skip
+    return document(
+        STATUS, state="loading", since_s=12.3, span=None, kv=None, throughput=None, loading=loading
+    )
+
+
+def test_a_serving_daemon_on_a_terminal(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
+    """All of it fits 80 columns and 24 lines, in colours; exit 0."""
+    daemon.answers["GET /v1/status"] = STATUS
+    command = on_terminal(daemon, "status")
+    assert command.finish() == 0
+    assert command.screen.text == ONLINE
+    assert "1;32" in command.screen.styles
+
+
+@pytest.mark.parametrize(
+    ("changed", "start"),
+    [
+        (loading_status(), LOADING),
+        (
+            document(
+                STATUS, state="draining", since_s=8.0, reason="asked for on the control socket",
+                drain={"deadline_left_s": 52.1, "sessions_left": 2},
+            ),
+            DRAINING,
+        ),
+    ],
+    ids=["loading", "draining"],
+)  # fmt: skip
+def test_a_daemon_that_does_not_serve_now(
+    changed: dict[str, object], start: str, daemon: FakeDaemon, ctl: Ctl
+) -> None:
+    """What it is busy with stands first; exit 1."""
+    daemon.answers["GET /v1/status"] = changed
+    status, out, _ = ctl("status")
+    assert status == 1
+    assert out.startswith(start + "\n")
+
+
+def test_warnings_end_with_what_to_do(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
+    """Each warning has its title, code, age and hint; long lines break between words."""
+    hint = "it is announced again; if this stays, check that the initial peers can be reached"
+    warnings = [
+        {"code": "record_missing", "title": "The swarm does not list this server", "severity": "warning",
+         "since_s": 130.0, "hint": hint},
+        {"code": "disk_full", "title": "The disk of the cache is full", "severity": "critical",
+         "since_s": 3.0, "hint": "df -h /var/cache/petalsd"},
+    ]  # fmt: skip
+    daemon.answers["GET /v1/status"] = document(STATUS, warnings=warnings)
+    command = on_terminal(daemon, "status")
+    assert command.finish() == 0
+    assert command.screen.text == ONLINE + "\n" + WARNINGS
+
+
+def test_a_move_and_a_relay_are_told(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """The last move with its reason and age; pinned blocks never move; relays are slow, so they are named."""
+    move = {
+        "at_unix_s": time.time() - 3660, "from": {"start": 15, "end": 30}, "to": {"start": 0, "end": 15},
+        "reason": "better balance",
+    }  # fmt: skip
+    balance = {"quality": 0.75, "next_check_s": None, "last_move": move, "is_pinned": True}
+    daemon.answers["GET /v1/status"] = document(STATUS, balance=balance, is_relayed=True)
+    _, out, _ = ctl("status")
+    assert "last move     15:30 → 0:15, 1 h 1 min ago: better balance\n" in out
+    assert "balance       never, the blocks are pinned\n" in out
+    assert "reached       through relays only\n" in out
+
+
+def test_json_is_what_the_daemon_sent(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """Byte for byte, the option before or behind the verb; the exit status stays the state's."""
+    body = json.dumps(loading_status(), separators=(",", ":"), ensure_ascii=False).encode()
+    daemon.answers["GET /v1/status"] = lambda: (200, body)
+    for words in (("--json", "status"), ("status", "--json")):
+        assert ctl(*words) == (1, body.decode() + "\n", "")
+
+
+def test_no_colours_where_they_are_not_wanted(daemon: FakeDaemon, on_terminal: OnTerminal, ctl: Ctl) -> None:
+    """None with --no-color, with NO_COLOR, on a dumb terminal, or into a pipe."""
+    daemon.answers["GET /v1/status"] = STATUS
+    for words, environ in ((("--no-color",), {}), ((), {"NO_COLOR": "1"}), ((), {"TERM": "dumb"})):
+        command = on_terminal(daemon, "status", *words, **environ)
+        assert command.finish() == 0
+        assert "\x1b" not in command.raw
+    _, out, _ = ctl("status")
+    assert out == ONLINE + "\n"
+
+
+def test_names_cannot_drive_the_terminal(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
+    """What does not print is replaced: control characters of strangers' names never reach the terminal."""
+    daemon.answers["GET /v1/status"] = document(
+        STATUS, reason="a\x1b]0;owned\x07b\u009bc\u202ed\n", state="drained"
+    )
+    command = on_terminal(daemon, "status")
+    command.finish()
+    assert "because       a�]0;owned�b�c�d�" in command.screen.text
+    assert not {"\x07", "\u009b", "\u202e"} & set(command.raw)
+
+
+def test_fields_of_a_later_version_do_no_harm(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """Unknown fields are passed over; a missing one is named instead of a traceback."""
+    daemon.answers["GET /v1/status"] = document(STATUS, phase_of_moon="full")
+    assert ctl("status")[0] == 0
+    changed = document(STATUS)
+    del changed["sessions"]
+    daemon.answers["GET /v1/status"] = changed
+    status, _, err = ctl("status")
+    assert status == 4
+    assert "the answer of petalsd 0.1.0 is not understood (KeyError: 'sessions')" in err
+    assert "--json" in err
+
+
+def test_nonsense_is_no_traceback(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """An answer that is no JSON object is an error in one line."""
+    for body in (b"<html>", b"[1]", b"\xff"):
+        daemon.answers["GET /v1/status"] = lambda body=body: (200, body)
+        status, out, err = ctl("status")
+        assert (status, out) == (4, "")
+        assert err.startswith("petalsctl: the daemon's answer is not ")
