@@ -15,11 +15,13 @@ import torch
 from petalsd.engine.batch import BatchItem
 from petalsd.engine.gathering import Gathering
 from petalsd.engine.limits import EngineLimits
+from petalsd.engine.observer import BatchReport, EngineObserver, PassTiming, StepTiming
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob, PassRunner
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.scheduler import PassQueue, Plan, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
+from petalsd.engine.step import CANARY_PEER
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.block import TransformerBlock
@@ -99,12 +101,16 @@ class EngineCore:
         device: torch.device,
         outbox: Outbox,
         progress: Progress,
+        observer: EngineObserver,
     ) -> None:
         self.served = served
         self._pool = served.pool
         self._device = device
         self._outbox = outbox
         self._progress = progress
+        self._observer = observer
+        self._report = BatchReport()
+        self._pass_timings: list[PassTiming] = []
         self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens)
         self._gathering = Gathering()
         self._sessions: dict[int, EngineSession] = {}
@@ -175,19 +181,28 @@ class EngineCore:
         plan = self._scheduler.schedule(has_pass=bool(self._pass_queue))
         start = self._progress.begin(self._num_tokens(plan))
         if plan.slices:
-            self._run_steps(plan.slices)
+            self._run_steps(plan.slices, start)
             now = time.monotonic()
+            self._report.duration_s = now - start
             self._gathering.ran(now - start, now, has_more=bool(self._scheduler))
         if plan.runs_pass:
             self._run_pass_unit()
         self._progress.end()
 
+    def report(self) -> None:
+        """Tell the observer about the last iteration; apart from it, so that the answers can go first."""
+        if self._report.rows:
+            report, self._report = self._report, BatchReport()
+            self._observer.batch_done(report)
+        while self._pass_timings:
+            self._observer.pass_done(self._pass_timings.pop())
+
     def _num_tokens(self, plan: Plan) -> int:
         tokens = sum(piece.tokens * self._sessions[piece.key].spec.batch for piece in plan.slices)
         return tokens + (self._max_pass_tokens if plan.runs_pass else 0)
 
-    def _run_steps(self, slices: Sequence[Slice]) -> None:
-        sessions, items = self._prepare(slices)
+    def _run_steps(self, slices: Sequence[Slice], start: float) -> None:
+        sessions, items = self._prepare(slices, start)
         if not items:
             return
         self._pool.apply_copies()
@@ -197,11 +212,12 @@ class EngineCore:
                 continue
             self._progress.num_tokens += item.rows * item.tokens
             job = session.job
+            self._note(session, job, item)
             output = session.accept(states)
             if output is not None and job is not None:
                 self._complete(session, job, output)
 
-    def _prepare(self, slices: Sequence[Slice]) -> tuple[list[EngineSession], list[BatchItem]]:
+    def _prepare(self, slices: Sequence[Slice], start: float) -> tuple[list[EngineSession], list[BatchItem]]:
         """Make room for the slices' tokens. A session that fails here is out, the others go on."""
         sessions, items = [], []
         for piece in slices:
@@ -212,7 +228,19 @@ class EngineCore:
                 self._fail(session, error)
                 continue
             sessions.append(session)
+            if session.job is not None and not session.job.num_done:
+                session.job.begun_at = start
         return sessions, items
+
+    def _note(self, session: EngineSession, job: StepJob | None, item: BatchItem) -> None:
+        """Count a client's share of the batch."""
+        if job is None or session.spec.peer == CANARY_PEER:
+            return
+        self._report.rows += item.rows
+        if job.num_tokens > 1:
+            self._report.prefill_tokens += item.rows * item.tokens
+        else:
+            self._report.decode_tokens += item.rows
 
     def _compute(self, items: Sequence[BatchItem]) -> list[torch.Tensor | Exception]:
         """Run the items together. When that fails, run each alone, so that only the guilty ones do."""
@@ -227,8 +255,12 @@ class EngineCore:
 
     def _complete(self, session: EngineSession, job: StepJob, output: torch.Tensor) -> None:
         session.job = None
-        self._gathering.answered(session.key, time.monotonic())
+        now = time.monotonic()
+        self._gathering.answered(session.key, now)
         self._progress.num_steps += 1
+        if job.num_tokens and session.spec.peer != CANARY_PEER:
+            queue_s, total_s = job.begun_at - job.arrived_at, now - job.arrived_at
+            self._report.steps.append(StepTiming(job.num_tokens > 1, queue_s, total_s))
         self._outbox.put(job.answer, output)
 
     def _fail(self, session: EngineSession, error: Exception) -> None:
@@ -246,13 +278,23 @@ class EngineCore:
         job = self._passes[key]
         try:
             if job.units is None:
+                job.begun_at = time.monotonic()
                 job.units = self._pass_runner.start(job.request)
             next(job.units)
         except StopIteration as done:
             self.close_pass(job)
             self._outbox.put(job.answer, done.value)
+            self._note_pass(job)
         except Exception as error:
             self._fail_pass(job, error)
+
+    def _note_pass(self, job: PassJob) -> None:
+        request, arrived_at = job.request, job.arrived_at
+        if request.peer == CANARY_PEER:
+            return
+        tokens = request.hidden.shape[0] * request.hidden.shape[1]
+        queue_s, total_s = job.begun_at - arrived_at, time.monotonic() - arrived_at
+        self._pass_timings.append(PassTiming(request.grad_output is not None, tokens, queue_s, total_s))
 
     def _fail_pass(self, job: PassJob, error: Exception) -> None:
         log.error("pass_failed", peer=job.request.peer, span=str(job.request.span), exc_info=error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +18,14 @@ import torch
 
 from petalsd.engine.checks import check_pass, check_session, check_span
 from petalsd.engine.core import EngineCore, Progress, ServedSpan
-from petalsd.engine.handle import Session
+from petalsd.engine.handle import Session, SessionInfo
 from petalsd.engine.limits import EngineLimits
+from petalsd.engine.observer import EngineObserver, NullObserver
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.session import EngineSession
-from petalsd.engine.step import PassRequest, SessionSpec, Step
+from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import (
     BadRequest,
@@ -44,14 +46,13 @@ from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
-CANARY_PEER = "self-test"
-
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """The figures of a moment.
 
-    sessions, rows          open ones, the canary's aside; a session of batch size B has B rows
+    sessions                open ones, the canary's aside
+    rows                    what counts towards max_sessions: B for a session of batch size B, also while it waits
     queued_passes           forward and backward passes that are not answered yet
     steps_total             steps answered since the start
     tokens_total            tokens computed in steps, over all rows
@@ -75,12 +76,22 @@ class EngineStats:
 
 
 class Engine:
-    """Computes steps and passes on ``device``, with ``num_threads`` CPU threads (0: torch's own choice)."""
+    """Computes steps and passes on ``device``, with ``num_threads`` CPU threads (0: torch's own choice).
 
-    def __init__(self, limits: EngineLimits, device: torch.device, num_threads: int = 0) -> None:
+    ``observer`` is told of what clients get.
+    """
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        device: torch.device,
+        num_threads: int = 0,
+        observer: EngineObserver | None = None,
+    ) -> None:
         self.limits = limits
         self.device = device
         self._num_threads = num_threads
+        self._observer = observer or NullObserver()
         self._progress = Progress()
         self._keys = itertools.count()
         self._thread: EngineThread | None = None
@@ -131,7 +142,9 @@ class Engine:
         await self.drop_span(f"blocks {served.span} are served instead")
         decoding = native_blocks(blocks, self._num_threads or torch.get_num_threads())
         runner = SpanRunner(decoding, pool, rope, self.device)
-        core = EngineCore(served, runner, self.limits, self.device, thread.outbox, self._progress)
+        core = EngineCore(
+            served, runner, self.limits, self.device, thread.outbox, self._progress, self._observer
+        )
         thread.post(partial(thread.set_core, core))
         self._core = core
 
@@ -167,11 +180,15 @@ class Engine:
                 hint="retry later, or use another server",
             )
         self._num_rows += spec.batch
+        asked_at = time.monotonic()
         try:
-            return self._admit(core, spec, await self._reserve(core, spec))
+            session = self._admit(core, spec, await self._reserve(core, spec))
         except BaseException:
             self._num_rows -= spec.batch
             raise
+        if spec.peer != CANARY_PEER:
+            self._observer.session_admitted(time.monotonic() - asked_at)
+        return session
 
     async def _reserve(self, core: EngineCore, spec: SessionSpec) -> KVSession:
         tokens = max(1, spec.max_tokens)  # a session of none is legal on the wire, but not in the pool
@@ -252,6 +269,11 @@ class Engine:
             busy_tokens=progress.busy_tokens,
             slowest_token_s=progress.slowest_token_s,
         )
+
+    def open_sessions(self) -> list[SessionInfo]:
+        """The open ones of clients, the oldest first."""
+        infos = [session.info() for session in self._sessions if session.spec.peer != CANARY_PEER]
+        return sorted(infos, key=lambda info: info.key)
 
     async def self_test(self) -> None:
         """Send a canary through all served blocks, prefill and decode; EngineError unless it comes back sound.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,6 +16,25 @@ from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What an administrator is shown of a session.
+
+    key                      a number of its own in this engine
+    position                 tokens that each row holds
+    opened_monotonic_s       when it was opened (``time.monotonic``)
+    last_active_monotonic_s  when a step of it last came or was answered
+    pages                    pages of the cache that hold its tokens
+    """
+
+    key: int
+    spec: SessionSpec
+    position: int
+    opened_monotonic_s: float
+    last_active_monotonic_s: float
+    pages: int
 
 
 class Session:
@@ -33,8 +54,10 @@ class Session:
         self._deadline_s = deadline_s
         self._on_end = on_end
         self._position = 0
+        self._opened_s = self._last_active_s = time.monotonic()
         self._answer: asyncio.Future[torch.Tensor] | None = None
         self._end_reason: str | None = None
+        self._tell_end: Callable[[str], None] | None = None
 
     @property
     def spec(self) -> SessionSpec:
@@ -45,10 +68,22 @@ class Session:
         """Tokens that each row holds after the last answered step."""
         return self._position
 
+    def info(self) -> SessionInfo:
+        """As it is after the last answered step."""
+        spec, pool = self.spec, self._core.served.pool
+        pages = spec.batch * len(spec.span) * pool.geometry.tokens_to_pages(self._position)
+        return SessionInfo(self._state.key, spec, self._position, self._opened_s, self._last_active_s, pages)
+
     @property
     def end_reason(self) -> str | None:
         """Why it takes no more steps; None while it does."""
         return self._end_reason
+
+    def when_ended(self, tell: Callable[[str], None]) -> None:
+        """Call ``tell(reason)`` once the session takes no more steps, also where nobody waits for one."""
+        self._tell_end = tell
+        if self._end_reason is not None:
+            tell(self._end_reason)
 
     async def step(self, step: Step) -> torch.Tensor:
         """Compute a step; ``[B, n, M]`` on the CPU in the model's dtype.
@@ -64,6 +99,7 @@ class Session:
         check_step(step, self.spec, self._position, self._core.served.hidden_size)
         loop = asyncio.get_running_loop()
         answer = self._answer = loop.create_future()
+        self._last_active_s = time.monotonic()
         self._thread.post(partial(self._core.submit_step, self._state, StepJob.of(step, answer)))
         deadline = loop.call_later(self._deadline_s, self._miss_deadline, answer)
         try:
@@ -78,6 +114,7 @@ class Session:
             deadline.cancel()
             self._answer = None
         self._position = step.start + step.hidden.shape[1]
+        self._last_active_s = time.monotonic()
         return output
 
     def _miss_deadline(self, answer: asyncio.Future[torch.Tensor]) -> None:
@@ -94,6 +131,8 @@ class Session:
             self._answer.set_exception(SessionClosed(reason))
         self._thread.post(partial(self._core.close_session, self._state))
         self._on_end(self)
+        if self._tell_end is not None:
+            self._tell_end(reason)
 
     async def close(self) -> None:
         """End the session and return when its pages are back; any number of times, also during a step.

@@ -8,6 +8,7 @@ across a ``yield``: they belong to the thread, not to the generator.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -22,11 +23,13 @@ PassUnits: TypeAlias = Generator[None, None, list[torch.Tensor]]
 
 @dataclass(slots=True)
 class PassJob:
-    """A pass in the engine; ``units`` is its generator once it has begun."""
+    """A pass in the engine; ``units`` is its generator once it has begun. Times are of ``time.monotonic``."""
 
     key: int
     request: PassRequest
     answer: asyncio.Future[list[torch.Tensor]]
+    arrived_at: float = field(default_factory=time.monotonic)
+    begun_at: float = 0.0
     units: PassUnits | None = field(default=None, repr=False)
 
 

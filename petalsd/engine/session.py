@@ -18,6 +18,7 @@ class StepJob:
     """A step on its way through the engine, possibly in several chunks.
 
     arrived_at  when it was handed in (``time.monotonic``)
+    begun_at    when its first token's turn came, likewise
     hidden      ``[B, n, M]``, once loaded in the model's dtype on the device
     prompts     None, or ``[len(span), B or 1, prefix, M]``, likewise
     num_tokens  n
@@ -31,6 +32,7 @@ class StepJob:
     hidden: torch.Tensor
     prompts: torch.Tensor | None
     num_tokens: int
+    begun_at: float = 0.0
     num_done: int = 0
     output: torch.Tensor | None = None
 

@@ -8,6 +8,8 @@ import torch
 
 from petalsd.types import BlockSpan
 
+CANARY_PEER = "self-test"  # whose sessions and passes are the engine's own
+
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:

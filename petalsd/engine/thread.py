@@ -127,6 +127,7 @@ class EngineThread:
             log.exception("engine_iteration_failed")
             core.fail_all(error)
         self.outbox.flush()
+        core.report()
 
 
 def check_alive(thread: EngineThread) -> None:

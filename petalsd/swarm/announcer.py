@@ -14,6 +14,7 @@ import structlog
 from petalsd.errors import PetalsdError, SwarmError
 from petalsd.swarm.directory import parse_entries
 from petalsd.swarm.node import Node
+from petalsd.swarm.observer import NullObserver, SwarmObserver
 from petalsd.swarm.pings import PingTracker, choose_targets
 from petalsd.swarm.protocol import MODELS_KEY, PRIVATE_PREFIX, ServerState, make_uid
 from petalsd.swarm.record import ModelRecord, ServerRecord
@@ -45,18 +46,34 @@ class AnnouncerOptions:
         return max(2 * self.update_period_s, _MIN_LIFETIME_S)
 
 
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What the swarm was told, and when (``time.monotonic``)."""
+
+    state: ServerState
+    at_monotonic_s: float
+
+
 class Announcer:
     """Says what we serve, and only that. ``announce`` and ``withdraw`` return when it is stored."""
 
-    def __init__(self, node: Node, options: AnnouncerOptions, make_record: RecordMaker) -> None:
+    def __init__(
+        self,
+        node: Node,
+        options: AnnouncerOptions,
+        make_record: RecordMaker,
+        observer: SwarmObserver | None = None,
+    ) -> None:
         self._node = node
         self._options = options
         self._make_record = make_record
+        self._observer = observer or NullObserver()
         self._pings = PingTracker(node.ping)
         self._rng = random.Random()
         self._lock = asyncio.Lock()
         self._current: tuple[ServerState, BlockSpan] | None = None
         self._expiration = 0.0
+        self.last_stored: Announcement | None = None
         self._renewal: asyncio.Task[None] | None = None
 
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
@@ -88,6 +105,10 @@ class Announcer:
             if self._current is not None:
                 await self._publish(*self._current)
 
+    def pings(self) -> dict[str, float]:
+        """Round trips in seconds to servers that a route may go to after us, ``inf`` for no answer."""
+        return self._pings.averages()
+
     def start(self) -> None:
         """Renew every update period from now on."""
         if self._renewal is None:
@@ -114,7 +135,13 @@ class Announcer:
     async def _publish(self, state: ServerState, span: BlockSpan) -> None:
         pings = None if state == ServerState.OFFLINE else self._pings.averages()
         record = replace(self._make_record(state, span), state=state, span=span, next_pings=pings)
-        await self._store([make_uid(self._options.prefix, block) for block in span], record)
+        try:
+            await self._store([make_uid(self._options.prefix, block) for block in span], record)
+        except PetalsdError:
+            self._observer.announced(False)
+            raise
+        self._observer.announced(True)
+        self.last_stored = Announcement(state, time.monotonic())
         is_private = self._options.prefix.startswith(PRIVATE_PREFIX)
         if state != ServerState.OFFLINE and not is_private:
             await self._store_model()

@@ -29,6 +29,8 @@ _PUBLIC = (
     Overloaded,
     SessionClosed,
 )
+_INTERNAL = "internal_error"
+CODES = frozenset({*(kind.code for kind in _PUBLIC), _INTERNAL})
 
 
 class CallFailed(Exception):
@@ -42,6 +44,13 @@ class CallFailed(Exception):
         return self._text
 
 
+def wire_code(error: BaseException) -> str:
+    """The code that the peer is told, one of ``CODES``."""
+    if isinstance(error, _PUBLIC):
+        return error.code
+    return DeadlineExceeded.code if isinstance(error, TimeoutError) else _INTERNAL
+
+
 def wire_text(error: BaseException, method: str, peer: str) -> str:
     """The text for the peer. Errors that are not meant for it go to the log under the id that it gets."""
     if isinstance(error, _PUBLIC):
@@ -49,7 +58,7 @@ def wire_text(error: BaseException, method: str, peer: str) -> str:
         note("call_refused", method=method, peer=peer, code=error.code, error=str(error))
         return str(error)
     if isinstance(error, TimeoutError):
-        return f"{DeadlineExceeded.code}: the call took too long"
+        return f"{wire_code(error)}: the call took too long"
     fault_id = secrets.token_hex(4)
     log.error("call_failed", method=method, peer=peer, fault_id=fault_id, exc_info=error)
-    return f"internal_error: see the server's log for {fault_id}"
+    return f"{wire_code(error)}: see the server's log for {fault_id}"

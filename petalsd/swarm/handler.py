@@ -14,7 +14,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
 from petalsd.errors import Overloaded, PetalsdError, SessionClosed
-from petalsd.swarm.faults import CallFailed, wire_text
+from petalsd.swarm.faults import CallFailed, wire_code, wire_text
 from petalsd.swarm.inference_stream import InferenceCall
 from petalsd.swarm.info import answer_info
 from petalsd.swarm.node import Node
@@ -32,6 +32,7 @@ M = TypeVar("M", bound=Message)
 StreamCall = Callable[[MessageStream], Awaitable[None]]
 
 _STOP_TIMEOUT_S = 3.0
+_FAREWELL_S = 0.5
 
 
 class TransformerConnectionHandler:
@@ -40,8 +41,9 @@ class TransformerConnectionHandler:
     def __init__(self, node: Node, serving: Serving) -> None:
         self._node = node
         self._serving = serving
+        self._observer = serving.observer
         self._sessions = SessionRegistry()
-        self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s)
+        self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s, serving.observer)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
         self._streams: dict[asyncio.Task[None], str] = {}
         self._per_peer: Counter[str] = Counter()
@@ -66,9 +68,14 @@ class TransformerConnectionHandler:
             await p2p.add_binary_stream_handler(handle_name(method), self._stream_handler(method, streamed))
 
     async def stop(self, reason: str = "the server stops") -> None:
-        """End all open streams with SessionClosed(reason) and answer no more calls."""
+        """End all open streams and answer no more calls.
+
+        Streams whose session has ended are telling their clients why; the others get SessionClosed(reason).
+        """
         self._ending = SessionClosed(reason, hint="use another server")
         tasks = list(self._streams)
+        if tasks:
+            await asyncio.wait(tasks, timeout=_FAREWELL_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,7 +98,7 @@ class TransformerConnectionHandler:
         async def info(_: str) -> runtime_pb2.ExpertInfo:
             return answer_info(self._serving, request.uid, self._node.options.client_mode)
 
-        return await self._unary("rpc_info", context, info)
+        return await self._unary("rpc_info", request, context, info)
 
     async def rpc_forward(
         self, request: runtime_pb2.ExpertRequest, context: P2PContext
@@ -101,7 +108,7 @@ class TransformerConnectionHandler:
         async def forward(peer: str) -> runtime_pb2.ExpertResponse:
             return self._passes.whole(await self._passes.forward(request, peer))
 
-        return await self._unary("rpc_forward", context, forward)
+        return await self._unary("rpc_forward", request, context, forward)
 
     async def rpc_backward(
         self, request: runtime_pb2.ExpertRequest, context: P2PContext
@@ -111,7 +118,7 @@ class TransformerConnectionHandler:
         async def backward(peer: str) -> runtime_pb2.ExpertResponse:
             return self._passes.whole(await self._passes.backward(request, peer))
 
-        return await self._unary("rpc_backward", context, backward)
+        return await self._unary("rpc_backward", request, context, backward)
 
     async def rpc_push(
         self, request: runtime_pb2.ExpertRequest, context: P2PContext
@@ -123,7 +130,7 @@ class TransformerConnectionHandler:
             self._sessions.deliver(pushed.session_id, pushed.span, pushed.message, peer)
             return runtime_pb2.ExpertResponse()
 
-        return await self._unary("rpc_push", context, push)
+        return await self._unary("rpc_push", request, context, push)
 
     # ---------------------------------------------------------------------------------- stream calls
 
@@ -145,13 +152,20 @@ class TransformerConnectionHandler:
 
     # ------------------------------------------------------------------------------------- machinery
 
-    async def _unary(self, method: str, context: P2PContext, call: Callable[[str], Awaitable[M]]) -> M:
+    async def _unary(
+        self, method: str, request: Message, context: P2PContext, call: Callable[[str], Awaitable[M]]
+    ) -> M:
         peer = context.remote_id.to_base58()
+        self._observer.call_began(method)
+        self._observer.received(request.ByteSize())
         try:
             async with asyncio.timeout(self._serving.limits.request_timeout_s):
-                return await call(peer)
+                reply = await call(peer)
         except Exception as error:
+            self._observer.call_failed(method, wire_code(error))
             raise CallFailed(wire_text(error, method, peer)) from None
+        self._observer.sent(reply.ByteSize())
+        return reply
 
     def _stream_handler(
         self, method: str, call: StreamCall
@@ -160,7 +174,7 @@ class TransformerConnectionHandler:
             info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer, timeout_s = info.peer_id.to_base58(), self._serving.limits.request_timeout_s
-            stream = MessageStream(peer, reader, writer, self._node.budget, timeout_s)
+            stream = MessageStream(peer, reader, writer, self._node.budget, timeout_s, self._observer)
             task = asyncio.current_task()
             if task is None:
                 return stream.close()
@@ -179,11 +193,13 @@ class TransformerConnectionHandler:
 
     async def _serve(self, method: str, call: StreamCall, stream: MessageStream) -> None:
         """Run one stream call; its failure is sent before the close, for a silent close hangs stock clients."""
+        self._observer.call_began(method)
         try:
             self._check_room(stream.peer)
             await call(stream)
         except StreamEnded:
             log.debug("stream_abandoned", method=method, peer=stream.peer)
+            self._observer.call_abandoned(method)
             return
         except asyncio.CancelledError:
             if self._ending is None:
@@ -196,6 +212,7 @@ class TransformerConnectionHandler:
 
     async def _fail(self, method: str, stream: MessageStream, error: BaseException) -> None:
         text = wire_text(error, method, stream.peer)
+        self._observer.call_failed(method, wire_code(error))
         try:
             await stream.send_error(text)
         except PetalsdError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 
 import structlog
 from hivemind.proto import runtime_pb2
 
 from petalsd.engine.handle import Session
-from petalsd.errors import BadRequest, DeadlineExceeded
+from petalsd.errors import BadRequest, DeadlineExceeded, SessionClosed
 from petalsd.swarm.codec import arrange, encode_tensor
 from petalsd.swarm.off_loop import off_loop
 from petalsd.swarm.push import Pusher
@@ -35,6 +36,7 @@ class InferenceCall:
         self._pusher = pusher
         self._inbox = StepInbox()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
+        self._asked_at: float | None = None
 
     async def run(self) -> None:
         """Serve until the end; a client that closes or dies ends the session at once, also in mid-step."""
@@ -73,6 +75,7 @@ class InferenceCall:
         first = await self._next()
         if first is None:
             return
+        self._asked_at = time.monotonic()
         serving = self._serving
         opening = OpenRequest.parse(
             first, serving.model.prefix, self._stream.peer, serving.limits.max_alloc_timeout_s
@@ -83,6 +86,7 @@ class InferenceCall:
             try:
                 log.debug("session_opened", peer=self._stream.peer, span=str(opening.spec.span))
                 self._inbox.span = opening.spec.span
+                session.when_ended(lambda reason: self._inbox.fail(SessionClosed(reason)))
                 await self._steps(session, opening.structure, first)
             finally:
                 await session.close()
@@ -110,6 +114,9 @@ class InferenceCall:
         output = await off_loop(answer.nbytes, encode_tensor, answer)
         self._pusher.push(message, tensors[1:], output)
         await self._stream.send(runtime_pb2.ExpertResponse(tensors=[output]))
+        if self._asked_at is not None:
+            self._serving.observer.first_answer(time.monotonic() - self._asked_at)
+            self._asked_at = None
 
     async def _next(self) -> StepMessage | None:
         limit_s = self._serving.limits.step_timeout_s

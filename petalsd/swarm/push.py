@@ -11,6 +11,7 @@ from hivemind.proto import runtime_pb2
 from petalsd.errors import PetalsdError
 from petalsd.swarm.codec import encode_metadata
 from petalsd.swarm.node import Node
+from petalsd.swarm.observer import SwarmObserver
 from petalsd.swarm.protocol import MAX_UNARY_BYTES, UNARY_ENVELOPE_BYTES, make_chain
 from petalsd.swarm.requests import StepMessage
 from petalsd.swarm.stub import ServerStub
@@ -23,10 +24,11 @@ _MAX_UNDER_WAY = 256
 class Pusher:
     """Pushes in the background. A push that fails costs nothing: the client sends the same step."""
 
-    def __init__(self, node: Node, prefix: str, timeout_s: float) -> None:
+    def __init__(self, node: Node, prefix: str, timeout_s: float, observer: SwarmObserver) -> None:
         self._node = node
         self._prefix = prefix
         self._timeout_s = timeout_s
+        self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
 
     def push(
@@ -80,3 +82,7 @@ class Pusher:
             await ServerStub(self._node, peer).push(request, self._timeout_s)
         except (PetalsdError, ValueError) as error:  # ValueError: not a PeerID
             log.debug("push_failed", peer=peer, error=str(error))
+            self._observer.pushed(False)
+        else:
+            self._observer.pushed(True)
+            self._observer.sent(request.ByteSize())

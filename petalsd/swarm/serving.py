@@ -8,6 +8,7 @@ import torch
 
 from petalsd.engine.engine import Engine
 from petalsd.errors import Draining
+from petalsd.swarm.observer import NullObserver, SwarmObserver
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,19 @@ class HandlerLimits:
 
 
 class Serving:
-    """The engine behind the handlers, and whether new work is taken."""
+    """The engine behind the handlers, who is told of their calls, and whether new work is taken."""
 
-    def __init__(self, engine: Engine, model: ServedModel, limits: HandlerLimits) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        limits: HandlerLimits,
+        observer: SwarmObserver | None = None,
+    ) -> None:
         self.engine = engine
         self.model = model
         self.limits = limits
+        self.observer = observer or NullObserver()
         self._refusal: str | None = None
 
     def refuse(self, reason: str) -> None:

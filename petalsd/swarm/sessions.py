@@ -7,7 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator
 
-from petalsd.errors import BadRequest
+from petalsd.errors import BadRequest, PetalsdError
 from petalsd.swarm.requests import StepMessage
 from petalsd.types import BlockSpan
 
@@ -27,6 +27,7 @@ class StepInbox:
         self._pushed: deque[StepMessage] = deque()
         self._pusher: str | None = None
         self._is_ended = False
+        self._failure: PetalsdError | None = None
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
 
@@ -52,9 +53,16 @@ class StepInbox:
         self._is_ended = True
         self._arrived.set()
 
+    def fail(self, error: PetalsdError) -> None:
+        """The session is over on our side: whoever waits for a step gets the error, at once."""
+        self._failure = error
+        self._arrived.set()
+
     async def get(self) -> StepMessage | None:
-        """The next step; None when the client has ended the session."""
+        """The next step; None when the client has ended the session. Raises what it has failed with."""
         while True:
+            if self._failure is not None:
+                raise self._failure
             if self._from_client:
                 self._taken.set()
                 return self._from_client.popleft()

@@ -19,6 +19,7 @@ from hivemind.proto.p2pd_pb2 import RPCError
 
 from petalsd import errors
 from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded, RemoteFailure
+from petalsd.swarm.observer import NullObserver, SwarmObserver
 
 _MESSAGE, _ERROR = b"\x00", b"\x01"
 _HEADER_BYTES = 9
@@ -81,12 +82,14 @@ class MessageStream:
         writer: asyncio.StreamWriter,
         budget: InboundBudget,
         send_timeout_s: float,
+        observer: SwarmObserver | None = None,
     ) -> None:
         self.peer = peer
         self._reader = reader
         self._writer = writer
         self._budget = budget
         self._send_timeout_s = send_timeout_s
+        self._observer = observer or NullObserver()
         self._held_bytes = 0
 
     async def send(self, message: Message) -> None:
@@ -115,6 +118,7 @@ class MessageStream:
             payload = await self._read_payload(marker, length)
         except (asyncio.IncompleteReadError, OSError) as error:
             raise StreamEnded(self.peer, "closed the stream") from error
+        self._observer.received(len(header) + len(payload))
         if marker == _ERROR:
             text = _parse(RPCError, payload).message
             if not text:
@@ -152,6 +156,7 @@ class MessageStream:
             raise DeadlineExceeded(f"the peer did not read for {self._send_timeout_s:g} s") from None
         except (OSError, RuntimeError) as error:
             raise StreamEnded(self.peer, "closed the stream") from error
+        self._observer.sent(len(header) + len(payload))
 
     async def _read_payload(self, marker: bytes, length: int) -> bytes:
         limit = self._budget.max_message_bytes if marker == _MESSAGE else _MAX_ERROR_BYTES

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from petalsd.engine.engine import Engine
 from petalsd.engine.handle import Session
 from petalsd.engine.limits import EngineLimits
+from petalsd.engine.observer import EngineObserver
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry, pages_for
@@ -81,9 +82,10 @@ async def serving(
     limits: EngineLimits | None = None,
     blocks: Mapping[int, TransformerBlock] | None = None,
     kv_tokens: int = 512,
+    observer: EngineObserver | None = None,
 ) -> AsyncIterator[Engine]:
     """An engine over all blocks of ``model``; at the end no page may be held and the pool must be sound."""
-    engine = Engine(limits or EngineLimits(), CPU, num_threads=1)
+    engine = Engine(limits or EngineLimits(), CPU, num_threads=1, observer=observer)
     pool = model.pool(kv_tokens)
     await engine.start()
     try:

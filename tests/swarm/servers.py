@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,14 @@ from petalsd.engine.limits import EngineLimits
 from petalsd.kvcache.pool import KVPool
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.observer import SwarmObserver
 from petalsd.swarm.protocol import make_chain
 from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
 from petalsd.swarm.stub import ServerStub
 from petalsd.types import BlockSpan
 from tests.engine.rig import CPU, TinyModel
 from tests.swarm.stock import StockSession, stock_stub
+from tests.waiting import eventually
 
 PREFIX = "tiny-hf"
 FREED_WITHIN_S = 1.0  # what is promised for a client that dies
@@ -52,10 +53,11 @@ class Server:
 
     async def idle(self) -> None:
         """Return when no session holds a page and the pool is sound; TimeoutError when that takes too long."""
-        async with asyncio.timeout(FREED_WITHIN_S + 1.0):
-            # The pool's books are kept in C++ on another thread and send no events.
-            while self.pool.stats().sessions or self.handler.num_streams:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await eventually(
+            lambda: not (self.pool.stats().sessions or self.handler.num_streams),
+            timeout_s=FREED_WITHIN_S + 1.0,
+            interval_s=0.01,
+        )
         self.pool.check_integrity()
         stats = self.pool.stats()
         assert (stats.pages_reserved, stats.pages_mapped, stats.waiters) == (0, 0, 0)
@@ -84,6 +86,7 @@ async def server(
     limits: HandlerLimits | None = None,
     kv_tokens: int = 512,
     model: TinyModel | None = None,
+    observer: SwarmObserver | None = None,
 ) -> AsyncIterator[Server]:
     """Serve a tiny Llama on a started node; at the end everything must be given back."""
     model = model or TinyModel(path)
@@ -93,7 +96,7 @@ async def server(
     await engine.load_span(model.blocks, pool, model.rope)
     config = model.config
     served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, pool.dtype, "0.1.0")
-    serving = Serving(engine, served, limits or HandlerLimits())
+    serving = Serving(engine, served, limits or HandlerLimits(), observer)
     handler = TransformerConnectionHandler(on, serving)
     await handler.start()
     running = Server(on, model, engine, serving, handler, pool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 
 import pytest
@@ -14,6 +13,7 @@ from tests.engine.rig import states
 from tests.numeric import assert_close
 from tests.swarm.servers import PREFIX, Server
 from tests.swarm.stock import DUMMY, DUMMY_INT64, TIMEOUT_S, StockSession
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -156,9 +156,7 @@ async def test_row_14_a_full_cache_refuses_at_once_unless_told_to_wait(tiny: Ser
     await refused(second, "out_of_pages")
     third = await tiny.stock_session(client)
     third.put(tiny.uid, [states(1, 1), DUMMY, DUMMY_INT64], {"max_length": 400, "alloc_timeout": 1e9})
-    async with asyncio.timeout(TIMEOUT_S):
-        while not tiny.pool.stats().waiters:  # noqa: ASYNC110  # kept in C++, sends no events
-            await asyncio.sleep(0.01)
+    await eventually(lambda: tiny.pool.stats().waiters, TIMEOUT_S, interval_s=0.01)
     assert await first.end()
     assert (await third.answer()).shape == (1, 1, 64)
     assert await third.end()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from petalsd.errors import BadRequest
+from petalsd.errors import BadRequest, SessionClosed
 from petalsd.swarm.requests import StepMessage
 from petalsd.swarm.sessions import SessionRegistry, StepInbox
 from petalsd.types import BlockSpan
@@ -95,3 +95,16 @@ async def test_an_id_in_use_cannot_be_claimed() -> None:
         with pytest.raises(BadRequest, match="session_id"), registry.claim("id", StepInbox()):
             pass
         assert len(registry) == 1
+
+
+async def test_a_session_that_ended_here_wakes_whoever_waits() -> None:
+    """Before anything that waits already: no step of it would be computed."""
+    inbox = StepInbox()
+    waiting = asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    inbox.fail(SessionClosed("drained"))
+    with pytest.raises(SessionClosed, match="drained"):
+        await waiting
+    await inbox.put(step("late"))
+    with pytest.raises(SessionClosed, match="drained"):
+        await inbox.get()
