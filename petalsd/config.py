@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from petalsd.config_addresses import check_maddr
-from petalsd.types import BlockSpan
+from petalsd.types import BlockSpan, HostPort
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -40,6 +40,10 @@ def _to_span(value: object) -> object:
     return BlockSpan.parse(value) if isinstance(value, str) else value
 
 
+def _to_host_port(value: object) -> object:
+    return HostPort.parse(value) if isinstance(value, str) else value
+
+
 def _maddrs(*, needs_peer: bool) -> BeforeValidator:
     def check(value: object) -> object:
         for maddr in value if isinstance(value, list) else ():
@@ -58,6 +62,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 Maddrs = Annotated[tuple[str, ...], _maddrs(needs_peer=False)]
 PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], _maddrs(needs_peer=True)]
 Span = Annotated[BlockSpan, BeforeValidator(_to_span)]
+ListenAddress = Annotated[HostPort, BeforeValidator(_to_host_port)]
 
 
 def _restart(default: Any, meaning: str) -> Any:
@@ -83,7 +88,10 @@ class ModelSection(Section):
     quantization: Literal["none", "int8", "nf4"] = _restart("none", "quantization of the linear layers")
     adapters: Texts = _restart((), "LoRA repositories served beside the model")
     dht_prefix: str | None = _restart(None, "name of the model in the swarm; derived from source if unset")
-    token_file: PathText | None = _restart(None, "file that holds the Hub token")
+    token_file: PathText | None = _restart(
+        None,
+        "file that holds the Hub token; credential:NAME is a credential of the service (LoadCredential=)",
+    )
     offline: bool = _restart(False, "never ask the Hub; use what is in the cache")
     cache_dir: PathText | None = _restart(None, "where weights are kept; unset: the cache directory")
     max_disk_bytes: SizeBytes | None = _restart(None, 'bound on cached weights, bytes or text as in "50GB"')
@@ -146,12 +154,19 @@ class EngineSection(Section):
 
 
 class ControlSection(Section):
-    socket: PathText | None = _restart(None, "path of the control socket")
-    group: str | None = _restart(None, "group whose members may act on the control socket")
+    socket: PathText | None = _restart(
+        None, "path of the control socket; unset: control.sock in the runtime directory"
+    )
+    group: str | None = _restart(
+        None,
+        "group whose members may drain, rebalance and reload; unset: petalsd where there is such a group",
+    )
 
 
 class MetricsSection(Section):
-    listen: str | None = _restart(None, "host:port of the metrics endpoint")
+    listen: ListenAddress | None = _restart(
+        None, "host:port where everybody may read metrics and health; unset: the control socket alone"
+    )
 
 
 class DaemonSection(Section):
@@ -159,7 +174,7 @@ class DaemonSection(Section):
         60.0, "how long a stop waits for running sessions"
     )
     log_format: Literal["auto", "json", "console", "journal"] = _restart(
-        "auto", "auto: console on a terminal, json elsewhere"
+        "auto", "auto: console on a terminal, journal where systemd connects standard error to it, else json"
     )
     log_level: Literal["debug", "info", "warning", "error"] = _live(
         "info", "least severe level that is logged"

@@ -28,10 +28,6 @@ _NOT_YET = {
     "model.adapters": ((), "this version serves no adapters"),
     "swarm.allowed_peers": ((), "this version serves every peer of its swarm; bound that by a private swarm"),
     "engine.graphs": (("auto", "off"), "this version captures no CUDA graphs"),
-    "control.socket": (None, "this version has no control socket"),
-    "control.group": (None, "this version has no control socket"),
-    "metrics.listen": (None, "this version has no metrics endpoint"),
-    "daemon.log_format": (("auto", "json", "console"), "this version logs json or console lines only"),
 }
 
 

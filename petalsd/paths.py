@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from petalsd.errors import ConfigError
 
 SYSTEM_RUN_DIR = Path("/run/petalsd")
 CONTROL_SOCKET_NAME = "control.sock"
+_MAX_SOCKET_ADDRESS_BYTES = 107  # sun_path of sockaddr_un, less the final zero
 _INSTANCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -21,12 +24,14 @@ class InstancePaths:
     state_dir    identity key, measurements: this instance's own, kept
     cache_dir    weights: shared by all instances, can be deleted
     runtime_dir  control socket: gone after a restart of the machine; None where there is no such place
+    credentials_dir  secrets that the service manager passes (LoadCredential=); None where it passes none
     """
 
     instance: str
     state_dir: Path
     cache_dir: Path
     runtime_dir: Path | None = None
+    credentials_dir: Path | None = None
 
     @property
     def control_socket(self) -> Path:
@@ -55,6 +60,7 @@ def instance_paths(instance: str, environ: Mapping[str, str]) -> InstancePaths:
         state_dir=state or _xdg(environ, "XDG_STATE_HOME", ".local/state") / instance,
         cache_dir=cache or _xdg(environ, "XDG_CACHE_HOME", ".cache"),
         runtime_dir=_systemd_dir(environ, "RUNTIME_DIRECTORY") or _own_runtime_dir(instance, environ),
+        credentials_dir=_systemd_dir(environ, "CREDENTIALS_DIRECTORY"),
     )
 
 
@@ -78,6 +84,19 @@ def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:
     system = (_systemd_dir(environ, "CONFIGURATION_DIRECTORY") or Path("/etc/petalsd")) / f"{instance}.toml"
     own = _xdg(environ, "XDG_CONFIG_HOME", ".config") / f"{instance}.toml"
     return own if own.exists() and not system.exists() else system
+
+
+@contextmanager
+def unix_address(path: Path) -> Iterator[str]:
+    """What to bind or connect to for the socket ``path``, which may be longer than such an address can be."""
+    if len(os.fsencode(path)) <= _MAX_SOCKET_ADDRESS_BYTES:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 def check_instance_name(instance: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _SPAN_TEXT = re.compile(r"(\d+):(\d+)")
+_HOST_PORT_TEXT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]]+)):(\d{1,5})")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,6 +57,25 @@ class BlockSpan:
         """The common blocks, or None when there are none."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return BlockSpan(start, end) if start < end else None
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """A network address to listen on; port 0 is any free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> HostPort:
+        """Read ``"127.0.0.1:9465"`` or ``"[::1]:9465"``; ValueError says what is wrong."""
+        match = _HOST_PORT_TEXT.fullmatch(text.strip())
+        if match is None or int(match[3]) > 65535:
+            raise ValueError(f"an address is written host:port, for instance 127.0.0.1:9465, got {text!r}")
+        return cls(match[1] or match[2], int(match[3]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class DaemonState(enum.Enum):

@@ -17,6 +17,9 @@ def test_systemd_directories_win() -> None:
     paths = instance_paths("a", environ)
     assert paths.identity_file == Path("/var/lib/petalsd/a/identity.key")
     assert paths.weights_dir == Path("/var/cache/petalsd/weights")
+    assert paths.credentials_dir is None
+    environ["CREDENTIALS_DIRECTORY"] = "/run/credentials/petalsd@a.service"
+    assert instance_paths("a", environ).credentials_dir == Path("/run/credentials/petalsd@a.service")
 
 
 def test_outside_systemd_xdg_directories_are_used() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from petalsd.cli.options import add_config_arguments, config_choice
 from petalsd.config_loading import LoadedConfig, known_keys, value_of
-from petalsd.types import BlockSpan
+from petalsd.types import BlockSpan, HostPort
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def _as_toml(loaded: LoadedConfig) -> str:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, BlockSpan | Path):
+    if isinstance(value, BlockSpan | HostPort | Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from petalsd.cli.petalsctl.problems import CommandError, NoAnswer, Refused
+from petalsd.paths import unix_address
 
 _MAX_ANSWER_BYTES = 16 << 20
 _MAX_LINE_BYTES = 1 << 20
@@ -68,7 +69,8 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connected.settimeout(min(_CONNECT_TIMEOUT_S, self.timeout or _CONNECT_TIMEOUT_S))
-            connected.connect(str(self._path))
+            with unix_address(self._path) as address:
+                connected.connect(address)
             connected.settimeout(self.timeout)
         except BaseException:
             connected.close()
@@ -111,7 +113,8 @@ def is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_TIMEOUT_S)
         try:
-            probe.connect(str(path))
+            with unix_address(path) as address:
+                probe.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         except OSError:

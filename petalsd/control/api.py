@@ -1,0 +1,46 @@
+"""What the control socket asks of the daemon; tests put a double in its place."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from petalsd.status import Peers, Plan, Progress, Reloaded, Sessions, Status
+from petalsd.types import BlockSpan
+
+Operation = Literal["drain", "resume", "rebalance"]
+
+
+class DaemonApi(Protocol):
+    """Everything raises PetalsdError for what cannot be done now; the code decides the HTTP status."""
+
+    def status(self) -> Status: ...
+
+    def sessions(self) -> Sessions: ...
+
+    async def peers(self) -> Peers:
+        """Reads the directory of the swarm."""
+
+    async def plan(self, to: BlockSpan | None) -> Plan:
+        """What ``rebalance`` would do now; nothing changes."""
+
+    async def rebalance(self, to: BlockSpan | None) -> Plan:
+        """Returns when leaving has begun, or nothing is to be done (``would_move`` is false)."""
+
+    async def drain(self, deadline_s: float | None) -> None:
+        """Returns when OFFLINE is announced and new sessions are refused."""
+
+    async def resume(self) -> None:
+        """Returns when ONLINE is announced."""
+
+    async def reload(self) -> Reloaded: ...
+
+    def progress(self, operation: Operation) -> Progress:
+        """How far an operation that has begun is."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the process should be restarted; None while it is well."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new sessions are taken."""

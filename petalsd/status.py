@@ -1,0 +1,305 @@
+"""What the control socket says and takes, as documents: the one definition of their fields and units.
+
+`petalsd/control/schemas` holds the JSON schemas that are made from these classes. Readers should ignore fields
+that they do not know: later versions add some. A field that goes, or means something else, raises
+``schema_version``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from petalsd.types import BlockSpan
+
+SCHEMA_VERSION: Literal[1] = 1
+MAX_DEADLINE_S = 30 * 86_400.0
+
+State = Literal[
+    "starting", "loading", "online", "rebalancing", "draining", "drained", "stopping", "stopped", "failed"
+]
+# Of another server, as its record says.
+PeerState = Literal["offline", "joining", "online"]
+Severity = Literal["critical", "warning", "info"]
+
+
+class Document(BaseModel):
+    """Frozen and complete: an answer has all its fields, with null for what is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Answer(Document):
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+
+class Span(Document):
+    """Blocks ``start`` to ``end - 1``."""
+
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, span: BlockSpan | None) -> Span | None:
+        return None if span is None else cls(start=span.start, end=span.end)
+
+
+class Model(Document):
+    source: str = Field(description="Hub repository or directory")
+    dht_prefix: str = Field(description="name of the model in the swarm")
+    num_blocks: int
+    family: str
+    dtype: str
+    quantization: str
+    device: str
+
+
+class Loading(Document):
+    """How far the blocks are: ``unit`` says what ``done`` and ``total`` count."""
+
+    stage: Literal["fetching", "loading"]
+    item: str | None = Field(description="file, or block")
+    unit: Literal["bytes", "blocks"]
+    done: int
+    total: int
+    percent: float
+
+
+class KVStatus(Document):
+    pages_total: int
+    pages_free: int = Field(description="hold no tokens")
+    page_tokens: int
+    tokens_left: int = Field(description="that new sessions could reserve, summed over blocks")
+
+
+class SessionCounts(Document):
+    active: int
+    limit: int = Field(description="rows that may be open at once")
+    rows: int = Field(description="sequences: a session of batch size B has B")
+    waiting: int = Field(description="sessions that wait for room in the cache")
+
+
+class Throughput(Document):
+    """Tokens/s as announced to the swarm; null where only ``tokens_per_s`` is configured."""
+
+    tokens_per_s: float
+    inference_rps: float | None
+    forward_rps: float | None
+    network_rps: float | None
+
+
+class LastMove(Document):
+    from_: Span = Field(serialization_alias="from")
+    to: Span
+    at_unix_s: float
+    reason: str
+
+
+class Balance(Document):
+    quality: float
+    next_check_s: float | None
+    last_move: LastMove | None
+    is_pinned: bool
+
+
+class DrainStatus(Document):
+    sessions_left: int
+    deadline_left_s: float | None = Field(description="null once the drain is over")
+    abandoned: int | None = Field(description="sessions that the deadline ended; null while draining")
+
+
+class WatchdogStatus(Document):
+    interval_s: float | None = Field(description="systemd's; null where nobody watches")
+    last_ping_s: float | None
+    engine_last_step_s: float | None
+
+
+class ActiveWarning(Document):
+    code: str
+    title: str
+    severity: Severity
+    since_s: float
+    hint: str
+
+
+class Status(Answer):
+    """GET /v1/status"""
+
+    version: str
+    instance: str
+    state: State
+    reason: str
+    summary: str = Field(description="the line that systemctl status shows")
+    since_s: float = Field(description="age of the state")
+    uptime_s: float
+    pid: int
+    peer_id: str | None
+    maddrs: list[str]
+    is_relayed: bool
+    model: Model
+    span: Span | None
+    loading: Loading | None
+    kv: KVStatus | None
+    sessions: SessionCounts
+    throughput: Throughput | None
+    balance: Balance
+    drain: DrainStatus | None
+    watchdog: WatchdogStatus
+    warnings: list[ActiveWarning]
+
+
+class SessionEntry(Document):
+    id: str
+    peer: str | None
+    span: Span
+    rows: int
+    position: int = Field(description="tokens of each row")
+    max_tokens: int
+    age_s: float
+    idle_s: float
+    kv_pages: int
+
+
+class Sessions(Answer):
+    """GET /v1/sessions"""
+
+    sessions: list[SessionEntry]
+
+
+class PeerEntry(Document):
+    peer_id: str
+    state: PeerState
+    span: Span
+    throughput: float | None
+    public_name: str | None
+    version: str | None
+    is_relayed: bool
+    ping_ms: float | None
+    is_self: bool
+
+
+class Peers(Answer):
+    """GET /v1/peers"""
+
+    peers: list[PeerEntry]
+    uncovered: list[Span] = Field(description="blocks that no server serves")
+
+
+class Version(Answer):
+    """GET /v1/version"""
+
+    version: str
+
+
+class Gain(Document):
+    """Throughput of the swarm's weakest block, tokens/s."""
+
+    swarm_throughput_before: float
+    swarm_throughput_after: float
+    ratio: float | None = Field(description="null where nobody served that block before")
+
+
+class Cost(Document):
+    blocks_to_load: int
+    blocks_kept: int
+    seconds_estimate: float | None
+
+
+class Plan(Answer):
+    """POST /v1/rebalance: what is done, or would be (``dry_run``)"""
+
+    current: Span
+    proposed: Span | None
+    gain: Gain | None
+    cost: Cost | None
+    sessions_touched: int = Field(description="sessions that the move ends")
+    sessions_kept: int
+    would_move: bool
+    explanation: str
+
+
+class Reloaded(Answer):
+    """POST /v1/reload"""
+
+    applied: list[str] = Field(description="keys whose new value is in force")
+    needs_restart: list[str] = Field(description="keys whose new value waits for a restart")
+
+
+class ErrorText(Document):
+    code: str
+    message: str
+    hint: str
+
+
+class Error(Document):
+    """Any answer with a status of 400 or above"""
+
+    error: ErrorText
+
+
+class Progress(Answer):
+    """POST /v1/drain, /v1/resume; with ``wait``, one line of the stream that follows an operation"""
+
+    operation: Literal["drain", "resume", "rebalance"]
+    state: State
+    sessions_left: int
+    deadline_left_s: float | None
+    abandoned: int | None
+    stage: str | None
+    item: str | None
+    percent: float | None
+    done: bool
+    outcome: str | None = Field(description="what came of it, once it is done")
+    error: ErrorText | None
+
+
+class Request(BaseModel):
+    """Strict, since a misspelt field that is ignored looks like obedience."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class NoFields(Request):
+    """The body of POST /v1/resume and /v1/reload"""
+
+
+class DrainRequest(Request):
+    """The body of POST /v1/drain"""
+
+    deadline_s: Annotated[float, Field(ge=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = None
+    wait: bool = False
+
+
+def _to_span(value: object) -> object:
+    return BlockSpan.parse(value) if isinstance(value, str) else value
+
+
+class RebalanceRequest(Request):
+    """The body of POST /v1/rebalance; ``to`` as in "0:16"."""
+
+    to: Annotated[BlockSpan, BeforeValidator(_to_span, json_schema_input_type=str)] | None = None
+    dry_run: bool = False
+    wait: bool = False
+
+
+DOCUMENTS: dict[str, type[BaseModel]] = {
+    "status": Status,
+    "sessions": Sessions,
+    "peers": Peers,
+    "version": Version,
+    "plan": Plan,
+    "progress": Progress,
+    "reloaded": Reloaded,
+    "error": Error,
+    "drain-request": DrainRequest,
+    "rebalance-request": RebalanceRequest,
+}
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """The JSON schema of a document, as a program that reads it wants it."""
+    schema = DOCUMENTS[name].model_json_schema(
+        by_alias=True, mode="validation" if name.endswith("-request") else "serialization"
+    )
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
