@@ -17,9 +17,10 @@ from petalsd.daemon.detached import run_detached
 from petalsd.daemon.membership import Membership, node_options
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.rebalancer import Rebalancer
+from petalsd.daemon.recording import DownloadRecorder, EngineRecorder, SwarmRecorder, declare_causes
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
-from petalsd.daemon.span_loader import ProgressLog, SpanLoader, both
+from petalsd.daemon.span_loader import ProgressLog, ProgressSink, SpanLoader, both
 from petalsd.daemon.speed import Speed
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
@@ -28,6 +29,7 @@ from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.log import adopt_loggers
+from petalsd.metrics import Metrics
 from petalsd.models.block import TransformerBlock
 from petalsd.models.rope import Rope
 from petalsd.paths import InstancePaths
@@ -70,20 +72,24 @@ async def _plan_unless_stopped(config: Config, paths: InstancePaths, signals: Si
 
 def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: Callable[[], Config]) -> Parts:
     """Constructs everything and starts nothing. ConfigError when the blocks asked for cannot be served."""
-    board, activity = WarningBoard(), Activity()
+    board, activity, metrics = WarningBoard(), Activity(), Metrics()
+    declare_causes(metrics)
     _warn_of_tight_memory(plan, demand_for(plan, config.blocks), board)
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
-    engine = Engine(plan.limits, plan.device, config.engine.threads)
+    engine = Engine(plan.limits, plan.device, config.engine.threads, EngineRecorder(metrics))
     rope = Rope(plan.model, plan.dtype, plan.device)
     speed = Speed(plan, config, paths)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
-        Serving(engine, _served_model(plan), _handler_limits(config)),
+        Serving(engine, _served_model(plan), _handler_limits(config), SwarmRecorder(metrics)),
         RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
     )
     rebalancer = Rebalancer(member, rng)
+
+    def start_progress() -> ProgressSink:
+        return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
 
     def demand() -> Demand:
         return demand_for(plan, settings.config.blocks)
@@ -97,14 +103,16 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     return Parts(
         engine=engine,
         member=member,
-        loader=SpanLoader(ModelReader(plan, rope), lambda: both(ProgressLog(), activity.loading), board),
+        loader=SpanLoader(ModelReader(plan, rope), start_progress, board, metrics),
         rebalancer=rebalancer,
         supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng, board),
         settings=settings,
         prepare=speed.find_out,
         hand_over=hand_over,
         demand=demand,
+        rates=lambda: speed.rates,
         board=board,
+        metrics=metrics,
         activity=activity,
     )
 

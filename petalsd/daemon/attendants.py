@@ -1,4 +1,4 @@
-"""What goes on beside serving for as long as the daemon runs: service manager, watchdog, reloads, warnings."""
+"""What goes on beside serving as long as the daemon runs: service manager, watchdog, reloads, control socket."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 
 import structlog
 
-from petalsd.daemon.activity import Situation, describe
+from petalsd.config import Config
+from petalsd.control.access import Access
+from petalsd.control.server import ControlServer
+from petalsd.control.socket_file import SocketFile
+from petalsd.daemon.administration import Administration
 from petalsd.daemon.daemon import Daemon, Parts
-from petalsd.daemon.drain import open_work
+from petalsd.daemon.figures import Figures
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.reloading import Reloader
+from petalsd.daemon.reporting import Reporter
 from petalsd.daemon.service import Service
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.surroundings import Surroundings
 from petalsd.daemon.watchdog import DEFAULT_INTERVAL_S, LoopWatch, Watchdog
+from petalsd.metrics import CONTENT_TYPE
 from petalsd.paths import InstancePaths
 from petalsd.systemd import Notifier
-from petalsd.types import DaemonState
 
 log = structlog.get_logger(__name__)
 
@@ -34,24 +39,30 @@ class Attendants:
         interval_s = notifier.watchdog_interval_s or DEFAULT_INTERVAL_S
         self._daemon = daemon
         self._parts = parts
-        self._plan = plan
-        self.service = Service(notifier, self._line)
-        self.reloader = Reloader(parts.settings, parts.supervisor, self.service, parts.board)
+        self._paths = paths
+        reporter = Reporter(daemon, parts, plan, paths.instance, notifier)
+        self._service = Service(notifier, reporter.line)
+        self._reloader = Reloader(parts.settings, parts.supervisor, self._service, parts.board)
         self._watchdog = Watchdog(parts.engine, notifier, parts.board, parts.supervisor.check_now)
         self._loop_watch = LoopWatch(interval_s / 2)
+        parts.metrics.read_from(Figures(daemon, parts, plan, paths, notifier).read)
         self._surroundings = Surroundings(parts.member, (paths.state_dir, paths.cache_dir), parts.board)
+        self._administration = Administration(daemon, parts, plan.model.num_blocks, reporter, self._reloader)
 
     @contextlib.asynccontextmanager
     async def attending(self, signals: Signals) -> AsyncIterator[None]:
-        self._daemon.lifecycle.subscribe(self.service.on_move)
+        """ConfigError or Conflict when the control socket or the metrics' address cannot be had."""
+        self._daemon.lifecycle.subscribe(self._service.on_move)
+        control = self._control_server(self._parts.settings.config)
+        await control.start()
         tasks = [
             asyncio.create_task(_lasting(name, work), name=name)
             for name, work in (
-                ("service", self.service.run()),
+                ("service", self._service.run()),
                 ("watchdog", self._watchdog.run()),
                 ("loop-watch", self._loop_watch.run()),
                 ("surroundings", self._surroundings.run()),
-                ("reloader", self.reloader.run(signals.reload)),
+                ("reloader", self._reloader.run(signals.reload)),
                 ("stop-notice", self._notice_stop(signals)),
             )
         ]
@@ -61,39 +72,22 @@ class Attendants:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await control.stop()
+
+    def _control_server(self, config: Config) -> ControlServer:
+        """ConfigError for a group that does not exist."""
+        access = Access.of(config.control.group)
+        return ControlServer(
+            self._administration,
+            lambda: (self._parts.metrics.exposition(), CONTENT_TYPE),
+            SocketFile(config.control.socket or self._paths.control_socket, access),
+            access,
+            config.metrics.listen,
+        )
 
     async def _notice_stop(self, signals: Signals) -> None:
         await signals.stop.wait()
-        self.service.stopping()
-
-    def _line(self) -> str:
-        return describe(self.situation())
-
-    def situation(self) -> Situation:
-        daemon, activity = self._daemon, self._parts.activity
-        state = daemon.lifecycle.state
-        return Situation(
-            state=state,
-            reason=daemon.lifecycle.reason,
-            activity=activity.text,
-            progress=activity.progress,
-            span=daemon.span,
-            num_blocks=self._plan.model.num_blocks,
-            model=self._plan.prefix,
-            sessions=open_work(self._parts.engine),
-            cache_used=_cache_used(self._parts),
-            deadline_left_s=daemon.drain.deadline_left_s
-            if daemon.drain is not None and state is DaemonState.DRAINING
-            else None,
-        )
-
-
-def _cache_used(parts: Parts) -> float:
-    pool = parts.engine.pool
-    if pool is None:
-        return 0.0
-    stats = pool.stats()
-    return 1.0 - stats.pages_free / max(1, stats.pages_total)
+        self._service.stopping()
 
 
 async def _lasting(name: str, work: Coroutine[Any, Any, None]) -> None:

@@ -21,10 +21,12 @@ from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.span_loader import SpanLoader
+from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Cause, Departure, Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import Conflict, DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
+from petalsd.metrics import Metrics
 from petalsd.models.block import TransformerBlock
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan, DaemonState
@@ -49,6 +51,7 @@ class Parts:
     prepare    what has to be known before the first announcement (the measured throughput)
     hand_over  gives loaded blocks and a fresh KV pool to the engine
     demand     which blocks the configuration in force asks for
+    rates      how fast we say we are, as far as that is known
     """
 
     engine: ServingEngine
@@ -60,7 +63,9 @@ class Parts:
     prepare: Callable[[], Awaitable[None]]
     hand_over: HandOver
     demand: Callable[[], Demand]
+    rates: Callable[[], Rates]
     board: WarningBoard
+    metrics: Metrics
     activity: Activity
 
 
@@ -213,8 +218,7 @@ class Daemon:
         left = await self._drain(hold.deadline_s, hold.resumed)
         if not hold.resumed.is_set():
             if left:
-                log.warning("drain_abandoned", sessions_and_passes=left, was_cut_short=False)
-                self._parts.engine.end_sessions("the server's drain reached its deadline")
+                self._abandon(left, was_cut_short=False)
             self.lifecycle.move(DaemonState.DRAINED)
             log.info("drained", abandoned=left)
         await hold.resumed.wait()
@@ -251,6 +255,7 @@ class Daemon:
         left, self._left = self._left, None
         if left is not None and left[0] != span:
             self.last_move = Move(time.time(), left[0], span, left[1])
+            self._parts.metrics.counter("moves_total").inc()
             log.info("moved", old=str(left[0]), new=str(span), reason=left[1])
 
     async def _leave(self, departure: Departure) -> None:
@@ -261,6 +266,7 @@ class Daemon:
             self._parts.board.set("engine_failed", departure.reason)
         if self.span is not None and self._left is None:
             self._left = (self.span, departure.reason)
+        self._parts.metrics.counter("rebalances_total").labels(departure.cause.value).inc()
         log.info("leaving", span=str(self.span), cause=departure.cause.value, reason=departure.reason)
         if self.lifecycle.can_move(DaemonState.REBALANCING):
             self.lifecycle.move(DaemonState.REBALANCING, departure.reason)
@@ -290,8 +296,7 @@ class Daemon:
         if self.lifecycle.state is DaemonState.DRAINING:
             left_s = None if self.drain is None else self.drain.deadline_left_s
             if left := await self._drain(left_s, self._signals.now):
-                now = self._signals.now.is_set()
-                log.warning("drain_abandoned", sessions_and_passes=left, was_cut_short=now)
+                self._abandon(left, was_cut_short=self._signals.now.is_set())
             else:
                 self.lifecycle.move(DaemonState.DRAINED)
                 log.info("drained", abandoned=0)
@@ -309,6 +314,7 @@ class Daemon:
         """OFFLINE first, then no new sessions; running ones go on."""
         self.lifecycle.move(DaemonState.DRAINING, reason)
         log.info("drain_started", reason=reason)
+        self._parts.metrics.counter("drains_total").inc()
         await self._announce_offline()
         self._parts.member.refuse(refusal)
         self._hold.begun.set()
@@ -319,6 +325,17 @@ class Daemon:
             deadline_s = self._parts.settings.config.daemon.drain_deadline_s
         self.drain = Drain(self._parts.engine, deadline_s)
         return await self.drain.wait(cut_short)
+
+    def _abandon(self, left: int, *, was_cut_short: bool) -> None:
+        """Tell the clients that are left why they do not finish."""
+        log.warning("drain_abandoned", sessions_and_passes=left, was_cut_short=was_cut_short)
+        self._parts.metrics.counter("drain_abandoned_total").inc(left)
+        why = (
+            "the server was told to stop at once"
+            if was_cut_short
+            else "the server's drain reached its deadline"
+        )
+        self._parts.engine.end_sessions(why)
 
     async def _join(self) -> None:
         self._parts.activity.at("joining the swarm")

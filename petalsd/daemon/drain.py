@@ -33,7 +33,10 @@ class Hold:
 
 
 class Drain:
-    """One drain; its deadline may be set anew while it goes on."""
+    """One drain; its deadline may be set anew while it goes on.
+
+    ``abandoned``: sessions and passes that were left when it was over; None before.
+    """
 
     def __init__(
         self, engine: ServingEngine, deadline_s: float, clock: Callable[[], float] = time.monotonic
@@ -41,6 +44,7 @@ class Drain:
         self._engine = engine
         self._clock = clock
         self._end_s = clock() + deadline_s
+        self.abandoned: int | None = None
 
     @property
     def deadline_left_s(self) -> float:
@@ -58,6 +62,7 @@ class Drain:
                 report_s = self._clock() + _REPORT_PERIOD_S
                 log.info("draining", sessions_and_passes=left, left_s=round(self.deadline_left_s, 1))
             await _pause(cut_short, min(_POLL_S, self.deadline_left_s))
+        self.abandoned = left
         return left
 
 

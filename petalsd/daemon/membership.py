@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from petalsd.config import SwarmSection
+from petalsd.daemon.parts import MemberStats
 from petalsd.errors import SwarmError
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions
@@ -64,7 +65,8 @@ class Membership:
         self._serving = serving
         self._describe = describe
         self._connection: _Connection | None = None
-        self._is_relayed = False
+        self.is_relayed = False
+        self.known_maddrs: tuple[str, ...] = ()
 
     @property
     def peer_id(self) -> str:
@@ -73,25 +75,26 @@ class Membership:
     async def start(self) -> None:
         """Join, refusing requests until ``admit``. SwarmError says why it cannot."""
         self._serving.refuse(_LOADING)
-        self._is_relayed = await _is_relay_needed(self._options)
-        node = Node(replace(self._options, client_mode=self._is_relayed))
+        self.is_relayed = await _is_relay_needed(self._options)
+        node = Node(replace(self._options, client_mode=self.is_relayed))
         await node.start()
         self._connection = _Connection(
             node=node,
             handler=TransformerConnectionHandler(node, self._serving),
-            announcer=Announcer(node, self._announcing, self._make_record),
-            reachability=None if self._is_relayed else ReachabilityService(node),
+            announcer=Announcer(node, self._announcing, self._make_record, self._serving.observer),
+            reachability=None if self.is_relayed else ReachabilityService(node),
         )
         try:
             await self._connection.open()
         except BaseException:
             await self.stop()
             raise
-        log.info("joined", peer_id=node.peer_id, maddrs=await node.visible_maddrs(), relayed=self._is_relayed)
+        log.info("joined", peer_id=node.peer_id, maddrs=await self.maddrs(), relayed=self.is_relayed)
 
     async def stop(self) -> None:
         """Leave; idempotent."""
         connection, self._connection = self._connection, None
+        self.known_maddrs = ()
         if connection is not None:
             await connection.close()
 
@@ -99,7 +102,12 @@ class Membership:
         return await self._joined.node.until_failed()
 
     async def maddrs(self) -> list[str]:
-        return await self._joined.node.visible_maddrs()
+        maddrs = await self._joined.node.visible_maddrs()
+        self.known_maddrs = tuple(maddrs)
+        return maddrs
+
+    def pings(self) -> dict[str, float]:
+        return {} if self._connection is None else self._connection.announcer.pings()
 
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
         await self._joined.announcer.announce(state, span)
@@ -113,6 +121,18 @@ class Membership:
     async def read_view(self) -> SwarmView:
         return await read_view(self._joined.node, self._announcing.prefix, self._announcing.num_blocks)
 
+    def stats(self) -> MemberStats:
+        connection = self._connection
+        if connection is None:
+            return MemberStats()
+        return MemberStats(
+            is_member=True,
+            known_peers=len(connection.node.known_peers()),
+            open_streams=connection.handler.num_streams,
+            held_bytes=connection.node.budget.held_bytes,
+            announcement=connection.announcer.last_stored,
+        )
+
     async def is_in_touch(self) -> bool:
         return await self._joined.node.is_in_touch()
 
@@ -123,7 +143,7 @@ class Membership:
         return self._connection
 
     def _make_record(self, state: ServerState, span: BlockSpan) -> ServerRecord:
-        return self._describe(state, span, self._is_relayed)
+        return self._describe(state, span, self.is_relayed)
 
 
 def node_options(section: SwarmSection, paths: InstancePaths, num_blocks: int) -> NodeOptions:

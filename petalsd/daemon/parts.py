@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from petalsd.engine.engine import EngineStats
+from petalsd.engine.handle import SessionInfo
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.block import TransformerBlock
 from petalsd.models.rope import Rope
+from petalsd.swarm.announcer import Announcement
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStats:
+    """The figures of a moment.
+
+    is_member     whether we have joined
+    known_peers   in the routing table of the DHT
+    open_streams  calls of others that are streams
+    held_bytes    of large messages that are being received
+    announcement  what was last stored since we joined
+    """
+
+    is_member: bool = False
+    known_peers: int = 0
+    open_streams: int = 0
+    held_bytes: int = 0
+    announcement: Announcement | None = None
 
 
 class ServingEngine(Protocol):
@@ -34,6 +55,8 @@ class ServingEngine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def open_sessions(self) -> list[SessionInfo]: ...
+
 
 class SwarmMember(Protocol):
     """Our presence in the swarm: node, handlers and announcements as one thing."""
@@ -50,8 +73,19 @@ class SwarmMember(Protocol):
     async def until_failed(self) -> str:
         """Wait until this member is broken for good; the reason. ``stop`` and ``start`` heal it."""
 
+    @property
+    def is_relayed(self) -> bool:
+        """Whether others reach us through relays only."""
+
+    @property
+    def known_maddrs(self) -> tuple[str, ...]:
+        """What ``maddrs`` last said; empty while we are no member."""
+
+    def pings(self) -> dict[str, float]:
+        """Round trips in seconds to the servers that were pinged lately, ``inf`` for no answer."""
+
     async def maddrs(self) -> list[str]:
-        """Addresses under which others reach us."""
+        """Addresses under which others reach us, asked of the libp2p daemon."""
 
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
         """Returns when the records of all blocks of ``span`` are stored. SwarmError or DeadlineExceeded."""
@@ -64,6 +98,8 @@ class SwarmMember(Protocol):
 
     async def read_view(self) -> SwarmView:
         """Who serves what now. SwarmError or DeadlineExceeded."""
+
+    def stats(self) -> MemberStats: ...
 
     async def is_in_touch(self) -> bool:
         """Whether any other peer answers, dialling the first ones again; True where there is nobody else to be."""

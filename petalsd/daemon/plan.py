@@ -27,6 +27,7 @@ from petalsd.paths import InstancePaths
 from petalsd.types import BlockSpan
 
 _HUB_URL = "https://huggingface.co/"
+_CREDENTIAL = "credential:"
 # Of the memory that is available at start; the rest is left to the system and to what others do meanwhile. A GPU
 # is ours alone, and what else it needs is counted in the reserve.
 _CPU_MEMORY_SHARE = 0.7
@@ -130,7 +131,7 @@ def open_source(section: ModelSection, paths: InstancePaths) -> ModelSource:
         section.source,
         revision=section.revision,
         cache_dir=section.cache_dir or paths.weights_dir,
-        token=_read_token(section.token_file),
+        token=read_token(section.token_file, paths.credentials_dir),
         offline=section.offline,
         max_disk_bytes=section.max_disk_bytes,
     )
@@ -171,13 +172,32 @@ def _limits(config: Config, max_session_tokens: int) -> EngineLimits:
     )
 
 
-def _read_token(file: Path | None) -> str | None:
-    if file is None:
+def read_token(setting: Path | None, credentials_dir: Path | None) -> str | None:
+    """The token in the file, or in the credential for credential:NAME; ConfigError if there is none."""
+    if setting is None:
         return None
+    key = f"model.token_file = {setting}"
+    file = setting
+    if str(setting).startswith(_CREDENTIAL):
+        file = _credential_file(key, str(setting).removeprefix(_CREDENTIAL), credentials_dir)
     try:
         token = file.read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise ConfigError(f"model.token_file = {file}: {error.strerror}") from error
+        raise ConfigError(f"{key}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: holds no token: it is not text") from error
     if not token or any(character.isspace() for character in token):
-        raise ConfigError(f"model.token_file = {file}: holds no token", hint="one line, nothing else")
+        raise ConfigError(f"{key}: holds no token", hint="one line, nothing else")
     return token
+
+
+def _credential_file(key: str, name: str, directory: Path | None) -> Path:
+    """The secret ``name`` that the service manager keeps for this process alone; ConfigError if it has none."""
+    if not name or "/" in name or name in (".", ".."):
+        raise ConfigError(f"{key}: write credential:NAME, with the name that LoadCredential= gives it")
+    if directory is None or not (directory / name).exists():
+        raise ConfigError(
+            f"{key}: no such credential was passed to this process",
+            hint=f"systemd passes it to the service alone, with LoadCredential={name}:FILE in the unit",
+        )
+    return directory / name

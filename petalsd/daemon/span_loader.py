@@ -15,6 +15,7 @@ from petalsd.daemon.detached import AbandonSwitch, run_detached
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import WeightsError
 from petalsd.log import error_fields
+from petalsd.metrics import Metrics
 from petalsd.models.block import TransformerBlock
 from petalsd.types import BlockSpan
 
@@ -62,13 +63,17 @@ class SpanLoader:
         reader: WeightsReader,
         start_progress: Callable[[], ProgressSink],
         board: WarningBoard,
+        metrics: Metrics,
         backoff: Backoff = LOAD_BACKOFF,
     ) -> None:
         self._reader = reader
         self._start_progress = start_progress
         self._board = board
+        self._seconds = metrics.histogram("load_seconds")
+        self._failures = metrics.counter("load_failures_total")
         self._backoff = backoff
         self.blocks: dict[int, TransformerBlock] = {}
+        self.seconds_per_block: float | None = None  # of the last load that read any, fetching included
 
     async def load(self, span: BlockSpan) -> dict[int, TransformerBlock]:
         """All blocks of ``span``; the others are given up first. WeightsError after the last attempt.
@@ -85,14 +90,17 @@ class SpanLoader:
             partial(self._on_failure, span),
         )
         self._board.clear("load_failed")
-        log.info(
-            "span_loaded", span=str(span), kept_blocks=kept, seconds=round(time.monotonic() - started_s, 2)
-        )
+        seconds = time.monotonic() - started_s
+        if kept < len(span):
+            self.seconds_per_block = seconds / (len(span) - kept)
+            self._seconds.observe(seconds)
+        log.info("span_loaded", span=str(span), kept_blocks=kept, seconds=round(seconds, 2))
         return dict(self.blocks)
 
     def _on_failure(self, span: BlockSpan, error: Exception, delay_s: float) -> None:
         log.warning("load_failed", span=str(span), retry_s=delay_s, **error_fields(error))
         self._board.set("load_failed", str(error))
+        self._failures.inc()
 
     def drop_outside(self, span: BlockSpan | None) -> None:
         """Give up the blocks outside ``span``; their memory is free once nobody else holds them."""

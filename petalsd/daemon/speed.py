@@ -37,6 +37,10 @@ class Rates:
     forward_rps: float | None = None
     network_rps: float | None = None
 
+    @property
+    def are_known(self) -> bool:
+        return self.throughput is not None or self.forward_rps is not None
+
     def announced(self, num_blocks: int, *, is_relayed: bool) -> float:
         """The number by which the swarm compares servers of ``num_blocks`` blocks."""
         if self.throughput is not None:

@@ -83,7 +83,6 @@ class Supervisor:
     async def until_departure(self, span: BlockSpan) -> Departure:
         """Look at the libp2p daemon often and at the rest at random intervals, until there is a reason to go."""
         failure = asyncio.create_task(self._member.until_failed(), name="member-failure")
-        self._wanted = None
         try:
             while True:
                 self._plan_check()
@@ -99,6 +98,7 @@ class Supervisor:
                     log.info("placement_unchanged", span=str(span))
         finally:
             failure.cancel()
+            self._wanted = None  # obeyed, or overtaken by another reason to go
             self.next_check_monotonic_s = None
 
     def _plan_check(self) -> None:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import structlog
 
+from petalsd.status import Severity
+
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A warning that can be raised. ``severity``: "info", "warning" or "critical"; ``hint``: what to do."""
+    """A warning that can be raised. ``hint``: what to do."""
 
     title: str
-    severity: str
+    severity: Severity
     hint: str
 
 

@@ -67,13 +67,14 @@ class Daemons:
         """`petalsd run` with a configuration file of its own."""
         state = self._directory / name
         state.mkdir(parents=True, exist_ok=True)
-        config = state / "petalsd.toml"
+        config = state / f"{name}.toml"
         quoted_peers = ", ".join(f'"{peer}"' for peer in peers)
         config.write_text(
             f'[model]\nsource = "{self.model}"\ndtype = "float32"\ndht_prefix = "{PREFIX}"\n'
             f'[blocks]\nspan = "{span}"\n'
             f'[swarm]\nhost_maddrs = ["/ip4/127.0.0.1/tcp/0"]\ninitial_peers = [{quoted_peers}]\n'
             "[engine]\nthreads = 1\n"
+            f'[control]\nsocket = "{state}/control.sock"\n'
             '[daemon]\nlog_format = "json"\n'
         )
         daemon = DaemonProcess(name, config, state)

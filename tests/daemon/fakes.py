@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from petalsd.config_loading import load_config
 from petalsd.daemon.activity import Activity
 from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.parts import MemberStats
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.reloading import Reloader
@@ -20,11 +22,15 @@ from petalsd.daemon.service import Service
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.span_loader import SpanLoader
+from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import EngineStats
+from petalsd.engine.handle import SessionInfo
 from petalsd.errors import ConfigError, SwarmError
 from petalsd.kvcache.pool import KVPool
+from petalsd.metrics import Metrics
+from petalsd.swarm.announcer import Announcement
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
@@ -62,6 +68,8 @@ class FakeMember:
     failures: dict[str, list[Exception]] = field(default_factory=dict)
     is_admitting: bool = False
     is_swarm_there: bool = True
+    is_relayed: bool = False
+    announcement: Announcement | None = None
     broken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def _call(self, name: str, detail: str = "") -> None:
@@ -81,6 +89,16 @@ class FakeMember:
         await self.broken.wait()
         return "p2pd died"
 
+    @property
+    def known_maddrs(self) -> tuple[str, ...]:
+        return (f"/ip4/127.0.0.1/tcp/1/p2p/{self.peer_id}",)
+
+    def pings(self) -> dict[str, float]:
+        return {OTHER: 0.0234}
+
+    def stats(self) -> MemberStats:
+        return MemberStats(is_member=True, known_peers=1, announcement=self.announcement)
+
     async def maddrs(self) -> list[str]:
         return [f"/ip4/127.0.0.1/tcp/1/p2p/{self.peer_id}"]
 
@@ -89,6 +107,7 @@ class FakeMember:
         if self.broken.is_set():
             raise SwarmError("p2pd died")
         self.swarm.put(self.peer_id, state, span, self.throughput)
+        self.announcement = Announcement(state, time.monotonic())
 
     def admit(self) -> None:
         self._call("admit")
@@ -110,7 +129,7 @@ class FakeMember:
 
 @dataclass
 class FakeEngine:
-    """``sessions`` is how many are open; ``busy_since_s`` as in EngineStats."""
+    """``sessions`` is how many are open; ``busy_since_s`` and ``last_step_s`` as in EngineStats."""
 
     calls: list[str]
     sessions: int = 0
@@ -121,6 +140,7 @@ class FakeEngine:
     iterations: int = 0
     busy_tokens: int = 0
     slowest_token_s: float = 0.0
+    last_step_s: float = 0.0
 
     async def start(self) -> None:
         self.calls.append("engine starts")
@@ -147,10 +167,13 @@ class FakeEngine:
         if self.failures:
             raise self.failures.pop(0)
 
+    def open_sessions(self) -> list[SessionInfo]:
+        return []
+
     def stats(self) -> EngineStats:
         return EngineStats(
             sessions=self.sessions, rows=self.sessions, queued_passes=0, steps_total=0, tokens_total=0,
-            iterations_total=self.iterations, last_step_monotonic_s=0.0,
+            iterations_total=self.iterations, last_step_monotonic_s=self.last_step_s,
             busy_since_monotonic_s=self.busy_since_s, busy_tokens=self.busy_tokens,
             slowest_token_s=self.slowest_token_s,
         )  # fmt: skip
@@ -183,6 +206,7 @@ class Stage:
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
         self.board = WarningBoard()
+        self.metrics = Metrics()
         rng = random.Random(0)
         rebalancer = Rebalancer(self.member, rng)
         self.supervisor = Supervisor(
@@ -193,14 +217,18 @@ class Stage:
             Parts(
                 engine=self.engine,
                 member=self.member,
-                loader=SpanLoader(self.reader, lambda: lambda progress: None, self.board, QUICK),
+                loader=SpanLoader(
+                    self.reader, lambda: lambda progress: None, self.board, self.metrics, QUICK
+                ),
                 rebalancer=rebalancer,
                 supervisor=self.supervisor,
                 settings=self.settings,
                 prepare=self._prepare,
                 hand_over=self._hand_over,
                 demand=self.demand,
+                rates=lambda: Rates(throughput=1.0),
                 board=self.board,
+                metrics=self.metrics,
                 activity=Activity(),
             ),
             self.signals,

@@ -11,6 +11,7 @@ from petalsd.errors import DeadlineExceeded, EngineError, SwarmError, WeightsErr
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan, DaemonState
 from tests.daemon.fakes import OTHER, PEER, Stage
+from tests.waiting import eventually
 
 DEADLINE_S = 20
 
@@ -202,6 +203,7 @@ async def test_a_second_signal_ends_the_drain() -> None:
     stage.signals.request_stop()
     await asyncio.wait_for(running, DEADLINE_S)
     assert stage.daemon.lifecycle.state is DaemonState.STOPPED
+    assert "sessions end: the server was told to stop at once" in stage.calls
 
 
 async def test_the_drain_has_a_deadline() -> None:
@@ -264,10 +266,3 @@ async def test_a_directory_that_cannot_be_read_moves_nobody() -> None:
     assert stage.daemon.lifecycle.state is DaemonState.ONLINE
     assert "refuse" not in stage.calls
     await stopped(stage, running)
-
-
-async def eventually(condition: object) -> None:
-    """Let the loop run until ``condition()`` holds."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
-            await asyncio.sleep(0)

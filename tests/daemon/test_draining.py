@@ -67,7 +67,7 @@ async def test_an_abandoned_drain_tells_its_clients_why(launch: Launch, node: No
     daemon = launch("one", "blocks.span=0:4", "daemon.drain_deadline_s=0.5")
     _, stream = await serving(daemon, node)
     daemon.send(signal.SIGTERM)
-    with pytest.raises(RemoteFailure, match="the server is stopping"):
+    with pytest.raises(RemoteFailure, match="drain reached its deadline"):
         await stream.receive(ANSWER_S)
     stream.abort()
     assert await daemon.ended() == 0

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from petalsd.daemon.supervisor import Cause, Departure
 from petalsd.errors import Conflict, SwarmError
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan, DaemonState
@@ -127,3 +128,11 @@ async def stopped_with_sessions(stage: Stage, running: asyncio.Task[None]) -> No
     stage.signals.request_stop()
     stage.signals.request_stop()
     await asyncio.wait_for(running, DEADLINE_S)
+
+
+async def test_a_move_may_be_asked_for_in_the_moment_of_coming_online() -> None:
+    """Before the watch over the new span has begun: the wish is not lost."""
+    stage = Stage("blocks.count=2")
+    stage.supervisor.leave(Departure(Cause.REQUESTED, "at once"))
+    departure = await asyncio.wait_for(stage.supervisor.until_departure(BlockSpan(0, 2)), DEADLINE_S)
+    assert departure.reason == "at once"

@@ -11,7 +11,15 @@ import torch
 from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.daemon.membership import node_options
-from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, choose_device, demand_for, make_plan
+from petalsd.daemon.plan import (
+    Demand,
+    ModelReader,
+    ServingPlan,
+    choose_device,
+    demand_for,
+    make_plan,
+    read_token,
+)
 from petalsd.daemon.sizing import MemoryNeed
 from petalsd.errors import ConfigError
 from petalsd.models.rope import Rope
@@ -89,6 +97,21 @@ def test_the_token_is_read_from_its_file(model_dir: Path, paths: InstancePaths, 
         make_plan(configured(model_dir, f"model.token_file={file}"), paths)
     file.write_text("hf_secret\n")
     make_plan(configured(model_dir, f"model.token_file={file}"), paths)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="holds no token: it is not text"):
+        make_plan(configured(model_dir, f"model.token_file={file}"), paths)
+
+
+def test_the_token_may_be_a_credential_of_the_service(tmp_path: Path) -> None:
+    """credential:NAME is looked for where the service manager keeps this service's secrets, and nowhere else."""
+    setting = configured(tmp_path, "model.token_file=credential:hub-token").model.token_file
+    for directory in (None, tmp_path):
+        with pytest.raises(ConfigError, match=r"credential:hub-token: no such credential was passed"):
+            read_token(setting, directory)
+    (tmp_path / "hub-token").write_text("hf_secret\n")
+    assert read_token(setting, tmp_path) == "hf_secret"
+    with pytest.raises(ConfigError, match="write credential:NAME"):
+        read_token(Path("credential:../hub-token"), tmp_path / "below")
 
 
 @pytest.mark.parametrize(

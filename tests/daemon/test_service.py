@@ -19,7 +19,8 @@ from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import ConfigError
 from petalsd.types import BlockSpan, DaemonState
 from tests.daemon.fakes import Stage
-from tests.daemon.test_daemon import DEADLINE_S, eventually, stopped, until_online
+from tests.daemon.test_daemon import DEADLINE_S, stopped, until_online
+from tests.waiting import eventually
 
 SERVING = Situation(
     state=DaemonState.ONLINE, reason="", activity="", progress=None, span=BlockSpan(0, 15), num_blocks=30,

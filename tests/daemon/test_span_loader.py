@@ -11,7 +11,9 @@ from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.span_loader import LoadProgress, ProgressLog, SpanLoader
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import UnsupportedModel, WeightsError
+from petalsd.metrics import Metrics
 from petalsd.types import BlockSpan
+from tests.daemon.measured import read
 
 
 class RecordingReader:
@@ -34,9 +36,14 @@ class RecordingReader:
         return f"block {index}"
 
 
-def make_loader(reader: RecordingReader, attempts: int = 3) -> tuple[SpanLoader, list[LoadProgress]]:
+def make_loader(
+    reader: RecordingReader, attempts: int = 3, metrics: Metrics | None = None
+) -> tuple[SpanLoader, list[LoadProgress]]:
     progress: list[LoadProgress] = []
-    return SpanLoader(reader, lambda: progress.append, WarningBoard(), Backoff(attempts, 0.0, 0.0)), progress
+    backoff = Backoff(attempts, 0.0, 0.0)
+    return SpanLoader(
+        reader, lambda: progress.append, WarningBoard(), metrics or Metrics(), backoff
+    ), progress
 
 
 async def test_blocks_in_both_spans_are_kept() -> None:
@@ -56,6 +63,17 @@ async def test_a_failed_load_is_tried_again_from_where_it_was() -> None:
     loader, _ = make_loader(reader)
     assert list(await loader.load(BlockSpan(0, 3))) == [0, 1, 2]
     assert reader.loaded == [0, 1, 2]
+
+
+async def test_loads_are_measured_with_their_failures() -> None:
+    """One load with two failed attempts; a span whose blocks are all there is no load."""
+    metrics = Metrics()
+    loader, _ = make_loader(RecordingReader([WeightsError("a"), OSError("b")]), metrics=metrics)
+    await loader.load(BlockSpan(0, 3))
+    await loader.load(BlockSpan(1, 3))
+    series = read(metrics)
+    assert series["petalsd_load_failures_total", ()] == 2
+    assert series["petalsd_load_seconds_count", ()] == 1
 
 
 async def test_attempts_are_bounded_and_permanent_errors_end_them() -> None:

@@ -15,7 +15,7 @@ from petalsd.daemon.warnings import KINDS, WarningBoard
 from petalsd.daemon.watchdog import LoopWatch, Watchdog, stack_of
 from petalsd.errors import EngineError, NotServed
 from tests.daemon.fakes import FakeEngine
-from tests.daemon.test_daemon import eventually
+from tests.waiting import eventually
 
 INTERVAL_S = 0.4
 

@@ -40,6 +40,7 @@ class DaemonOptions:
                 "throughput": 10.0,
             },
             "engine": {"device": "cpu", "threads": self.threads},
+            "control": {"socket": str(self.directory / "control.sock")},
             "daemon": {"drain_deadline_s": 0.0, "log_format": "json"},
         }
         lines = []

@@ -1,0 +1,215 @@
+"""What an administrator can ask of the daemon: the one way in for the control socket."""
+
+from __future__ import annotations
+
+from petalsd.control.api import Operation
+from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.drain import open_work
+from petalsd.daemon.plan import Demand
+from petalsd.daemon.preview import Preview, preview
+from petalsd.daemon.reloading import Reloader
+from petalsd.daemon.reporting import Reporter
+from petalsd.errors import BadRequest, Conflict, NotServed
+from petalsd.status import (
+    Cost,
+    ErrorText,
+    Gain,
+    Peers,
+    Plan,
+    Progress,
+    Reloaded,
+    Sessions,
+    Span,
+    Status,
+)
+from petalsd.swarm.directory import SwarmView
+from petalsd.types import BlockSpan, DaemonState
+
+_ENDED = (DaemonState.STOPPING, DaemonState.STOPPED, DaemonState.FAILED)
+
+
+class Administration:
+    """``control.api.DaemonApi`` over the real daemon."""
+
+    def __init__(
+        self, daemon: Daemon, parts: Parts, num_blocks: int, reporter: Reporter, reloader: Reloader
+    ) -> None:
+        self._daemon = daemon
+        self._parts = parts
+        self._num_blocks = num_blocks
+        self._reporter = reporter
+        self._reloader = reloader
+
+    @property
+    def is_ready(self) -> bool:
+        return self._daemon.lifecycle.accepts_sessions
+
+    @property
+    def problem(self) -> str | None:
+        stuck = [one.title for one in self._parts.board.active() if one.code == "engine_stuck"]
+        return stuck[0] if stuck else None
+
+    def status(self) -> Status:
+        return self._reporter.status()
+
+    def sessions(self) -> Sessions:
+        return self._reporter.sessions()
+
+    async def peers(self) -> Peers:
+        return await self._reporter.peers()
+
+    async def drain(self, deadline_s: float | None) -> None:
+        await self._daemon.hold(deadline_s)
+
+    async def resume(self) -> None:
+        await self._daemon.release()
+
+    async def reload(self) -> Reloaded:
+        outcome = await self._reloader.reload()
+        return Reloaded(applied=list(outcome.applied), needs_restart=list(outcome.pending))
+
+    async def plan(self, to: BlockSpan | None) -> Plan:
+        """Conflict unless blocks are served, BadRequest for a target that cannot be served."""
+        current, demand = self._served_span(), self._parts.demand()
+        if to is not None:
+            self._check_target(to, demand)
+        elif demand.pinned is not None:
+            return self._staying(current, _why_pinned(demand, self._num_blocks))
+        view = await self._parts.member.read_view()
+        shown = preview(view, self._parts.member.peer_id, current, to)
+        if to is None and (reason := self._reason_to_stay(view, shown)):
+            return self._staying(current, reason, shown)
+        if shown.proposed == current:
+            return self._staying(current, "these blocks are served already", shown)
+        return self._moving(shown, is_named=to is not None)
+
+    async def rebalance(self, to: BlockSpan | None) -> Plan:
+        plan = await self.plan(to)
+        if plan.would_move and plan.proposed is not None:
+            target = BlockSpan(plan.proposed.start, plan.proposed.end)
+            await self._daemon.move_to(target, f"an administrator asked for it: {plan.explanation}")
+        return plan
+
+    def progress(self, operation: Operation) -> Progress:
+        state, loading = self._daemon.lifecycle.state, self._reporter.loading()
+        deadline_left_s, abandoned = self._reporter.drained()
+        error = self._failure(operation, state)
+        return Progress(
+            operation=operation,
+            state=state.value,
+            sessions_left=open_work(self._parts.engine),
+            deadline_left_s=deadline_left_s,
+            abandoned=abandoned,
+            stage=None if loading is None else loading.stage,
+            item=None if loading is None else loading.item,
+            percent=None if loading is None else loading.percent,
+            done=error is not None or self._is_done(operation, state),
+            outcome=self._outcome(operation) if self._is_done(operation, state) else None,
+            error=error,
+        )
+
+    def _served_span(self) -> BlockSpan:
+        span, state = self._daemon.span, self._daemon.lifecycle.state
+        if span is None or state is not DaemonState.ONLINE:
+            raise Conflict(
+                f"the daemon is {state.value}: only one that is online can move",
+                hint="petalsctl wait --ready",
+            )
+        return span
+
+    def _check_target(self, to: BlockSpan, demand: Demand) -> None:
+        if demand.pinned is not None:
+            raise Conflict(
+                f"to = {to}: {_why_pinned(demand, self._num_blocks)}",
+                hint="change blocks in the configuration, then: petalsctl reload",
+            )
+        if not BlockSpan(0, self._num_blocks).covers(to):
+            raise BadRequest("to", str(to), f"the model has the blocks 0:{self._num_blocks}")
+        if len(to) != demand.num_blocks:
+            raise BadRequest("to", str(to), f"the configuration asks for {demand.num_blocks} blocks")
+
+    def _reason_to_stay(self, view: SwarmView, shown: Preview) -> str:
+        """Empty when the rule by which the daemon moves by itself would move it now."""
+        quality = self._parts.settings.config.blocks.balance_quality
+        if not any(self._parts.member.peer_id in records for records in view.blocks):
+            raise NotServed(
+                "our own record is not in the swarm's directory just now", hint="try again in a few seconds"
+            )
+        if quality == 0:
+            return "blocks.balance_quality = 0: it never moves by itself"
+        if shown.proposed == shown.current:
+            return "no other blocks need this server more"
+        if not self._parts.rebalancer.should_move(view, quality):
+            return f"too little gain: the swarm's weakest block must get better than {1 / quality:.2f} times"
+        return ""
+
+    def _staying(self, current: BlockSpan, why: str, shown: Preview | None = None) -> Plan:
+        is_other = shown is not None and shown.proposed != current
+        return self._plan(current, shown if is_other else None, would_move=False, explanation=why)
+
+    def _moving(self, shown: Preview, *, is_named: bool) -> Plan:
+        why = "these blocks were asked for" if is_named else f"blocks {shown.proposed} need a server more"
+        return self._plan(shown.current, shown, would_move=True, explanation=why)
+
+    def _plan(self, current: BlockSpan, shown: Preview | None, *, would_move: bool, explanation: str) -> Plan:
+        sessions = self._parts.engine.stats().sessions
+        touched = sessions if shown is not None else 0
+        return Plan(
+            current=Span(start=current.start, end=current.end),
+            proposed=None if shown is None else Span.of(shown.proposed),
+            gain=None if shown is None else _gain(shown),
+            cost=None if shown is None else self._cost(shown),
+            sessions_touched=touched,
+            sessions_kept=sessions - touched,
+            would_move=would_move,
+            explanation=explanation,
+        )
+
+    def _cost(self, shown: Preview) -> Cost:
+        block_s = self._parts.loader.seconds_per_block
+        return Cost(
+            blocks_to_load=shown.blocks_to_load,
+            blocks_kept=shown.blocks_kept,
+            seconds_estimate=None if block_s is None else block_s * shown.blocks_to_load,
+        )
+
+    def _failure(self, operation: Operation, state: DaemonState) -> ErrorText | None:
+        """Why it will not come to its end any more."""
+        reason = self._daemon.lifecycle.reason
+        if operation == "drain":
+            is_over = state in (DaemonState.DRAINING, DaemonState.DRAINED, *_ENDED)
+            text = "" if is_over else "the drain was called off: the daemon serves again"
+        elif state in _ENDED:
+            text = f"the daemon is {state.value}: {reason or 'it was told to'}"
+        elif operation == "rebalance" and state in (DaemonState.DRAINING, DaemonState.DRAINED):
+            text = "a drain came in between"
+        else:
+            text = ""
+        return ErrorText(code=Conflict.code, message=text, hint="petalsctl status") if text else None
+
+    def _outcome(self, operation: Operation) -> str:
+        _, abandoned = self._reporter.drained()
+        if operation == "rebalance":
+            return f"blocks {self._daemon.span} are served"
+        if operation == "resume":
+            return "serving again"
+        return f"{abandoned} left at the deadline were ended" if abandoned else "no sessions are left"
+
+    def _is_done(self, operation: Operation, state: DaemonState) -> bool:
+        if operation == "drain":
+            return state in (DaemonState.DRAINED, *_ENDED)
+        return state is DaemonState.ONLINE
+
+
+def _gain(shown: Preview) -> Gain:
+    return Gain(
+        swarm_throughput_before=shown.before,
+        swarm_throughput_after=shown.after,
+        ratio=shown.after / shown.before if shown.before > 0 else None,
+    )
+
+
+def _why_pinned(demand: Demand, num_blocks: int) -> str:
+    if demand.pinned == BlockSpan(0, num_blocks):
+        return "all blocks of the model are served here"
+    return f"the configuration pins the blocks {demand.pinned}"

@@ -1,0 +1,122 @@
+"""The gauges, read from the parts when a scrape comes. On the loop, like everything that is read here."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+
+import torch
+
+from petalsd import __version__
+from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.plan import ServingPlan
+from petalsd.daemon.warnings import KINDS
+from petalsd.daemon.watchdog import DEFAULT_INTERVAL_S
+from petalsd.metrics import Reading
+from petalsd.paths import InstancePaths
+from petalsd.swarm.protocol import ServerState
+from petalsd.systemd import Notifier
+from petalsd.types import DaemonState
+
+
+class Figures:
+    """``read`` is a ``metrics.Source``."""
+
+    def __init__(
+        self, daemon: Daemon, parts: Parts, plan: ServingPlan, paths: InstancePaths, notifier: Notifier
+    ) -> None:
+        self._daemon = daemon
+        self._parts = parts
+        self._plan = plan
+        self._disks = {"state": paths.state_dir, "cache": paths.cache_dir}
+        self._notifier = notifier
+
+    def read(self) -> Iterator[Reading]:
+        yield from self._identity()
+        yield from self._state()
+        yield from self._health()
+        yield from self._load()
+        yield from self._cache()
+        yield from self._presence()
+        yield from self._span()
+
+    def _identity(self) -> Iterator[Reading]:
+        plan, quantization = self._plan, self._parts.settings.config.model.quantization
+        yield Reading("build_info", 1, (__version__, platform.python_version(), torch.__version__))
+        what = (plan.prefix, plan.model.model_type, plan.dtype_name, quantization, str(plan.device))
+        yield Reading("model_info", 1, what)
+
+    def _state(self) -> Iterator[Reading]:
+        lifecycle = self._daemon.lifecycle
+        for state in DaemonState:
+            yield Reading("state", state is lifecycle.state, (state.value,))
+        yield Reading("state_age_seconds", _age_s(lifecycle.since_s))
+        raised = {warning.code for warning in self._parts.board.active()}
+        for code, kind in KINDS.items():
+            yield Reading("warning_active", code in raised, (code, kind.severity))
+
+    def _health(self) -> Iterator[Reading]:
+        notifier, stats = self._notifier, self._parts.engine.stats()
+        yield Reading("watchdog_interval_seconds", notifier.watchdog_interval_s or DEFAULT_INTERVAL_S)
+        if notifier.last_ping_monotonic_s is not None:
+            yield Reading("watchdog_ping_age_seconds", _age_s(notifier.last_ping_monotonic_s))
+        if stats.last_step_monotonic_s:
+            yield Reading("engine_step_age_seconds", _age_s(stats.last_step_monotonic_s))
+        busy_since_s = stats.busy_since_monotonic_s
+        yield Reading("engine_busy_seconds", 0.0 if busy_since_s is None else _age_s(busy_since_s))
+        for name, directory in self._disks.items():
+            with contextlib.suppress(OSError):
+                yield Reading("disk_free_bytes", shutil.disk_usage(directory).free, (name,))
+
+    def _load(self) -> Iterator[Reading]:
+        stats = self._parts.engine.stats()
+        yield Reading("sessions", stats.sessions)
+        yield Reading("session_rows", stats.rows)
+        yield Reading("session_rows_limit", self._plan.limits.max_sessions)
+        yield Reading("queued_passes", stats.queued_passes)
+
+    def _cache(self) -> Iterator[Reading]:
+        pool = self._parts.engine.pool
+        stats = None if pool is None else pool.stats()
+        yield Reading("kv_capacity_pages", stats.pages_total if stats else 0)
+        yield Reading("kv_reserved_pages", stats.pages_reserved if stats else 0)
+        yield Reading("kv_mapped_pages", stats.pages_mapped if stats else 0)
+        yield Reading("kv_free_pages", stats.pages_free if stats else 0)
+        yield Reading("kv_page_tokens", self._plan.geometry.page_tokens)
+        yield Reading("waiting_sessions", stats.waiters if stats else 0)
+
+    def _presence(self) -> Iterator[Reading]:
+        member = self._parts.member.stats()
+        raised = {warning.code for warning in self._parts.board.active()}
+        yield Reading("dht_in_touch", member.is_member and "swarm_unreachable" not in raised)
+        yield Reading("dht_known_peers", member.known_peers)
+        told = member.announcement
+        for state in ServerState:
+            yield Reading(
+                "dht_announced_state", told is not None and told.state is state, (state.name.lower(),)
+            )
+        if told is not None:
+            yield Reading("dht_announcement_age_seconds", _age_s(told.at_monotonic_s))
+        yield Reading("open_streams", member.open_streams)
+        yield Reading("wire_held_bytes", member.held_bytes)
+
+    def _span(self) -> Iterator[Reading]:
+        parts, span = self._parts, self._daemon.span
+        yield Reading("model_blocks", self._plan.model.num_blocks)
+        yield Reading("span_blocks", 0 if span is None else len(span))
+        yield Reading("loaded_blocks", len(parts.loader.blocks))
+        if span is None:
+            return
+        yield Reading("span_start_block", span.start)
+        yield Reading("span_end_block", span.end)
+        rates = parts.rates()
+        if rates.are_known:
+            announced = rates.announced(len(span), is_relayed=parts.member.is_relayed)
+            yield Reading("announced_tokens_per_second", announced)
+
+
+def _age_s(since_monotonic_s: float) -> float:
+    return max(0.0, time.monotonic() - since_monotonic_s)

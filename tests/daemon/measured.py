@@ -1,0 +1,53 @@
+"""A daemon of fakes that is measured as a real one is: every metric has its source and its series."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from petalsd.config_loading import load_config
+from petalsd.daemon.figures import Figures
+from petalsd.daemon.plan import ServingPlan, make_plan
+from petalsd.daemon.recording import DownloadRecorder, EngineRecorder, SwarmRecorder, declare_causes
+from petalsd.metrics import Metrics
+from petalsd.paths import InstancePaths
+from petalsd.systemd import Notifier
+from tests.daemon.fakes import Stage
+
+
+class MeasuredStage(Stage):
+    """``model_dir`` holds the model that the daemon is said to serve; ``home`` is its place on the disk."""
+
+    def __init__(self, model_dir: Path, home: Path, *overrides: str) -> None:
+        super().__init__("blocks.span=0:2", *overrides)
+        self.plan = plan_of(model_dir, home)
+        self.notifier = Notifier()
+        declare_causes(self.metrics)
+        self.engine_recorder = EngineRecorder(self.metrics)
+        self.swarm_recorder = SwarmRecorder(self.metrics)
+        self.download_recorder = DownloadRecorder(self.metrics)
+        figures = Figures(self.daemon, self.daemon._parts, self.plan, _paths(home), self.notifier)
+        self.metrics.read_from(figures.read)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """The value of one series as a scraper reads it; None when it is absent."""
+        return read(self.metrics).get((name, tuple(sorted(labels.items()))))
+
+
+def read(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """(name, sorted labels) to value."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for sample in family.samples
+    }
+
+
+def plan_of(model_dir: Path, home: Path) -> ServingPlan:
+    overrides = [f"model.source={model_dir}", "engine.device=cpu", "model.dtype=float32"]
+    return make_plan(load_config(None, {}, overrides).config, _paths(home))
+
+
+def _paths(home: Path) -> InstancePaths:
+    return InstancePaths("t", home, home / "cache")
