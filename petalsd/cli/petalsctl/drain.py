@@ -31,7 +31,7 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
         return EXIT_OK
     followed = Followed(context, _TARGET, body)
     try:
-        followed.run()
+        progress = followed.run()
     except KeyboardInterrupt:
         followed.leave(
             goes_on(
@@ -42,7 +42,7 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     if not context.is_json:
-        context.out.show([line(Piece("drained", "good"), ": no sessions are left")])
+        context.out.show([line(Piece("drained", "good"), f": {progress.get('outcome')}")])
     return EXIT_OK
 
 

@@ -49,5 +49,5 @@ def _follow(context: Context, to: str | None) -> int:
         followed.leave(goes_on("the move goes on", f"{context.command('status --watch')}   shows it"))
         return EXIT_INTERRUPTED
     if not context.is_json:
-        context.out.show([line(Piece("done", "good"), f": {progress.get('state')}")])
+        context.out.show([line(Piece("done", "good"), f": {progress.get('outcome')}")])
     return EXIT_OK

@@ -78,7 +78,8 @@ def _state_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
             yield "loading", line(*bar(share, _BAR_WIDTH, "busy"), f" {amounts}")
         yield "" if amounts else "loading", _loading_what(loading)
     if drain := document["drain"]:
-        yield "drain", drain_text(drain["sessions_left"], drain["deadline_left_s"])
+        text = drain_text(drain["sessions_left"], drain["deadline_left_s"])
+        yield "drain", text + (f", {drain['abandoned']} ended at the deadline" if drain["abandoned"] else "")
 
 
 def _loading_text(loading: Mapping[str, Any]) -> str:

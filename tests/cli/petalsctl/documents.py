@@ -14,6 +14,7 @@ STATUS: dict[str, Any] = {
     "instance": "demo",
     "state": "online",
     "reason": "",
+    "summary": "Serving blocks 0:15 of 30 of SmolLM2-135M-Instruct-hf: 3 sessions, 23% of the cache used",
     "since_s": 11_520.0,
     "uptime_s": 11_532.5,
     "pid": 4321,
@@ -123,7 +124,9 @@ PROGRESS: dict[str, Any] = {
     "stage": None,
     "item": None,
     "percent": None,
+    "abandoned": None,
     "done": False,
+    "outcome": None,
     "error": None,
 }
 

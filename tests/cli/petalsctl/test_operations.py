@@ -13,7 +13,10 @@ from tests.cli.petalsctl.documents import PEERS, PLAN, PROGRESS, SESSIONS, docum
 from tests.cli.petalsctl.fake_daemon import HANG_UP, Answer, FakeDaemon, lines, refusal
 from tests.cli.petalsctl.test_status import OnTerminal
 
-DRAINED = document(PROGRESS, state="drained", sessions_left=0, deadline_left_s=None, done=True)
+DRAINED = document(
+    PROGRESS, state="drained", sessions_left=0, deadline_left_s=None, abandoned=0, done=True,
+    outcome="no sessions are left",
+)  # fmt: skip
 SESSION_TABLE = """\
 SESSION     CLIENT        BLOCKS  ROWS  TOKENS     OF  PAGES    AGE   IDLE
 b7e2c…4e5f  …Gf7Qa2LxYpR  0:15       1   1,234  2,048  1,170   93 s  0.2 s
@@ -97,11 +100,11 @@ def test_rebalance_waits(daemon: FakeDaemon, ctl: Ctl) -> None:
     loading = document(usual, state="loading", stage="loading", item="block 15", percent=3.2)
     daemon.answers["POST /v1/rebalance"] = lines(
         document(usual, state="rebalancing"), loading, document(loading, percent=3.4),
-        document(usual, state="online", done=True),
+        document(usual, state="online", done=True, outcome="blocks 15:30 are served"),
     )  # fmt: skip
     status, out, _ = ctl("rebalance", "--wait")
     assert status == 0
-    assert out == "rebalancing\nloading, loading block 15, 3 %\nonline\ndone: online\n"
+    assert out == "rebalancing\nloading, loading block 15, 3 %\nonline\ndone: blocks 15:30 are served\n"
 
 
 def test_drain_without_waiting(daemon: FakeDaemon, ctl: Ctl) -> None:

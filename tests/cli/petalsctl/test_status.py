@@ -74,7 +74,7 @@ def test_a_serving_daemon_on_a_terminal(daemon: FakeDaemon, on_terminal: OnTermi
         (
             document(
                 STATUS, state="draining", since_s=8.0, reason="asked for on the control socket",
-                drain={"deadline_left_s": 52.1, "sessions_left": 2},
+                drain={"deadline_left_s": 52.1, "sessions_left": 2, "abandoned": None},
             ),
             DRAINING,
         ),
