@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := .cache/demo-model
 STAMP := $(VENV)/.installed
+PROMTOOL := .cache/promtool/promtool
 # Quiet unless something fails; `make V=1 ...` shows everything.
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml constraints.txt
@@ -42,7 +43,11 @@ demo-model: $(DEMO_MODEL)/config.json ## convert the demo model from its Python 
 demo: $(DEMO_MODEL)/config.json ## a private swarm of two daemons answers one question
 	@exec $(BIN)/python -m petalsd.demo $(DEMO_MODEL) --state .cache/demo-state
 
-test: $(DEMO_MODEL)/config.json ## run every test that this machine can run
+# Prometheus' own checker of rules and metrics; where it cannot be had, the tests that need it are skipped.
+$(PROMTOOL): tests/packaging/fetch_promtool.sh
+	@tests/packaging/fetch_promtool.sh $@ || echo "    no promtool: its tests are skipped"
+
+test: $(DEMO_MODEL)/config.json $(PROMTOOL) ## run every test that this machine can run
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(ARGS)
 	@echo "tests/interop, against stock Petals, is left to: make test-interop"
 
@@ -64,8 +69,10 @@ lint: $(STAMP) ## ruff and mypy
 format: $(STAMP) ## let ruff format and fix
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-docs: $(STAMP) ## write the tables of docs/configure.md
-	@$(BIN)/python -m petalsd.config_reference docs/configure.md
+docs: $(STAMP) ## write what is made from the code: keys, metrics, schemas
+	@$(BIN)/python -m petalsd.config_reference docs/configure.md packaging/man/petalsd.toml.5 packaging/petalsd.toml
+	@$(BIN)/python -m petalsd.metrics_reference docs/metrics.md
+	@$(BIN)/python -m petalsd.control.schema_files
 
 clean: ## remove everything that was built or downloaded here
 	@rm -rf $(VENV) .venv-petals .cache build *.egg-info petalsd/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
