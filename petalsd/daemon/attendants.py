@@ -44,7 +44,7 @@ class Attendants:
         self._service = Service(notifier, reporter.line)
         self._reloader = Reloader(parts.settings, parts.supervisor, self._service, parts.board)
         self._watchdog = Watchdog(parts.engine, notifier, parts.board, parts.supervisor.check_now)
-        self._loop_watch = LoopWatch(interval_s / 2)
+        self._loop_watch = LoopWatch(interval_s / 2, parts.board)
         parts.metrics.read_from(Figures(daemon, parts, plan, paths, notifier).read)
         self._surroundings = Surroundings(parts.member, (paths.state_dir, paths.cache_dir), parts.board)
         self._administration = Administration(daemon, parts, plan.model.num_blocks, reporter, self._reloader)

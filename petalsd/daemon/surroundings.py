@@ -39,10 +39,8 @@ class Surroundings:
             await asyncio.sleep(_REDIAL.delay_s(self._lost_for) if self._lost_for else _PERIOD_S)
 
     def look_at_disks(self) -> None:
-        full = [disk for disk in self._disks if _free_bytes(disk) < _MIN_FREE_BYTES]
-        if full:
-            shown = ", ".join(f"{_free_bytes(disk) / 2**20:.0f} MiB left in {disk}" for disk in full)
-            self._board.set("disk_full", shown)
+        if troubles := [trouble for disk in self._disks if (trouble := _trouble_of(disk))]:
+            self._board.set("disk_full", ", ".join(troubles))
         else:
             self._board.clear("disk_full")
 
@@ -65,5 +63,10 @@ class Surroundings:
         self._board.set("swarm_unreachable", f"{self._lost_for} attempts")
 
 
-def _free_bytes(directory: Path) -> int:
-    return shutil.disk_usage(directory).free
+def _trouble_of(directory: Path) -> str:
+    """Empty when there is room."""
+    try:
+        free_bytes = shutil.disk_usage(directory).free
+    except OSError as error:
+        return f"{directory}: {error.strerror}"
+    return f"{free_bytes / 2**20:.0f} MiB left in {directory}" if free_bytes < _MIN_FREE_BYTES else ""

@@ -32,7 +32,8 @@ KINDS = {
         "it is being started anew; the journal has the error",
     ),
     "loop_stuck": Kind(
-        "the daemon's main loop is blocked", "critical", "the journal has the place where it hangs"
+        "the daemon's main loop was blocked within the last ten minutes", "critical",
+        "the journal (loop_stuck) has the place where it hung; report it with that",
     ),
     "p2pd_failed": Kind(
         "the libp2p daemon died or does not answer", "critical",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ log = structlog.get_logger(__name__)
 DEFAULT_INTERVAL_S = 60.0
 # How much slower than anything seen so far a batch may be before it counts as a hang.
 _PATIENCE = 4.0
+# For how long a loop that was blocked, and moves again, stays a warning.
+_REMEMBERED_S = 600.0
 
 
 class Watchdog:
@@ -102,11 +105,16 @@ class Watchdog:
 
 
 class LoopWatch:
-    """A thread that says where the loop hangs when it does: a blocked loop cannot say so itself."""
+    """A thread that says where the loop hangs when it does: a blocked loop cannot say so itself.
 
-    def __init__(self, limit_s: float) -> None:
+    A loop that moves again warns of what was: clients have waited, and nobody could be asked meanwhile.
+    """
+
+    def __init__(self, limit_s: float, board: WarningBoard) -> None:
         self._limit_s = limit_s
+        self._board = board
         self._beat_s = time.monotonic()
+        self._stuck_s = -math.inf
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="petalsd-loop-watch", daemon=True)
 
@@ -117,9 +125,18 @@ class LoopWatch:
         try:
             while True:
                 await asyncio.sleep(self._limit_s / 4)
-                self._beat_s = time.monotonic()
+                self._beat()
         finally:
             self._over.set()
+
+    def _beat(self) -> None:
+        before_s, self._beat_s = self._beat_s, time.monotonic()
+        silent_s = self._beat_s - before_s
+        if silent_s > self._limit_s:
+            self._stuck_s = self._beat_s
+            self._board.set("loop_stuck", f"for {silent_s:.1f} s")
+        elif self._beat_s - self._stuck_s > _REMEMBERED_S:
+            self._board.clear("loop_stuck")
 
     def _watch(self) -> None:
         was_stuck = False

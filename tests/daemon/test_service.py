@@ -142,3 +142,12 @@ def test_a_full_disk_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     watch.look_at_disks()
     assert f"10 MiB left in {tmp_path}" in board.active()[0].title
+    monkeypatch.undo()
+    watch.look_at_disks()
+    assert board.active() == []
+
+
+def test_a_disk_that_is_gone_is_warned_of_and_ends_nothing(tmp_path: Path) -> None:
+    board = WarningBoard()
+    Surroundings(Stage().member, (tmp_path / "gone",), board).look_at_disks()
+    assert "No such file" in board.active()[0].title

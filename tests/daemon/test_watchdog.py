@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
+from petalsd.daemon import watchdog
 from petalsd.daemon.warnings import KINDS, WarningBoard
 from petalsd.daemon.watchdog import LoopWatch, Watchdog, stack_of
 from petalsd.errors import EngineError, NotServed
@@ -141,19 +142,35 @@ async def test_without_blocks_the_loop_alone_is_proved() -> None:
 
 
 async def test_a_blocked_loop_is_seen_from_outside() -> None:
-    """The thread beside the loop says where it hangs, while it hangs, and when it moves again."""
+    """The thread beside the loop says where it hangs, while it hangs; a loop that moves again warns of it."""
+    board = WarningBoard()
     with structlog.testing.capture_logs() as logs:
-        watching = asyncio.create_task(LoopWatch(0.2).run())
+        watching = asyncio.create_task(LoopWatch(0.2, board).run())
         await asyncio.sleep(0)
-        hang_here()
-        await eventually(lambda: len(logs) >= 2)
+        hang_here(0.8)
+        await eventually(lambda: len(logs) >= 3)
         watching.cancel()
-    assert [entry["event"] for entry in logs] == ["loop_stuck", "loop_moves_again"]
-    assert any("hang_here" in place for place in logs[0]["places"])
+    events = {entry["event"]: entry for entry in logs}
+    assert logs[0]["event"] == "loop_stuck"
+    assert set(events) == {"loop_stuck", "loop_moves_again", "warning_raised"}
+    assert any("hang_here" in place for place in events["loop_stuck"]["places"])
+    (warning,) = board.active()
+    assert (warning.code, warning.detail[:6]) == ("loop_stuck", "for 0.")
 
 
-def hang_here() -> None:
-    time.sleep(0.8)
+async def test_that_warning_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_REMEMBERED_S", 0.3)
+    board = WarningBoard()
+    watching = asyncio.create_task(LoopWatch(0.1, board).run())
+    await asyncio.sleep(0)
+    hang_here(0.2)
+    await eventually(lambda: board.active())
+    await eventually(lambda: not board.active())
+    watching.cancel()
+
+
+def hang_here(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def test_the_stack_of_a_thread_that_is_not_there() -> None:
