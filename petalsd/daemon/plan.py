@@ -177,13 +177,14 @@ def read_token(setting: Path | None, credentials_dir: Path | None) -> str | None
     if setting is None:
         return None
     key = f"model.token_file = {setting}"
-    file = setting
-    if str(setting).startswith(_CREDENTIAL):
-        file = _credential_file(key, str(setting).removeprefix(_CREDENTIAL), credentials_dir)
+    name = str(setting).removeprefix(_CREDENTIAL)
+    is_credential = name != str(setting)
+    file = _credential_file(key, name, credentials_dir) if is_credential else setting
     try:
         token = file.read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise ConfigError(f"{key}: {error.strerror}") from error
+        hint = f"LoadCredential={name}:FILE in the service's unit passes it" if is_credential else ""
+        raise ConfigError(f"{key}: {error.strerror}", hint=hint) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: holds no token: it is not text") from error
     if not token or any(character.isspace() for character in token):
@@ -192,12 +193,12 @@ def read_token(setting: Path | None, credentials_dir: Path | None) -> str | None
 
 
 def _credential_file(key: str, name: str, directory: Path | None) -> Path:
-    """The secret ``name`` that the service manager keeps for this process alone; ConfigError if it has none."""
+    """Where the service manager keeps the secret ``name`` for this process alone; ConfigError if it keeps none."""
     if not name or "/" in name or name in (".", ".."):
         raise ConfigError(f"{key}: write credential:NAME, with the name that LoadCredential= gives it")
-    if directory is None or not (directory / name).exists():
+    if directory is None:
         raise ConfigError(
-            f"{key}: no such credential was passed to this process",
-            hint=f"systemd passes it to the service alone, with LoadCredential={name}:FILE in the unit",
+            f"{key}: no credentials were passed to this process",
+            hint="systemd passes them to the service alone: start it, or name a file",
         )
     return directory / name

@@ -105,9 +105,11 @@ def test_the_token_is_read_from_its_file(model_dir: Path, paths: InstancePaths, 
 def test_the_token_may_be_a_credential_of_the_service(tmp_path: Path) -> None:
     """credential:NAME is looked for where the service manager keeps this service's secrets, and nowhere else."""
     setting = configured(tmp_path, "model.token_file=credential:hub-token").model.token_file
-    for directory in (None, tmp_path):
-        with pytest.raises(ConfigError, match=r"credential:hub-token: no such credential was passed"):
-            read_token(setting, directory)
+    with pytest.raises(ConfigError, match=r"credential:hub-token: no credentials were passed"):
+        read_token(setting, None)
+    with pytest.raises(ConfigError, match=r"credential:hub-token: No such file") as caught:
+        read_token(setting, tmp_path)
+    assert caught.value.hint == "LoadCredential=hub-token:FILE in the service's unit passes it"
     (tmp_path / "hub-token").write_text("hf_secret\n")
     assert read_token(setting, tmp_path) == "hf_secret"
     with pytest.raises(ConfigError, match="write credential:NAME"):
