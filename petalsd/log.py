@@ -1,27 +1,34 @@
 """How log lines look: structlog for ours, the standard library's routed through the same form, one line each.
 
-Every line is an event name with fields. With ``json`` a program can wait for an event, for instance the line
-with ``"event": "online"`` that the daemon writes when it serves (fields maddrs, span, peer_id).
+Every line is an event name with fields; `log_limits` bounds how many there are, `redaction` what they hold. With
+``json`` a program can wait for an event, for instance the line with ``"event": "online"`` that the daemon writes
+when it serves (fields maddrs, span, peer_id); in the journal that is the field PETALSD_EVENT.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterable
-from typing import TextIO
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
 
 import structlog
-from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from petalsd.errors import PetalsdError
+from petalsd.journal import MESSAGE_IDS, JournalHandler, is_journal, unwritable_line
+from petalsd.log_limits import LimitedHandler, RateLimiter
+from petalsd.redaction import exception_records, exception_summary, exception_text, redact
 
 
 def configure_logging(log_format: str, level: str, stream: TextIO | None = None) -> None:
-    """Send all logging to ``stream`` (standard error); ``auto`` is console on a terminal, json elsewhere."""
+    """Send all logging to ``stream`` (standard error), or natively to systemd's journal.
+
+    ``auto``: console on a terminal, journal where the service manager connected ``stream`` to it, json elsewhere.
+    """
     out = stream or sys.stderr
-    as_console = log_format == "console" or (log_format == "auto" and out.isatty())
+    chosen = _form_for(out) if log_format == "auto" else log_format
     shared = _shared_processors()
     structlog.configure(
         processors=[
@@ -33,18 +40,22 @@ def configure_logging(log_format: str, level: str, stream: TextIO | None = None)
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(out)
+    handler = JournalHandler() if chosen == "journal" else _LineHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *_rendering(as_console, colors=out.isatty()),
+                redact,
+                *_rendering(chosen, colors=out.isatty()),
             ],
         )
     )
     root = logging.getLogger()
-    root.handlers = [handler]
+    for old in root.handlers:
+        if isinstance(old, LimitedHandler):
+            old.close()
+    root.handlers = [LimitedHandler(handler, RateLimiter(), unlimited=MESSAGE_IDS)]
     set_level(level)
 
 
@@ -57,7 +68,8 @@ def use_standard_logging() -> None:
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            structlog.processors.format_exc_info,
+            redact,
+            _exceptions_by(exception_text),
             structlog.processors.KeyValueRenderer(key_order=["event"], sort_keys=False),
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -97,14 +109,51 @@ def _shared_processors() -> list[Processor]:
     ]
 
 
-def _rendering(as_console: bool, *, colors: bool) -> list[Processor]:
-    if as_console:
-        formatter = structlog.dev.plain_traceback
-        return [
-            structlog.dev.ConsoleRenderer(
-                colors=colors, timestamp_key="time", sort_keys=False, exception_formatter=formatter
-            )
+def _form_for(out: TextIO) -> str:
+    if out.isatty():
+        return "console"
+    try:
+        fd = out.fileno()
+    except OSError:  # not a file: a test's, or a program's that we are a part of
+        return "json"
+    return "journal" if is_journal(fd, os.environ) else "json"
+
+
+def _rendering(form: str, *, colors: bool) -> list[Processor]:
+    if form == "console":
+        console = structlog.dev.ConsoleRenderer(
+            colors=colors,
+            timestamp_key="time",
+            sort_keys=False,
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+        return [_exceptions_by(exception_text), console]
+    if form == "journal":
+        exceptions = [
+            _exceptions_by(lambda error: (exception_summary(error), exception_text(error))),
+            _with_error,
         ]
-    # Without the frames' locals: those hold activations.
-    tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
-    return [tracebacks, structlog.processors.JSONRenderer(default=str)]
+    else:
+        exceptions = [_exceptions_by(exception_records)]
+    return [*exceptions, structlog.processors.JSONRenderer()]
+
+
+def _exceptions_by(show: Callable[[BaseException], Any]) -> Processor:
+    """Never Python's or structlog's own rendering: frames hold activations, and messages may."""
+    return structlog.processors.ExceptionRenderer(lambda exc_info: show(exc_info[1]))
+
+
+def _with_error(logger: WrappedLogger, name: str, event_dict: EventDict) -> EventDict:
+    """What the journal's line says of an exception beside the field with all of it."""
+    if "exception" in event_dict:
+        summary, event_dict["exception"] = event_dict["exception"]
+        event_dict.setdefault("error", summary)
+    return event_dict
+
+
+class _LineHandler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called while the error is handled. A stream that is gone is nobody's loss."""
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, OSError):
+            self.stream.write(f"{unwritable_line(record, error)}\n")

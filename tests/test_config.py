@@ -108,10 +108,7 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ('[model]\nquantization = "nf4"', "serves unquantized weights only; remove the key"),
         ('[model]\nadapters = ["a/b"]', "serves no adapters"),
         ('[engine]\ngraphs = "on"', "captures no CUDA graphs"),
-        ('[control]\nsocket = "/run/x"', "has no control socket"),
-        ('[metrics]\nlisten = "localhost:1"', "has no metrics endpoint"),
         ('[swarm]\nallowed_peers = ["x"]', "serves every peer of its swarm"),
-        ('[daemon]\nlog_format = "journal"', "logs json or console lines only"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_the_reason(tmp_path: Path, text: str, expected: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import os
 import resource
 import signal
 import sys
@@ -12,7 +14,7 @@ from types import FrameType
 import structlog
 
 from petalsd import __version__
-from petalsd.cli.exit_codes import EXIT_OK, exit_code_of
+from petalsd.cli.exit_codes import EXIT_FAILED, EXIT_OK, exit_code_of
 from petalsd.cli.options import ConfigChoice, add_config_arguments, config_choice
 from petalsd.config import Config
 from petalsd.errors import PetalsdError
@@ -22,6 +24,7 @@ from petalsd.systemd import Notifier
 log = structlog.get_logger(__name__)
 
 _WANTED_OPEN_FILES = 65536
+_STDERR_FD = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit_before_start)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is loaded yet that could be reloaded
-    faulthandler.enable()  # a process that the watchdog ends (SIGABRT) says where each thread was
+    _dump_stacks_on_fatal_signals()
     notifier = Notifier.take()
     choice = config_choice(arguments)
     config = choice.load().config
@@ -44,6 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     except PetalsdError as error:
         log.error("failed", **error_fields(error))
         return exit_code_of(error)
+    except Exception:  # a bug: to the log as well, where what it held is left out
+        log.exception("failed", code="bug")
+        return EXIT_FAILED
     return EXIT_OK
 
 
@@ -58,6 +64,15 @@ def _serve(choice: ConfigChoice, config: Config, notifier: Notifier) -> None:
 def _exit_before_start(number: int, frame: FrameType | None) -> None:
     """A stop that comes while libraries are being imported: nothing has been started yet."""
     sys.exit(EXIT_OK)
+
+
+def _dump_stacks_on_fatal_signals() -> None:
+    """A process that the watchdog ends (SIGABRT) says where each thread was, on the descriptor of standard error:
+    what stands in ``sys.stderr`` by now may have none.
+    """
+    with contextlib.suppress(OSError):  # closed: there is nobody to tell
+        os.fstat(_STDERR_FD)
+        faulthandler.enable(_STDERR_FD)
 
 
 def _raise_file_limit() -> None:
