@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
@@ -61,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         parser.print_help()
         return EXIT_OK
-    _tolerate_poor_encodings()
-    context = Context(arguments, words)
+    with _buffered_output():
+        _tolerate_poor_encodings()
+        return _run(verb, Context(arguments, words), arguments)
+
+
+def _run(verb: Verb, context: Context, arguments: argparse.Namespace) -> int:
     try:
         status = int(importlib.import_module(verb.module).run(context, arguments))
         sys.stdout.flush()
@@ -109,6 +114,21 @@ def _fail(context: Context, error: PetalsdError) -> int:
         body = error.body if isinstance(error, Refused) else b""
         print_raw(body or json.dumps(document).encode())
     return error.exit_code if isinstance(error, CommandError) else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _buffered_output() -> Iterator[None]:
+    """With PYTHONUNBUFFERED nothing under standard output goes on with what a pipe did not take at once: a long
+    answer would end early, and nobody would hear that its reader left.
+    """
+    given = sys.stdout
+    if isinstance(getattr(given, "buffer", None), io.RawIOBase):
+        raw = io.FileIO(given.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), given.encoding, given.errors)
+    try:
+        yield
+    finally:
+        sys.stdout = given
 
 
 def _tolerate_poor_encodings() -> None:

@@ -31,31 +31,28 @@ class Terminal:
         width = self._width if self.is_terminal else _UNBOUNDED
         text = "".join(f"{row}\n" for row in self._render(lines, width))
         self._write(self._to_frame_start() + _CLEAR_BELOW * bool(self._drawn_lines) + text)
-        self._drawn_lines = 0
 
     def draw(self, lines: Sequence[Line]) -> None:
         """Replace the frame drawn before. No taller than the screen, where going up would miss its beginning."""
         # One column stays free: a full line would make some terminals wrap.
         drawn = self._render(lines, self._width - 1)[: max(1, self._height - 1)]
         body = "".join(f"{row}{_CLEAR_TO_LINE_END}\n" for row in drawn)
-        self._write(self._to_frame_start() + body + _CLEAR_BELOW)
-        self._drawn_lines = len(drawn)
+        self._write(self._to_frame_start() + body + _CLEAR_BELOW, len(drawn))
 
     def erase(self) -> None:
         """Take the frame away, and the ^C that a terminal echoes with it."""
         self._write(self._to_frame_start() + "\r" + _CLEAR_BELOW)
-        self._drawn_lines = 0
 
     @contextmanager
     def hidden_cursor(self) -> Iterator[None]:
         if not self.is_terminal:
             yield
             return
-        self._write(_HIDE_CURSOR)
+        self._write(_HIDE_CURSOR, self._drawn_lines)
         try:
             yield
         finally:
-            self._write(_SHOW_CURSOR)
+            self._write(_SHOW_CURSOR, self._drawn_lines)
 
     def _render(self, lines: Sequence[Line], width: int) -> list[str]:
         return [row for line in lines for row in render(line, width, is_coloured=self.is_coloured)]
@@ -63,14 +60,17 @@ class Terminal:
     def leave(self) -> None:
         """Let the frame stay as it is; only the ^C that a terminal echoes goes."""
         self._write(f"\r{_CLEAR_BELOW}")
-        self._drawn_lines = 0
 
     def _to_frame_start(self) -> str:
         return f"\x1b[{self._drawn_lines}A\r" if self._drawn_lines else ""
 
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+    def _write(self, text: str, drawn_lines: int = 0) -> None:
+        """``drawn_lines`` of it are a frame. Ctrl-C mostly comes after the bytes are out: it counts then too."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        finally:
+            self._drawn_lines = drawn_lines
 
     @property
     def _width(self) -> int:

@@ -16,6 +16,7 @@ ELLIPSIS = "…"
 _WORDS = re.compile(
     r"\s*\S+\s*$|\s*\S+|\s+"
 )  # a word takes the spaces before it, the last one also those behind
+_WIDEST = 2  # columns of the widest character
 _STYLES = {
     "": "",
     "bold": "1",
@@ -166,6 +167,7 @@ def _cut(pieces: Sequence[Piece], width: int) -> list[Piece]:
 
 def _wrap(pieces: Sequence[Piece], width: int, hang: int) -> list[list[Piece]]:
     """Breaks at spaces; a word longer than a line is broken anywhere, which keeps it whole for copying."""
+    hang = max(min(hang, width - _WIDEST), 0)  # beside the indentation every character must find room
     rows: list[list[Piece]] = [[]]
     left = width
     for piece in pieces:
@@ -174,8 +176,8 @@ def _wrap(pieces: Sequence[Piece], width: int, hang: int) -> list[list[Piece]]:
                 rows.append([Piece(" " * hang)])
                 left = width - hang
                 word = word.lstrip()
-            for part in _parts(word, left, width - hang):
-                if left <= 0 and part.strip():
+            for index, part in enumerate(_parts(word, left, width - hang)):
+                if index and part.strip():
                     rows.append([Piece(" " * hang)])
                     left = width - hang
                 rows[-1].append(Piece(part, piece.style))
@@ -184,7 +186,7 @@ def _wrap(pieces: Sequence[Piece], width: int, hang: int) -> list[list[Piece]]:
 
 
 def _parts(word: str, first: int, following: int) -> Iterable[str]:
-    """``word`` in pieces of at most ``first`` columns, then ``following``."""
+    """``word`` in pieces, one for each row: of at most ``first`` columns, then ``following``."""
     if width_of(word.rstrip()) <= first:
         yield word
         return
@@ -217,4 +219,4 @@ def _aligned(row: Sequence[Piece], columns: Sequence[Column], widths: Sequence[i
 def _columns(character: str) -> int:
     if unicodedata.combining(character):
         return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return _WIDEST if unicodedata.east_asian_width(character) in "WF" else 1

@@ -53,12 +53,14 @@ def test_light_verbs_load_nothing_heavy(verb: str, daemon: FakeDaemon) -> None:
     assert result.stdout
 
 
-def test_a_reader_that_leaves_is_no_traceback(daemon: FakeDaemon) -> None:
-    """petalsctl metrics | head -1."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_traceback(daemon: FakeDaemon, unbuffered: str) -> None:
+    """petalsctl metrics | head -1, however Python was told to write."""
     text = b"petalsd_up 1\n" * 200_000
     daemon.answers["GET /metrics"] = lambda: (200, text)
     command = [sys.executable, "-m", "petalsd.cli.petalsctl.main", "--socket", str(daemon.path), "metrics"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environ = {"PATH": "/usr/bin", "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     with process.stdout, process.stderr:
         process.stdout.readline()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from petalsd.cli.petalsctl import units
@@ -55,6 +55,8 @@ def test_words_stay_whole_and_continuations_hang() -> None:
 
 
 @given(st.lists(st.text(max_size=30), max_size=4), st.integers(1, 40), st.integers(0, 10))
+@example(["00000\U00020000"], 2, 0)  # the last part of a broken word has room for half of it
+@example(["00000\U00020000"], 2, 1)  # and beside the indentation there is only half of the room
 def test_no_line_is_wider_than_the_terminal(texts: list[str], width: int, hang: int) -> None:
     """And nothing but spaces is lost, unless a wide character meets a terminal of one column."""
     hang = min(hang, width - 1)
