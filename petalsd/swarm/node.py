@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 _PING_TIMEOUT_S = 5.0
 _STOP_DHT_S = 2.0
 _ASKED_PEERS = 8
+_P2P_PROTOCOL = b"\xa5\x03"  # 421, the multiaddr protocol of PeerIDs, as a varint
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,8 @@ class Node:
         """Leave the swarm and end the daemon; idempotent."""
         dht, self._dht = self._dht, None
         if dht is not None:
-            try:
-                async with asyncio.timeout(deadline_s):
+            try:  # its tasks end in any case, but only a daemon that lives answers to the farewell
+                async with asyncio.timeout(deadline_s if self._daemon.is_alive else 0.0):
                     await dht.shutdown()
             except Exception as error:  # a daemon that died first must not keep us from ending the rest
                 log.debug("dht_shutdown_failed", error=repr(error))
@@ -124,8 +125,11 @@ class Node:
 
     @property
     def p2p(self) -> P2P:
+        """For calls. SwarmError when nobody would ever answer them."""
         if self._p2p is None:
             raise SwarmError("the node is not started")
+        if not self._daemon.is_alive:
+            raise SwarmError("the libp2p daemon is gone")
         return self._p2p
 
     @property
@@ -137,7 +141,9 @@ class Node:
     @property
     def peer_id(self) -> str:
         """Our base58 PeerID."""
-        return str(self.p2p.peer_id.to_base58())
+        if self._p2p is None:
+            raise SwarmError("the node is not started")
+        return str(self._p2p.peer_id.to_base58())
 
     async def visible_maddrs(self) -> list[str]:
         """Addresses with ``/p2p/<PeerID>`` under which others may dial us; empty when there are none (yet).
@@ -215,7 +221,7 @@ class Node:
         peer = maddr.rpartition("/p2p/")[2]
         try:
             async with asyncio.timeout(_PING_TIMEOUT_S):
-                await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(maddr)])
+                await self.p2p._client.connect(PeerID.from_base58(peer), [dialable(maddr)])
         except Exception as error:  # no route, refused, no such peer: the daemon's answer is text
             log.debug("redial_failed", peer=peer, error=repr(error))
             return False
@@ -245,6 +251,21 @@ class Node:
                 return await work
         except TimeoutError:
             raise DeadlineExceeded(f"{what} in the DHT took longer than {timeout_s:g} s") from None
+
+
+def dialable(maddr: str) -> Multiaddr:
+    """``maddr`` without the peer at its end, for libp2p to dial it; relays that it leads through are kept.
+
+    hivemind packs PeerIDs in addresses as CIDs; libp2p reads plain multihashes there.
+    """
+    first, *relays = maddr.split("/p2p/")[:-1] if "/p2p/" in maddr else [maddr]
+    packed = Multiaddr(first).to_bytes()
+    for relay in relays:
+        peer, slash, rest = relay.partition("/")
+        multihash = PeerID.from_base58(peer).to_bytes()
+        packed += _P2P_PROTOCOL + bytes([len(multihash)]) + multihash
+        packed += Multiaddr(slash + rest).to_bytes() if rest else b""
+    return Multiaddr(packed)
 
 
 def quiet_hivemind() -> None:

@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import os
 import secrets
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -124,6 +125,13 @@ class P2PDaemon:
             self._output = None
         self._socket.unlink(missing_ok=True)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process and our connection to it are there; one that hangs counts."""
+        if self._child is None or self._child.returncode is not None or self.p2p is None:
+            return False
+        return not any(task.done() for task in _connection_tasks(self.p2p))
+
     async def until_dead(self) -> str:
         """Wait until the daemon or our connection to it is gone by itself; the reason."""
         if self._child is None or self._output is None or self.p2p is None:
@@ -209,6 +217,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
             return
         with contextlib.suppress(ProcessLookupError):
             stop()
+            child.send_signal(signal.SIGCONT)  # one that was stopped obeys only when it goes on
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
                 await child.wait()

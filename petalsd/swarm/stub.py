@@ -172,7 +172,11 @@ class InferenceStream:
         self._stream = stream
 
     async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Mapping[str, object]) -> None:
-        """One step: hidden, prompts, hypo_ids. The first message's uid names the blocks, later ones may be ""."""
+        """One step: hidden, prompts, hypo_ids. The first message's uid names the blocks, later ones may be "".
+
+        RemoteFailure when the server has ended the session, with the reason if it gave one.
+        """
+        await self._heed()
         request = runtime_pb2.ExpertRequest(
             uid=uid,
             tensors=[encode_tensor(tensor) for tensor in tensors],
@@ -187,14 +191,26 @@ class InferenceStream:
         """The answer to the oldest step that has none yet; RemoteFailure when none comes in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await self._stream.receive(runtime_pb2.ExpertResponse)
+                reply = await self._answer()
         except TimeoutError:
             raise RemoteFailure(self.peer, f"no answer within {timeout_s:g} s") from None
+        return _decode(self.peer, reply.tensors)
+
+    async def _heed(self) -> None:
+        """Hear what the server said unasked: to write to a stream that it closed would lose the reason."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await self._answer()
+            raise RemoteFailure(self.peer, "answered a step that was never sent")
+
+    async def _answer(self) -> runtime_pb2.ExpertResponse:
+        try:
+            reply = await self._stream.receive(runtime_pb2.ExpertResponse)
         except BadRequest as error:
             raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
         if reply is None:
             raise RemoteError(self.peer, "failed without saying why")
-        return _decode(self.peer, reply.tensors)
+        return reply
 
     async def close(self) -> None:
         """End the session; the server frees its pages. Never raises, idempotent."""

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.client.live_server import PREFIX, LiveServer, in_threads
-from tests.tiny_models import make_tiny
+from tests.tiny_models import make_tiny, make_tokenizer
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
@@ -24,12 +23,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerFast]:
     """A tiny model with a tokenizer of 256 words."""
     path = tmp_path_factory.mktemp("tiny")
-    words = {f"w{index}": index for index in range(256)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.save_pretrained(path)
-    return path, make_tiny("llama", path), fast
+    return path, make_tiny("llama", path), make_tokenizer(path)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 from hivemind.p2p import P2P
-from hivemind.proto.runtime_pb2 import ExpertRequest, Tensor
+from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
 
 from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded
 from petalsd.swarm.stream import InboundBudget, MessageStream, RemoteError, StreamEnded
+from petalsd.swarm.stub import InferenceStream
+from tests.waiting import eventually
 
 Pair = tuple[MessageStream, MessageStream]
 
@@ -122,3 +125,26 @@ async def test_a_closed_stream_holds_nothing(stream_pair: Pair) -> None:
     receiver.close()
     receiver.close()
     assert receiver._budget.held_bytes == 0
+
+
+async def test_why_a_server_ended_a_session_is_heard_before_the_next_step(stream_pair: Pair) -> None:
+    """It says so when nobody asks, and closes; a step sent into that would only find the stream closed."""
+    server, client = stream_pair
+    session = InferenceStream(client)
+    await server.send_error("session_closed: the deadline is over")
+    server.close()
+    await eventually(lambda: client._reader._eof)
+    with pytest.raises(RemoteError, match="session_closed: the deadline is over"):
+        await session.send("m.0", [torch.zeros(1, 1, 4)], {})
+
+
+async def test_a_session_that_goes_on_is_not_kept_waiting(stream_pair: Pair) -> None:
+    """Looking for bad news takes nothing from the answers, and no time."""
+    server, client = stream_pair
+    session = InferenceStream(client)
+    for _ in range(3):
+        await session.send("m.0", [torch.zeros(1, 1, 4)], {})
+        request = await server.receive(ExpertRequest)
+        assert request is not None
+        await server.send(ExpertResponse(tensors=request.tensors))
+        assert [tensor.shape for tensor in await session.receive(1.0)] == [(1, 1, 4)]
