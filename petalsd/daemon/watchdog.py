@@ -46,14 +46,22 @@ class Watchdog:
         self._iterations = -1
 
     async def run(self) -> None:
-        """Look four times per interval; two looks may fail to be made in time before a ping is late."""
+        """Look four times per interval at least; two may fail to be made in time before a ping is late."""
         while True:
             stuck = await self._look()
             if stuck is None:
                 self._notifier.watchdog()
             else:
                 self._give_up(stuck)
-            await asyncio.sleep(self._interval_s / 4)
+            await asyncio.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """Until the next look: when what the engine is at is overdue, if that comes first."""
+        stats, longest_s = self._engine.stats(), self._interval_s / 4
+        if stats.busy_since_monotonic_s is None:
+            return longest_s
+        due_s = stats.busy_since_monotonic_s + self._allowed_s(stats) - time.monotonic()
+        return min(longest_s, due_s) if due_s > 0 else longest_s
 
     async def _look(self) -> str | None:
         """Why the engine counts as hung; None when it works or when there is nothing to hang."""
@@ -74,6 +82,7 @@ class Watchdog:
             self._board.set("engine_failed", error.message)
             self._on_trouble()
             return None
+        self._iterations = self._engine.stats().iterations_total  # the canary's own are no proof of the next
         self._board.clear("engine_failed", "engine_stuck")
         return None
 
@@ -89,12 +98,15 @@ class Watchdog:
         if stats.busy_since_monotonic_s is None:
             return None
         busy_s = time.monotonic() - stats.busy_since_monotonic_s
-        allowed_s = self._interval_s / 2 + _PATIENCE * stats.slowest_token_s * stats.busy_tokens
+        allowed_s = self._allowed_s(stats)
         if busy_s <= allowed_s:
             return None
         return (
             f"at one batch of {stats.busy_tokens} tokens for {busy_s:.1f} s, {allowed_s:.1f} s were allowed"
         )
+
+    def _allowed_s(self, stats: EngineStats) -> float:
+        return self._interval_s / 2 + _PATIENCE * stats.slowest_token_s * stats.busy_tokens
 
     def _give_up(self, reason: str) -> None:
         """A hung thread cannot be ended from inside: say why, and let systemd restart the process."""

@@ -102,6 +102,27 @@ async def test_a_long_prefill_is_no_hang() -> None:
     assert (scene.notifier.pings, scene.notifier.triggers) == (3, 0)
 
 
+async def test_a_hang_is_noticed_within_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that begins right after a look that went well: our own canary is no proof of the next one."""
+
+    class Hanging(FakeEngine):
+        async def self_test(self) -> None:
+            self.iterations += 1
+            if self.iterations > 1:
+                self.busy_since_s = time.monotonic()
+                await asyncio.sleep(60)
+
+    monkeypatch.setattr(FakeNotifier, "watchdog_interval_s", 0.8)
+    scene = Scene(Hanging([]))
+    scene.watchdog._iterations = 0
+    running = asyncio.create_task(scene.watchdog.run())
+    await eventually(lambda: scene.notifier.pings)
+    began_s = time.monotonic()
+    await eventually(lambda: scene.notifier.triggers)
+    running.cancel()
+    assert time.monotonic() - began_s < 0.8
+
+
 async def test_a_canary_that_is_lost_in_an_idle_engine_is_a_hang() -> None:
     class Deaf(FakeEngine):
         async def self_test(self) -> None:
