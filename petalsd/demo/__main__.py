@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from petalsd.demo.daemons import DaemonProcess
+from petalsd.demo.daemons import DaemonProcess, deferred_interrupts
 from petalsd.demo.progress import Progress
 from petalsd.errors import PetalsdError
 from petalsd.log import configure_logging
@@ -78,8 +78,9 @@ class Daemons:
             '[daemon]\nlog_format = "json"\n'
         )
         daemon = DaemonProcess(name, config, state)
-        daemon.start()
-        self.stack.callback(daemon.stop, STOP_TIMEOUT_S)
+        with deferred_interrupts():
+            daemon.start()
+            self.stack.callback(daemon.stop, STOP_TIMEOUT_S)
         self.running.append(daemon)
         return daemon
 

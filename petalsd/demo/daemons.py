@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,25 @@ class DaemonProcess:
         with self._changed:
             self._has_ended = True
             self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block; for the main thread.
+
+    What a handler raises inside of fork() is swallowed there, and leaves the lock of ``logging`` held. What it
+    raises between the start of a process and the note of who stops it leaves the process behind.
+    """
+    come: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: come.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        if come:
+            signal.raise_signal(come[0])
 
 
 def _parse(line: str) -> dict[str, Any] | None:

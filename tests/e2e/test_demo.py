@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from petalsd.demo.daemons import deferred_interrupts
+from tests.e2e.conftest import MEASURE_NOTHING
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow, pytest.mark.demo_model, pytest.mark.timeout(300)]
 
 MARK = "PETALSD_TEST_MARK"
 
 
-def start_demo(model: Path, mark: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def running_demo(model: Path, mark: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
         [sys.executable, "-m", "petalsd.demo", str(model)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {MARK: mark},
-    )
+        env=os.environ | environ | {MARK: mark},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def processes_with(mark: str) -> list[str]:
@@ -43,8 +53,8 @@ def processes_with(mark: str) -> list[str]:
 def test_it_answers_and_leaves_nothing_behind(demo_model: Path) -> None:
     """An answer, its speed and a table of both daemons; no process is left."""
     mark = uuid.uuid4().hex
-    process = start_demo(demo_model, mark)
-    output, _ = process.communicate(timeout=280)
+    with running_demo(demo_model, mark) as process:
+        output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     assert "tokens/s (first after" in output
     rows = [line for line in output.splitlines() if "online" in line]
@@ -55,19 +65,34 @@ def test_it_answers_and_leaves_nothing_behind(demo_model: Path) -> None:
     assert processes_with(mark) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_a_started_daemon_has_an_owner(number: signal.Signals) -> None:
+    """In the middle of starting a process it would be swallowed, or leave the process to nobody."""
+    before = signal.signal(number, signal.default_int_handler)
+    steps = []
+    try:
+        with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+            signal.raise_signal(number)
+            steps.append("started and owned")
+        assert steps
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(
     "line", ["starting the first daemon", "> "], ids=["while-starting", "while-answering"]
 )
 def test_ctrl_c_leaves_no_process_behind(demo_model: Path, line: str) -> None:
     """SIGINT at any moment stops the daemons and their p2p processes, and says so without a traceback."""
     mark = uuid.uuid4().hex
-    process = start_demo(demo_model, mark)
-    assert process.stdout is not None
-    for text in process.stdout:
-        if text.lstrip().startswith(line):
-            break
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    with running_demo(demo_model, mark, **MEASURE_NOTHING) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.lstrip().startswith(line):
+                break
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "Traceback" not in output
     assert processes_with(mark) == []
@@ -76,14 +101,12 @@ def test_ctrl_c_leaves_no_process_behind(demo_model: Path, line: str) -> None:
 def test_a_killed_demo_takes_its_daemons_along(demo_model: Path) -> None:
     """SIGKILL cannot be caught; the kernel tells the daemons."""
     mark = uuid.uuid4().hex
-    process = start_demo(demo_model, mark)
-    assert process.stdout is not None
-    for text in process.stdout:
-        if text.lstrip().startswith("starting the second daemon"):
-            break
-    assert len(processes_with(mark)) > 1
-    process.kill()
-    process.communicate(timeout=30)
+    with running_demo(demo_model, mark, **MEASURE_NOTHING) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.lstrip().startswith("starting the second daemon"):
+                break
+        assert len(processes_with(mark)) > 1
     deadline_s = time.monotonic() + 60
     while left := processes_with(mark):
         assert time.monotonic() < deadline_s, left
