@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 HIDDEN_SIZE = 64
 
@@ -80,6 +81,16 @@ def make_tiny(
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(path, **sharding)
     return model
+
+
+def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of one word for each token of a tiny model, ``w0`` to ``w255``, to ``path``; return it."""
+    words = {f"w{index}": index for index in range(_COMMON["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.save_pretrained(path)
+    return fast
 
 
 @torch.no_grad()
