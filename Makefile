@@ -9,8 +9,11 @@ PROMTOOL := .cache/promtool/promtool
 # Quiet unless something fails; `make V=1 ...` shows everything.
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml constraints.txt
+# Tests run file by file in as many processes: those of a file share its servers and models.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench docs clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench deb docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -48,7 +51,7 @@ $(PROMTOOL): tests/packaging/fetch_promtool.sh
 	@tests/packaging/fetch_promtool.sh $@ || echo "    no promtool: its tests are skipped"
 
 test: $(DEMO_MODEL)/config.json $(PROMTOOL) ## run every test that this machine can run
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(ARGS)
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(PARALLEL) $(ARGS)
 	@echo "tests/interop, against stock Petals, is left to: make test-interop"
 
 test-interop: $(DEMO_MODEL)/config.json ## run the tests against stock Petals, in an environment of its own
@@ -59,6 +62,9 @@ bench: $(DEMO_MODEL)/config.json ## measure against stock Petals; results in ben
 	@$(BIN)/python tests/interop/environment/build.py
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.step_latency
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.aggregate_decode
+
+deb: ## build/deb/petalsd_*.deb; TORCH=cpu or cuda says which torch goes in
+	@packaging/deb/build.sh
 
 sanitize: ## the C++ code under ASan, UBSan and TSan
 	@tests/csrc/sanitize.sh
