@@ -15,7 +15,7 @@ from tests.systemd.lab import Lab, missing
 from tests.tiny_models import make_tiny, make_tokenizer
 
 MODEL = "/srv/models/tiny"
-_FIGURES = pytest.StashKey[list[str]]()
+_FIGURE = "figure"
 
 MakeInstance = Callable[..., Instance]
 Figure = Callable[[str, float], None]
@@ -70,16 +70,18 @@ def instance(lab: Lab, journal: Journal) -> MakeInstance:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """Notes a measured time, shown at the end of the run."""
-    figures = request.config.stash.setdefault(_FIGURES, [])
+    """Notes a measured time, shown at the end of the run; it travels with the test's report, from workers too."""
 
     def note(what: str, seconds: float) -> None:
-        figures.append(f"{what:<70} {seconds:6.2f} s")
+        request.node.user_properties.append((_FIGURE, f"{what:<70} {seconds:6.2f} s"))
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if figures := config.stash.get(_FIGURES, []):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    last = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    figures = [text for report in last for name, text in report.user_properties if name == _FIGURE]
+    if figures:
         terminalreporter.section("measured under systemd")
         terminalreporter.write_line("\n".join(figures))

@@ -88,9 +88,11 @@ class Instance:
         (child,) = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
         return child
 
-    def signal(self, name: str) -> None:
-        """To the daemon, not to its child."""
+    def signal(self, name: str) -> float:
+        """To the daemon, not to its child; when it was sent."""
+        since_s = self.journal.mark()
         self.lab.systemctl("kill", "--kill-whom=main", f"--signal={name}", self.unit)
+        return self.text(f"Sent signal {name} to main process", since_s).monotonic_s
 
     def ctl(self, *words: str, check: bool = True) -> Any:
         """``petalsctl --json``: the document, or the last of several."""

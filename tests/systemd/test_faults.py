@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.systemd, pytest.mark.swarm, pytest.mark.slow, pytest.m
 
 INTERVAL_S = 6.0  # WatchdogSec= in ``installation.FAST``
 # What systemd and a loaded machine add to the interval before the line is in the journal.
-SLACK_S = 1.5
+SLACK_S = 3.0
 P2PD_NOTICED_S = 10.0  # docs/operate.md: asked every 5 s, to answer within 5 s
 TOKEN_S = 0.025  # the tests' device: 1 token in 25 ms, so that 400 take longer than the interval
 
@@ -51,10 +51,10 @@ def serves_again(
 
 @pytest.fixture
 def restarted(victim: Instance, serves_again: None) -> Iterator[None]:
-    """After the test: systemd has aborted the daemon and started another one."""
+    """After the test: systemd has ended the daemon for its watchdog's sake and started another one."""
     pid, since_s = victim.pid, victim.journal.mark()
     yield
-    victim.text("Main process exited, code=killed, status=6/ABRT", since_s)
+    victim.text("Failed with result 'watchdog'", since_s)
     victim.online(since_s)
     assert victim.pid != pid
 
@@ -68,16 +68,14 @@ def noticed(figure: Figure, what: str, entry: Entry, since_s: float, within_s: f
 @pytest.mark.usefixtures("restarted")
 def test_a_stopped_process(victim: Instance, figure: Figure) -> None:
     """SIGSTOP: nothing of the daemon runs any more, so systemd says it."""
-    since_s = victim.journal.mark()
-    victim.signal("SIGSTOP")
+    since_s = victim.signal("SIGSTOP")
     noticed(figure, "SIGSTOP", victim.text("Watchdog timeout", since_s), since_s)
 
 
 @pytest.mark.usefixtures("restarted")
 def test_a_blocked_engine_thread(victim: Instance, figure: Figure) -> None:
     """The canary does not come back: the daemon says where the thread stands and asks to be restarted at once."""
-    since_s = victim.journal.mark()
-    victim.signal("SIGUSR2")
+    since_s = victim.signal("SIGUSR2")
     stuck = victim.event("engine_stuck", since_s)
     noticed(figure, "blocked engine thread", stuck, since_s, INTERVAL_S - SLACK_S)  # before systemd would
     assert "faulty_petalsd.py" in stuck["places"]
@@ -90,8 +88,7 @@ def test_a_blocked_engine_thread(victim: Instance, figure: Figure) -> None:
 @pytest.mark.usefixtures("restarted")
 def test_a_blocked_loop(victim: Instance, figure: Figure) -> None:
     """A thread beside the loop says where it hangs; without a ping systemd ends the daemon."""
-    since_s = victim.journal.mark()
-    victim.signal("SIGUSR1")
+    since_s = victim.signal("SIGUSR1")
     stuck = victim.event("loop_stuck", since_s)
     figure("blocked loop: said after", stuck.monotonic_s - since_s)
     assert "block_loop" in stuck["places"]
@@ -101,8 +98,7 @@ def test_a_blocked_loop(victim: Instance, figure: Figure) -> None:
 @pytest.mark.usefixtures("restarted")
 def test_an_interpreter_that_is_stuck_in_foreign_code(victim: Instance, figure: Figure) -> None:
     """No thread of Python runs; the stacks are written by the signal's handler in C."""
-    since_s = victim.journal.mark()
-    victim.signal("SIGRTMIN+1")
+    since_s = victim.signal("SIGRTMIN+1")
     noticed(figure, "interpreter stuck in C", victim.text("Watchdog timeout", since_s), since_s)
     victim.text("Fatal Python error: Aborted", since_s)
     victim.text("keep_interpreter_lock", since_s)

@@ -76,24 +76,31 @@ def test_reload_restart_and_stop(
     )
 
 
-def test_the_target_starts_all_enabled_instances(
+def test_two_start_together_and_the_target_has_all_that_are_enabled(
     lab: Lab, instance: MakeInstance, tiny: PreTrainedModel, tiny_path: Path
 ) -> None:
-    """Two instances at once, each with a socket, a state and an identity of its own; the target stops them too."""
+    """Two instances at once, each with a socket, a state and an identity of its own; the target starts and stops
+    those that are enabled.
+    """
     pair = [instance("left"), instance("right")]
     since_s = pair[0].journal.mark()
     for one in pair:
         one.configure(MODEL)
     lab.systemctl("enable", *(one.unit for one in pair))
-    lab.systemctl("start", "petalsd.target")
+    lab.systemctl("start", *(one.unit for one in pair))
     onlines = [one.online(since_s) for one in pair]
     assert len({online["peer_id"] for online in onlines}) == 2
     for one, online in zip(pair, onlines, strict=True):
         assert one.ctl("status")["instance"] == one.name
         assert generate(tiny_path, maddr_of(online)) == greedy(tiny, PROMPT, 8)
+    lab.systemctl("start", "petalsd.target")
     lab.systemctl("stop", "petalsd.target")
     for one in pair:
         one.text("Deactivated successfully", since_s)
+    lab.systemctl("start", "petalsd.target")
+    assert {one.show("ActiveState") for one in pair} <= {"activating", "active"}
+    lab.systemctl("stop", "petalsd.target")
+    assert {one.show("ActiveState") for one in pair} == {"inactive"}
 
 
 @pytest.mark.parametrize(
