@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +25,16 @@ class FileStore(Protocol):
 
     def path(self, file: str) -> Path:
         """Where a fetched file lies."""
+
+
+def check_readable(path: Path) -> None:
+    """WeightsError for a file that this user may not read: the safetensors library calls it missing."""
+    if path.exists() and not os.access(path, os.R_OK):
+        user = getpass.getuser()
+        raise WeightsError(
+            f"{path.name} may not be read by the user {user}",
+            hint="let it, for instance with chmod a+r on the files and a+x on the directories above",
+        )
 
 
 class DirectoryStore:

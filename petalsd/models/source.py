@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from petalsd.errors import WeightsError
-from petalsd.models.files import DirectoryStore, FileStore, Progress
+from petalsd.models.files import DirectoryStore, FileStore, Progress, check_readable
 from petalsd.models.hub import HubStore
 from petalsd.paths import instance_paths
 
@@ -110,6 +110,7 @@ def _parse_index(content: dict[str, Any]) -> dict[str, str]:
 
 
 def _tensor_names(path: Path) -> list[str]:
+    check_readable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return list(file.keys())

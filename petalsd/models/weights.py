@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from petalsd.errors import WeightsError
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.files import check_readable
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 
@@ -168,6 +169,7 @@ def _read(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def _read_file(path: Path, file_name: str, names: list[str]) -> dict[str, torch.Tensor]:
+    check_readable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,15 @@ def test_errors_do_not_show_paths(directory: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         _load(directory)
     assert str(directory.parent) not in str(caught.value)
+
+
+@pytest.mark.parametrize("max_shard_size", ["100KB", "1GB"], ids=["sharded", "single"])
+def test_a_file_that_this_user_may_not_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: str
+) -> None:
+    """Downloads of others are often theirs alone; the safetensors library calls such a file missing."""
+    make_tiny("llama", tmp_path, max_shard_size=max_shard_size)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(WeightsError, match=r"\.safetensors may not be read by the user") as refused:
+        _load(tmp_path)
+    assert "chmod" in refused.value.hint
