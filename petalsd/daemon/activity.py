@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from petalsd.daemon.span_loader import LoadProgress
 from petalsd.types import BlockSpan, DaemonState
 
+_ON_THE_WAY = (DaemonState.STARTING, DaemonState.LOADING, DaemonState.REBALANCING)
+
 
 class Activity:
     """Written by whoever does the work, also on other threads; read when somebody asks."""
@@ -31,6 +33,7 @@ class Situation:
     sessions          open ones, and passes under way
     cache_used        share of the attention cache's pages that are taken, 0 to 1
     deadline_left_s   of a drain that goes on
+    trouble           why it does not get on and tries again; empty while it does
     """
 
     state: DaemonState
@@ -43,6 +46,7 @@ class Situation:
     sessions: int
     cache_used: float
     deadline_left_s: float | None
+    trouble: str = ""
 
 
 def describe(now: Situation) -> str:
@@ -55,9 +59,11 @@ def describe(now: Situation) -> str:
         return f"Draining: {_sessions(now.sessions)} left{left}"
     if now.state is DaemonState.DRAINED:
         return "Drained: serves nobody until it is resumed or stopped"
+    if now.trouble and now.state in _ON_THE_WAY:
+        return f"{now.state.value.capitalize()}: {now.trouble}; it is tried again"
     if now.state is DaemonState.LOADING and now.progress is not None:
         return f"Loading blocks {now.span}: {_progress(now.progress)}"
-    if now.state in (DaemonState.STARTING, DaemonState.LOADING, DaemonState.REBALANCING):
+    if now.state in _ON_THE_WAY:
         return f"{now.state.value.capitalize()}: {now.activity}"
     return f"{now.state.value.capitalize()}: {now.reason}" if now.reason else now.state.value.capitalize()
 

@@ -17,6 +17,9 @@ from petalsd.log import error_fields
 log = structlog.get_logger(__name__)
 
 
+_MAX_SHOWN = 3
+
+
 class Reloader:
     """Reads the configuration again, then has the placement looked at anew."""
 
@@ -37,7 +40,7 @@ class Reloader:
                 outcome = await run_detached(lambda _: self._settings.reload(), "petalsd-reload")
             except ConfigError as error:
                 log.error("reload_refused", **error_fields(error))
-                self._board.set("reload_refused", error.message.splitlines()[-1].strip())
+                self._board.set("reload_refused", _problems_of(error))
                 raise
             finally:
                 self._service.reloaded()
@@ -57,3 +60,11 @@ class Reloader:
                 await self.reload()
             except ConfigError:
                 continue
+
+
+def _problems_of(error: ConfigError) -> str:
+    """The first ones in a line; the journal has them all."""
+    first, *more = [line.strip() for line in error.message.splitlines()]
+    problems = more or [first]
+    rest = len(problems) - _MAX_SHOWN
+    return "; ".join(problems[:_MAX_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")

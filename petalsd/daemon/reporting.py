@@ -38,6 +38,8 @@ from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
 from petalsd.types import BlockSpan, DaemonState
 
+_HINDERING = ("load_failed", "join_failed", "p2pd_failed", "engine_failed")
+
 
 class Reporter:
     """Reads the parts; changes nothing and asks nobody outside this process but for ``peers``."""
@@ -70,6 +72,7 @@ class Reporter:
             sessions=open_work(self._parts.engine),
             cache_used=self._cache_used(),
             deadline_left_s=self._deadline_left_s(),
+            trouble=self._trouble(),
         )
 
     def status(self) -> Status:
@@ -156,6 +159,11 @@ class Reporter:
         """Seconds to the deadline of a drain that goes on; how many sessions the deadline has ended."""
         drain = self._daemon.drain
         return self._deadline_left_s(), None if drain is None else drain.abandoned
+
+    def _trouble(self) -> str:
+        """What has gone wrong on the way to serving, the worst."""
+        hindering = [one.title for one in self._parts.board.active() if one.code in _HINDERING]
+        return hindering[0] if hindering else ""
 
     def _deadline_left_s(self) -> float | None:
         drain = self._daemon.drain

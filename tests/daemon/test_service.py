@@ -55,6 +55,18 @@ class Heard:
             "Loading blocks 0:15: a.safetensors, 2 of 8 MiB, 25 %",
         ),
         (
+            {
+                "state": DaemonState.LOADING,
+                "progress": LoadProgress("load", "block 3", 3, 15),
+                "trouble": "loading the blocks failed: no network",
+            },
+            "Loading: loading the blocks failed: no network; it is tried again",
+        ),
+        (
+            {"trouble": "loading the blocks failed"},
+            "Serving blocks 0:15 of 30 of SmolLM2-hf: 1 session, 12% of the cache used",
+        ),
+        (
             {"state": DaemonState.LOADING, "progress": LoadProgress("load", "block 3", 3, 15)},
             "Loading blocks 0:15: block 3, 3 of 15 done, 20 %",
         ),
@@ -114,6 +126,11 @@ async def test_a_reload_is_announced_and_ends_ready_even_when_refused() -> None:
     assert heard.messages == ["reloading", "ready"]
     assert stage.settings.config.daemon.drain_deadline_s == 7
     assert "reload_refused" in [warning.code for warning in stage.board.active()]
+    stage.overrides += [f"engine.no_such_key_{number}=1" for number in range(3)]
+    with pytest.raises(ConfigError):
+        await reloader.reload()
+    (refused,) = [one for one in stage.board.active() if one.code == "reload_refused"]
+    assert "no_such_key_0" in refused.detail and refused.detail.endswith("; and 1 more")
     await stopped(stage, running)
 
 
