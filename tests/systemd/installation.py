@@ -49,9 +49,9 @@ def install(lab: Lab) -> None:
     lab.write(_LIBRARY_PATHS, f"{_PYTHON}/lib\n")
     lab.run(["ldconfig"])
     for command, module in (("petalsd", "petalsd"), ("petalsctl", "petalsd.cli.petalsctl.main")):
-        lab.write(f"/usr/bin/{command}", _wrapper("-m", module), mode=0o755)
+        lab.write(f"/usr/bin/{command}", wrapper("-m", module), mode=0o755)
     lab.write(f"{_HOME}/faulty_petalsd.py", Path(__file__).with_name("faulty_petalsd.py").read_text())
-    lab.write(FAULTY, _wrapper(f"{_HOME}/faulty_petalsd.py"), mode=0o755)
+    lab.write(FAULTY, wrapper(f"{_HOME}/faulty_petalsd.py"), mode=0o755)
     for unit in ("petalsd@.service", "petalsd-wait-online@.service", "petalsd.target"):
         lab.write(f"/lib/systemd/system/{unit}", (PACKAGING / unit).read_text())
     lab.write("/usr/lib/sysusers.d/petalsd.conf", (PACKAGING / "petalsd.sysusers").read_text())
@@ -62,6 +62,6 @@ def install(lab: Lab) -> None:
     lab.systemctl("daemon-reload")
 
 
-def _wrapper(*words: str) -> str:
+def wrapper(*words: str) -> str:
     """A command that runs this checkout with the lab's Python."""
     return f'#!/bin/sh\nPYTHONPATH={_CHECKOUT} exec {_HOME}/venv/bin/python {" ".join(words)} "$@"\n'

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import petalsd
 from petalsd.journal import MESSAGE_IDS
+from tests.systemd.installation import binds, install, wrapper
 from tests.systemd.journal import Entry, parse_entries
 from tests.systemd.lab import Lab
 
@@ -36,12 +34,12 @@ except OSError:
 @pytest.fixture(scope="module")
 def lab(able: None) -> Iterator[Lab]:
     """A unit in it has logged each kind of message."""
-    with Lab() as lab:
+    with Lab(binds()) as lab:
+        install(lab)
         lab.write("/run/talker.py", PROGRAM)
-        command = f"{sys.executable} /run/talker.py"
-        environ = f"PYTHONPATH={Path(petalsd.__file__).parents[1]}"
-        unit = f"[Service]\nType=oneshot\nExecStart={command}\nEnvironment={environ}\n"
-        lab.write(f"/run/systemd/system/{UNIT}", unit)
+        lab.write("/usr/bin/talker", wrapper("/run/talker.py"), mode=0o755)
+        lab.write(f"/run/systemd/system/{UNIT}", "[Service]\nType=oneshot\nExecStart=/usr/bin/talker\n")
+        lab.systemctl("daemon-reload")
         lab.systemctl("start", UNIT)
         lab.run(["journalctl", "--sync"])
         yield lab
