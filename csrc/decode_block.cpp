@@ -1,9 +1,7 @@
 #include "decode_block.hpp"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <memory>
-#include <string>
 
 #include "check.hpp"
 
@@ -11,57 +9,33 @@ namespace petalsd {
 
 namespace {
 
-// Outputs of a linear layer that one thread takes at a time: their weights stay in its cache for all rows.
-constexpr std::int64_t kOutsPerChunk = 16;
+// The chunks of a linear layer for a team whose threads claim them in turn: each gets neighbours one after the other,
+// so that the weights it looks ahead to are its own.
+class Chunks {
+ public:
+  Chunks(std::int64_t num_out, const ThreadTeam& team)
+      : count_((num_out + kOutsPerChunk - 1) / kOutsPerChunk),
+        num_lanes_(std::min<std::int64_t>(team.num_threads(), count_)) {}
 
-bool has_avx2() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
-#else
-  return false;
-#endif
-}
+  std::int64_t count() const { return count_; }
+
+  // The first output of the claim-th chunk.
+  std::int64_t first_out(std::int64_t claim) const {
+    const std::int64_t lane = claim % num_lanes_;
+    const std::int64_t longer_lanes = std::min(lane, count_ % num_lanes_);
+    return (lane * (count_ / num_lanes_) + longer_lanes + claim / num_lanes_) * kOutsPerChunk;
+  }
+
+ private:
+  const std::int64_t count_;
+  const std::int64_t num_lanes_;
+};
 
 }  // namespace
 
-const DecodeKernels& choose_kernels(const char* tier, DType dtype) {
-  const std::string name = tier;
-  PETALSD_CHECK(name == "auto" || name == "baseline" || name == "avx2", "tier = ", name, ": auto, baseline or avx2");
-  PETALSD_CHECK(name != "avx2" || has_avx2(), "tier = avx2: this processor has no AVX2 with FMA");
-  return name != "baseline" && has_avx2() ? avx2_kernels(dtype) : baseline_kernels(dtype);
-}
-
-// float32 rows between the stages, in one allocation.
-struct DecodeBlock::Workspace {
-  Workspace(const BlockShape& shape, std::int64_t num_rows) {
-    const std::int64_t qkv_size = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
-    const std::int64_t attended_size = shape.num_heads * shape.head_dim;
-    const std::int64_t row_size = 2 * shape.hidden_size + qkv_size + attended_size + 3 * shape.intermediate_size;
-    memory.reset(new float[static_cast<std::size_t>(num_rows * row_size)]);
-    hidden = memory.get();
-    normed = hidden + num_rows * shape.hidden_size;
-    qkv = normed + num_rows * shape.hidden_size;
-    attended = qkv + num_rows * qkv_size;
-    gate_up = attended + num_rows * attended_size;
-    gated = gate_up + num_rows * 2 * shape.intermediate_size;
-  }
-
-  std::unique_ptr<float[]> memory;
-  float* hidden;    // [R, hidden_size], the residual stream
-  float* normed;    // [R, hidden_size]
-  float* qkv;       // [R, (num_heads + 2 * num_kv_heads) * head_dim]
-  float* attended;  // [R, num_heads * head_dim]
-  float* gate_up;   // [R, 2 * intermediate_size]
-  float* gated;     // [R, intermediate_size]
-};
-
 DecodeBlock::DecodeBlock(std::int64_t index, const BlockShape& shape, const BlockPointers& weights, DType dtype,
-                         const DecodeKernels& kernels)
-    : index_(index),
-      shape_(shape),
-      weights_(weights),
-      element_bytes_(dtype == DType::kBFloat16 ? 2 : 4),
-      kernels_(kernels) {
+                         Tier tier)
+    : index_(index), shape_(shape), weights_(weights), dtype_(dtype), tier_(tier) {
   PETALSD_CHECK(shape.hidden_size > 0 && shape.intermediate_size > 0 && shape.num_kv_heads > 0 && shape.window >= 0,
                 "a block has hidden and intermediate sizes, KV heads, and no negative window");
   PETALSD_CHECK(shape.head_dim > 0 && shape.head_dim <= kMaxHeadDim && shape.head_dim % 2 == 0, "head_dim = ",
@@ -70,82 +44,103 @@ DecodeBlock::DecodeBlock(std::int64_t index, const BlockShape& shape, const Bloc
                 shape.num_heads, " heads over ", shape.num_kv_heads, " KV heads: a multiple, at most ", kMaxGroup);
 }
 
-void DecodeBlock::run(const DecodeRows& rows, ThreadTeam& team) const {
+void DecodeBlock::run(const DecodeRows& rows, const DecodeWorkspace& work, ThreadTeam& team) const {
   const std::int64_t num_rows = rows.num_rows;
-  const std::int64_t hidden_size = shape_.hidden_size;
-  const std::int64_t attended_size = shape_.num_heads * shape_.head_dim;
-  const std::int64_t qkv_size = attended_size + 2 * shape_.num_kv_heads * shape_.head_dim;
-  const std::int64_t gate_size = shape_.intermediate_size;
-  const Workspace work(shape_, num_rows);
-  const auto norm = [&](const void* weight) {
-    team.run(num_rows, [&](std::int64_t r) {
-      kernels_.rms_norm(work.hidden + r * hidden_size, weight, shape_.norm_eps, work.normed + r * hidden_size,
-                        hidden_size);
-    });
-  };
-  kernels_.load(rows.hidden, work.hidden, num_rows * hidden_size);
-  norm(weights_.input_norm);
-  project({weights_.qkv, weights_.qkv_bias, work.normed, nullptr, work.qkv, num_rows, hidden_size, qkv_size}, team);
-  team.run(num_rows, [&](std::int64_t r) { place_heads(rows, r, work.qkv + r * qkv_size); });
+  const std::int64_t group_size = shape_.attended_size() / shape_.num_kv_heads;
+  norm(work, weights_.input_norm, num_rows, team);
+  project({weights_.qkv, weights_.qkv_bias, work.packed(work.normed), nullptr, work.qkv, num_rows,
+           shape_.hidden_size, shape_.qkv_size()},
+          team);
+  team.run(num_rows, [&](std::int64_t row) {
+    float* qkv = work.qkv + row * shape_.qkv_size();
+    place_heads(rows, row, qkv);
+    work.pack(qkv, shape_.attended_size());
+  });
   const AttentionTask task = attention(rows, work);
   team.run(num_rows * shape_.num_kv_heads, [&](std::int64_t i) {
-    kernels_.attend(task, i / shape_.num_kv_heads, i % shape_.num_kv_heads);
+    tier_.kernels.attend(task, i / shape_.num_kv_heads, i % shape_.num_kv_heads);
+    work.pack(work.attended + i * group_size, group_size);
   });
-  project({weights_.output, weights_.output_bias, work.attended, work.hidden, work.hidden, num_rows, attended_size,
-           hidden_size},
+  project({weights_.output, weights_.output_bias, work.packed(work.attended), work.hidden, work.hidden, num_rows,
+           shape_.attended_size(), shape_.hidden_size},
           team);
-  norm(weights_.mlp_norm);
-  project({weights_.gate_up, weights_.gate_up_bias, work.normed, nullptr, work.gate_up, num_rows, hidden_size,
-           2 * gate_size},
+  norm(work, weights_.mlp_norm, num_rows, team);
+  gate(work, num_rows, team);
+  project({weights_.down, weights_.down_bias, work.packed(work.gated), work.hidden, work.hidden, num_rows,
+           shape_.intermediate_size, shape_.hidden_size},
           team);
-  team.run(num_rows, [&](std::int64_t r) {
-    const float* gate = work.gate_up + r * 2 * gate_size;
-    kernels_.silu_mul(gate, gate + gate_size, work.gated + r * gate_size, gate_size);
+}
+
+void DecodeBlock::norm(const DecodeWorkspace& work, const void* weight, std::int64_t num_rows,
+                       ThreadTeam& team) const {
+  const std::int64_t size = shape_.hidden_size;
+  team.run(num_rows, [&](std::int64_t row) {
+    float* normed = work.normed + row * size;
+    tier_.kernels.rms_norm(work.hidden + row * size, weight, shape_.norm_eps, normed, size);
+    work.pack(normed, size);
   });
-  project({weights_.down, weights_.down_bias, work.gated, work.hidden, work.hidden, num_rows, gate_size, hidden_size},
-          team);
-  kernels_.store(work.hidden, rows.out, num_rows * hidden_size);
 }
 
 void DecodeBlock::project(const LinearTask& task, ThreadTeam& team) const {
-  team.run((task.num_out + kOutsPerChunk - 1) / kOutsPerChunk, [&](std::int64_t chunk) {
-    const std::int64_t first = chunk * kOutsPerChunk;
-    const std::int64_t last = first + kOutsPerChunk;
-    kernels_.linear(task, first, last < task.num_out ? last : task.num_out);
+  const Chunks chunks(task.num_out, team);
+  team.run(chunks.count(), [&](std::int64_t claim) {
+    const std::int64_t first = chunks.first_out(claim);
+    tier_.kernels.linear(task, first, std::min(first + kOutsPerChunk, task.num_out));
+  });
+}
+
+// The MLP up to what its last layer reads. Who computes some gates computes what they are for.
+void DecodeBlock::gate(const DecodeWorkspace& work, std::int64_t num_rows, ThreadTeam& team) const {
+  const std::int64_t size = shape_.intermediate_size;
+  const LinearTask task{weights_.gate_up, weights_.gate_up_bias, work.packed(work.normed), nullptr, work.gate_up,
+                        num_rows, shape_.hidden_size, 2 * size};
+  const Chunks chunks(size, team);
+  team.run(chunks.count(), [&](std::int64_t claim) {
+    const std::int64_t first = chunks.first_out(claim);
+    const std::int64_t count = std::min(kOutsPerChunk, size - first);
+    tier_.kernels.linear(task, first, first + count);
+    tier_.kernels.linear(task, size + first, size + first + count);
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      const float* gates = work.gate_up + row * 2 * size + first;
+      float* gated = work.gated + row * size + first;
+      tier_.kernels.silu_mul(gates, gates + size, gated, count);
+      work.pack(gated, count);
+    }
   });
 }
 
 // Norms and rotates the query and key heads of one row and writes its keys and values to their page.
 void DecodeBlock::place_heads(const DecodeRows& rows, std::int64_t row, float* qkv) const {
+  const DecodeKernels& kernels = tier_.kernels;
   const std::int64_t dim = shape_.head_dim;
-  const std::int64_t angle = row * dim * element_bytes_;
+  const std::int64_t element_bytes = dtype_ == DType::kBFloat16 ? 2 : 4;
+  const std::int64_t angle = row * dim * element_bytes;
   const void* cos = static_cast<const char*>(rows.cos) + angle;
   const void* sin = static_cast<const char*>(rows.sin) + angle;
   for (std::int64_t head = 0; head < shape_.num_heads + shape_.num_kv_heads; ++head) {
     float* at = qkv + head * dim;
     const void* norm = head < shape_.num_heads ? weights_.q_norm : weights_.k_norm;
-    if (norm != nullptr) kernels_.rms_norm(at, norm, shape_.norm_eps, at, dim);
-    kernels_.rotate(at, cos, sin, dim);
+    if (norm != nullptr) kernels.rms_norm(at, norm, shape_.norm_eps, at, dim);
+    kernels.rotate(at, cos, sin, dim);
   }
   const std::int64_t position = rows.positions[row];
   const std::int64_t origin = rows.origins[row * rows.origins_stride + position / rows.page_tokens];
   const std::int64_t slot = (origin + index_) * rows.page_tokens + position % rows.page_tokens;
-  const std::int64_t kv_size = shape_.num_kv_heads * dim;
-  const std::int64_t at = slot * kv_size * element_bytes_;
-  const float* key = qkv + shape_.num_heads * dim;
-  kernels_.store(key, static_cast<char*>(rows.k) + at, kv_size);
-  kernels_.store(key + kv_size, static_cast<char*>(rows.v) + at, kv_size);
+  const std::int64_t at = slot * shape_.kv_size() * element_bytes;
+  const float* key = qkv + shape_.attended_size();
+  kernels.store(key, static_cast<char*>(rows.k) + at, shape_.kv_size());
+  kernels.store(key + shape_.kv_size(), static_cast<char*>(rows.v) + at, shape_.kv_size());
 }
 
-AttentionTask DecodeBlock::attention(const DecodeRows& rows, const Workspace& work) const {
+AttentionTask DecodeBlock::attention(const DecodeRows& rows, const DecodeWorkspace& work) const {
   AttentionTask task{};
-  task.q = work.qkv;
+  task.q = work.packed(work.qkv);
   task.k = rows.k;
   task.v = rows.v;
   task.out = work.attended;
   task.origins = rows.origins;
   task.positions = rows.positions;
-  task.q_stride = (shape_.num_heads + 2 * shape_.num_kv_heads) * shape_.head_dim;
+  task.q_stride = shape_.qkv_size();
   task.origins_stride = rows.origins_stride;
   task.block = index_;
   task.num_heads = shape_.num_heads;

@@ -1,22 +1,13 @@
-// One transformer block for a decode step, where every row has one new token: one call, no tensors.
+// One transformer block for a decode step, where every row has one new token: no tensors, no allocations.
 #pragma once
 
 #include <cstdint>
 
-#include "decode_kernels.hpp"
+#include "decode_tiers.hpp"
+#include "decode_workspace.hpp"
 #include "thread_team.hpp"
 
 namespace petalsd {
-
-struct BlockShape {
-  std::int64_t hidden_size;
-  std::int64_t num_heads;
-  std::int64_t num_kv_heads;
-  std::int64_t head_dim;
-  std::int64_t intermediate_size;
-  std::int64_t window;  // 0: none
-  float norm_eps;
-};
 
 // The caller's memory, of the block's dtype, row-major, alive as long as the block; null where there is none.
 // qkv `[(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]`, gate_up `[2 * intermediate_size, hidden_size]`.
@@ -52,33 +43,33 @@ struct DecodeRows {
   const std::int64_t* positions;
 };
 
-// Computes what the block's torch path computes, in float32 from end to end: dtypes smaller than that are rounded
-// to once, at the end. Pre-norm attention with rotary positions, then a SiLU-gated MLP.
-//
-// `run` of one block is called by one thread at a time.
+// Computes what the block's torch path computes, with float32 between the operations, where torch rounds to smaller
+// dtypes. Pre-norm attention with rotary positions, then a SiLU-gated MLP.
 class DecodeBlock {
  public:
   // `index` of the block is what is added to origins. Throws PoolError for a shape that it cannot compute.
-  DecodeBlock(std::int64_t index, const BlockShape& shape, const BlockPointers& weights, DType dtype,
-              const DecodeKernels& kernels);
+  DecodeBlock(std::int64_t index, const BlockShape& shape, const BlockPointers& weights, DType dtype, Tier tier);
 
-  void run(const DecodeRows& rows, ThreadTeam& team) const;
+  std::int64_t index() const { return index_; }
+  const BlockShape& shape() const { return shape_; }
+  DType dtype() const { return dtype_; }
+  const Tier& tier() const { return tier_; }
+
+  // Takes work.hidden through the block. `work` has room for the rows, and this block's shape and kernels.
+  void run(const DecodeRows& rows, const DecodeWorkspace& work, ThreadTeam& team) const;
 
  private:
-  struct Workspace;
-
+  void norm(const DecodeWorkspace& work, const void* weight, std::int64_t num_rows, ThreadTeam& team) const;
   void project(const LinearTask& task, ThreadTeam& team) const;
+  void gate(const DecodeWorkspace& work, std::int64_t num_rows, ThreadTeam& team) const;
   void place_heads(const DecodeRows& rows, std::int64_t row, float* qkv) const;
-  AttentionTask attention(const DecodeRows& rows, const Workspace& work) const;
+  AttentionTask attention(const DecodeRows& rows, const DecodeWorkspace& work) const;
 
   const std::int64_t index_;
   const BlockShape shape_;
   const BlockPointers weights_;
-  const std::int64_t element_bytes_;
-  const DecodeKernels& kernels_;
+  const DType dtype_;
+  const Tier tier_;
 };
-
-// The fastest kernels of this processor; "avx2" or "baseline" forces one. PoolError for one it does not have.
-const DecodeKernels& choose_kernels(const char* tier, DType dtype);
 
 }  // namespace petalsd

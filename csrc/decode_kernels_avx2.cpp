@@ -5,6 +5,8 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#define PETALSD_LANES 8
+
 namespace petalsd {
 namespace avx2 {
 #include "decode_kernels.inc"

@@ -1,5 +1,7 @@
 #include "decode_kernels.hpp"
 
+#define PETALSD_LANES 4
+
 namespace petalsd {
 namespace baseline {
 #include "decode_kernels.inc"

@@ -113,6 +113,16 @@ class DecodeBlock:
     ) -> None:
         """sizes: hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, window (0: none). weights:
         addresses, or 0, of input_norm, qkv, qkv_bias, q_norm, k_norm, output, output_bias, mlp_norm, gate_up,
-        gate_up_bias, down, down_bias. tier: ``auto``, ``baseline`` or ``avx2``."""
-    def run(self, rows: DecodeRows, hidden: int, out: int, team: ThreadTeam) -> None:
-        """Write K and V of the new tokens, attend, and write ``[R, M]`` to the address ``out``."""
+        gate_up_bias, down, down_bias. tier: ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512bf16``."""
+    @property
+    def tier(self) -> str:
+        """Whose kernels it runs."""
+
+class DecodeSpan:
+    """Consecutive blocks in one call, with float32 between them; one call at a time."""
+
+    def __init__(self, blocks: Sequence[DecodeBlock]) -> None:
+        """In order, all of the same sizes, dtype and tier."""
+    def run(self, rows: DecodeRows, first: int, count: int, hidden: int, out: int, team: ThreadTeam) -> None:
+        """Write K and V of the new tokens in ``count`` blocks from number ``first``, and ``[R, M]`` to ``out``;
+        hidden and out are addresses, of tensors in the blocks' dtype."""

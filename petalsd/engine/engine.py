@@ -40,7 +40,7 @@ from petalsd.errors import (
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.models.block import TransformerBlock
-from petalsd.models.native_block import native_blocks
+from petalsd.models.native_span import paged_span
 from petalsd.models.rope import Rope
 from petalsd.types import BlockSpan
 
@@ -140,8 +140,8 @@ class Engine:
         thread = self._running_thread()
         served = ServedSpan.of(blocks, pool, rope)
         await self.drop_span(f"blocks {served.span} are served instead")
-        decoding = native_blocks(blocks, self._num_threads or torch.get_num_threads())
-        runner = SpanRunner(decoding, pool, rope, self.device)
+        span = paged_span(blocks, self._num_threads or torch.get_num_threads())
+        runner = SpanRunner(span, pool, rope, self.device)
         core = EngineCore(
             served, runner, self.limits, self.device, thread.outbox, self._progress, self._observer
         )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 
 from petalsd.engine.batch import BatchItem, ItemBatch, build_batch, select_items, step_ends
 from petalsd.kvcache.pool import KVPool
-from petalsd.models.native_block import PagedBlock
+from petalsd.models.paged_span import CosSin, PagedSpan
 from petalsd.models.rope import Rope
 from petalsd.ops.ragged import RaggedBatch
 from petalsd.types import BlockSpan
-
-CosSin: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +42,8 @@ def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
 class SpanRunner:
     """Computes batches over the blocks of one loaded span. Lives on the engine thread."""
 
-    def __init__(
-        self, blocks: Mapping[int, PagedBlock], pool: KVPool, rope: Rope, device: torch.device
-    ) -> None:
-        self._blocks = blocks
+    def __init__(self, span: PagedSpan, pool: KVPool, rope: Rope, device: torch.device) -> None:
+        self._span = span
         self._pool = pool
         self._rope = rope
         self._device = device
@@ -101,11 +96,12 @@ class SpanRunner:
     ) -> torch.Tensor:
         """``hidden`` ``[T, M]`` of the items through the blocks; it may be written to when there are prompts."""
         prompts = place_prompts(items)
-        kv = self._pool.kv
-        for block in blocks:
+        # A prompt is added between two blocks, so the walk stops there.
+        runs = [BlockSpan(block, block + 1) for block in blocks] if prompts else [blocks]
+        for run in runs:
             for prompt in prompts:
-                prompt.add_to(hidden, block)
-            hidden = self._blocks[block].forward_paged(hidden, kv, batch, cos_sin)
+                prompt.add_to(hidden, run.start)
+            hidden = self._span.forward_paged(run, hidden, self._pool.kv, batch, cos_sin)
         return hidden
 
 

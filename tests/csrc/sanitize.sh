@@ -9,7 +9,8 @@ cxx=${CXX:-g++}
 mkdir -p "$build"
 
 pool="fuzz_page_pool.cpp page_pool.cpp run_store.cpp copy_log.cpp free_space.cpp"
-block="run_decode_block.cpp decode_block.cpp decode_kernels_avx2.cpp decode_kernels_baseline.cpp thread_team.cpp"
+block="run_decode_block.cpp decode_block.cpp decode_span.cpp decode_tiers.cpp thread_team.cpp
+    decode_kernels_avx2.cpp decode_kernels_avx512.cpp decode_kernels_avx512bf16.cpp decode_kernels_baseline.cpp"
 
 compile() { # NAME SANITIZERS OPTIMISATION TEST SOURCE...
     name=$1 sanitizers=$2 optimisation=$3 test=$4

@@ -12,13 +12,17 @@ from petalsd import _C
 from petalsd.errors import KVPoolError
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
-from petalsd.models.native_block import DecodeTeam, NativeBlock, can_be_native, native_blocks
+from petalsd.models.native_span import NativeSpan, can_be_native, paged_span
+from petalsd.models.paged_span import BlockByBlock, CosSin, PagedSpan
 from petalsd.models.rope import Rope
+from petalsd.ops.ragged import PagedKV, RaggedBatch
+from petalsd.types import BlockSpan
 from tests.numeric import assert_close
 from tests.paged_rows import PagedRows
 
 CPU = torch.device("cpu")
 INDEX = 2
+HERE = BlockSpan(INDEX, INDEX + 1)
 BLOCKS = 4  # pages of a run
 
 
@@ -66,8 +70,21 @@ def make_block(
     return TransformerBlock(INDEX, config, weights, Rope(config, dtype, CPU))
 
 
-def make_native(block: TransformerBlock, threads: int = 1, tier: str = "auto") -> NativeBlock:
-    return NativeBlock(block, DecodeTeam(threads), tier)
+def make_native(block: TransformerBlock, threads: int = 1, tier: str = "auto") -> NativeSpan:
+    return NativeSpan({INDEX: block}, _C.ThreadTeam(threads), tier)
+
+
+def by_torch(block: TransformerBlock) -> BlockByBlock:
+    return BlockByBlock({INDEX: block})
+
+
+class Stranger:
+    """A block of which nothing is known but that it computes."""
+
+    def forward_paged(
+        self, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
+    ) -> torch.Tensor:
+        return hidden + 1
 
 
 class Run:
@@ -84,7 +101,7 @@ class Run:
         self.new = torch.randn(len(lengths), config.hidden_size, generator=generator).to(block.dtype)
         self.block = block
 
-    def decode(self, by: TransformerBlock | NativeBlock) -> torch.Tensor:
+    def decode(self, by: PagedSpan) -> torch.Tensor:
         """Prefill by the block itself, then the new tokens by ``by``; ``[R, M]``."""
         filled = {
             row: len(states) for row, states in zip(self.ids, self.histories, strict=True) if len(states)
@@ -97,9 +114,11 @@ class Run:
                     states, self.rows.kv, batch, self.block.rope.cos_sin(batch.positions)
                 )
             batch = self.rows.extend(dict.fromkeys(self.ids, 1))
-            return by.forward_paged(self.new, self.rows.kv, batch, self.block.rope.cos_sin(batch.positions))
+            cos_sin = self.block.rope.cos_sin(batch.positions)
+            return by.forward_paged(HERE, self.new, self.rows.kv, batch, cos_sin)
 
 
+TIERS = ["baseline", "avx2", "avx512", "avx512bf16"]
 LENGTHS = [0, 1, 7, 8, 15, 16, 63, 64, 65, 130]
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -117,14 +136,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("tier", ["baseline", "avx2"])
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    """Every tier that this processor has."""
+    if not has_tier(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_equals_the_block(shape: str, tier: str) -> None:
-    """Rows of all lengths around page, tile and window borders, to 1e-5 of the states' scale."""
-    if not has_tier(tier):
-        pytest.skip(f"this processor has no {tier}")
+    """Rows of all lengths around page, tile and window borders, to 2e-5 of the states' scale."""
     block = make_block(**SHAPES[shape])
-    expected = Run(block, LENGTHS).decode(block)
+    expected = Run(block, LENGTHS).decode(by_torch(block))
     actual = Run(block, LENGTHS).decode(make_native(block, tier=tier))
     assert_close(actual, expected, 2e-5, 2e-5, shape)
 
@@ -133,7 +157,7 @@ def test_float32_equals_the_block(shape: str, tier: str) -> None:
 def test_page_sizes(page_tokens: int) -> None:
     """Tokens are found in pages of any size."""
     block = make_block()
-    expected = Run(block, LENGTHS, page_tokens).decode(block)
+    expected = Run(block, LENGTHS, page_tokens).decode(by_torch(block))
     assert_close(
         Run(block, LENGTHS, page_tokens).decode(make_native(block)),
         expected,
@@ -144,7 +168,7 @@ def test_page_sizes(page_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_is_nearer_to_float32_than_torch_is(shape: str) -> None:
+def test_bfloat16_is_nearer_to_float32_than_torch_is(shape: str, tier: str) -> None:
     """With the same bfloat16 weights and inputs, the error against float32 arithmetic is not above torch's own."""
     block = make_block(torch.bfloat16, **SHAPES[shape])
     weights = {
@@ -158,21 +182,21 @@ def test_bfloat16_is_nearer_to_float32_than_torch_is(shape: str) -> None:
     expected = Run(exact, LENGTHS)
     expected.new = expected.new.to(torch.bfloat16).float()
     expected.histories = [states.to(torch.bfloat16).float() for states in expected.histories]
-    truth = expected.decode(exact)
-    by_torch = (Run(block, LENGTHS).decode(block).float() - truth).abs().mean()
-    native = (Run(block, LENGTHS).decode(make_native(block)).float() - truth).abs().mean()
-    assert native <= by_torch
+    truth = expected.decode(by_torch(exact))
+    torch_error = (Run(block, LENGTHS).decode(by_torch(block)).float() - truth).abs().mean()
+    native = (Run(block, LENGTHS).decode(make_native(block, tier=tier)).float() - truth).abs().mean()
+    assert native <= torch_error
     assert native < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, threads: int) -> None:
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, threads: int, tier: str) -> None:
     """Bit for bit: a row in a batch of ten is the row alone, on any number of threads."""
     block = make_block(dtype)
     together = Run(block, LENGTHS)
-    batched = together.decode(make_native(block, threads))
-    alone = make_native(block)
+    batched = together.decode(make_native(block, threads, tier))
+    alone = make_native(block, tier=tier)
     for i, length in enumerate(LENGTHS):
         single = Run(block, [length])
         single.histories, single.new = [together.histories[i]], together.new[i : i + 1]
@@ -181,9 +205,8 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, threads: int) -
             single.rows.kv = together.rows.kv
             batch = together.rows.extend({together.ids[i]: 0})
             batch = replace(batch, token_bounds=[0, 1], positions=torch.tensor([length]))
-            out = alone.forward_paged(
-                single.new, together.rows.kv, batch, block.rope.cos_sin(batch.positions)
-            )
+            cos_sin = block.rope.cos_sin(batch.positions)
+            out = alone.forward_paged(HERE, single.new, together.rows.kv, batch, cos_sin)
         assert torch.equal(out[0], batched[i]), f"row {i}"
 
 
@@ -209,24 +232,28 @@ def test_prefill_is_left_to_the_block() -> None:
     with torch.inference_mode():
         cos_sin = block.rope.cos_sin(batch.positions)
         expected = block.forward_paged(states, rows.kv, batch, cos_sin)
-        assert torch.equal(make_native(block).forward_paged(states, rows.kv, batch, cos_sin), expected)
+        assert torch.equal(make_native(block).forward_paged(HERE, states, rows.kv, batch, cos_sin), expected)
 
 
 def test_what_cannot_be_native_stays_as_it_is() -> None:
-    """Another activation or dtype keeps the block's own path; a stranger's block is passed on."""
+    """Another activation or dtype keeps the block's own path, and so does a stranger's block."""
     assert can_be_native(make_block())
     assert not can_be_native(make_block(hidden_act="gelu_pytorch_tanh"))
     assert not can_be_native(make_block(torch.float16))
-    gelu, silu = make_block(hidden_act="gelu"), make_block()
-    chosen = native_blocks({0: gelu, 1: silu}, num_threads=1)
-    assert chosen[0] is gelu
-    assert isinstance(chosen[1], NativeBlock)
+    assert not can_be_native(Stranger())
+    assert isinstance(paged_span({0: make_block(hidden_act="gelu")}, num_threads=1), BlockByBlock)
 
 
 def test_an_unknown_tier_is_refused() -> None:
     """The message names the value and the choices."""
-    with pytest.raises(KVPoolError, match="tier = sse9: auto, baseline or avx2"):
+    with pytest.raises(KVPoolError, match="tier = sse9: auto, baseline, avx2, avx512 or avx512bf16"):
         make_native(make_block(), tier="sse9")
+
+
+def test_a_span_tells_its_tier(tier: str) -> None:
+    """A forced tier is the one that runs; left alone, it is the last one that this processor has."""
+    assert make_native(make_block(), tier=tier).tier == tier
+    assert make_native(make_block()).tier == [name for name in TIERS if has_tier(name)][-1]
 
 
 def test_a_team_has_a_size() -> None:
@@ -242,6 +269,9 @@ def test_two_layouts_in_turn() -> None:
     block = make_block()
     native = make_native(block, threads=2)
     runs = [Run(block, LENGTHS[:4]), Run(block, LENGTHS[4:])]
-    expected = [Run(block, LENGTHS[:4]).decode(block), Run(block, LENGTHS[4:]).decode(block)]
+    expected = [
+        Run(block, LENGTHS[:4]).decode(by_torch(block)),
+        Run(block, LENGTHS[4:]).decode(by_torch(block)),
+    ]
     for run, wanted in zip(runs, expected, strict=True):
         assert_close(run.decode(native), wanted, 2e-5, 2e-5, "batch")

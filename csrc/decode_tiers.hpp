@@ -1,0 +1,27 @@
+// Which kernels a processor can run: all tiers are compiled, one is chosen at run time.
+#pragma once
+
+#include <string>
+
+#include "decode_kernels.hpp"
+
+namespace petalsd {
+
+// Instructions beyond those that every processor of the architecture has.
+struct Processor {
+  bool has_avx2;         // with FMA
+  bool has_avx512;       // F, BW, DQ and VL
+  bool has_avx512_bf16;
+
+  static Processor here();
+};
+
+struct Tier {
+  const char* name;
+  const DecodeKernels& kernels;
+};
+
+// The fastest tier of the processor for "auto", or the one of that name. PoolError for one that it does not have.
+Tier choose_tier(const std::string& name, DType dtype, const Processor& processor = Processor::here());
+
+}  // namespace petalsd
