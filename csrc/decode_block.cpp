@@ -9,27 +9,25 @@ namespace petalsd {
 
 namespace {
 
-// The chunks of a linear layer for a team whose threads claim them in turn: each gets neighbours one after the other,
-// so that the weights it looks ahead to are its own.
-class Chunks {
+// Work that a team's threads claim in turn, ordered so that each gets neighbours one after the other: what a kernel
+// asks the memory for is what comes next in its own thread.
+class Lanes {
  public:
-  Chunks(std::int64_t num_out, const ThreadTeam& team)
-      : count_((num_out + kOutsPerChunk - 1) / kOutsPerChunk),
-        num_lanes_(std::min<std::int64_t>(team.num_threads(), count_)) {}
+  Lanes(std::int64_t count, const ThreadTeam& team)
+      : count_(count), num_lanes_(std::min<std::int64_t>(team.num_threads(), count)) {}
 
-  std::int64_t count() const { return count_; }
-
-  // The first output of the claim-th chunk.
-  std::int64_t first_out(std::int64_t claim) const {
+  std::int64_t at(std::int64_t claim) const {
     const std::int64_t lane = claim % num_lanes_;
     const std::int64_t longer_lanes = std::min(lane, count_ % num_lanes_);
-    return (lane * (count_ / num_lanes_) + longer_lanes + claim / num_lanes_) * kOutsPerChunk;
+    return lane * (count_ / num_lanes_) + longer_lanes + claim / num_lanes_;
   }
 
  private:
   const std::int64_t count_;
   const std::int64_t num_lanes_;
 };
+
+std::int64_t num_chunks(std::int64_t num_out) { return (num_out + kOutsPerChunk - 1) / kOutsPerChunk; }
 
 }  // namespace
 
@@ -57,7 +55,9 @@ void DecodeBlock::run(const DecodeRows& rows, const DecodeWorkspace& work, Threa
     work.pack(qkv, shape_.attended_size());
   });
   const AttentionTask task = attention(rows, work);
-  team.run(num_rows * shape_.num_kv_heads, [&](std::int64_t i) {
+  const Lanes lanes(num_rows * shape_.num_kv_heads, team);
+  team.run(num_rows * shape_.num_kv_heads, [&](std::int64_t claim) {
+    const std::int64_t i = lanes.at(claim);
     tier_.kernels.attend(task, i / shape_.num_kv_heads, i % shape_.num_kv_heads);
     work.pack(work.attended + i * group_size, group_size);
   });
@@ -82,9 +82,9 @@ void DecodeBlock::norm(const DecodeWorkspace& work, const void* weight, std::int
 }
 
 void DecodeBlock::project(const LinearTask& task, ThreadTeam& team) const {
-  const Chunks chunks(task.num_out, team);
-  team.run(chunks.count(), [&](std::int64_t claim) {
-    const std::int64_t first = chunks.first_out(claim);
+  const Lanes lanes(num_chunks(task.num_out), team);
+  team.run(num_chunks(task.num_out), [&](std::int64_t claim) {
+    const std::int64_t first = lanes.at(claim) * kOutsPerChunk;
     tier_.kernels.linear(task, first, std::min(first + kOutsPerChunk, task.num_out));
   });
 }
@@ -94,9 +94,9 @@ void DecodeBlock::gate(const DecodeWorkspace& work, std::int64_t num_rows, Threa
   const std::int64_t size = shape_.intermediate_size;
   const LinearTask task{weights_.gate_up, weights_.gate_up_bias, work.packed(work.normed), nullptr, work.gate_up,
                         num_rows, shape_.hidden_size, 2 * size};
-  const Chunks chunks(size, team);
-  team.run(chunks.count(), [&](std::int64_t claim) {
-    const std::int64_t first = chunks.first_out(claim);
+  const Lanes lanes(num_chunks(size), team);
+  team.run(num_chunks(size), [&](std::int64_t claim) {
+    const std::int64_t first = lanes.at(claim) * kOutsPerChunk;
     const std::int64_t count = std::min(kOutsPerChunk, size - first);
     tier_.kernels.linear(task, first, first + count);
     tier_.kernels.linear(task, size + first, size + first + count);
@@ -140,6 +140,7 @@ AttentionTask DecodeBlock::attention(const DecodeRows& rows, const DecodeWorkspa
   task.out = work.attended;
   task.origins = rows.origins;
   task.positions = rows.positions;
+  task.num_rows = rows.num_rows;
   task.q_stride = shape_.qkv_size();
   task.origins_stride = rows.origins_stride;
   task.block = index_;

@@ -32,6 +32,7 @@ struct AttentionTask {
   float* out;
   const std::int32_t* origins;
   const std::int64_t* positions;
+  std::int64_t num_rows;
   std::int64_t q_stride;
   std::int64_t origins_stride;
   std::int64_t block;
