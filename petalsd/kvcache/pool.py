@@ -11,6 +11,7 @@ from petalsd.errors import KVPoolError, PetalsdError
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.kvcache.waiting import WaitingRoom
+from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
 
 # Page copies go through a temporary copy of their sources; this bounds it, for keys and values each.
@@ -48,8 +49,8 @@ class KVPool:
             raise KVPoolError(f"{self.dtype} does not have {self.geometry.dtype_bytes} bytes")
         shape = (self.num_pages, *self.geometry.page_shape)
         self._kv = PagedKV(
-            k=torch.empty(shape, dtype=self.dtype, device=self.device),
-            v=torch.empty(shape, dtype=self.dtype, device=self.device),
+            k=empty(shape, self.dtype, self.device),
+            v=empty(shape, self.dtype, self.device),
         )
         return self._kv
 

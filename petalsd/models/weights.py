@@ -18,6 +18,7 @@ from petalsd.models.block_config import BlockConfig
 from petalsd.models.files import check_readable
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.ops.memory import Arena
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +101,11 @@ def load_block(
 
     ``rope`` is what the model's blocks share; a block that is loaded alone gets its own. Raises WeightsError.
     """
-    tensors = _Tensors(_read(source, block_tensors(config, index)), f"model.layers.{index}.", dtype, device)
+    by_name = _read(source, block_tensors(config, index))
+    # Side by side, in the order in which a step reads them.
+    num_elements = sum(tensor.numel() for tensor in by_name.values())
+    arena = Arena(num_elements, len(by_name), dtype, device)
+    tensors = _Tensors(by_name, f"model.layers.{index}.", arena)
     qkv = [f"self_attn.{part}_proj" for part in "qkv"]
     gate_up = ["mlp.gate_proj", "mlp.up_proj"]
     weights = BlockWeights(
@@ -123,7 +128,9 @@ def load_block(
 
 def load_head(source: ModelSource, config: BlockConfig, dtype: torch.dtype) -> HeadWeights:
     """Read embeddings, final norm and output head to the CPU, cast to ``dtype``. Raises WeightsError."""
-    tensors = _Tensors(_read(source, head_tensors(config)), "", dtype, torch.device("cpu"))
+    by_name = _read(source, head_tensors(config))
+    num_elements = sum(tensor.numel() for tensor in by_name.values())
+    tensors = _Tensors(by_name, "", Arena(num_elements, len(by_name), dtype, torch.device("cpu")))
     embed_tokens = tensors.fuse([_EMBEDDING])
     lm_head = embed_tokens if config.tie_word_embeddings else tensors.fuse([_LM_HEAD])
     return HeadWeights(embed_tokens, tensors.fuse([_FINAL_NORM]), lm_head)
@@ -135,14 +142,13 @@ class _Tensors:
 
     by_name: Mapping[str, torch.Tensor]
     prefix: str
-    dtype: torch.dtype
-    device: torch.device
+    arena: Arena
 
     def fuse(self, names: list[str]) -> torch.Tensor:
-        """These tensors one below the other, cast and copied straight to their place on the device."""
+        """These tensors one below the other, cast and copied straight to their place in the arena."""
         parts = [self.by_name[self.prefix + name] for name in names]
         rows = sum(part.shape[0] for part in parts)
-        fused = torch.empty((rows, *parts[0].shape[1:]), dtype=self.dtype, device=self.device)
+        fused = self.arena.empty((rows, *parts[0].shape[1:]))
         start = 0
         for part in parts:
             fused[start : start + part.shape[0]].copy_(part)
