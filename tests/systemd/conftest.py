@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.systemd.installation import binds, install
-from tests.systemd.instances import Instance
+from tests.systemd.instances import Instance, maddr_of
 from tests.systemd.journal import Journal
 from tests.systemd.lab import Lab, missing
 from tests.tiny_models import make_tiny, make_tokenizer
@@ -66,6 +66,21 @@ def instance(lab: Lab, journal: Journal) -> MakeInstance:
         return made[-1]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def demo(instance: MakeInstance) -> Iterator[Instance]:
+    """``petalsd@demo``, configured; the tests start it, and may leave it running."""
+    demo = instance("demo")
+    demo.configure(MODEL)
+    yield demo
+    demo.stop()
+
+
+@pytest.fixture(scope="module")
+def maddr(demo: Instance) -> str:
+    """Where the demo listens, started."""
+    return maddr_of(demo.start())
 
 
 @pytest.fixture

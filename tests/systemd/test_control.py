@@ -12,27 +12,13 @@ from transformers import PreTrainedModel
 from tests.control.double import Answer, ask, parse, send
 from tests.control.hostile import BAD_FIELDS, NO_HTTP, NO_JSON, TOO_LARGE, WRONG_PLACE, get, post
 from tests.systemd.clients import PROMPT, generate, greedy
-from tests.systemd.conftest import MODEL, MakeInstance
-from tests.systemd.instances import Instance, maddr_of
+from tests.systemd.instances import Instance
 from tests.systemd.lab import Lab
 
 pytestmark = [pytest.mark.systemd, pytest.mark.swarm, pytest.mark.slow, pytest.mark.timeout(180)]
 
 STRANGER = "games"  # a user of every Debian, with a group of the same name
 SLOW = [b"", b"GET /v1/sta", get("/v1/status")[:-2], post("/v1/drain", b'{"wai', 30)]
-
-
-@pytest.fixture(scope="module")
-def demo(instance: MakeInstance) -> Iterator[Instance]:
-    demo = instance("demo")
-    demo.configure(MODEL)
-    yield demo
-    demo.stop()
-
-
-@pytest.fixture(scope="module")
-def maddr(demo: Instance) -> str:
-    return maddr_of(demo.start())
 
 
 @pytest.fixture

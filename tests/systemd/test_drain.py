@@ -25,8 +25,8 @@ from petalsd.swarm.protocol import ServerState, make_chain
 from petalsd.swarm.stub import ServerStub
 from petalsd.types import BlockSpan
 from tests.systemd.clients import Generation, connect, greedy
-from tests.systemd.conftest import MODEL, Figure, MakeInstance
-from tests.systemd.instances import NUM_BLOCKS, Instance, maddr_of
+from tests.systemd.conftest import Figure
+from tests.systemd.instances import NUM_BLOCKS, Instance
 from tests.systemd.lab import Lab
 from tests.tiny_models import HIDDEN_SIZE
 
@@ -37,19 +37,6 @@ NUM_TOKENS, HOLD_AT = 24, 8
 DEADLINE_S = 3
 PROMPTS = [torch.tensor([[5 + i, 9, 17 * i, 3]]) for i in range(NUM_CLIENTS)]
 PREFIX = "tiny-hf"
-
-
-@pytest.fixture(scope="module")
-def demo(instance: MakeInstance) -> Iterator[Instance]:
-    demo = instance("demo")
-    demo.configure(MODEL)
-    yield demo
-    demo.stop()
-
-
-@pytest.fixture(scope="module")
-def maddr(demo: Instance) -> str:
-    return maddr_of(demo.start())
 
 
 @pytest.fixture

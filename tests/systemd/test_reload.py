@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.systemd.clients import Generation, connect, greedy
-from tests.systemd.conftest import MODEL, MakeInstance
+from tests.systemd.conftest import MODEL
 from tests.systemd.instances import Instance
 from tests.systemd.lab import Lab
 
@@ -23,19 +23,9 @@ WRONG = f'[model]\nsource = "{MODEL}"\n[blocks]\nspam = 3\n'
 SENTENCE = "unknown key blocks.spam; did you mean blocks.span?"
 
 
-@pytest.fixture(scope="module")
-def demo(instance: MakeInstance) -> Iterator[Instance]:
-    demo = instance("demo")
-    demo.configure(MODEL)
-    demo.start()
-    yield demo
-    demo.stop()
-
-
 @pytest.fixture
-def generation(demo: Instance, tiny_path: Path) -> Iterator[Generation]:
+def generation(maddr: str, tiny_path: Path) -> Iterator[Generation]:
     """In the middle, and held there."""
-    maddr = demo.ctl("status")["maddrs"][0]
     with connect(tiny_path, maddr) as client, ThreadPoolExecutor(1) as pool:
         generation = Generation(pool, client, PROMPT, NUM_TOKENS, HOLD_AT)
         generation.wait_held()

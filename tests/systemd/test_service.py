@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,6 @@ from tests.systemd.instances import Instance, maddr_of
 from tests.systemd.lab import Lab
 
 pytestmark = [pytest.mark.systemd, pytest.mark.swarm, pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-@pytest.fixture(scope="module")
-def demo(instance: MakeInstance) -> Iterator[Instance]:
-    """An instance that the tests start, and leave running."""
-    demo = instance("demo")
-    demo.configure(MODEL)
-    yield demo
-    demo.stop()
 
 
 def test_start_returns_when_it_serves(
