@@ -62,6 +62,7 @@ bench: $(DEMO_MODEL)/config.json ## measure against stock Petals; results in ben
 	@$(BIN)/python tests/interop/environment/build.py
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.step_latency
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.aggregate_decode
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.decode_step
 
 deb: ## build/deb/petalsd_*.deb; TORCH=cpu or cuda says which torch goes in
 	@packaging/deb/build.sh
