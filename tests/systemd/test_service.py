@@ -89,7 +89,9 @@ def test_two_start_together_and_the_target_has_all_that_are_enabled(
         one.text("Deactivated successfully", since_s)
     lab.systemctl("start", "petalsd.target")
     assert {one.show("ActiveState") for one in pair} <= {"activating", "active"}
-    lab.systemctl("stop", "petalsd.target")
+    lab.systemctl("stop", "petalsd.target")  # says so to its instances, and does not wait for them
+    assert {one.show("ActiveState") for one in pair} <= {"deactivating", "inactive"}
+    lab.systemctl("stop", *(one.unit for one in pair))
     assert {one.show("ActiveState") for one in pair} == {"inactive"}
 
 
