@@ -13,9 +13,21 @@ import structlog
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# A property of tests that measure: a line for the end of the run. It travels with the report, from workers too.
+FIGURE = "figure"
+
+
 @pytest.fixture(autouse=True)
 def logging_of_its_own() -> Iterator[None]:
     """structlog is configured per process; a program under test that does so must not change the next test."""
     structlog.reset_defaults()
     yield
     structlog.reset_defaults()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    last = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    if figures := [text for report in last for name, text in report.user_properties if name == FIGURE]:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(figures))

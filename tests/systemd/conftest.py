@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from tests.conftest import FIGURE
 from tests.systemd.installation import binds, install
 from tests.systemd.instances import Instance, maddr_of
 from tests.systemd.journal import Journal
@@ -15,7 +16,6 @@ from tests.systemd.lab import Lab, missing
 from tests.tiny_models import make_tiny, make_tokenizer
 
 MODEL = "/srv/models/tiny"
-_FIGURE = "figure"
 
 MakeInstance = Callable[..., Instance]
 Figure = Callable[[str, float], None]
@@ -88,15 +88,6 @@ def figure(request: pytest.FixtureRequest) -> Figure:
     """Notes a measured time, shown at the end of the run; it travels with the test's report, from workers too."""
 
     def note(what: str, seconds: float) -> None:
-        request.node.user_properties.append((_FIGURE, f"{what:<70} {seconds:6.2f} s"))
+        request.node.user_properties.append((FIGURE, f"{what:<70} {seconds:6.2f} s"))
 
     return note
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [report for kind in terminalreporter.stats.values() for report in kind]
-    last = [report for report in reports if getattr(report, "when", None) == "teardown"]
-    figures = [text for report in last for name, text in report.user_properties if name == _FIGURE]
-    if figures:
-        terminalreporter.section("measured under systemd")
-        terminalreporter.write_line("\n".join(figures))
