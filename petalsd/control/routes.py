@@ -44,7 +44,6 @@ _STATUSES: tuple[tuple[type[PetalsdError], HTTPStatus], ...] = (
     (NotServed, HTTPStatus.SERVICE_UNAVAILABLE),
     (SwarmError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
-_METHODS = ("GET", "HEAD", "POST")
 _R = TypeVar("_R", bound=BaseModel)
 
 # Answers a request whose body has been read.
