@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml 
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench deb docs clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench deb docs promtool clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -49,6 +49,8 @@ demo: $(DEMO_MODEL)/config.json ## a private swarm of two daemons answers one qu
 # Prometheus' own checker of rules and metrics; where it cannot be had, the tests that need it are skipped.
 $(PROMTOOL): tests/packaging/fetch_promtool.sh
 	@tests/packaging/fetch_promtool.sh $@ || echo "    no promtool: its tests are skipped"
+
+promtool: $(PROMTOOL) ## fetch Prometheus' own checker for the tests of rules and metrics
 
 test: $(DEMO_MODEL)/config.json $(PROMTOOL) ## run every test that this machine can run
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(PARALLEL) $(ARGS)

@@ -34,6 +34,7 @@ _DIE_WITH_PARENT = (
     "os.execv(sys.argv[2], sys.argv[2:])\n"
 )
 _IDLE_TIMEOUT_S = 30
+_REAP_S = 0.2
 _STOP_S = 3.0
 _KEPT_LINES = 20
 
@@ -139,6 +140,8 @@ class P2PDaemon:
         exited = asyncio.ensure_future(self._child.wait())
         try:
             await asyncio.wait({exited, *_connection_tasks(self.p2p)}, return_when=asyncio.FIRST_COMPLETED)
+            # The connection of a process that died ends first, now and then: say what was the cause.
+            await asyncio.wait({exited}, timeout=_REAP_S)
             return (
                 "the libp2p daemon exited" if exited.done() else "the connection to the libp2p daemon broke"
             )

@@ -24,7 +24,7 @@ from petalsd.errors import (
 from petalsd.types import BlockSpan, HostPort
 from tests.cli.petalsctl.documents import PEERS, PLAN, PROGRESS, SESSIONS, STATUS
 from tests.control.conftest import METRICS, Make
-from tests.control.double import DaemonDouble, ask, parse
+from tests.control.double import Answer, DaemonDouble, ask, parse
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ async def test_on_the_network_there_is_only_what_everybody_may_read(
 ) -> None:
     (address,) = server.metrics_addresses
 
-    async def get(request: str) -> object:
+    async def get(request: str) -> Answer:
         reader, writer = await asyncio.open_connection(address.host, address.port)
         writer.write(f"{request} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         try:
@@ -152,10 +152,10 @@ async def test_on_the_network_there_is_only_what_everybody_may_read(
         finally:
             writer.close()
 
-    assert (await get("GET /metrics")).body == METRICS  # type: ignore[attr-defined]
-    assert (await get("GET /readyz")).status == 200  # type: ignore[attr-defined]
+    assert (await get("GET /metrics")).body == METRICS
+    assert (await get("GET /readyz")).status == 200
     for hidden in ("GET /v1/status", "GET /v1/sessions", "POST /v1/drain", "POST /v1/reload"):
-        assert (await get(hidden)).status == 404  # type: ignore[attr-defined]
+        assert (await get(hidden)).status == 404
     assert daemon.acts == []
 
 
