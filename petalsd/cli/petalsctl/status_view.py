@@ -175,7 +175,7 @@ def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     if watchdog["interval_s"] is not None:
         since = watchdog["last_ping_s"]
         ping = "no ping yet" if since is None else f"ping {duration(since)} ago"
-        yield "watchdog", f"{ping}, every {duration(watchdog['interval_s'] / 2)}{_step_text(watchdog)}"
+        yield "watchdog", f"{ping}, limit {duration(watchdog['interval_s'])}{_step_text(watchdog)}"
 
 
 def _move_text(move: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ ONLINE = """\
   cache         █████░░░░░░░░░░░░░░░ 23 %, room for 12,600 tokens  15,360 pages
   announced     123 tokens/s  decode 987  passes 2,346  network 10,850
   balance       next check in 42 s, quality 0.75
-  watchdog      ping 12 s ago, every 30 s; the engine's last step 0.4 s ago
+  watchdog      ping 12 s ago, limit 1 min; the engine's last step 0.4 s ago
   peer          12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK
   listens on    /ip4/10.0.0.7/tcp/31337"""
 
