@@ -1,0 +1,198 @@
+"""The storage of a projection's weights: one layout in four formats, read by the CPU kernels and those of GPUs.
+
+``W`` is ``[N, K]``. N is padded to tiles of 16 outputs, K to a multiple of 1, 32, 64 and 64, both with zeros. In
+every format a tile is the transpose of 16 rows of 32-bit words: the w-th words of its outputs lie side by side,
+so that a kernel computes 16 outputs from consecutive memory.
+
+format    inputs in a word   data                               scales
+float32   1                  float32 ``[N/16, K, 16]``          none
+bfloat16  2                  bfloat16 ``[N/16, K/2, 16, 2]``    none
+int8      4                  uint8 ``[N/16, K/4, 16, 4]``       float32 ``[N]``, one per output
+int4      8                  uint8 ``[N/16, K/64, 8, 16, 4]``   bfloat16 ``[N/16, K/64, 16]``, one per output and
+                                                                64 inputs
+
+int8 holds q + 128 for q in -127..127 with w = q * scale. int4 holds q + 8 for q in -8..7; byte b of a word has
+input b in its low half and input b + 4 in its high half. How scales are chosen: ``weight_rounding``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from petalsd.ops import memory
+
+TILE_OUTPUTS = 16
+GROUP_INPUTS = 64
+INT8_ZERO = 128
+INT4_ZERO = 8
+
+_WORD_BYTES = 4
+_CHUNK_ELEMENTS = 1 << 18  # of float32: what is computed on at once stays in a core's cache
+
+Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+
+class WeightFormat(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def inputs_per_word(self) -> int:
+        return _INPUTS_PER_WORD[self]
+
+    @property
+    def is_quantized(self) -> bool:
+        return self in (WeightFormat.INT8, WeightFormat.INT4)
+
+
+_INPUTS_PER_WORD = {
+    WeightFormat.FLOAT32: 1,
+    WeightFormat.BFLOAT16: 2,
+    WeightFormat.INT8: 4,
+    WeightFormat.INT4: 8,
+}
+_INPUT_MULTIPLES = {
+    WeightFormat.FLOAT32: 1,
+    WeightFormat.BFLOAT16: 32,
+    WeightFormat.INT8: GROUP_INPUTS,
+    WeightFormat.INT4: GROUP_INPUTS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Shapes and dtypes of a ``[num_out, num_in]`` weight in a format."""
+
+    format: WeightFormat
+    num_out: int
+    num_in: int
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.num_out // TILE_OUTPUTS)
+
+    @property
+    def padded_in(self) -> int:
+        multiple = _INPUT_MULTIPLES[self.format]
+        return -(-self.num_in // multiple) * multiple
+
+    @property
+    def num_groups(self) -> int:
+        return self.padded_in // GROUP_INPUTS
+
+    @property
+    def data(self) -> tuple[tuple[int, ...], torch.dtype]:
+        tiles, words = self.num_tiles, self.padded_in // self.format.inputs_per_word
+        match self.format:
+            case WeightFormat.FLOAT32:
+                return (tiles, words, TILE_OUTPUTS), torch.float32
+            case WeightFormat.BFLOAT16:
+                return (tiles, words, TILE_OUTPUTS, 2), torch.bfloat16
+            case WeightFormat.INT8:
+                return (tiles, words, TILE_OUTPUTS, 4), torch.uint8
+            case WeightFormat.INT4:
+                return (tiles, self.num_groups, 8, TILE_OUTPUTS, 4), torch.uint8
+
+    @property
+    def scales(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        match self.format:
+            case WeightFormat.INT8:
+                return (self.num_tiles * TILE_OUTPUTS,), torch.float32
+            case WeightFormat.INT4:
+                return (self.num_tiles, self.num_groups, TILE_OUTPUTS), torch.bfloat16
+            case _:
+                return None
+
+    @property
+    def num_tensors(self) -> int:
+        return 1 if self.scales is None else 2
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.data, self.scales)
+        return sum(math.prod(part[0]) * part[1].itemsize for part in parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A ``[num_out, num_in]`` weight on the CPU; module docstring for ``data`` and ``scales``."""
+
+    format: WeightFormat
+    num_out: int
+    num_in: int
+    data: torch.Tensor
+    scales: torch.Tensor | None
+
+    @classmethod
+    def empty(
+        cls, format: WeightFormat, num_out: int, num_in: int, allocate: Allocate | None = None
+    ) -> PackedWeight:
+        """Room for a weight, its content undefined; ``allocate`` gives aligned memory, by default of its own."""
+        layout = PackedLayout(format, num_out, num_in)
+        make = allocate or _allocate
+        scales = None if layout.scales is None else make(*layout.scales)
+        return cls(format, num_out, num_in, make(*layout.data), scales)
+
+    @property
+    def layout(self) -> PackedLayout:
+        return PackedLayout(self.format, self.num_out, self.num_in)
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def words(self) -> torch.Tensor:
+        """The data as int32 ``[tiles, words, 16]``, a view."""
+        return self.data.view(torch.int32).view(self.data.shape[0], -1, TILE_OUTPUTS)
+
+    def tile_chunks(self) -> Iterator[slice]:
+        """All tiles in pieces that are worked on one after the other."""
+        layout = self.layout
+        tiles = max(1, _CHUNK_ELEMENTS // max(1, TILE_OUTPUTS * layout.padded_in))
+        for start in range(0, layout.num_tiles, tiles):
+            yield slice(start, min(start + tiles, layout.num_tiles))
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[num_out, num_in]`` as a new tensor, row-major; rows may be longer in memory."""
+        layout = self.layout
+        rows = torch.empty(layout.num_tiles * TILE_OUTPUTS, layout.padded_in, dtype=dtype)
+        for tiles in self.tile_chunks():
+            rows[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = self._values(tiles)
+        return rows[: self.num_out, : self.num_in]
+
+    def _values(self, tiles: slice) -> torch.Tensor:
+        """These tiles as rows ``[16 * tiles, padded_in]``, in float32 or the data's own float dtype."""
+        stored = self.words[tiles].transpose(1, 2).contiguous().flatten(0, 1).view(self.data.dtype)
+        if self.scales is None:
+            return stored
+        if self.format is WeightFormat.INT8:
+            scales = self.scales[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS, None]
+            return stored.float().sub_(INT8_ZERO).mul_(scales)
+        num_groups = self.layout.num_groups
+        values = unpack_nibbles(stored).view(-1, num_groups, GROUP_INPUTS).float().sub_(INT4_ZERO)
+        scales = self.scales[tiles].transpose(1, 2).reshape(-1, num_groups, 1)
+        return values.mul_(scales).flatten(1)
+
+
+def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[R, K]`` below 16, K a multiple of 8, to bytes ``[R, K/2]``: inputs 4 apart share a byte."""
+    halves = values.view(len(values), -1, 2, 4)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``pack_nibbles``."""
+    words = packed.view(len(packed), -1, 4)
+    return torch.stack((words & 15, words >> 4), dim=2).flatten(1)
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return memory.empty(shape, dtype, torch.device("cpu"))

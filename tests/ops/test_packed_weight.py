@@ -1,0 +1,200 @@
+"""Packed weights: where each value lies, what comes back out of every format, and what rounding costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petalsd.ops.packed_weight import PackedLayout, PackedWeight, WeightFormat, pack_nibbles, unpack_nibbles
+from petalsd.ops.weight_packing import pack_rows, pack_weight
+from tests.numeric import assert_close
+from tests.quantized_linear import integer_weights, reference_linear
+
+EXACT = (WeightFormat.FLOAT32, WeightFormat.BFLOAT16)
+QUANTIZED = (WeightFormat.INT8, WeightFormat.INT4)
+SIZES = st.tuples(st.integers(1, 70), st.integers(1, 200))
+
+
+def _weight(num_out: int, num_in: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_out, num_in, generator=torch.Generator().manual_seed(seed))
+
+
+def _exact(weight: torch.Tensor, format: WeightFormat) -> torch.Tensor:
+    return weight.bfloat16().float() if format is WeightFormat.BFLOAT16 else weight
+
+
+@pytest.mark.parametrize("format", EXACT)
+@given(SIZES)
+@settings(max_examples=30, deadline=None)
+def test_float_formats_give_the_weight_back(format: WeightFormat, size: tuple[int, int]) -> None:
+    """Nothing is lost but what the format's own rounding takes, for any size."""
+    weight = _weight(*size)
+    assert torch.equal(pack_weight(weight, format).unpack(torch.float32), _exact(weight, format))
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@given(SIZES)
+@settings(max_examples=30, deadline=None)
+def test_integer_formats_are_near_the_weight(format: WeightFormat, size: tuple[int, int]) -> None:
+    """No value is farther off than half a step of int8, and int4 loses no more than a sixth of the weight."""
+    weight = _weight(*size)
+    error = pack_weight(weight, format).unpack(torch.float32) - weight
+    if format is WeightFormat.INT8:
+        assert (error.abs() <= weight.abs().amax(dim=1, keepdim=True) / 127 * 0.501).all()
+    assert error.norm() <= {WeightFormat.INT8: 0.02, WeightFormat.INT4: 0.16}[format] * weight.norm()
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+@given(SIZES)
+@settings(max_examples=20, deadline=None)
+def test_padding_is_zero(format: WeightFormat, size: tuple[int, int]) -> None:
+    """Kernels read whole tiles: what lies behind the last output and the last input counts for nothing."""
+    packed = pack_weight(_weight(*size), format)
+    whole = packed.layout
+    padded = PackedWeight(format, whole.num_tiles * 16, whole.padded_in, packed.data, packed.scales)
+    values = padded.unpack(torch.float32)
+    assert not values[size[0] :].any()
+    assert not values[:, size[1] :].any()
+    assert packed.scales is None or torch.isfinite(packed.scales).all()
+
+
+def test_the_places_of_float_values() -> None:
+    """W[16t+j, k] lies at data[t, k, j] in float32, and at data[t, k // 2, j, k % 2] in bfloat16."""
+    weight = torch.arange(40 * 70, dtype=torch.float32).view(40, 70) % 251  # whole in bfloat16
+    wide = pack_weight(weight, WeightFormat.FLOAT32).data
+    narrow = pack_weight(weight, WeightFormat.BFLOAT16).data
+    assert wide.shape == (3, 70, 16)
+    assert narrow.shape == (3, 48, 16, 2)
+    for output, k in [(0, 0), (5, 3), (16, 69), (39, 1), (31, 68)]:
+        assert wide[output // 16, k, output % 16] == weight[output, k]
+        assert narrow[output // 16, k // 2, output % 16, k % 2] == weight[output, k]
+
+
+def test_the_places_of_int8_values() -> None:
+    """W[16t+j, k] / scale + 128 lies at data[t, k // 4, j, k % 4], its scale at scales[16t+j]."""
+    weight = _weight(40, 70)
+    packed = pack_weight(weight, WeightFormat.INT8)
+    assert packed.scales is not None
+    assert packed.data.shape == (3, 32, 16, 4)
+    assert packed.scales.shape == (48,)
+    for output, k in [(0, 0), (5, 3), (16, 69), (39, 1), (31, 68)]:
+        expected = round(float(weight[output, k] / packed.scales[output])) + 128
+        assert packed.data[output // 16, k // 4, output % 16, k % 4] == expected
+
+
+def test_the_places_of_int4_values() -> None:
+    """Of 8 inputs the first four lie in the low halves of a word's bytes, the others in the high halves."""
+    weight = _weight(40, 150)
+    packed = pack_weight(weight, WeightFormat.INT4)
+    assert packed.scales is not None
+    assert packed.data.shape == (3, 3, 8, 16, 4)
+    assert packed.scales.shape == (3, 3, 16)
+    for output, k in [(0, 0), (5, 3), (16, 69), (39, 132), (31, 68), (20, 149)]:
+        group, inside = divmod(k, 64)
+        byte = int(packed.data[output // 16, group, inside // 8, output % 16, inside % 4])
+        scale = float(packed.scales[output // 16, group, output % 16])
+        expected = max(0, min(15, round(float(weight[output, k]) / scale) + 8))
+        assert (byte >> 4 if inside % 8 >= 4 else byte & 15) == expected
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_the_oracle_reads_what_unpack_reads(format: WeightFormat) -> None:
+    """Two readings of the format, one by words and one by its definition, give the same weight."""
+    packed = pack_weight(_weight(40, 150), format)
+    whole, scales = integer_weights(packed)
+    assert torch.equal((whole * scales[..., None]).flatten(1)[:40, :150], packed.unpack(torch.float32))
+
+
+@given(st.integers(1, 5), st.integers(1, 4))
+def test_nibbles_come_back(rows: int, words: int) -> None:
+    values = torch.randint(0, 16, (rows, 8 * words), dtype=torch.uint8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(values)), values)
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+@pytest.mark.parametrize("magnitude", [1.0, 1e-40, 3e38], ids=["ones", "subnormal", "huge"])
+def test_extreme_rows_stay_finite(format: WeightFormat, magnitude: float) -> None:
+    """Rows of zeros, of one value, and of values at the ends of float32's range."""
+    weight = torch.zeros(3, 130)
+    weight[1] = magnitude
+    weight[2, 7] = -magnitude
+    packed = pack_weight(weight, format)
+    values = packed.unpack(torch.float32)
+    assert packed.scales is None or (packed.scales != 0).all()
+    assert not values[0].any()
+    assert_close(values, weight, 1e-37, 0.04, "values")
+
+
+def test_int4_uses_all_levels_and_beats_plain_rounding() -> None:
+    """The choice of scales is better than the largest value at level 7 or at level -8, on normal weights."""
+    weight = _weight(64, 640)
+    packed = pack_weight(weight, WeightFormat.INT4)
+    whole, _ = integer_weights(packed)
+    assert (whole.min(), whole.max()) == (-8, 7)
+    error = (packed.unpack(torch.float32) - weight).norm()
+    groups = weight.view(-1, 64)
+    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+    for level in (7, -8):
+        scale = largest / level
+        plain = ((groups / scale).round().clamp(-8, 7) * scale - groups).norm()
+        assert error < 0.97 * plain
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_parts_are_packed_as_the_whole(format: WeightFormat, heights: list[int]) -> None:
+    """Weights one below the other, whatever tiles their borders cut, are what their concatenation is."""
+    parts = [_weight(height, 70, seed) for seed, height in enumerate(heights)]
+    packed = PackedWeight.empty(format, sum(heights), 70)
+    pack_rows(parts, packed)
+    whole = pack_weight(torch.cat(parts), format)
+    assert torch.equal(packed.data, whole.data)
+    assert (packed.scales is None and whole.scales is None) or torch.equal(packed.scales, whole.scales)
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+def test_large_weights_are_packed_in_pieces(format: WeightFormat) -> None:
+    """A weight of many pieces equals its slices packed alone, and lies at a cache line."""
+    weight = _weight(1000, 1100).bfloat16()
+    packed = pack_weight(weight, format)
+    assert len(list(packed.tile_chunks())) > 2
+    assert packed.data.data_ptr() % 64 == 0
+    unpacked = packed.unpack(torch.bfloat16)
+    assert unpacked.dtype == torch.bfloat16
+    for start in (0, 480, 960):
+        alone = pack_weight(weight[start : start + 40], format).unpack(torch.bfloat16)
+        assert torch.equal(unpacked[start : start + 40], alone)
+
+
+@pytest.mark.parametrize(
+    ("format", "bytes_per_value"),
+    [("float32", 4), ("bfloat16", 2), ("int8", 1 + 4 / 640), ("int4", 0.5 + 2 / 64)],
+)
+def test_bytes_of_a_format(format: str, bytes_per_value: float) -> None:
+    """The layout knows what a packed weight takes before there is one."""
+    layout = PackedLayout(WeightFormat(format), 320, 640)
+    packed = pack_weight(_weight(320, 640), layout.format)
+    tensors = [packed.data] + ([] if packed.scales is None else [packed.scales])
+    assert layout.nbytes == packed.nbytes == sum(tensor.nbytes for tensor in tensors)
+    assert layout.nbytes == pytest.approx(320 * 640 * bytes_per_value)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    packed = PackedWeight.empty(WeightFormat.INT8, 20, 30)
+    with pytest.raises(ValueError, match=r"\[\(20, 31\)\] do not make up \[20, 30\]"):
+        pack_rows([torch.zeros(20, 31)], packed)
+
+
+@pytest.mark.parametrize(
+    ("format", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.01), ("int8", 0.02), ("int4", 0.16)]
+)
+@pytest.mark.parametrize("size", [(40, 150), (16, 64), (5, 3)])
+def test_the_reference_product(format: str, tolerance: float, size: tuple[int, int]) -> None:
+    """The oracle itself is near the product in float64, as far as the format allows."""
+    weight, x = _weight(*size), _weight(6, size[1], seed=1)
+    expected = x.double() @ weight.double().t()
+    product = reference_linear(x, pack_weight(weight, WeightFormat(format)))
+    assert (product - expected).norm() <= tolerance * expected.norm()
