@@ -40,6 +40,12 @@ def _to_span(value: object) -> object:
     return BlockSpan.parse(value) if isinstance(value, str) else value
 
 
+def _without_nf4(value: object) -> object:
+    if value == "nf4":
+        raise ValueError("write int4, which takes as much memory")
+    return value
+
+
 def _to_host_port(value: object) -> object:
     return HostPort.parse(value) if isinstance(value, str) else value
 
@@ -62,6 +68,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 Maddrs = Annotated[tuple[str, ...], _maddrs(needs_peer=False)]
 PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], _maddrs(needs_peer=True)]
 Span = Annotated[BlockSpan, BeforeValidator(_to_span)]
+Quantization = Literal["none", "int8", "int4"]
 ListenAddress = Annotated[HostPort, BeforeValidator(_to_host_port)]
 
 
@@ -85,7 +92,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _restart(
         "auto", "dtype of weights, cache and answers; auto: the model's own, bfloat16 where that is float32"
     )
-    quantization: Literal["none", "int8", "nf4"] = _restart("none", "quantization of the linear layers")
+    quantization: Annotated[Quantization, BeforeValidator(_without_nf4)] = _restart(
+        "none", "how the weights of linear layers are kept: as dtype says, in 8 bits, or in 4; CPU only"
+    )
     adapters: Texts = _restart((), "LoRA repositories served beside the model")
     dht_prefix: str | None = _restart(None, "name of the model in the swarm; derived from source if unset")
     token_file: PathText | None = _restart(

@@ -24,7 +24,6 @@ DEFAULT_ORIGIN = "default"
 
 # Keys that later versions give a meaning: refused, since ignoring them would look like obedience.
 _NOT_YET = {
-    "model.quantization": ("none", "this version serves unquantized weights only"),
     "model.adapters": ((), "this version serves no adapters"),
     "swarm.allowed_peers": ((), "this version serves every peer of its swarm; bound that by a private swarm"),
     "engine.graphs": (("auto", "off"), "this version captures no CUDA graphs"),

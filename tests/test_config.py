@@ -105,7 +105,7 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ('[swarm]\ninitial_peers = ["/ip4/1.2.3.4/tcp/1"]', "an initial peer ends in /p2p/ and its PeerID"),
         ('[swarm]\ninitial_peers = "pubic"', "swarm.initial_peers = 'pubic'"),
         ('[swarm]\nhost_maddrs = ["/ip4/1.2.3/tcp/1"]', "'1.2.3' is no ip4 address"),
-        ('[model]\nquantization = "nf4"', "serves unquantized weights only; remove the key"),
+        ('[model]\nquantization = "nf4"', "model.quantization = 'nf4': write int4, which takes as much memory"),
         ('[model]\nadapters = ["a/b"]', "serves no adapters"),
         ('[engine]\ngraphs = "on"', "captures no CUDA graphs"),
         ('[swarm]\nallowed_peers = ["x"]', "serves every peer of its swarm"),

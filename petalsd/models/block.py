@@ -15,7 +15,7 @@ from petalsd.models.block_config import BlockConfig
 from petalsd.models.rope import Rope
 from petalsd.ops.attention import dense_attention, paged_attention
 from petalsd.ops.kv import write_kv
-from petalsd.ops.linear import linear
+from petalsd.ops.linear import Weight, linear
 from petalsd.ops.norm import rms_norm
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rotary import apply_rope
@@ -23,18 +23,21 @@ from petalsd.ops.rotary import apply_rope
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """All of one dtype on one device, none requires grad; I is the intermediate size.
+    """All on one device, none requires grad; I is the intermediate size.
+
+    Tensors are of the block's dtype, as norms and biases always are. The projections are packed on the CPU, and
+    may then be of a lower precision than what is computed with them.
 
     qkv      ``[(H + 2*Hkv) * D, M]`` q, k and v one below the other
     gate_up  ``[2*I, M]`` gate above up
     """
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    output: torch.Tensor
+    qkv: Weight
+    output: Weight
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
     qkv_bias: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
@@ -66,11 +69,11 @@ class TransformerBlock:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weights.qkv.dtype
+        return self.weights.input_norm.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.weights.qkv.device
+        return self.weights.input_norm.device
 
     def forward_paged(
         self,

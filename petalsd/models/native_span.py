@@ -6,15 +6,16 @@ processors that lack it. Prefill, passes and everything that the C++ code does n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TypeGuard
 
 import torch
 
 from petalsd import _C
-from petalsd.models.block import TransformerBlock
+from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.paged_span import BlockByBlock, ChainedSpans, CosSin, PagedBlock, PagedSpan
+from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.types import BlockSpan
 
@@ -52,6 +53,7 @@ def can_be_native(block: PagedBlock) -> TypeGuard[TransformerBlock]:
     return (
         block.device.type == "cpu"
         and block.dtype in _DTYPES
+        and not (isinstance(block.weights.qkv, PackedWeight) and block.weights.qkv.format.is_quantized)
         and config.activation in _ACTIVATIONS
         and config.head_dim <= _MAX_HEAD_DIM
         and config.head_dim % 2 == 0
@@ -66,9 +68,14 @@ class NativeSpan:
         self, blocks: Mapping[int, TransformerBlock], team: _C.ThreadTeam, tier: str = "auto"
     ) -> None:
         self._blocks = BlockByBlock(blocks)
-        self._weights = [block.weights for block in blocks.values()]  # the C++ blocks point into these
+        self._tensors = [
+            plain_tensors(blocks[index].weights) for index in sorted(blocks)
+        ]  # C++ points into them
         self._team = team
-        native = [native_block(blocks[index], tier) for index in sorted(blocks)]
+        native = [
+            native_block(blocks[index], tensors, tier)
+            for index, tensors in zip(sorted(blocks), self._tensors, strict=True)
+        ]
         self._span = _C.DecodeSpan(native)
         self.tier = native[0].tier
 
@@ -85,14 +92,22 @@ class NativeSpan:
         return out
 
 
-def native_block(block: TransformerBlock, tier: str) -> _C.DecodeBlock:
-    """The C++ view of a block; the block's weights must outlive it."""
-    config, weights = block.config, block.weights
-    tensors = (
+def plain_tensors(weights: BlockWeights) -> list[torch.Tensor | None]:
+    """The block's weights in the order of the C++ code, packed ones unpacked."""
+    dtype = weights.input_norm.dtype
+    parts = (
         weights.input_norm, weights.qkv, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.output,
         weights.output_bias, weights.mlp_norm, weights.gate_up, weights.gate_up_bias, weights.down,
         weights.down_bias,
     )  # fmt: skip
+    return [part.unpack(dtype).contiguous() if isinstance(part, PackedWeight) else part for part in parts]
+
+
+def native_block(
+    block: TransformerBlock, tensors: Sequence[torch.Tensor | None], tier: str
+) -> _C.DecodeBlock:
+    """The C++ view of a block; ``tensors``, its plain ones, must outlive it."""
+    config = block.config
     if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the weights of a native block must be contiguous")
     return _C.DecodeBlock(

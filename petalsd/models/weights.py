@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,18 @@ import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 
+from petalsd.config import Quantization
 from petalsd.errors import WeightsError
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.files import check_readable
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.weight_storage import WeightStorage
+from petalsd.ops.linear import Weight
 from petalsd.ops.memory import Arena
+from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.weight_packing import pack_rows
 
 log = structlog.get_logger(__name__)
 
@@ -96,63 +102,93 @@ def load_block(
     device: torch.device,
     *,
     rope: Rope | None = None,
+    quantization: Quantization = "none",
 ) -> TransformerBlock:
     """Read block ``index``, cast to ``dtype``, on ``device``; fetches its files first where they are missing.
 
-    ``rope`` is what the model's blocks share; a block that is loaded alone gets its own. Raises WeightsError.
+    ``rope`` is what the model's blocks share; a block that is loaded alone gets its own. Raises WeightsError, and
+    ConfigError for a quantization that is not computed on the device.
     """
-    by_name = _read(source, block_tensors(config, index))
-    # Side by side, in the order in which a step reads them.
-    num_elements = sum(tensor.numel() for tensor in by_name.values())
-    arena = Arena(num_elements, len(by_name), dtype, device)
-    tensors = _Tensors(by_name, f"model.layers.{index}.", arena)
-    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
-    gate_up = ["mlp.gate_proj", "mlp.up_proj"]
-    weights = BlockWeights(
-        input_norm=tensors.fuse(["input_layernorm.weight"]),
-        qkv=tensors.fuse([f"{name}.weight" for name in qkv]),
-        output=tensors.fuse(["self_attn.o_proj.weight"]),
-        mlp_norm=tensors.fuse(["post_attention_layernorm.weight"]),
-        gate_up=tensors.fuse([f"{name}.weight" for name in gate_up]),
-        down=tensors.fuse(["mlp.down_proj.weight"]),
-        qkv_bias=tensors.fuse_if(config.qkv_bias, [f"{name}.bias" for name in qkv]),
-        q_norm=tensors.fuse_if(config.qk_norm, ["self_attn.q_norm.weight"]),
-        k_norm=tensors.fuse_if(config.qk_norm, ["self_attn.k_norm.weight"]),
-        output_bias=tensors.fuse_if(config.output_bias, ["self_attn.o_proj.bias"]),
-        gate_up_bias=tensors.fuse_if(config.mlp_bias, [f"{name}.bias" for name in gate_up]),
-        down_bias=tensors.fuse_if(config.mlp_bias, ["mlp.down_proj.bias"]),
-    )
+    storage = WeightStorage.choose(dtype, device, quantization)
+    tensors = _read(source, block_tensors(config, index))
+    weights = assemble_block(tensors.__getitem__, config, index, storage)
     log.debug("block_loaded", block=index, nbytes=weights.nbytes)
     return TransformerBlock(index, config, weights, rope or Rope(config, dtype, device))
 
 
+def assemble_block(
+    tensor: Callable[[str], torch.Tensor], config: BlockConfig, index: int, storage: WeightStorage
+) -> BlockWeights:
+    """A block from the tensors of ``block_tensors``, each asked for once by name, copied into its own memory."""
+    shapes = block_tensors(config, index)
+    place = _Placement(tensor, f"model.layers.{index}.", storage, shapes.values())
+    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
+    gate_up = ["mlp.gate_proj", "mlp.up_proj"]
+    return BlockWeights(
+        input_norm=place.fuse(["input_layernorm.weight"]),
+        qkv=place.project(qkv),
+        output=place.project(["self_attn.o_proj"]),
+        mlp_norm=place.fuse(["post_attention_layernorm.weight"]),
+        gate_up=place.project(gate_up),
+        down=place.project(["mlp.down_proj"]),
+        qkv_bias=place.fuse_if(config.qkv_bias, [f"{name}.bias" for name in qkv]),
+        q_norm=place.fuse_if(config.qk_norm, ["self_attn.q_norm.weight"]),
+        k_norm=place.fuse_if(config.qk_norm, ["self_attn.k_norm.weight"]),
+        output_bias=place.fuse_if(config.output_bias, ["self_attn.o_proj.bias"]),
+        gate_up_bias=place.fuse_if(config.mlp_bias, [f"{name}.bias" for name in gate_up]),
+        down_bias=place.fuse_if(config.mlp_bias, ["mlp.down_proj.bias"]),
+    )
+
+
 def load_head(source: ModelSource, config: BlockConfig, dtype: torch.dtype) -> HeadWeights:
     """Read embeddings, final norm and output head to the CPU, cast to ``dtype``. Raises WeightsError."""
-    by_name = _read(source, head_tensors(config))
-    num_elements = sum(tensor.numel() for tensor in by_name.values())
-    tensors = _Tensors(by_name, "", Arena(num_elements, len(by_name), dtype, torch.device("cpu")))
-    embed_tokens = tensors.fuse([_EMBEDDING])
-    lm_head = embed_tokens if config.tie_word_embeddings else tensors.fuse([_LM_HEAD])
-    return HeadWeights(embed_tokens, tensors.fuse([_FINAL_NORM]), lm_head)
+    shapes = head_tensors(config)
+    tensors = _read(source, shapes)
+    storage = WeightStorage(dtype, torch.device("cpu"), None)
+    place = _Placement(tensors.__getitem__, "", storage, shapes.values())
+    embed_tokens = place.fuse([_EMBEDDING])
+    lm_head = embed_tokens if config.tie_word_embeddings else place.fuse([_LM_HEAD])
+    return HeadWeights(embed_tokens, place.fuse([_FINAL_NORM]), lm_head)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensors:
-    """Tensors mapped from files, handed out as copies of our own."""
+class _Placement:
+    """Copies tensors to their places, side by side in the order in which they are asked for."""
 
-    by_name: Mapping[str, torch.Tensor]
-    prefix: str
-    arena: Arena
+    def __init__(
+        self,
+        tensor: Callable[[str], torch.Tensor],
+        prefix: str,
+        storage: WeightStorage,
+        shapes: Collection[tuple[int, ...]],
+    ) -> None:
+        """``shapes`` are those of all tensors that will be placed."""
+        self._tensor = tensor
+        self._prefix = prefix
+        self._storage = storage
+        # A packed weight may have scales beside it.
+        self._arena = Arena(storage.nbytes(shapes), 2 * len(shapes), storage.device)
+
+    def project(self, layers: list[str]) -> Weight:
+        """The weights of these linear layers one below the other, packed where the storage says so."""
+        names = [f"{layer}.weight" for layer in layers]
+        format = self._storage.format
+        if format is None:
+            return self.fuse(names)
+        parts = [self._tensor(self._prefix + name) for name in names]
+        num_out = sum(len(part) for part in parts)
+        packed = PackedWeight.empty(format, num_out, parts[0].shape[1], self._arena.empty)
+        pack_rows(parts, packed)
+        return packed
 
     def fuse(self, names: list[str]) -> torch.Tensor:
         """These tensors one below the other, cast and copied straight to their place in the arena."""
-        parts = [self.by_name[self.prefix + name] for name in names]
-        rows = sum(part.shape[0] for part in parts)
-        fused = self.arena.empty((rows, *parts[0].shape[1:]))
+        parts = [self._tensor(self._prefix + name) for name in names]
+        rows = sum(len(part) for part in parts)
+        fused = self._arena.empty((rows, *parts[0].shape[1:]), self._storage.dtype)
         start = 0
         for part in parts:
-            fused[start : start + part.shape[0]].copy_(part)
-            start += part.shape[0]
+            fused[start : start + len(part)].copy_(part)
+            start += len(part)
         return fused
 
     def fuse_if(self, is_present: bool, names: list[str]) -> torch.Tensor | None:
@@ -193,4 +229,9 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], file:
         raise WeightsError(
             f"{file}: {name} has dtype {tensor.dtype}, one of bfloat16, float16, float32 is read",
             hint="quantized checkpoints are not read: use the one that it was made from",
+        )
+    if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+        raise WeightsError(
+            f"{file}: {name} holds values that are not finite",
+            hint="the checkpoint is damaged: use another revision, or the one that it was made from",
         )

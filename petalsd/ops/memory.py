@@ -32,18 +32,17 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 
 class Arena:
-    """One piece of memory that tensors of one dtype are cut from; it is given back with the last of them."""
+    """One piece of memory that tensors are cut from; it is given back with the last of them."""
 
-    def __init__(self, num_elements: int, num_tensors: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for ``num_tensors`` tensors of ``num_elements`` elements in all."""
-        self._alignment = _CACHE_LINE // dtype.itemsize
-        self._free = empty([num_elements + num_tensors * self._alignment], dtype, device)
+    def __init__(self, nbytes: int, num_tensors: int, device: torch.device) -> None:
+        """Room for ``num_tensors`` tensors of ``nbytes`` bytes in all."""
+        self._free = empty([nbytes + num_tensors * _CACHE_LINE], torch.uint8, device)
 
-    def empty(self, shape: Sequence[int]) -> torch.Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of undefined content that starts at a cache line. ValueError when there is no room left."""
-        size = math.prod(shape)
-        if size > len(self._free):
-            raise ValueError(f"the arena has room for {len(self._free)} elements, not for {size}")
-        tensor = self._free[:size].view(*shape)
-        self._free = self._free[-(-size // self._alignment) * self._alignment :]
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > len(self._free):
+            raise ValueError(f"the arena has room for {len(self._free)} bytes, not for {nbytes}")
+        tensor = self._free[:nbytes].view(dtype).view(*shape)
+        self._free = self._free[-(-nbytes // _CACHE_LINE) * _CACHE_LINE :]
         return tensor

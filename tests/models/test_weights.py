@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from petalsd.errors import WeightsError
+from petalsd.config import Quantization
+from petalsd.errors import ConfigError, WeightsError
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.source import INDEX_FILE, SINGLE_FILE, ModelSource
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import block_tensors, files_with, load_block, load_head
 from petalsd.ops.linear import linear
 from petalsd.ops.norm import rms_norm
+from petalsd.ops.packed_weight import PackedWeight, WeightFormat
+from petalsd.ops.weight_packing import pack_weight
 from tests.numeric import assert_close
 from tests.tiny_models import FAMILIES, HIDDEN_SIZE, make_tiny
 
@@ -73,10 +79,11 @@ def test_weights_are_frozen_and_our_own(directory: Path) -> None:
     source = ModelSource(str(directory))
     config = BlockConfig.from_hf(source.config())
     block = load_block(source, config, 1, torch.float32, CPU)
-    before = block.weights.qkv.clone()
+    assert isinstance(block.weights.qkv, PackedWeight)
+    before = block.weights.qkv.unpack(torch.float32)
     (directory / SINGLE_FILE).write_bytes(b"")
-    assert torch.equal(block.weights.qkv, before)
-    assert not block.weights.qkv.requires_grad
+    assert torch.equal(block.weights.qkv.unpack(torch.float32), before)
+    assert not block.weights.qkv.data.requires_grad
     assert block.nbytes == sum(4 * torch.Size(shape).numel() for shape in block_tensors(config, 1).values())
 
 
@@ -136,7 +143,60 @@ def test_other_float_dtypes_are_cast(directory: Path) -> None:
     _rewrite(directory, **{Q_PROJ: torch.ones(HIDDEN_SIZE, HIDDEN_SIZE, dtype=torch.bfloat16)})
     source = ModelSource(str(directory))
     block = load_block(source, BlockConfig.from_hf(source.config()), 1, torch.float32, CPU)
-    assert torch.equal(block.weights.qkv[:HIDDEN_SIZE], torch.ones(HIDDEN_SIZE, HIDDEN_SIZE))
+    assert isinstance(block.weights.qkv, PackedWeight)
+    assert torch.equal(
+        block.weights.qkv.unpack(torch.float32)[:HIDDEN_SIZE], torch.ones(HIDDEN_SIZE, HIDDEN_SIZE)
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(directory: Path, value: float) -> None:
+    """One bad value in a checkpoint would spread to all answers: the tensor is named instead."""
+    weight = torch.zeros(HIDDEN_SIZE, HIDDEN_SIZE)
+    weight[3, 5] = value
+    _rewrite(directory, **{Q_PROJ: weight})
+    with pytest.raises(WeightsError, match=rf"{re.escape(Q_PROJ)} holds values that are not finite"):
+        _load(directory)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_projections_are_packed_in_one_piece(directory: Path, quantization: Quantization) -> None:
+    """Each projection has the format of the quantization and the fused values of the checkpoint, side by side."""
+    source = ModelSource(str(directory))
+    config = BlockConfig.from_hf(source.config())
+    block = load_block(source, config, 1, torch.float32, CPU, quantization=quantization)
+    stored = load_file(directory / SINGLE_FILE)
+    format = WeightFormat.FLOAT32 if quantization == "none" else WeightFormat(quantization)
+    layers = {
+        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "output": ["self_attn.o_proj"],
+        "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+        "down": ["mlp.down_proj"],
+    }
+    storages = set()
+    for field, names in layers.items():
+        packed = getattr(block.weights, field)
+        expected = pack_weight(torch.cat([stored[f"model.layers.1.{name}.weight"] for name in names]), format)
+        assert packed.format == format
+        assert torch.equal(packed.unpack(torch.float32), expected.unpack(torch.float32))
+        storages.add(packed.data.untyped_storage().data_ptr())
+    assert storages == {block.weights.input_norm.untyped_storage().data_ptr()}
+    storage = WeightStorage.choose(torch.float32, CPU, quantization)
+    assert block.nbytes <= storage.nbytes(block_tensors(config, 1).values())
+
+
+def test_float16_stays_in_plain_tensors(directory: Path) -> None:
+    """There is no packed format for it; what is loaded can be computed with all the same."""
+    source = ModelSource(str(directory))
+    block = load_block(source, BlockConfig.from_hf(source.config()), 1, torch.float16, CPU)
+    assert isinstance(block.weights.qkv, torch.Tensor)
+    assert block.forward_dense(torch.zeros(1, 2, HIDDEN_SIZE, dtype=torch.float16)).dtype == torch.float16
+
+
+def test_quantization_is_refused_where_nothing_computes_it() -> None:
+    """The error names the key, its value and the device."""
+    with pytest.raises(ConfigError, match=r"model\.quantization = 'int4': .* CPU only, not on cuda:0"):
+        WeightStorage.choose(torch.bfloat16, torch.device("cuda:0"), "int4")
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 5, 3000])

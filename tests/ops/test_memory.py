@@ -69,19 +69,22 @@ def test_memory_goes_back_with_the_last_view() -> None:
 def test_an_arena_is_cut_into_aligned_tensors() -> None:
     """Tensors start at cache lines and don't overlap; what the arena was made for fits."""
     shapes = [(3,), (5, 7), (64,), (1, 1)]
-    arena = Arena(sum(torch.Size(shape).numel() for shape in shapes), len(shapes), torch.bfloat16, CPU)
-    tensors = [arena.empty(shape) for shape in shapes]
+    dtypes = [torch.bfloat16, torch.float32, torch.uint8, torch.bfloat16]
+    wanted = list(zip(shapes, dtypes, strict=True))
+    nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted)
+    arena = Arena(nbytes, len(shapes), CPU)
+    tensors = [arena.empty(shape, dtype) for shape, dtype in wanted]
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)
-    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-        assert tensor.shape == shape
+    for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, wanted, strict=True)):
+        assert (tensor.shape, tensor.dtype) == (shape, dtype)
         assert tensor.data_ptr() % 64 == 0
         assert (tensor == number).all()
 
 
 def test_an_arena_has_an_end() -> None:
     """What doesn't fit is refused, with both sizes."""
-    arena = Arena(10, 1, torch.float32, CPU)
-    arena.empty((10,))
-    with pytest.raises(ValueError, match="room for 10 elements, not for 17"):
-        arena.empty((17,))
+    arena = Arena(40, 1, CPU)
+    arena.empty((10,), torch.float32)
+    with pytest.raises(ValueError, match="room for 40 bytes, not for 68"):
+        arena.empty((17,), torch.float32)
