@@ -36,7 +36,7 @@ class RecordWriter:
             forward_rps=rates.forward_rps,
             inference_rps=rates.inference_rps,
             torch_dtype=self._plan.dtype_name,
-            quant_type="none",
+            quant_type=self._plan.storage.quantization,
             using_relay=is_relayed,
             cache_tokens_left=None if pool is None else 2 * pool.tokens_free,
         )

@@ -44,7 +44,7 @@ class Figures:
         yield from self._span()
 
     def _identity(self) -> Iterator[Reading]:
-        plan, quantization = self._plan, self._parts.settings.config.model.quantization
+        plan, quantization = self._plan, self._plan.storage.quantization
         yield Reading("build_info", 1, (__version__, platform.python_version(), torch.__version__))
         what = (plan.prefix, plan.model.model_type, plan.dtype_name, quantization, str(plan.device))
         yield Reading("model_info", 1, what)

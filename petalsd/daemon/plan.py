@@ -22,6 +22,7 @@ from petalsd.models.block_config import BlockConfig, dtype_for
 from petalsd.models.naming import dht_prefix
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import block_tensors, files_with, load_block
 from petalsd.paths import InstancePaths
 from petalsd.types import BlockSpan
@@ -37,6 +38,7 @@ _CPU_MEMORY_SHARE = 0.7
 class ServingPlan:
     """prefix        name of the model in the swarm
     repository    its page on the Hub, None for a directory
+    storage       how weights are kept, and the dtype and device of all that is computed
     kv_tokens     tokens of cache per block
     memory_bytes  what serving may take
     """
@@ -45,8 +47,7 @@ class ServingPlan:
     model: BlockConfig
     prefix: str
     repository: str | None
-    device: torch.device
-    dtype: torch.dtype
+    storage: WeightStorage
     geometry: KVGeometry
     kv_tokens: int
     need: MemoryNeed
@@ -54,8 +55,22 @@ class ServingPlan:
     limits: EngineLimits
 
     @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def weights_name(self) -> str:
+        """As a person reads it: bfloat16, or bfloat16 with int8 weights."""
+        quantization = self.storage.quantization
+        return self.dtype_name if quantization == "none" else f"{self.dtype_name} with {quantization} weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     model = BlockConfig.from_hf(source.config())
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
+    storage = WeightStorage.choose(dtype, device, config.model.quantization)
     geometry = KVGeometry(config.engine.page_tokens, model.num_kv_heads, model.head_dim, dtype.itemsize)
     kv_tokens = kv_tokens_for(config.engine.kv_tokens, model)
     share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0
@@ -82,11 +98,10 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
             model.model_type, config.model.source, source.is_directory, config.model.dht_prefix
         ),
         repository=None if source.is_directory else _HUB_URL + config.model.source,
-        device=device,
-        dtype=dtype,
+        storage=storage,
         geometry=geometry,
         kv_tokens=kv_tokens,
-        need=memory_need(model, geometry, kv_tokens),
+        need=memory_need(model, storage, geometry, kv_tokens),
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
     )
@@ -149,8 +164,16 @@ class ModelReader:
         self._plan.source.fetch(files_with(self._plan.source, tensors), progress)
 
     def load_block(self, index: int) -> TransformerBlock:
-        plan = self._plan
-        return load_block(plan.source, plan.model, index, plan.dtype, plan.device, rope=self._rope)
+        plan, quantization = self._plan, self._plan.storage.quantization
+        return load_block(
+            plan.source,
+            plan.model,
+            index,
+            plan.dtype,
+            plan.device,
+            rope=self._rope,
+            quantization=quantization,
+        )
 
 
 def gib(num_bytes: int) -> str:

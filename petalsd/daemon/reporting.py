@@ -184,7 +184,7 @@ class Reporter:
             num_blocks=plan.model.num_blocks,
             family=plan.model.model_type,
             dtype=plan.dtype_name,
-            quantization=self._parts.settings.config.model.quantization,
+            quantization=plan.storage.quantization,
             device=str(plan.device),
         )
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry, pages_for
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.weight_storage import WeightStorage
+from petalsd.models.weights import block_tensors
 
 # Reference clients count on these (models with grouped queries, others): tokens of cache per block, and the
 # longest session.
@@ -52,19 +54,13 @@ def max_session_tokens_for(setting: int | str, config: BlockConfig, kv_tokens: i
     return longest
 
 
-def memory_need(config: BlockConfig, geometry: KVGeometry, kv_tokens: int) -> MemoryNeed:
-    """``geometry`` also says how many bytes a weight has."""
+def memory_need(
+    config: BlockConfig, storage: WeightStorage, geometry: KVGeometry, kv_tokens: int
+) -> MemoryNeed:
+    """The blocks of a model are of one size."""
     cache_bytes = (pages_for(kv_tokens, 1, geometry.page_tokens) - 1) * geometry.page_bytes
-    weights_bytes = int(parameters_per_block(config) * geometry.dtype_bytes * _WEIGHTS_OVERHEAD)
+    weights_bytes = int(storage.nbytes(block_tensors(config, 0).values()) * _WEIGHTS_OVERHEAD)
     return MemoryNeed(weights_bytes + cache_bytes, int(config.hidden_size * _PASS_BYTES_PER_HIDDEN))
-
-
-def parameters_per_block(config: BlockConfig) -> int:
-    """Projections of attention and of the gated MLP, and the norms; biases are too small to count."""
-    query_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    attention = config.hidden_size * (2 * query_size + 2 * kv_size)
-    return attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
 
 
 def network_rps(network_mbps: float, hidden_size: int) -> float:

@@ -11,8 +11,9 @@ from petalsd.config import Config
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.sizing import announced_throughput, network_rps
 from petalsd.engine.throughput import BlockRates, RateCache, measure, rate_key
-from petalsd.models.block import BlockWeights, TransformerBlock
+from petalsd.models.block import TransformerBlock
 from petalsd.models.rope import Rope
+from petalsd.models.weights import assemble_block, block_tensors
 from petalsd.paths import InstancePaths
 
 log = structlog.get_logger(__name__)
@@ -66,7 +67,7 @@ class Speed:
             self.rates = Rates(throughput=float(self._section.throughput))
             return
         plan = self._plan
-        key = rate_key(plan.source.source, plan.dtype, plan.device, self._num_threads)
+        key = rate_key(plan.source.source, plan.weights_name, plan.device, self._num_threads)
         measured = await self._cache.get_or_measure(key, self._measure, _MEASURE_TIMEOUT_S)
         self.rates = Rates(
             inference_rps=measured.inference_rps,
@@ -77,36 +78,17 @@ class Speed:
 
     async def _measure(self) -> BlockRates:
         plan = self._plan
-        log.info("measuring_throughput", device=str(plan.device), dtype=plan.dtype_name)
+        log.info("measuring_throughput", device=str(plan.device), weights=plan.weights_name)
         rope = Rope(plan.model, plan.dtype, plan.device)
         return await measure({0: random_block(plan, rope)}, rope, plan.device, self._num_threads)
 
 
 def random_block(plan: ServingPlan, rope: Rope) -> TransformerBlock:
     """A block with the shapes of the plan's model: speed does not depend on the weights, so none are fetched."""
-    model = plan.model
-    head = model.head_dim
-    query_size, kv_size = model.num_heads * head, model.num_kv_heads * head
+    shapes = block_tensors(plan.model, 0)
 
-    def weights(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=plan.dtype, device=plan.device).normal_(0.0, _WEIGHTS_SCALE)
+    def random(name: str) -> torch.Tensor:
+        tensor = torch.empty(shapes[name], dtype=plan.dtype, device=plan.device)
+        return tensor.normal_(0.0, _WEIGHTS_SCALE)
 
-    return TransformerBlock(
-        0,
-        model,
-        BlockWeights(
-            input_norm=weights(model.hidden_size),
-            qkv=weights(query_size + 2 * kv_size, model.hidden_size),
-            output=weights(model.hidden_size, query_size),
-            mlp_norm=weights(model.hidden_size),
-            gate_up=weights(2 * model.intermediate_size, model.hidden_size),
-            down=weights(model.hidden_size, model.intermediate_size),
-            qkv_bias=weights(query_size + 2 * kv_size) if model.qkv_bias else None,
-            q_norm=weights(head) if model.qk_norm else None,
-            k_norm=weights(head) if model.qk_norm else None,
-            output_bias=weights(model.hidden_size) if model.output_bias else None,
-            gate_up_bias=weights(2 * model.intermediate_size) if model.mlp_bias else None,
-            down_bias=weights(model.hidden_size) if model.mlp_bias else None,
-        ),
-        rope,
-    )
+    return TransformerBlock(0, plan.model, assemble_block(random, plan.model, 0, plan.storage), rope)

@@ -1,7 +1,7 @@
 """How many tokens per second go through one block here: measured through the engine itself, kept on disk.
 
-A measurement takes a few seconds of full load, so it is done once per model, device, dtype and version, and by one
-process at a time.
+A measurement takes a few seconds of full load, so it is done once per model, form of its weights, device and
+version, and by one process at a time.
 """
 
 from __future__ import annotations
@@ -132,12 +132,11 @@ async def _seconds_per_call(call: Callable[[], Awaitable[None]], max_calls: int)
     return (now - start) / num_calls
 
 
-def rate_key(model: str, dtype: torch.dtype, device: torch.device, num_threads: int = 0) -> str:
-    """What the figures depend on; ``model`` is its source as configured."""
+def rate_key(model: str, weights: str, device: torch.device, num_threads: int = 0) -> str:
+    """What the figures depend on; ``model`` is its source as configured, ``weights`` say in what form they are."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = num_threads or torch.get_num_threads()
-    kind = str(dtype).removeprefix("torch.")
-    return f"{model} {kind} on {name}, {threads} threads, petalsd {__version__}, torch {torch.__version__}"
+    return f"{model} {weights} on {name}, {threads} threads, petalsd {__version__}, torch {torch.__version__}"
 
 
 class RateCache:

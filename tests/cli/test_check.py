@@ -47,6 +47,13 @@ def test_a_good_configuration_passes(model_dir: Path, capsys: pytest.CaptureFixt
     assert not (model_dir.parent / "home").exists()
 
 
+def test_quantized_weights_are_named(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The finding on the device says in what form weights are kept."""
+    code, findings = check(capsys, model_dir, "model.quantization=int4", "engine.device=cpu")
+    assert code == EXIT_OK, findings
+    assert findings["device"] == "cpu, bfloat16 with int4 weights"
+
+
 @pytest.mark.parametrize(
     ("override", "name", "text"),
     [

@@ -18,6 +18,7 @@ from petalsd.daemon.span_loader import LoadProgress
 from petalsd.engine.handle import SessionInfo
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import BadRequest, Conflict, NotServed, SwarmError
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.status import DOCUMENTS, schema_of
 from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
@@ -32,6 +33,7 @@ PLAN = cast(
         source=SimpleNamespace(source="example/model"),
         prefix="model-hf",
         dtype_name="float32",
+        storage=WeightStorage.choose(torch.float32, torch.device("cpu"), "int8"),
         device=torch.device("cpu"),
     ),
 )
@@ -55,6 +57,7 @@ async def test_a_status_before_anything_is_known() -> None:
     status = administer(Stage()).status()
     check(status, "status")
     assert (status.state, status.span, status.kv, status.throughput) == ("starting", None, None, None)
+    assert (status.model.dtype, status.model.quantization) == ("float32", "int8")
     assert status.summary == "Starting: starting"
 
 

@@ -23,6 +23,7 @@ from petalsd.daemon.plan import (
 from petalsd.daemon.sizing import MemoryNeed
 from petalsd.errors import ConfigError
 from petalsd.models.rope import Rope
+from petalsd.ops.packed_weight import PackedWeight
 from petalsd.paths import InstancePaths
 from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 from petalsd.types import BlockSpan
@@ -80,6 +81,22 @@ def test_blocks_are_read_for_the_plan(plan: ServingPlan) -> None:
     reader.fetch(BlockSpan(1, 3), lambda file, done, total: None)
     block = reader.load_block(2)
     assert (block.index, block.dtype) == (2, torch.bfloat16)
+
+
+def test_quantization_makes_room_for_more_blocks(model_dir: Path, paths: InstancePaths) -> None:
+    """Where two blocks of the model fit, four fit in int4; what is read is what was counted with."""
+    fitting = {}
+    for quantization in ("none", "int8", "int4"):
+        config = configured(model_dir, f"model.quantization={quantization}", "engine.kv_tokens=16")
+        plan = make_plan(config, paths)
+        if quantization == "none":
+            memory_bytes = plan.need.of_blocks(2)
+        fitting[quantization] = demand_for(replace(plan, memory_bytes=memory_bytes), config.blocks).num_blocks
+        block = ModelReader(plan, Rope(plan.model, plan.dtype, plan.device)).load_block(0)
+        assert block.nbytes < plan.need.block_bytes
+        assert isinstance(block.weights.down, PackedWeight)
+        assert block.weights.down.format == plan.storage.format
+    assert fitting == {"none": 2, "int8": 3, "int4": 4}
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from petalsd.config import Quantization
 from petalsd.daemon.memory import available_bytes, cgroup_left_bytes
 from petalsd.daemon.sizing import (
     MemoryNeed,
@@ -16,11 +17,11 @@ from petalsd.daemon.sizing import (
     max_session_tokens_for,
     memory_need,
     network_rps,
-    parameters_per_block,
 )
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.weight_storage import WeightStorage
 
 GROUPED = BlockConfig(
     model_type="llama", num_blocks=80, hidden_size=8192, num_heads=64, num_kv_heads=8, head_dim=128,
@@ -29,6 +30,8 @@ GROUPED = BlockConfig(
     tie_word_embeddings=False, dtype=torch.bfloat16,
 )  # fmt: skip
 UNGROUPED = replace(GROUPED, num_kv_heads=64)
+PLAIN = WeightStorage(torch.bfloat16, torch.device("cuda:0"), None)
+PARAMETERS = 855_654_400  # of a block, as published
 GEOMETRY = KVGeometry(page_tokens=16, num_kv_heads=8, head_dim=128, dtype_bytes=2)
 
 
@@ -47,16 +50,23 @@ def test_no_session_may_be_longer_than_the_cache() -> None:
         max_session_tokens_for(8192, GROUPED, 4096)
 
 
-def test_a_block_of_a_70b_model_has_856_million_parameters() -> None:
-    """The count of the published architecture."""
-    assert parameters_per_block(GROUPED) == 855_654_400
-
-
 def test_memory_need_adds_weights_and_cache() -> None:
     """Per block: weights with 1 % overhead and 2 * tokens * kv heads * head size * bytes of cache."""
-    need = memory_need(GROUPED, GEOMETRY, kv_tokens=16384)
-    assert need.block_bytes == int(855_654_400 * 2 * 1.01) + 2 * 16384 * 8 * 128 * 2
+    need = memory_need(GROUPED, PLAIN, GEOMETRY, kv_tokens=16384)
+    assert need.block_bytes == int(PARAMETERS * 2 * 1.01) + 2 * 16384 * 8 * 128 * 2
     assert need.reserve_bytes == (2 << 30) * 8192 // 14336
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"), [("none", 16), ("int8", 8), ("int4", 4.25)], ids=["none", "int8", "int4"]
+)
+def test_quantized_blocks_need_less_memory(quantization: Quantization, bits: float) -> None:
+    """Weights take the bits of their format with its scales; cache, norms and the reserve stay what they are."""
+    storage = WeightStorage.choose(torch.bfloat16, torch.device("cpu"), quantization)
+    need, plain = (memory_need(GROUPED, each, GEOMETRY, kv_tokens=16384) for each in (storage, PLAIN))
+    weights_bytes = need.block_bytes - 2 * 16384 * 8 * 128 * 2
+    assert weights_bytes == pytest.approx(PARAMETERS * bits / 8 * 1.01, rel=1e-3)
+    assert need.reserve_bytes == plain.reserve_bytes
 
 
 def test_as_many_blocks_as_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,16 +49,25 @@ async def test_a_measurement_is_made_once(family: str, tmp_path: Path) -> None:
     assert first.rates.announced(4, is_relayed=False) <= first.rates.network_rps
 
 
+async def test_each_form_of_the_weights_is_measured(model_dir: Path, tmp_path: Path) -> None:
+    """Figures of unquantized weights say nothing of quantized ones."""
+    for quantization in ("none", "int8", "int4"):
+        await speed_of(model_dir, tmp_path, f"model.quantization={quantization}").find_out()
+    keys = sorted(json.loads((tmp_path / "throughput.json").read_text()))
+    for key, weights in zip(keys, ("", " with int4 weights", " with int8 weights"), strict=True):
+        assert f"{model_dir} bfloat16{weights} on cpu" in key
+
+
 async def test_the_record_before_anything_is_loaded(model_dir: Path, tmp_path: Path) -> None:
     """A JOINING record has the throughput that placement counts, and no cache yet."""
     speed = speed_of(model_dir, tmp_path, "swarm.throughput=7")
     await speed.find_out()
-    plan = make_plan(
-        load_config(None, {}, [f"model.source={model_dir}"]).config, InstancePaths("t", tmp_path, tmp_path)
-    )
+    overrides = [f"model.source={model_dir}", "engine.device=cpu", "model.quantization=int4"]
+    plan = make_plan(load_config(None, {}, overrides).config, InstancePaths("t", tmp_path, tmp_path))
     writer = RecordWriter(plan, Engine(plan.limits, plan.device), speed, "somebody")
     record = writer.describe(ServerState.JOINING, BlockSpan(1, 3), True)
     assert (record.state, record.throughput, record.span) == (ServerState.JOINING, 7.0, BlockSpan(1, 3))
     assert (record.cache_tokens_left, record.using_relay, record.public_name) == (None, True, "somebody")
+    assert (record.torch_dtype, record.quant_type) == ("bfloat16", "int4")
     assert record.version is not None
     assert record.version.startswith("petalsd ")

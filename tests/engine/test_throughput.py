@@ -84,13 +84,13 @@ async def test_one_process_measures_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_key_tells_apart_what_the_figures_depend_on() -> None:
-    """Model, dtype, device and threads make different keys."""
-    base = rate_key("model", torch.float32, CPU, 1)
+    """Model, weights, device and threads make different keys."""
+    base = rate_key("model", "float32", CPU, 1)
     others = {
-        rate_key("other", torch.float32, CPU, 1),
-        rate_key("model", torch.bfloat16, CPU, 1),
-        rate_key("model", torch.float32, torch.device("mps"), 1),
-        rate_key("model", torch.float32, CPU, 2),
+        rate_key("other", "float32", CPU, 1),
+        rate_key("model", "float32 with int8 weights", CPU, 1),
+        rate_key("model", "float32", torch.device("mps"), 1),
+        rate_key("model", "float32", CPU, 2),
     }
     assert len(others | {base}) == 5
 
