@@ -68,9 +68,8 @@ class NativeSpan:
         self, blocks: Mapping[int, TransformerBlock], team: _C.ThreadTeam, tier: str = "auto"
     ) -> None:
         self._blocks = BlockByBlock(blocks)
-        self._tensors = [
-            plain_tensors(blocks[index].weights) for index in sorted(blocks)
-        ]  # C++ points into them
+        # The C++ blocks point into these.
+        self._tensors = [plain_tensors(blocks[index].weights) for index in sorted(blocks)]
         self._team = team
         native = [
             native_block(blocks[index], tensors, tier)

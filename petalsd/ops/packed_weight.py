@@ -31,8 +31,7 @@ GROUP_INPUTS = 64
 INT8_ZERO = 128
 INT4_ZERO = 8
 
-_WORD_BYTES = 4
-_CHUNK_ELEMENTS = 1 << 18  # of float32: what is computed on at once stays in a core's cache
+_UNPACKED_AT_ONCE = 1 << 16  # values: in float32 they stay in a core's cache
 
 Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
@@ -111,10 +110,6 @@ class PackedLayout:
                 return None
 
     @property
-    def num_tensors(self) -> int:
-        return 1 if self.scales is None else 2
-
-    @property
     def nbytes(self) -> int:
         parts = (self.data, self.scales)
         return sum(math.prod(part[0]) * part[1].itemsize for part in parts if part is not None)
@@ -153,10 +148,10 @@ class PackedWeight:
         """The data as int32 ``[tiles, words, 16]``, a view."""
         return self.data.view(torch.int32).view(self.data.shape[0], -1, TILE_OUTPUTS)
 
-    def tile_chunks(self) -> Iterator[slice]:
-        """All tiles in pieces that are worked on one after the other."""
+    def tile_chunks(self, max_values: int) -> Iterator[slice]:
+        """All tiles in chunks of at most so many values, or of one tile."""
         layout = self.layout
-        tiles = max(1, _CHUNK_ELEMENTS // max(1, TILE_OUTPUTS * layout.padded_in))
+        tiles = max(1, max_values // (TILE_OUTPUTS * layout.padded_in))
         for start in range(0, layout.num_tiles, tiles):
             yield slice(start, min(start + tiles, layout.num_tiles))
 
@@ -164,7 +159,7 @@ class PackedWeight:
         """The weight ``[num_out, num_in]`` as a new tensor, row-major; rows may be longer in memory."""
         layout = self.layout
         rows = torch.empty(layout.num_tiles * TILE_OUTPUTS, layout.padded_in, dtype=dtype)
-        for tiles in self.tile_chunks():
+        for tiles in self.tile_chunks(_UNPACKED_AT_ONCE):
             rows[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = self._values(tiles)
         return rows[: self.num_out, : self.num_in]
 

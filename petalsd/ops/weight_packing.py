@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat, pack_nibbles
-from petalsd.ops.weight_rounding import round_int4, round_int8
+from petalsd.ops.weight_rounding import SERIAL_VALUES, round_int4, round_int8
 
 
 def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
@@ -20,7 +20,8 @@ def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
 def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight) -> None:
     """Fill ``packed`` with these finite weights ``[n, num_in]``, one below the other.
 
-    Besides it there is never more than a piece of some hundred KB in memory. ValueError when shapes don't fit.
+    Besides it there is never more than some hundred KB in memory, or a few times a tile. ValueError when shapes
+    don't fit.
     """
     num_out = sum(len(part) for part in parts)
     if num_out != packed.num_out or any(part.shape[1:] != (packed.num_in,) for part in parts):
@@ -28,7 +29,7 @@ def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight) -> None:
         raise ValueError(f"weights {shapes} do not make up [{packed.num_out}, {packed.num_in}]")
     padded_in = packed.layout.padded_in
     dtype = torch.bfloat16 if packed.format is WeightFormat.BFLOAT16 else torch.float32
-    for tiles in packed.tile_chunks():
+    for tiles in packed.tile_chunks(SERIAL_VALUES):
         first, last = tiles.start * TILE_OUTPUTS, tiles.stop * TILE_OUTPUTS
         rows = torch.zeros(last - first, padded_in, dtype=dtype)
         _gather(parts, first, rows[:, : packed.num_in])

@@ -42,7 +42,7 @@ async def until_view(node: Node, condition: Callable[[SwarmView], bool]) -> Swar
 
 async def test_start_serve_and_stop(launch: Launch, node: Node) -> None:
     """The online event comes when the record is stored; SIGTERM ends with OFFLINE stored and exit 0."""
-    daemon = launch("one", "blocks.span=1:3", "swarm.public_name=test")
+    daemon = launch("one", "blocks.span=1:3", "swarm.public_name=test", "model.quantization=int4")
     await daemon.start()
     online = await daemon.online()
     peer = online["peer_id"]
@@ -53,6 +53,7 @@ async def test_start_serve_and_stop(launch: Launch, node: Node) -> None:
     record = view.blocks[1][peer]
     assert (record.state, str(record.span), record.throughput) == (ServerState.ONLINE, "1:3", 10.0)
     assert (record.public_name, record.torch_dtype, record.using_relay) == ("test", "float32", False)
+    assert record.quant_type == "int4"
     assert record.cache_tokens_left == 2 * 2 * 256  # K and V, two blocks
     children = child_pids(daemon.pid)
     daemon.send(signal.SIGTERM)
