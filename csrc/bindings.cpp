@@ -33,8 +33,8 @@ void translate(std::exception_ptr error) {
 }  // namespace petalsd
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
-  module.doc() = "The native part of petalsd: the page pool, and decode steps on the CPU. No torch.";
+  module.doc() = "The native part of petalsd: the page pool, and the blocks on the CPU. No torch.";
   py::register_local_exception_translator(&petalsd::translate);
   petalsd::register_page_pool(module);
-  petalsd::register_decode_block(module);
+  petalsd::register_span(module);
 }

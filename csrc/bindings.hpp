@@ -6,6 +6,6 @@
 namespace petalsd {
 
 void register_page_pool(pybind11::module_& module);
-void register_decode_block(pybind11::module_& module);
+void register_span(pybind11::module_& module);
 
 }  // namespace petalsd

@@ -84,45 +84,70 @@ class ThreadTeam:
     @property
     def num_threads(self) -> int: ...
 
-class DecodeRows:
-    """R rows with one new token each: addresses of tensors that the caller keeps alive."""
+class PackedWeight:
+    """A weight in the order of ``ops.packed_weight``: addresses of tensors that the caller keeps alive."""
+
+    def __init__(self, format: str, num_out: int, num_in: int, data: int, scales: int) -> None:
+        """format: ``float32``, ``bfloat16``, ``int8`` or ``int4``; scales: 0 where it has none."""
+
+class KVPages:
+    """Keys and values in the order of ``ops.head_major``: addresses of tensors that the caller keeps alive."""
+
+    def __init__(
+        self, type: str, k_v_scales: Sequence[int], page_tokens: int, num_kv_heads: int, head_dim: int
+    ) -> None:
+        """type: ``float32``, ``bfloat16`` or ``int8``; the addresses of k, v, k_scales and v_scales, or 0."""
+
+class StepRows:
+    """R new tokens of some sequences, one sequence after the other; the caller keeps the tensors alive."""
 
     def __init__(
         self,
-        num_rows: int,
-        k_v_cos_sin: Sequence[int],
-        page_tokens: int,
+        dtype: str,
+        bounds: Sequence[int],
+        cos_sin_positions: Sequence[int],
         origins: int,
         origins_stride: int,
-        positions: int,
+        kv: KVPages,
     ) -> None:
-        """k and v ``[N, P, Hkv, D]``, cos and sin ``[R, D]`` in the block's dtype; origins ``[R, stride]`` int32
-        as in ``ops.ragged``; positions ``[R]`` int64."""
+        """dtype: of states, cos and sin, ``float32`` or ``bfloat16``. Sequence s has the rows ``bounds[s]`` to
+        ``bounds[s + 1] - 1``. Addresses of cos and sin ``[R, D]``, positions ``[R]`` int64 and origins
+        ``[S, stride]`` int32 as in ``ops.ragged``."""
 
-class DecodeBlock:
-    """One transformer block for decode steps on the CPU."""
+class SpanBlock:
+    """One transformer block for steps on the CPU."""
 
     def __init__(
         self,
         index: int,
         sizes: Sequence[int],
         norm_eps: float,
-        weights: Sequence[int],
-        is_bfloat16: bool,
+        matrices: Sequence[PackedWeight],
+        vectors: Sequence[Sequence[float]],
         tier: str,
     ) -> None:
-        """sizes: hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, window (0: none). weights:
-        addresses, or 0, of input_norm, qkv, qkv_bias, q_norm, k_norm, output, output_bias, mlp_norm, gate_up,
-        gate_up_bias, down, down_bias. tier: ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512bf16``."""
+        """sizes: hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, window (0: none). matrices:
+        qkv, output, gate_up, down. vectors: input_norm, mlp_norm, q_norm, k_norm, qkv_bias, output_bias,
+        gate_up_bias, down_bias, empty where there is none. tier: ``auto`` or a name of ``csrc/tiers.cpp``."""
     @property
     def tier(self) -> str:
         """Whose kernels it runs."""
 
-class DecodeSpan:
+class Span:
     """Consecutive blocks in one call, with float32 between them; one call at a time."""
 
-    def __init__(self, blocks: Sequence[DecodeBlock]) -> None:
-        """In order, all of the same sizes, dtype and tier."""
-    def run(self, rows: DecodeRows, first: int, count: int, hidden: int, out: int, team: ThreadTeam) -> None:
+    def __init__(self, blocks: Sequence[SpanBlock]) -> None:
+        """In order, all of the same sizes and tier."""
+    def run(self, rows: StepRows, first: int, count: int, hidden: int, out: int, team: ThreadTeam) -> None:
         """Write K and V of the new tokens in ``count`` blocks from number ``first``, and ``[R, M]`` to ``out``;
-        hidden and out are addresses, of tensors in the blocks' dtype."""
+        hidden and out are addresses, of tensors in the rows' dtype."""
+
+class PackedLinear:
+    """One linear layer; one call at a time."""
+
+    def __init__(self, weight: PackedWeight, tier: str) -> None: ...
+    @property
+    def tier(self) -> str:
+        """Whose kernels it runs."""
+    def run(self, inputs: int, outputs: int, num_rows: int, team: ThreadTeam) -> None:
+        """Inputs ``[R, num_in]`` times the weight to outputs ``[R, num_out]``: addresses of float32 tensors."""

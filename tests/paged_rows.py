@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 
 
@@ -24,12 +25,20 @@ class PagedRows:
     ) -> None:
         shape = (1 + num_runs * num_blocks, page_tokens, num_kv_heads, head_dim)
         self.kv = PagedKV(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
+        self._shape = shape
         self.first_block = 0
         free = [1 + run * num_blocks for run in range(num_runs)]
         random.Random(0).shuffle(free)
         self._free = free
         self._runs: list[list[int]] = []
         self.lengths: list[int] = []
+
+    def in_head_major(self, stored: torch.dtype | None = None) -> PagedRows:
+        """Itself, with empty pages in the order of the CPU kernels; ``stored`` is int8 or the dtype."""
+        self.kv = HeadMajorKV.allocate(self._shape, self.kv.k.dtype, stored)
+        for slab in self.kv.slabs:
+            slab.fill_(torch.nan if slab.is_floating_point() else -128)
+        return self
 
     def add_row(self) -> int:
         self._runs.append([])

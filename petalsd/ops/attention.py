@@ -56,13 +56,13 @@ def _attend_decode(
 ) -> torch.Tensor:
     """q ``[R, H, D]`` in the group's row order. The query heads of a KV head stand where a sequence would."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = kv.k.shape[2]
-    slots = group.slots + first_slot
+    k, v = kv.gather(group.slots + first_slot)
+    num_kv_heads = k.shape[1]
     context = (num_rows, -1, num_kv_heads, head_dim)
     out = scaled_dot_product_attention(
         q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
-        kv.k.flatten(0, 1).index_select(0, slots).view(context).transpose(1, 2),
-        kv.v.flatten(0, 1).index_select(0, slots).view(context).transpose(1, 2),
+        k.view(context).transpose(1, 2),
+        v.view(context).transpose(1, 2),
         attn_mask=group.is_valid,
         scale=scale,
     )
@@ -73,11 +73,11 @@ def _attend_prefill(
     q: torch.Tensor, kv: PagedKV, row: PrefillRow, first_slot: int, scale: float
 ) -> torch.Tensor:
     """q ``[n, H, D]`` of one row."""
-    slots = row.slots + first_slot
+    k, v = kv.gather(row.slots + first_slot)
     out = scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
-        kv.k.flatten(0, 1).index_select(0, slots).transpose(0, 1).unsqueeze(0),
-        kv.v.flatten(0, 1).index_select(0, slots).transpose(0, 1).unsqueeze(0),
+        k.transpose(0, 1).unsqueeze(0),
+        v.transpose(0, 1).unsqueeze(0),
         attn_mask=row.visible,
         is_causal=row.visible is None,
         scale=scale,

@@ -1,6 +1,6 @@
 """How the rows of a batch are attended to: computed once per batch and window, used by every block.
 
-A *slot* is the place of one token in the slab seen as ``[N * P, Hkv, D]``. Plans hold the slots of block 0; those
+A *slot* is the place of one token in one block, ``page * P + offset``. Plans hold the slots of block 0; those
 of block b lie ``b * P`` further. Every slot of a plan belongs to a token that its row has written: padding repeats
 the row's last token, so what other sessions left in a page never enters a computation, not even times zero.
 """

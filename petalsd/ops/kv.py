@@ -14,5 +14,4 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv: PagedKV, batch: RaggedBatch, 
     block  index of the block, which selects the page within each token's run
     """
     slots = (batch.write_origins + block).mul_(kv.page_tokens).add_(batch.write_offsets)
-    kv.k.flatten(0, 1).index_copy_(0, slots, k)
-    kv.v.flatten(0, 1).index_copy_(0, slots, v)
+    kv.write(slots, k, v)

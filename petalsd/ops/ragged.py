@@ -36,6 +36,23 @@ class PagedKV:
     def page_tokens(self) -> int:
         return self.k.shape[1]
 
+    @property
+    def slabs(self) -> tuple[torch.Tensor, ...]:
+        """All memory of the pages; the first dimension of each is ``N``."""
+        return self.k, self.v
+
+    def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put the keys and values ``[T, Hkv, D]`` of T tokens into their slots ``[T]``.
+
+        A *slot* is the place of one token in one block: ``page * P + offset``.
+        """
+        self.k.flatten(0, 1).index_copy_(0, slots, k)
+        self.v.flatten(0, 1).index_copy_(0, slots, v)
+
+    def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values in these slots ``[T]``: ``[T, Hkv, D]`` each, in the model's dtype."""
+        return self.k.flatten(0, 1).index_select(0, slots), self.v.flatten(0, 1).index_select(0, slots)
+
 
 @dataclass(slots=True)
 class RaggedBatch:

@@ -9,8 +9,8 @@ cxx=${CXX:-g++}
 mkdir -p "$build"
 
 pool="fuzz_page_pool.cpp page_pool.cpp run_store.cpp copy_log.cpp free_space.cpp"
-block="run_decode_block.cpp decode_block.cpp decode_span.cpp decode_tiers.cpp thread_team.cpp
-    decode_kernels_avx2.cpp decode_kernels_avx512.cpp decode_kernels_avx512bf16.cpp decode_kernels_baseline.cpp"
+span="run_span.cpp span.cpp span_block.cpp packed_linear.cpp tiers.cpp thread_team.cpp
+    kernels_avx2.cpp kernels_avx512.cpp kernels_avx512vnni.cpp kernels_avx512bf16.cpp kernels_baseline.cpp"
 
 compile() { # NAME SANITIZERS OPTIMISATION TEST SOURCE...
     name=$1 sanitizers=$2 optimisation=$3 test=$4
@@ -29,16 +29,16 @@ if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(un
 # are long enough to be worth optimising.
 # shellcheck disable=SC2086 # lists of files
 {
-    { compile fuzz_address address,undefined -Og $pool; compile block_address address,undefined -Og $block; } &
+    { compile fuzz_address address,undefined -Og $pool; compile span_address address,undefined -Og $span; } &
     address_builds=$!
     compile fuzz_thread thread -O1 $pool
-    compile block_thread thread -O1 $block
+    compile span_thread thread -O1 $span
     wait $address_builds
 }
-echo "address, undefined: decode steps"
-"$build/block_address"
-echo "thread: decode steps"
-$fixed_addresses "$build/block_thread"
+echo "address, undefined: steps of blocks"
+"$build/span_address"
+echo "thread: steps of blocks"
+$fixed_addresses "$build/span_thread"
 for seed in 1 2 3; do
     echo "address, undefined: alone, seed $seed"
     "$build/fuzz_address" alone 120000 $seed

@@ -1,18 +1,20 @@
-#include "decode_kernels.hpp"
+#include "kernels.hpp"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#define PETALSD_MADD(a, b) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
 #endif
 
 #define PETALSD_LANES 16
 
 namespace petalsd {
 namespace avx512 {
-#include "decode_kernels.inc"
+#include "kernels.inc"
 }  // namespace avx512
 
-const DecodeKernels& avx512_kernels(DType dtype) { return avx512::kernels_of(dtype); }
+const Kernels kAvx512Kernels = avx512::kKernels;
 
 }  // namespace petalsd
 

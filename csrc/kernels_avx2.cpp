@@ -1,18 +1,20 @@
-#include "decode_kernels.hpp"
+#include "kernels.hpp"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define PETALSD_MADD(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #endif
 
 #define PETALSD_LANES 8
 
 namespace petalsd {
 namespace avx2 {
-#include "decode_kernels.inc"
+#include "kernels.inc"
 }  // namespace avx2
 
-const DecodeKernels& avx2_kernels(DType dtype) { return avx2::kernels_of(dtype); }
+const Kernels kAvx2Kernels = avx2::kKernels;
 
 }  // namespace petalsd
 

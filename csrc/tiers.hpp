@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "decode_kernels.hpp"
+#include "kernels.hpp"
 
 namespace petalsd {
 
@@ -11,6 +11,7 @@ namespace petalsd {
 struct Processor {
   bool has_avx2;         // with FMA
   bool has_avx512;       // F, BW, DQ and VL
+  bool has_avx512_vnni;
   bool has_avx512_bf16;
 
   static Processor here();
@@ -18,10 +19,10 @@ struct Processor {
 
 struct Tier {
   const char* name;
-  const DecodeKernels& kernels;
+  const Kernels& kernels;
 };
 
 // The fastest tier of the processor for "auto", or the one of that name. PoolError for one that it does not have.
-Tier choose_tier(const std::string& name, DType dtype, const Processor& processor = Processor::here());
+Tier choose_tier(const std::string& name, const Processor& processor = Processor::here());
 
 }  // namespace petalsd

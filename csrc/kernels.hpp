@@ -1,0 +1,113 @@
+// What a step of one transformer block is made of, for one tier of the processor.
+#pragma once
+
+#include <cstdint>
+
+#include "packed_weight.hpp"
+
+namespace petalsd {
+
+enum class DType { kFloat32, kBFloat16 };
+enum class KVType { kFloat32, kBFloat16, kInt8 };
+
+constexpr int kNumDTypes = 2;
+constexpr int kNumKVTypes = 3;
+
+// A linear layer over R rows: out[r, n] = (residual[r, n] +) bias[n] + sum_k in[r, k] * weight[n, k].
+// `in` are R operands (see LinearKernels), `in_stride` bytes apart; bias (or null) `[num_out]`, residual (or null; may be
+// `out`) and out `[R, num_out]` are float32.
+struct LinearTask {
+  PackedWeight weight;
+  const float* bias;
+  const void* in;
+  std::int64_t in_stride;
+  const float* residual;
+  float* out;
+  std::int64_t num_rows;
+};
+
+// The linear layer over weights of one format. Before it multiplies, an input row becomes an *operand*: float32 or
+// bfloat16 values, or int8 values with a scale for each group of 64 inputs.
+struct LinearKernels {
+  std::int64_t (*operand_bytes)(std::int64_t num_in);  // a multiple of the cache line
+  void (*prepare)(const float* in, void* operand, std::int64_t num_in);
+  // Outputs of tiles first_tile to last_tile - 1, for all rows.
+  void (*multiply)(const LinearTask& task, std::int64_t first_tile, std::int64_t last_tile);
+};
+
+// Keys and values of all pages, in an order made for these kernels. K is kept rotated.
+//
+//   k  `[N, Hkv, P / 16, D / pair, 16, pair]`
+//   v  `[N, Hkv, P / pair, D, pair]`; pair: 2 for bfloat16, else 1
+//   k_scales, v_scales  float32 `[N, Hkv, P]`, of int8 only
+//
+// The pages of a sequence: position t lies in page origins[t / P] + block at t % P; P is a multiple of 16.
+struct KVPages {
+  KVType type;
+  void* k;
+  void* v;
+  float* k_scales;
+  float* v_scales;
+  std::int64_t page_tokens;
+  std::int64_t num_kv_heads;
+  std::int64_t head_dim;
+};
+
+// Consecutive new tokens of one sequence.
+struct QueryRows {
+  std::int64_t first_row;  // in the batch
+  std::int64_t num_rows;
+  std::int64_t position;        // of the first one
+  const std::int32_t* origins;  // of the sequence
+};
+
+// Attention of the query heads of one KV head, for some rows. q, as `AttentionKernels::prepare` leaves it, and out,
+// float32, are `[R, num_heads, D]`; rows of q are q_stride *elements* apart. A row at position p sees the positions
+// max(0, p + 1 - window) to p.
+struct AttentionTask {
+  KVPages kv;
+  const void* q;
+  std::int64_t q_stride;
+  float* out;
+  std::int64_t block;
+  std::int64_t num_heads;
+  std::int64_t window;  // 0: none
+  float scale;
+};
+
+// Attention over pages of one type.
+struct AttentionKernels {
+  std::int64_t query_element_bytes;
+  void (*prepare)(const float* in, void* query, std::int64_t count);
+  // Writes the keys and values of one token, `[Hkv, D]` each, to their place in a page.
+  void (*write)(const KVPages& kv, std::int64_t page, std::int64_t offset, const float* k, const float* v);
+  void (*attend)(const AttentionTask& task, const QueryRows& rows, std::int64_t kv_head);
+};
+
+// By what is at the border of a span: states and rotary angles.
+struct StateKernels {
+  void (*load)(const void* in, float* out, std::int64_t count);
+  void (*store)(const float* in, void* out, std::int64_t count);  // rounds to nearest, ties to even
+  void (*rotate)(float* head, const void* cos, const void* sin, std::int64_t head_dim);  // half rotation, in place
+};
+
+// Sums are float32, and so is everything else but operands, queries, and what stands in pages. A result depends on the
+// inputs of its own row alone, bit for bit: every sum runs in the same order whatever the number of rows.
+struct Kernels {
+  LinearKernels linear[kNumWeightFormats];
+  AttentionKernels attention[kNumKVTypes];
+  StateKernels states[kNumDTypes];
+  void (*rms_norm)(const float* in, const float* weight, float eps, float* out, std::int64_t count);
+  void (*silu_mul)(const float* gate, const float* up, float* out, std::int64_t count);
+};
+
+constexpr std::int64_t kMaxHeadDim = 512;
+constexpr std::int64_t kMaxQueries = 24;  // that one pass over a sequence's pages serves
+
+extern const Kernels kBaselineKernels;
+extern const Kernels kAvx2Kernels;        // needs AVX2 and FMA
+extern const Kernels kAvx512Kernels;      // needs AVX-512 F, BW, DQ and VL
+extern const Kernels kAvx512VnniKernels;  // needs AVX-512 VNNI besides
+extern const Kernels kAvx512Bf16Kernels;  // needs AVX-512 BF16 besides
+
+}  // namespace petalsd

@@ -1,0 +1,87 @@
+// The rows between the stages of a step.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace petalsd {
+
+struct BlockShape {
+  std::int64_t hidden_size;
+  std::int64_t num_heads;
+  std::int64_t num_kv_heads;
+  std::int64_t head_dim;
+  std::int64_t intermediate_size;
+  std::int64_t window;  // 0: none
+  float norm_eps;
+
+  std::int64_t attended_size() const { return num_heads * head_dim; }
+  std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  std::int64_t qkv_size() const { return attended_size() + 2 * kv_size(); }
+};
+
+// Room for max_rows rows of a step, in one allocation.
+class SpanWorkspace {
+ public:
+  // `operand_bytes`: of the largest operand that a linear layer of the span reads.
+  SpanWorkspace(const BlockShape& shape, std::int64_t operand_bytes, std::int64_t max_rows)
+      : operand_stride(operand_bytes), max_rows_(max_rows) {
+    const std::int64_t sizes[] = {shape.hidden_size, shape.hidden_size,   shape.qkv_size(), shape.attended_size(),
+                                  shape.attended_size(), 2 * shape.intermediate_size};
+    float** const parts[] = {&hidden, &normed, &qkv, &queries, &attended, &gate_up};
+    std::int64_t total = operand_bytes;
+    for (const std::int64_t size : sizes) total += float_bytes(size);
+    memory_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(max_rows * total), kAlignment)));
+    char* at = memory_.get();
+    for (std::size_t i = 0; i < std::size(sizes); ++i) {
+      *parts[i] = reinterpret_cast<float*>(at);
+      at += max_rows * float_bytes(sizes[i]);
+    }
+    operands = at;
+  }
+
+  // Rows that go through a span at once: so many that weights are read seldom, so few that the memory stays small.
+  static std::int64_t rows_at_once(const BlockShape& shape) {
+    constexpr std::int64_t kMaxFloats = 8 << 20;
+    const std::int64_t floats = 3 * shape.hidden_size + 2 * shape.qkv_size() + 3 * shape.intermediate_size;
+    return std::clamp<std::int64_t>(kMaxFloats / floats, 32, 128);
+  }
+
+  std::int64_t max_rows() const { return max_rows_; }
+
+  void* operand(std::int64_t row) const { return operands + row * operand_stride; }
+
+  // What is computed now: rows from `first_row` of the step on.
+  std::int64_t first_row = 0;
+  std::int64_t num_rows = 0;
+  std::vector<QueryRows> query_rows;  // the same, by sequence and in small pieces; first_row counts from 0
+
+  float* hidden;    // [R, hidden_size], the residual stream
+  float* normed;    // [R, hidden_size]
+  float* qkv;       // [R, qkv_size]
+  float* queries;   // [R, attended_size], as attention reads them
+  float* attended;  // [R, attended_size]
+  float* gate_up;   // [R, 2 * intermediate_size]
+  char* operands;   // [R, operand_stride]
+  const std::int64_t operand_stride;  // in bytes
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+
+  static std::int64_t float_bytes(std::int64_t count) { return round_up(4 * count, 64); }
+
+  const std::int64_t max_rows_;
+  std::unique_ptr<char, Free> memory_;
+};
+
+}  // namespace petalsd

@@ -1,0 +1,313 @@
+// Steps of random blocks on teams of several sizes, in every tier and format, for the sanitizers: buffers are exactly as
+// long as the contract says, and every team must give the same bits as one thread. Then what must be refused.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "packed_linear.hpp"
+#include "span.hpp"
+
+namespace {
+
+using petalsd::BlockMatrices;
+using petalsd::BlockShape;
+using petalsd::BlockVectors;
+using petalsd::DType;
+using petalsd::KVPages;
+using petalsd::KVType;
+using petalsd::PackedWeight;
+using petalsd::Processor;
+using petalsd::SpanBlock;
+using petalsd::StepRows;
+using petalsd::WeightFormat;
+
+// Exactly so many bytes, at a cache line: a sanitizer sees the first one too many.
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t size)
+      : size_(static_cast<std::size_t>(size)), memory_(static_cast<std::uint8_t*>(::operator new(size_, kLine))) {}
+  std::uint8_t* data() const { return memory_.get(); }
+  std::size_t size() const { return size_; }
+  bool operator==(const Buffer& other) const {
+    return size_ == other.size_ && std::memcmp(data(), other.data(), size_) == 0;
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(std::uint8_t* memory) const { ::operator delete(memory, kLine); }
+  };
+  std::size_t size_;
+  std::unique_ptr<std::uint8_t, Free> memory_;
+};
+
+struct Random {
+  std::mt19937 engine{1};
+
+  // Small values of either dtype: the upper half of a float32 is the bfloat16.
+  Buffer values(std::int64_t count, bool is_bfloat16) {
+    const std::int64_t size = is_bfloat16 ? 2 : 4;
+    Buffer buffer(count * size);
+    std::uniform_real_distribution<float> values(-0.3f, 0.3f);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float value = values(engine);
+      std::uint8_t bits[4];
+      std::memcpy(bits, &value, 4);
+      std::memcpy(buffer.data() + i * size, bits + 4 - size, static_cast<std::size_t>(size));
+    }
+    return buffer;
+  }
+
+  std::vector<float> floats(std::int64_t count) {
+    std::uniform_real_distribution<float> values(-0.3f, 0.3f);
+    std::vector<float> drawn(static_cast<std::size_t>(count));
+    for (float& value : drawn) value = values(engine);
+    return drawn;
+  }
+
+  Buffer bytes(std::int64_t count) {
+    Buffer buffer(count);
+    std::uniform_int_distribution<int> values(0, 255);
+    for (std::int64_t i = 0; i < count; ++i) buffer.data()[i] = static_cast<std::uint8_t>(values(engine));
+    return buffer;
+  }
+};
+
+constexpr std::int64_t kNumBlocks = 2;
+constexpr std::int64_t kPageTokens = 16;
+constexpr std::int64_t kNumRuns = 5;
+
+struct Case {
+  BlockShape shape;
+  WeightFormat format;
+  KVType kv;
+  std::string tier;
+
+  DType dtype() const { return format == WeightFormat::kBFloat16 ? DType::kBFloat16 : DType::kFloat32; }
+};
+
+// A random weight in the format, with the memory that it points to.
+struct OwnedWeight {
+  PackedWeight weight;
+  Buffer data;
+  Buffer scales;
+
+  OwnedWeight(Random& random, WeightFormat format, std::int64_t num_out, std::int64_t num_in)
+      : weight{format, num_out, num_in, nullptr, nullptr}, data(make_data(random)), scales(make_scales(random)) {
+    weight.data = data.data();
+    weight.scales = scales.data();
+  }
+
+ private:
+  Buffer make_data(Random& random) {
+    const std::int64_t size = weight.num_tiles() * weight.tile_bytes();
+    if (weight.format == WeightFormat::kFloat32) return random.values(size / 4, false);
+    if (weight.format == WeightFormat::kBFloat16) return random.values(size / 2, true);
+    return random.bytes(size);
+  }
+  Buffer make_scales(Random& random) {
+    const std::int64_t num_out = weight.num_tiles() * petalsd::kTileOuts;
+    if (weight.format == WeightFormat::kInt8) return random.values(num_out, false);
+    if (weight.format == WeightFormat::kInt4) return random.values(num_out * weight.num_groups(), true);
+    return Buffer(1);
+  }
+};
+
+struct Pages {
+  KVPages kv;
+  std::vector<Buffer> slabs;
+
+  Pages(Random& random, const Case& at_hand, std::int64_t num_pages) {
+    const BlockShape& shape = at_hand.shape;
+    const std::int64_t tokens = num_pages * kPageTokens * shape.num_kv_heads;
+    for (int slab = 0; slab < 2; ++slab) {
+      const std::int64_t count = tokens * shape.head_dim;
+      slabs.push_back(at_hand.kv == KVType::kInt8 ? random.bytes(count)
+                                                  : random.values(count, at_hand.kv == KVType::kBFloat16));
+    }
+    const std::int64_t num_scales = at_hand.kv == KVType::kInt8 ? tokens : 1;
+    for (int slab = 0; slab < 2; ++slab) slabs.push_back(random.values(num_scales, false));
+    kv = {at_hand.kv, slabs[0].data(), slabs[1].data(), reinterpret_cast<float*>(slabs[2].data()),
+          reinterpret_cast<float*>(slabs[3].data()), kPageTokens, shape.num_kv_heads, shape.head_dim};
+  }
+};
+
+std::vector<std::shared_ptr<const SpanBlock>> make_blocks(Random& random, const Case& at_hand,
+                                                         std::vector<OwnedWeight>& weights) {
+  const BlockShape& shape = at_hand.shape;
+  const std::int64_t m = shape.hidden_size, i = shape.intermediate_size, d = shape.head_dim;
+  const std::int64_t sizes[][2] = {{shape.qkv_size(), m}, {m, shape.attended_size()}, {2 * i, m}, {m, i}};
+  for (const auto& size : sizes) weights.emplace_back(random, at_hand.format, size[0], size[1]);
+  const BlockMatrices matrices{weights[0].weight, weights[1].weight, weights[2].weight, weights[3].weight};
+  const BlockVectors vectors{random.floats(m),     random.floats(m), random.floats(d),     random.floats(d),
+                             random.floats(shape.qkv_size()), random.floats(m), random.floats(2 * i), random.floats(m)};
+  std::vector<std::shared_ptr<const SpanBlock>> blocks;
+  for (std::int64_t index = 1; index <= kNumBlocks; ++index) {
+    blocks.push_back(
+        std::make_shared<SpanBlock>(index, shape, matrices, vectors, petalsd::choose_tier(at_hand.tier)));
+  }
+  return blocks;
+}
+
+// The span's answers and what it wrote into the pages. Sequences bring 1, 5, 1 and 2 tokens.
+std::vector<Buffer> compute(const Case& at_hand, int num_threads, int num_steps) {
+  Random random;
+  const BlockShape& shape = at_hand.shape;
+  const bool is_bfloat16 = at_hand.dtype() == DType::kBFloat16;
+  std::vector<OwnedWeight> weights;
+  petalsd::Span span(make_blocks(random, at_hand, weights));
+  petalsd::ThreadTeam team(num_threads);
+  const std::vector<std::int64_t> bounds = {0, 1, 6, 7, 9};
+  const std::int64_t num_rows = bounds.back();
+  const auto num_sequences = static_cast<std::int64_t>(bounds.size()) - 1;
+  Pages pages(random, at_hand, 1 + num_sequences * kNumRuns * kNumBlocks);
+  std::vector<std::int32_t> origins;
+  for (std::int64_t run = 0; run < num_sequences * kNumRuns; ++run) {
+    origins.push_back(static_cast<std::int32_t>(run * kNumBlocks));
+  }
+  const Buffer cos = random.values(num_rows * shape.head_dim, is_bfloat16);
+  const Buffer sin = random.values(num_rows * shape.head_dim, is_bfloat16);
+  const Buffer hidden = random.values(num_rows * shape.hidden_size, is_bfloat16);
+  std::vector<Buffer> answers;
+  for (int step = 0; step < num_steps; ++step) {
+    std::vector<std::int64_t> positions;
+    for (std::int64_t s = 0; s < num_sequences; ++s) {
+      for (std::int64_t row = bounds[static_cast<std::size_t>(s)]; row < bounds[static_cast<std::size_t>(s) + 1]; ++row) {
+        positions.push_back((step * 11 + s * 14) % (kPageTokens * kNumRuns - 5) + row - bounds[static_cast<std::size_t>(s)]);
+      }
+    }
+    answers.emplace_back(static_cast<std::int64_t>(hidden.size()));
+    const StepRows rows{at_hand.dtype(), num_rows, hidden.data(), answers.back().data(), cos.data(), sin.data(),
+                        pages.kv, origins.data(), kNumRuns, positions.data(), bounds};
+    // Now the whole span, now its second block alone.
+    span.run(rows, 1 + step % 2, kNumBlocks - step % 2, team);
+  }
+  for (Buffer& slab : pages.slabs) answers.push_back(std::move(slab));
+  return answers;
+}
+
+bool is_the_same_on_any_team(const Case& at_hand) {
+  const auto expected = compute(at_hand, 1, 12);
+  for (const int num_threads : {2, 4}) {
+    if (compute(at_hand, num_threads, 12) == expected) continue;
+    std::fprintf(stderr, "%s: %d threads give other bits than one\n", at_hand.tier.c_str(), num_threads);
+    return false;
+  }
+  return true;
+}
+
+// A layer by itself, with more rows than it takes at once.
+bool is_a_layer_the_same_on_any_team(WeightFormat format, const std::string& tier) {
+  Random random;
+  constexpr std::int64_t num_out = 37, num_in = 70, num_rows = 131;
+  const OwnedWeight weight(random, format, num_out, num_in);
+  const Buffer in = random.values(num_rows * num_in, false);
+  std::vector<Buffer> outs;
+  for (const int num_threads : {1, 3}) {
+    petalsd::ThreadTeam team(num_threads);
+    petalsd::PackedLinear linear(weight.weight, petalsd::choose_tier(tier));
+    outs.emplace_back(num_rows * num_out * 4);
+    linear.run(reinterpret_cast<const float*>(in.data()), reinterpret_cast<float*>(outs.back().data()), num_rows, team);
+  }
+  if (outs[0] == outs[1]) return true;
+  std::fprintf(stderr, "%s: three threads give other bits than one\n", tier.c_str());
+  return false;
+}
+
+template <typename Call>
+bool is_refused(const char* what, const char* part_of_message, const Call& call) {
+  try {
+    call();
+  } catch (const petalsd::PoolError& error) {
+    if (std::strstr(error.what(), part_of_message) != nullptr) return true;
+    std::fprintf(stderr, "%s: refused with another message: %s\n", what, error.what());
+    return false;
+  }
+  std::fprintf(stderr, "%s: not refused\n", what);
+  return false;
+}
+
+// Processors that lack something, whatever this one has.
+bool tiers_are_guarded() {
+  using petalsd::choose_tier;
+  const Processor none{false, false, false, false}, old{true, false, false, false}, first{true, true, false, false},
+      recent{true, true, true, false};
+  const auto name = [](const Processor& processor) { return std::string(choose_tier("auto", processor).name); };
+  if (name(none) != "baseline" || name(old) != "avx2" || name(first) != "avx512" || name(recent) != "avx512vnni") {
+    std::fputs("another tier was chosen than the best one that the processor has\n", stderr);
+    return false;
+  }
+  const auto forced = [](const char* tier, const Processor& processor) { return [=] { choose_tier(tier, processor); }; };
+  return is_refused("avx2", "tier = avx2: this processor has no AVX2", forced("avx2", none)) &&
+         is_refused("avx512", "tier = avx512: this processor has no AVX-512", forced("avx512", old)) &&
+         is_refused("avx512vnni", "has no AVX-512 with VNNI", forced("avx512vnni", first)) &&
+         is_refused("avx512bf16", "has no AVX-512 with BF16", forced("avx512bf16", recent)) &&
+         is_refused("sse9", "tier = sse9: one of auto", forced("sse9", recent));
+}
+
+bool spans_are_guarded(const Case& at_hand) {
+  Random random;
+  std::vector<OwnedWeight> weights;
+  const auto blocks = make_blocks(random, at_hand, weights);
+  petalsd::Span span(blocks);
+  petalsd::ThreadTeam team(1);
+  const auto run = [&](std::int64_t first, std::int64_t count, std::int64_t num_rows, std::int64_t page_tokens) {
+    return [&span, &team, &at_hand, first, count, num_rows, page_tokens] {
+      StepRows rows{};
+      rows.num_rows = num_rows;
+      rows.bounds = {0, 1};
+      rows.kv = {at_hand.kv, nullptr, nullptr, nullptr, nullptr, page_tokens, 1, 2};
+      span.run(rows, first, count, team);
+    };
+  };
+  BlockMatrices swapped = blocks[0]->matrices();
+  std::swap(swapped.output, swapped.down);
+  return is_refused("no blocks", "at least one", [] { petalsd::Span{{}}; }) &&
+         is_refused("a gap", "in order", [&] { petalsd::Span{{blocks[1], blocks[0]}}; }) &&
+         is_refused("a matrix", "output: [", [&] {
+           SpanBlock(1, at_hand.shape, swapped, BlockVectors{}, petalsd::choose_tier("baseline"));
+         }) &&
+         is_refused("a vector", "input_norm: 0 values", [&] {
+           SpanBlock(1, at_hand.shape, blocks[0]->matrices(), BlockVectors{}, petalsd::choose_tier("baseline"));
+         }) &&
+         is_refused("before", "blocks 0 to 1 of a span from 1 to 3", run(0, 1, 1, 16)) &&
+         is_refused("beyond", "blocks 2 to 4 of a span from 1 to 3", run(2, 2, 1, 16)) &&
+         is_refused("none", "blocks 1 to 1", run(1, 0, 1, 16)) && is_refused("no rows", "num_rows = 0", run(1, 1, 0, 16)) &&
+         is_refused("bounds", "bounds ascend", run(1, 1, 2, 16)) &&
+         is_refused("pages", "page_tokens = 8", run(1, 1, 1, 8)) &&
+         is_refused("heads", "pages of 1 heads of 2", run(1, 1, 1, 16));
+}
+
+}  // namespace
+
+int main() {
+  const BlockShape shapes[] = {{40, 6, 2, 10, 37, 0, 1e-5f}, {64, 4, 4, 16, 100, 3, 1e-5f}, {24, 8, 1, 6, 20, 0, 1e-5f},
+                               {96, 28, 1, 72, 64, 0, 1e-5f}};
+  const Case formats[] = {{{}, WeightFormat::kFloat32, KVType::kFloat32, ""},
+                          {{}, WeightFormat::kBFloat16, KVType::kBFloat16, ""},
+                          {{}, WeightFormat::kInt8, KVType::kInt8, ""},
+                          {{}, WeightFormat::kInt4, KVType::kFloat32, ""}};
+  if (!tiers_are_guarded() || !spans_are_guarded({shapes[0], WeightFormat::kFloat32, KVType::kFloat32, "baseline"})) {
+    return EXIT_FAILURE;
+  }
+  const std::vector<std::string> tiers = {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"};
+  const std::string fastest = petalsd::choose_tier("auto").name;
+  for (const std::string& tier : tiers) {
+    for (const Case& format : formats) {
+      for (const BlockShape& shape : shapes) {
+        if (!is_the_same_on_any_team({shape, format.format, format.kv, tier})) return EXIT_FAILURE;
+      }
+      if (!is_a_layer_the_same_on_any_team(format.format, tier)) return EXIT_FAILURE;
+    }
+    std::printf("steps are the same on any team: %s\n", tier.c_str());
+    if (tier == fastest) break;  // the tiers are in ascending order
+  }
+  return EXIT_SUCCESS;
+}
