@@ -13,18 +13,22 @@ import structlog
 import torch
 
 from petalsd.engine.batch import BatchItem
+from petalsd.engine.fair_queue import Job
 from petalsd.engine.gathering import Gathering
+from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.limits import EngineLimits
-from petalsd.engine.observer import BatchReport, EngineObserver, PassTiming, StepTiming
+from petalsd.engine.observer import BatchReport, EngineObserver, StepTiming
 from petalsd.engine.outbox import Outbox
-from petalsd.engine.passes import PassJob, PassRunner
+from petalsd.engine.pass_lane import PassLane
+from petalsd.engine.passes import PassRunner
 from petalsd.engine.runner import SpanRunner
-from petalsd.engine.scheduler import PassQueue, Plan, Scheduler, Slice
+from petalsd.engine.scheduler import Plan, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import CANARY_PEER
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.block import TransformerBlock
+from petalsd.models.block_config import BlockConfig
 from petalsd.models.rope import Rope
 from petalsd.types import BlockSpan
 
@@ -41,7 +45,7 @@ class ServedSpan:
     blocks: Mapping[int, TransformerBlock]
     pool: KVPool
     rope: Rope
-    hidden_size: int
+    config: BlockConfig
 
     @classmethod
     def of(cls, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> ServedSpan:
@@ -52,7 +56,11 @@ class ServedSpan:
         if any(block.dtype != pool.dtype for block in blocks.values()):
             raise ValueError(f"all blocks must have the pool's dtype, {pool.dtype}")
         span = BlockSpan(numbers[0], numbers[-1] + 1)
-        return cls(span, blocks, pool, rope, blocks[numbers[0]].config.hidden_size)
+        return cls(span, blocks, pool, rope, blocks[numbers[0]].config)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
 
 
 @dataclass(slots=True)
@@ -110,19 +118,17 @@ class EngineCore:
         self._progress = progress
         self._observer = observer
         self._report = BatchReport()
-        self._pass_timings: list[PassTiming] = []
-        self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens)
+        attention = AttentionShare.of(served.config)
+        self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens, attention)
         self._gathering = Gathering()
         self._sessions: dict[int, EngineSession] = {}
         self._runner = runner
-        self._pass_queue = PassQueue()
-        self._max_pass_tokens = limits.max_pass_tokens
-        self._passes: dict[int, PassJob] = {}
-        self._pass_runner = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
+        passes = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
+        self.passes = PassLane(passes, attention, outbox)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler) or bool(self._pass_queue)
+        return bool(self._scheduler) or bool(self.passes)
 
     def pause_s(self) -> float:
         """Seconds that the next iteration should wait for sessions that are about to come."""
@@ -145,7 +151,10 @@ class EngineCore:
             return
         spec = session.spec
         self._gathering.arrived(session.key, job.arrived_at)
-        self._scheduler.add(session.key, spec.peer, spec.batch, job.num_tokens, len(spec.span))
+        blocks, context, at = len(spec.span), session.position, job.arrived_at
+        self._scheduler.add(
+            Job(session.key, spec.peer, spec.batch, job.num_tokens, blocks, context, arrived_at=at)
+        )
 
     def close_session(self, session: EngineSession) -> None:
         """Drop the session with whatever it is at, and give its pages back. Harmless when repeated."""
@@ -155,38 +164,27 @@ class EngineCore:
         session.job = None
         session.kv.close()
 
-    def submit_pass(self, job: PassJob) -> None:
-        """Queue a checked pass."""
-        self._passes[job.key] = job
-        self._pass_queue.add(job.key, job.request.peer)
-
-    def close_pass(self, job: PassJob) -> None:
-        """Drop a pass, done or not. Harmless when repeated."""
-        self._pass_queue.remove(job.key)
-        self._passes.pop(job.key, None)
-        if job.units is not None:
-            job.units.close()
-
     def fail_all(self, error: Exception) -> None:
         """End all sessions and passes; steps and passes under way get EngineError."""
         for session in list(self._sessions.values()):
             self._fail(session, error)
-        for job in list(self._passes.values()):
-            self._fail_pass(job, error)
+        self.passes.fail_all(error)
 
     # The iteration
 
     def iterate(self) -> None:
         """Plan what runs now, run it, answer what is complete."""
-        plan = self._scheduler.schedule(has_pass=bool(self._pass_queue))
+        plan = self._scheduler.schedule(time.monotonic(), has_pass=bool(self.passes))
         start = self._progress.begin(self._num_tokens(plan))
         if plan.slices:
-            self._run_steps(plan.slices, start)
+            is_whole = self._run_steps(plan.slices, start)
             now = time.monotonic()
             self._report.duration_s = now - start
+            if is_whole:
+                self._scheduler.ran(now - start)
             self._gathering.ran(now - start, now, has_more=bool(self._scheduler))
-        if plan.runs_pass:
-            self._run_pass_unit()
+        if plan.pass_s is not None:
+            self.passes.run(plan.pass_s)
         self._progress.end()
 
     def report(self) -> None:
@@ -194,21 +192,23 @@ class EngineCore:
         if self._report.rows:
             report, self._report = self._report, BatchReport()
             self._observer.batch_done(report)
-        while self._pass_timings:
-            self._observer.pass_done(self._pass_timings.pop())
+        self.passes.report(self._observer)
 
     def _num_tokens(self, plan: Plan) -> int:
         tokens = sum(piece.tokens * self._sessions[piece.key].spec.batch for piece in plan.slices)
-        return tokens + (self._max_pass_tokens if plan.runs_pass else 0)
+        return tokens + (self.passes.max_unit_tokens if plan.pass_s is not None else 0)
 
-    def _run_steps(self, slices: Sequence[Slice], start: float) -> None:
+    def _run_steps(self, slices: Sequence[Slice], start: float) -> bool:
+        """Whether all went as planned."""
         sessions, items = self._prepare(slices, start)
         if not items:
-            return
+            return False
         self._pool.apply_copies()
+        num_failed = len(slices) - len(items)
         for session, item, states in zip(sessions, items, self._compute(items), strict=True):
             if isinstance(states, Exception):
                 self._fail(session, states)
+                num_failed += 1
                 continue
             self._progress.num_tokens += item.rows * item.tokens
             job = session.job
@@ -216,6 +216,7 @@ class EngineCore:
             output = session.accept(states)
             if output is not None and job is not None:
                 self._complete(session, job, output)
+        return not num_failed
 
     def _prepare(self, slices: Sequence[Slice], start: float) -> tuple[list[EngineSession], list[BatchItem]]:
         """Make room for the slices' tokens. A session that fails here is out, the others go on."""
@@ -270,33 +271,3 @@ class EngineCore:
         self.close_session(session)
         if job is not None:
             self._outbox.put(job.answer, EngineError(f"computing the step failed: {type(error).__name__}"))
-
-    def _run_pass_unit(self) -> None:
-        key = self._pass_queue.head()
-        if key is None:
-            return
-        job = self._passes[key]
-        try:
-            if job.units is None:
-                job.begun_at = time.monotonic()
-                job.units = self._pass_runner.start(job.request)
-            next(job.units)
-        except StopIteration as done:
-            self.close_pass(job)
-            self._outbox.put(job.answer, done.value)
-            self._note_pass(job)
-        except Exception as error:
-            self._fail_pass(job, error)
-
-    def _note_pass(self, job: PassJob) -> None:
-        request, arrived_at = job.request, job.arrived_at
-        if request.peer == CANARY_PEER:
-            return
-        tokens = request.hidden.shape[0] * request.hidden.shape[1]
-        queue_s, total_s = job.begun_at - arrived_at, time.monotonic() - arrived_at
-        self._pass_timings.append(PassTiming(request.grad_output is not None, tokens, queue_s, total_s))
-
-    def _fail_pass(self, job: PassJob, error: Exception) -> None:
-        log.error("pass_failed", peer=job.request.peer, span=str(job.request.span), exc_info=error)
-        self.close_pass(job)
-        self._outbox.put(job.answer, EngineError(f"computing the pass failed: {type(error).__name__}"))

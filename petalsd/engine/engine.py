@@ -241,7 +241,7 @@ class Engine:
             )
         job = PassJob(next(self._keys), request, asyncio.get_running_loop().create_future())
         self._passes[job.key] = job
-        thread.post(partial(core.submit_pass, job))
+        thread.post(partial(core.passes.submit, job))
         try:
             async with asyncio.timeout(self.limits.pass_deadline_s):
                 return await job.answer
@@ -251,7 +251,7 @@ class Engine:
             ) from None
         finally:
             self._passes.pop(job.key, None)
-            thread.post(partial(core.close_pass, job))
+            thread.post(partial(core.passes.close, job))
 
     # Health
 

@@ -1,9 +1,10 @@
-"""A queue of jobs that shares a token budget fairly among peers; integers only.
+"""A queue of jobs that shares what the device computes fairly among peers; integers only.
 
-Start-time fair queueing (Goyal, Vin and Chen, 1996); the peer is the flow, tokens times blocks are the cost. Each
-peer has a virtual time that grows by what it was given, the smallest goes first, and a peer that comes (back)
-starts at the clock: it has no credit from before. The clock grows with the fair share of what was given out, and
-at least to the smallest waiting time, so that a stream of new peers cannot hold up an old one for ever.
+Start-time fair queueing (Goyal, Vin and Chen, 1996); the peer is the flow. What a job costs says its user: tokens
+times blocks, and more where attention is long. Each peer has a virtual time that grows by what it was given, the
+smallest goes first, and a peer that comes (back) starts at the clock: it has no credit from before. The clock
+grows with the fair share of what was given out, and at least to the smallest waiting time, so that a stream of new
+peers cannot hold up an old one for ever.
 
 Within a peer jobs run in order of arrival. A head job that doesn't fit what is left makes its peer wait rather
 than be overtaken: the peer falls behind in virtual time and comes first next.
@@ -13,29 +14,42 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 _MAX_IDLE_PEERS = 1024  # peers without a job whose virtual time is remembered
 
 
 @dataclass(slots=True)
 class Job:
-    """``tokens`` left to compute in each of ``rows``, each costing ``weight``; ``arrival`` orders equals."""
+    """``tokens`` left to compute in each of ``rows`` through ``blocks`` blocks.
+
+    context     tokens that each row holds already
+    arrived_at  when it was handed in, in seconds of any one clock
+    arrival     orders equals
+    """
 
     key: int
     peer: str
     rows: int
     tokens: int
-    weight: int
-    arrival: int
+    blocks: int = 1
+    context: int = 0
+    arrived_at: float = 0.0
+    arrival: int = 0
+
+
+Cost: TypeAlias = Callable[[Job, int], int]  # of that many tokens in each row of a job, at least 1
+Allot: TypeAlias = Callable[[Job], int]  # tokens that each row of a job gets now; 0: it doesn't fit
 
 
 class FairQueue:
     """Jobs of one class, see the module docstring. Holds at least one job for each peer in ``_by_peer``."""
 
-    def __init__(self) -> None:
+    def __init__(self, cost: Cost) -> None:
         self.num_rows = 0
+        self._cost = cost
         self._by_peer: dict[str, OrderedDict[int, Job]] = {}
         self._virtual_time: dict[str, int] = {}
         self._clock = 0
@@ -69,8 +83,8 @@ class FairQueue:
         self._charge(taken, num_peers)
         return taken
 
-    def take(self, budget: int) -> list[tuple[Job, int]]:
-        """Share ``budget`` tokens: pairs of a job and the tokens it gets per row, at least one.
+    def take(self, allot: Allot) -> list[tuple[Job, int]]:
+        """Ask ``allot`` for one job after the other: pairs of a job and the tokens it gets per row, at least one.
 
         A job that gets all its tokens leaves the queue; at most one per peer gets fewer, and keeps its place.
         """
@@ -78,20 +92,19 @@ class FairQueue:
         num_peers = len(self._by_peer)
         order = [(self._virtual_time[peer], job.arrival, peer) for peer, job in self._heads()]
         heapq.heapify(order)
-        while order and budget > 0:
+        while order:
             virtual_time, _, peer = heapq.heappop(order)
             job = next(iter(self._by_peer[peer].values()))
-            tokens = min(job.tokens, budget // job.rows)
+            tokens = allot(job)
             if tokens == 0:
                 continue
-            budget -= tokens * job.rows
             taken.append((job, tokens))
             if tokens < job.tokens:
                 continue
             self.discard(job)
             jobs = self._by_peer.get(peer)
             if jobs:
-                following = virtual_time + tokens * job.rows * job.weight
+                following = virtual_time + self._cost(job, tokens)
                 heapq.heappush(order, (following, next(iter(jobs.values())).arrival, peer))
         self._charge(taken, num_peers)
         return taken
@@ -104,7 +117,7 @@ class FairQueue:
         """Add to the virtual times what was given out, and move the clock on."""
         total = 0
         for job, tokens in taken:
-            cost = tokens * job.rows * job.weight
+            cost = self._cost(job, tokens)
             self._virtual_time[job.peer] += cost
             total += cost
         self._clock += -(-total // max(num_peers, 1))

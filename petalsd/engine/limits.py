@@ -12,10 +12,11 @@ class EngineLimits:
     """Every bound of the engine, all greater than zero; ConfigError names the one that is not.
 
     max_batch_tokens      tokens that one iteration computes over all sessions, at least 2
-    prefill_chunk_tokens  the share of it that prefill may take while others decode: it bounds their latency
+    prefill_chunk_tokens  the share of it that decode leaves to a waiting prefill, and the most rows of a session;
+                          how much of a prefill really runs beside decode depends on what that takes
     max_sessions          session rows open at once: a session of batch size B counts B times
     max_session_tokens    positions per row, for sessions and for the rows of a forward or backward pass
-    max_pass_tokens       tokens of a forward or backward pass computed at once; larger batches go row by row
+    max_pass_tokens       tokens of a forward or backward pass that are in memory and computed at once at most
     max_queued_passes     forward and backward passes that may wait
     step_deadline_s       longest time from handing in a step to its answer
     pass_deadline_s       the same for a forward or backward pass

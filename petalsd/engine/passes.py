@@ -1,8 +1,8 @@
-"""Forward and backward passes without a cache, in units of one block and a few rows.
+"""Forward and backward passes without a cache, as generators that do one unit of work per ``next``.
 
-A pass is a generator that does one unit of work per ``next`` and returns its result at the end, so that the engine
-can let decode steps in between and give a pass up at any point. Gradient modes are entered within a unit, never
-across a ``yield``: they belong to the thread, not to the generator.
+So the engine can let decode steps in between and give a pass up at any point. How much a unit is says the
+``Pace`` that the engine sets. Gradient modes are entered within a unit, never across a ``yield``: they belong to
+the thread, not to the generator.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import TypeAlias
 
 import torch
 
+from petalsd.engine.block_units import Pace, PassUnit, backward_block, forward_block
 from petalsd.engine.step import PassRequest
 from petalsd.models.block import TransformerBlock
 
-PassUnits: TypeAlias = Generator[None, None, list[torch.Tensor]]
+PassUnits: TypeAlias = Generator[PassUnit, None, list[torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -32,35 +33,45 @@ class PassJob:
     begun_at: float = 0.0
     units: PassUnits | None = field(default=None, repr=False)
 
+    @property
+    def is_backward(self) -> bool:
+        return self.request.grad_output is not None
+
 
 @dataclass(frozen=True, slots=True)
 class PassRunner:
-    """Computes passes over ``blocks`` (block number -> block), at most ``max_tokens`` tokens at once."""
+    """Computes passes over ``blocks`` (block number -> block).
+
+    ``max_tokens`` bounds the memory: rows of so many tokens go through all blocks together, one row at least.
+    """
 
     blocks: Mapping[int, TransformerBlock]
     dtype: torch.dtype
     device: torch.device
     max_tokens: int
 
-    def start(self, request: PassRequest) -> PassUnits:
+    def start(self, request: PassRequest, pace: Pace) -> PassUnits:
         """The generator of a request: backward when it brings the gradient of the output."""
         grad_output = request.grad_output
-        return self.forward(request) if grad_output is None else self.backward(request, grad_output)
+        if grad_output is None:
+            return self.forward(request, pace)
+        return self.backward(request, grad_output, pace)
 
-    def forward(self, request: PassRequest) -> PassUnits:
+    def forward(self, request: PassRequest, pace: Pace) -> PassUnits:
         """Returns one ``[B, n, M]`` on the CPU in the model's dtype."""
         output = torch.empty(request.hidden.shape, dtype=self.dtype)
-        for rows in self._row_slices(request.hidden):
+        for rows in self._row_groups(request):
             states = self._load(request.hidden[rows])
             prompts = self._prompts_of(request, rows)
             for k, block in enumerate(request.span):
-                with torch.inference_mode():
-                    states = self.blocks[block].forward_dense(_add_prompt(states, prompts, k))
-                yield
+                entering, states = _add_prompt(states, prompts, k), torch.empty_like(states)
+                yield from forward_block(self.blocks[block], entering, states, pace)
             output[rows] = states.cpu()
+            if rows.stop < request.hidden.shape[0]:
+                yield PassUnit(None, is_pause=True)
         return [output]
 
-    def backward(self, request: PassRequest, grad_output: torch.Tensor) -> PassUnits:
+    def backward(self, request: PassRequest, grad_output: torch.Tensor, pace: Pace) -> PassUnits:
         """Recompute the pass and return the gradients of what entered it, on the CPU in the model's dtype.
 
         First ``[B, n, M]`` for the hidden states; when the request has prompts, then ``[len(span), B, prefix, M]``
@@ -68,28 +79,34 @@ class PassRunner:
         """
         grad_hidden = torch.empty(request.hidden.shape, dtype=self.dtype)
         grad_prompts = self._empty_grad_prompts(request)
-        for rows in self._row_slices(request.hidden):
+        for rows in self._row_groups(request):
             prompts = self._prompts_of(request, rows)
             inputs = [self._load(request.hidden[rows])]
             for k, block in enumerate(list(request.span)[:-1]):
-                with torch.no_grad():
-                    inputs.append(self.blocks[block].forward_dense(_add_prompt(inputs[k], prompts, k)))
-                yield
+                entering = _add_prompt(inputs[k], prompts, k)
+                inputs.append(torch.empty_like(entering))
+                yield from forward_block(self.blocks[block], entering, inputs[-1], pace)
             grad = self._load(grad_output[rows])
             for k, block in reversed(list(enumerate(request.span))):
-                grad = _block_gradient(self.blocks[block], _add_prompt(inputs.pop(), prompts, k), grad)
+                entering, leaving = _add_prompt(inputs.pop(), prompts, k), grad
+                grad = torch.empty_like(leaving)
+                yield from backward_block(self.blocks[block], entering, leaving, grad, pace)
                 if grad_prompts is not None:
                     grad_prompts[k, rows] = grad[:, : grad_prompts.shape[2]].cpu()
-                yield
             grad_hidden[rows] = grad.cpu()
+            if rows.stop < request.hidden.shape[0]:
+                yield PassUnit(None, is_pause=True)
         return [grad_hidden] if grad_prompts is None else [grad_hidden, grad_prompts]
 
-    def _row_slices(self, hidden: torch.Tensor) -> Iterator[slice]:
-        """Rows that are computed together: as many as ``max_tokens`` allows, at least one."""
-        batch, tokens, _ = hidden.shape
+    def group_rows(self, request: PassRequest) -> int:
+        """Rows that go through the blocks together: as many as ``max_tokens`` allows, at least one."""
+        return max(1, self.max_tokens // max(1, request.hidden.shape[1]))
+
+    def _row_groups(self, request: PassRequest) -> Iterator[slice]:
+        batch, tokens, _ = request.hidden.shape
         if tokens == 0:
             return
-        step = max(1, self.max_tokens // tokens)
+        step = self.group_rows(request)
         for first in range(0, batch, step):
             yield slice(first, first + step)
 
@@ -117,11 +134,3 @@ def _add_prompt(states: torch.Tensor, prompts: torch.Tensor | None, k: int) -> t
     states = states.clone()
     states[:, : prompts.shape[2]] += prompts[k]
     return states
-
-
-def _block_gradient(block: TransformerBlock, states: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    """The gradient at the block's input ``states``, computing the block again with a graph."""
-    with torch.enable_grad():
-        states = states.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(block.forward_dense(states), states, grad_output)
-    return grad

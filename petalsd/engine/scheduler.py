@@ -1,26 +1,28 @@
-"""Which steps run now: a pure policy over integers; no tensors, no clocks, no sessions.
+"""Which steps run now: a pure policy over numbers; no tensors, no clocks, no sessions.
 
-A *job* is a step that waits: rows, tokens still to compute in each, and a weight (the blocks it runs through). One
-call of ``Scheduler.schedule`` plans one iteration of the engine:
+A *job* is a step that waits. One call of ``Scheduler.schedule`` plans one iteration of the engine:
 
-1. Decode (one token left per row) goes first, so that a prefill delays the others by one chunk at most.
-2. Prefill takes what is left, in chunks: a chunk's worth while somebody decodes or did a few iterations ago (a
-   decoding client is away for a round trip between two steps), otherwise the whole budget.
-3. A unit of a forward or backward pass follows when no steps wait, else after every few iterations.
+1. Decode (one token left per row) goes first, all sessions in one batch.
+2. Prefill rides along in chunks: while somebody decodes, or did a moment ago (a decoding client is away for a
+   round trip between two steps), as much as ``ChunkPolicy`` permits, otherwise as much as a batch takes.
+3. Units of forward and backward passes follow when no steps wait, else after every few iterations. Such an
+   iteration takes no prefill along, so that a decode step waits for one or the other.
 
-Decode never takes the chunk's worth from a waiting prefill, so neither class can starve the other; ``FairQueue``
-sees to the peers within a class.
+Decode always leaves a chunk's worth of a batch to a waiting prefill, so neither class can starve the other;
+``FairQueue`` sees to the peers within a class.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from petalsd.engine.chunk_policy import UNLIMITED, ChunkPolicy
 from petalsd.engine.fair_queue import FairQueue, Job
+from petalsd.engine.iteration_cost import NO_WORK, AttentionShare, Work
 
-PASS_PERIOD = 4  # iterations between two units of a waiting pass while steps keep coming
-DECODE_MEMORY = 8  # iterations for which a decode keeps prefill to one chunk
+PASS_PERIOD = 4  # iterations between two turns of waiting passes while steps keep coming
 
 
 class Slice(NamedTuple):
@@ -32,41 +34,51 @@ class Slice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One iteration: the slices of one batch, and whether a unit of the waiting pass follows."""
+    """One iteration: the slices of one batch, and for how long units of waiting passes follow.
+
+    ``pass_s`` is None: they don't; infinite: nobody is held up, any unit is as good as another.
+    """
 
     slices: list[Slice]
-    runs_pass: bool
+    pass_s: float | None
 
 
 class Scheduler:
     """Plans iterations of at most ``max_batch_tokens`` tokens; see the module docstring for the policy.
 
     Jobs have at most ``chunk_tokens`` rows and ``chunk_tokens`` is at most half a batch: their turn always fits.
+    ``attention`` says how much more a token costs behind many others; by default nothing.
     """
 
-    def __init__(self, max_batch_tokens: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, max_batch_tokens: int, chunk_tokens: int, attention: AttentionShare | None = None
+    ) -> None:
         if not 0 < chunk_tokens <= max_batch_tokens // 2:
             raise ValueError(f"a chunk of {chunk_tokens} needs a batch of twice that, got {max_batch_tokens}")
         self._max_batch_tokens = max_batch_tokens
         self._chunk_tokens = chunk_tokens
+        self._attention = attention or AttentionShare()
+        self._policy = ChunkPolicy()
         self._jobs: dict[int, Job] = {}
-        self._decode = FairQueue()
-        self._prefill = FairQueue()
+        self._decode = FairQueue(self._cost_of)
+        self._prefill = FairQueue(self._cost_of)
         self._num_arrivals = 0
-        self._since_decode = DECODE_MEMORY
         self._since_pass = 0
+        self._planned = NO_WORK
+        self._has_prefill = False
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def add(self, key: int, peer: str, rows: int, tokens: int, weight: int = 1) -> None:
-        """Queue a job; ValueError when the key is taken or the rows can never fit."""
-        if key in self._jobs:
-            raise ValueError(f"job {key} is already queued")
-        if not 0 < rows <= self._chunk_tokens or tokens < 1 or weight < 1:
-            raise ValueError(f"job {key}: cannot schedule {rows} rows of {tokens} tokens, weight {weight}")
+    def add(self, job: Job) -> None:
+        """Queue a job; ValueError when its key is taken or its rows can never fit."""
+        if job.key in self._jobs:
+            raise ValueError(f"job {job.key} is already queued")
+        if not 0 < job.rows <= self._chunk_tokens or job.tokens < 1 or job.blocks < 1:
+            raise ValueError(f"cannot schedule {job}")
         self._num_arrivals += 1
-        job = self._jobs[key] = Job(key, peer, rows, tokens, weight, self._num_arrivals)
+        job.arrival = self._num_arrivals
+        self._jobs[job.key] = job
         self._queue_of(job).push(job)
 
     def remove(self, key: int) -> None:
@@ -75,82 +87,109 @@ class Scheduler:
         if job is not None:
             self._queue_of(job).discard(job)
 
-    def schedule(self, has_pass: bool = False) -> Plan:
-        """Plan one iteration and account for it: planned tokens count as computed, finished jobs are gone."""
-        slices: list[Slice] = []
-        if self._jobs:
-            has_prefill = bool(self._prefill)
-            reserved = self._chunk_tokens if has_prefill else 0
-            used = self._plan_decode(self._max_batch_tokens - reserved, slices)
-            self._since_decode = 0 if used else self._since_decode + 1
-            if has_prefill:
-                is_quiet = self._since_decode >= DECODE_MEMORY
-                self._plan_prefill(self._max_batch_tokens if is_quiet else self._chunk_tokens, slices)
-        return Plan(slices, self._is_turn_of_pass(has_pass, bool(slices)))
+    def schedule(self, now: float, has_pass: bool = False) -> Plan:
+        """Plan one iteration and account for it: planned tokens count as computed, finished jobs are gone.
 
-    def _queue_of(self, job: Job) -> FairQueue:
-        return self._decode if job.tokens == 1 else self._prefill
+        ``now`` is of the clock of ``Job.arrived_at``.
+        """
+        is_turn = has_pass and self._is_turn_of_pass()
+        decode = self._take_decode()
+        if decode:
+            self._policy.decodes(self._work_of(decode), now)
+        prefill = [] if is_turn else self._take_prefill(decode, now)
+        self._planned = self._work_of(decode + prefill)
+        self._has_prefill = bool(prefill)
+        slices = [Slice(job.key, 1, True) for job, _ in decode]
+        slices += [self._account(job, tokens, now) for job, tokens in prefill]
+        return Plan(slices, self._pass_s(now) if is_turn else None)
 
-    def _plan_decode(self, budget: int, slices: list[Slice]) -> int:
-        """Return the tokens used."""
-        queue, used = self._decode, 0
-        if not queue:
-            return 0
-        for job, _ in queue.take_all() if queue.num_rows <= budget else queue.take(budget):
-            del self._jobs[job.key]
-            slices.append(Slice(job.key, 1, True))
-            used += job.rows
-        return used
+    def ran(self, seconds: float) -> None:
+        """The batch that was planned last took so long, nothing else included."""
+        self._policy.ran(self._planned, self._has_prefill, seconds)
 
-    def _plan_prefill(self, budget: int, slices: list[Slice]) -> None:
-        for job, tokens in self._prefill.take(budget):
-            is_last = tokens == job.tokens
-            slices.append(Slice(job.key, tokens, is_last))
-            if is_last:
-                del self._jobs[job.key]
-            elif job.tokens - tokens == 1:
-                self._prefill.discard(job)
-                job.tokens = 1
-                self._decode.push(job)
-            else:
-                job.tokens -= tokens
-
-    def _is_turn_of_pass(self, has_pass: bool, has_slices: bool) -> bool:
+    def _is_turn_of_pass(self) -> bool:
         self._since_pass += 1
-        if not has_pass or (has_slices and self._since_pass < PASS_PERIOD):
+        if self._jobs and self._since_pass < PASS_PERIOD:
             return False
         self._since_pass = 0
         return True
 
+    def _pass_s(self, now: float) -> float:
+        return math.inf if self._policy.is_quiet(now) else self._policy.pass_s()
 
-class PassQueue:
-    """Which forward or backward pass is on: one at a time until it ends, then the next peer's oldest."""
+    def _take_decode(self) -> list[tuple[Job, int]]:
+        queue = self._decode
+        budget = self._max_batch_tokens - (self._chunk_tokens if self._prefill else 0)
+        if queue.num_rows <= budget:
+            taken = queue.take_all()
+        else:
+            taken = queue.take(_Allotment(budget, UNLIMITED, self._attention))
+        for job, _ in taken:
+            del self._jobs[job.key]
+        return taken
 
-    def __init__(self) -> None:
-        self._by_peer: OrderedDict[str, deque[int]] = OrderedDict()
-        self._peer_of: dict[int, str] = {}
+    def _take_prefill(self, decode: Sequence[tuple[Job, int]], now: float) -> list[tuple[Job, int]]:
+        if not self._prefill:
+            return []
+        room = self._max_batch_tokens - sum(job.rows for job, _ in decode)
+        if self._policy.is_quiet(now):
+            return self._prefill.take(_Allotment(room, UNLIMITED, self._attention))
+        oldest = min((job.arrived_at for job, _ in decode), default=now)
+        num_blocks = max(job.blocks for job in (*self._jobs.values(), *(job for job, _ in decode)))
+        tokens = self._policy.prefill_tokens(self._rows_of(decode), num_blocks, now - oldest)
+        return self._prefill.take(_Allotment(room, tokens, self._attention)) if tokens else []
 
-    def __len__(self) -> int:
-        return len(self._peer_of)
+    def _account(self, job: Job, tokens: int, now: float) -> Slice:
+        """Count the tokens of a prefill as computed."""
+        job.context += tokens
+        if tokens == job.tokens:
+            del self._jobs[job.key]
+            self._policy.expects(now)
+            return Slice(job.key, tokens, True)
+        if job.tokens - tokens == 1:
+            self._prefill.discard(job)
+            job.tokens = 1
+            self._decode.push(job)
+        else:
+            job.tokens -= tokens
+        return Slice(job.key, tokens, False)
 
-    def add(self, key: int, peer: str) -> None:
-        self._peer_of[key] = peer
-        self._by_peer.setdefault(peer, deque()).append(key)
+    def _queue_of(self, job: Job) -> FairQueue:
+        return self._decode if job.tokens == 1 else self._prefill
 
-    def head(self) -> int | None:
-        """The pass to work on; stays the same until it is removed."""
-        return next(iter(self._by_peer.values()))[0] if self._by_peer else None
+    def _cost_of(self, job: Job, tokens: int) -> int:
+        return math.ceil(self._attention.work(job.rows, tokens, job.context, job.blocks).tokens)
 
-    def remove(self, key: int) -> None:
-        """Forget a pass, finished or given up; its peer goes to the back. Unknown keys are ignored."""
-        peer = self._peer_of.get(key)
-        if peer is None:
-            return
-        was_head = self.head() == key
-        del self._peer_of[key]
-        keys = self._by_peer[peer]
-        keys.remove(key)
-        if not keys:
-            del self._by_peer[peer]
-        elif was_head:
-            self._by_peer.move_to_end(peer)
+    def _rows_of(self, taken: Sequence[tuple[Job, int]]) -> Work:
+        """The work of a batch without reading the weights."""
+        work = NO_WORK
+        for job, tokens in taken:
+            work = work.plus(self._attention.work(job.rows, tokens, job.context, job.blocks))
+        return work
+
+    def _work_of(self, taken: Sequence[tuple[Job, int]]) -> Work:
+        """The work of a batch."""
+        if not taken:
+            return NO_WORK
+        return self._rows_of(taken).plus(Work(max(job.blocks for job, _ in taken), 0.0))
+
+
+class _Allotment:
+    """Shares out ``max_tokens`` tokens over all rows, and ``work_tokens`` of ``Work.tokens``.
+
+    The first job that is asked for gets a token for each of its rows in any case: a turn is worth something.
+    """
+
+    def __init__(self, max_tokens: int, work_tokens: float, attention: AttentionShare) -> None:
+        self._left = max_tokens
+        self._work_left = work_tokens
+        self._attention = attention
+        self._is_first = True
+
+    def __call__(self, job: Job) -> int:
+        within = self._attention.tokens_within(self._work_left, job.rows, job.context, job.blocks)
+        tokens = min(job.tokens, self._left // job.rows, max(within, self._is_first))
+        self._is_first = False
+        self._left -= tokens * job.rows
+        self._work_left -= self._attention.work(job.rows, tokens, job.context, job.blocks).tokens
+        return tokens

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -19,6 +20,9 @@ from petalsd.ops.linear import Weight, linear
 from petalsd.ops.norm import rms_norm
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rotary import apply_rope
+
+CosSin: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,35 @@ class TransformerBlock:
 
         hidden ``[B, n, M]`` in the block's dtype; returns ``[B, n, M]``.
         """
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        q, k, v = (t.transpose(1, 2) for t in self._project_qkv(hidden, self.rope.cos_sin(positions)))
-        attended = dense_attention(q, k, v, self._scale, self.window)
-        return self._complete(hidden, attended.transpose(1, 2).flatten(-2))
+        return self.forward_part(hidden, self.dense_cos_sin(hidden.shape[1]))[0]
+
+    def dense_cos_sin(self, num_tokens: int) -> CosSin:
+        """Of whole sequences of so many tokens from position 0: two ``[n, D]``."""
+        return self.rope.cos_sin(torch.arange(num_tokens, device=self.device))
+
+    def forward_part(
+        self, hidden: torch.Tensor, cos_sin: CosSin, past: KeysValues | None = None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """``forward_dense`` of a part of whole sequences, differentiable with respect to ``hidden`` and ``past``.
+
+        hidden   ``[B, n, M]``, what follows the ``c`` tokens of the parts before
+        cos_sin  of these n tokens
+        past     keys and values of the parts before, each ``[B, Hkv, c, D]``; None: there are none
+
+        Returns ``[B, n, M]``, and keys and values of all ``c + n`` tokens.
+        """
+        q, keys, values = self.project_part(hidden, cos_sin, past)
+        attended = dense_attention(q, keys, values, self._scale, self.window)
+        return self._complete(hidden, attended.transpose(1, 2).flatten(-2)), (keys, values)
+
+    def project_part(
+        self, hidden: torch.Tensor, cos_sin: CosSin, past: KeysValues | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The projections of ``forward_part``: q ``[B, H, n, D]``, and k and v of all tokens so far."""
+        q, k, v = (t.transpose(1, 2) for t in self._project_qkv(hidden, cos_sin))
+        if past is None:
+            return q, k, v
+        return q, torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
 
     def _project_qkv(
         self, hidden: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]

@@ -38,16 +38,18 @@ def paged_attention(
 def dense_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
-    """Causal attention of whole sequences from position 0; differentiable.
+    """Causal attention without a cache; differentiable.
 
-    q ``[B, H, n, D]``; k, v ``[B, Hkv, n, D]``; scale and window as in ``paged_attention``.
-    Returns ``[B, H, n, D]``.
+    q     ``[B, H, n, D]``, of the last n tokens of whole sequences of m
+    k, v  ``[B, Hkv, m, D]``, from position 0 on
+
+    scale and window as in ``paged_attention``. Returns ``[B, H, n, D]``.
     """
-    num_tokens = q.shape[2]
-    if window is None or window >= num_tokens:
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if num_queries == num_keys and (window is None or window >= num_keys):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    positions = torch.arange(num_tokens, device=q.device)
-    visible = visible_keys(positions, positions, window)
+    positions = torch.arange(num_keys, device=q.device)
+    visible = visible_keys(positions[num_keys - num_queries :], positions, window)
     return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
 
 

@@ -1,0 +1,82 @@
+"""How much prefill, or work on a pass, may go on beside sessions that decode: a pure policy over floats.
+
+The unit is the *undisturbed* iteration: the decode rows of now alone. The promises, as far as the cost model is
+right and a chunk of the least size allows:
+
+* An iteration with a chunk of prefill in it takes at most ``ITERATION_BOUND`` undisturbed ones.
+* Nobody who decodes waits for more than ``STEP_BOUND`` of them from handing a step in to its answer. A step that
+  came while a chunk ran, and so has waited already, takes a smaller one along or none.
+* Prefill is never left out twice in a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+from petalsd.engine.iteration_cost import NO_WORK, CostModel, Work
+
+ITERATION_BOUND = 2.0
+STEP_BOUND = 2.5
+DECODE_MEMORY_S = 1.0  # so long after a decode its client is expected back, and chunks stay bounded
+DECODE_MEMORY_ITERATIONS = 8.0  # the same in undisturbed iterations, for models that are slow
+LEAST_SHARE = 0.5  # a chunk of less work than this part of the reading that it rides on doesn't pay
+UNLIMITED = 2.0**62
+
+
+class ChunkPolicy:
+    """Learns from ``ran`` and answers for the next iteration."""
+
+    def __init__(self) -> None:
+        self._decode_cost = CostModel()
+        self._prefill_cost = CostModel()
+        self._decode_work = NO_WORK
+        self._decoded_at = -math.inf
+        self._has_skipped = False
+
+    def ran(self, work: Work, has_prefill: bool, seconds: float) -> None:
+        """An iteration ended; its duration alone, without what came before or after."""
+        (self._prefill_cost if has_prefill else self._decode_cost).observe(work, seconds)
+
+    def decodes(self, work: Work, now: float) -> None:
+        """The next iteration has these decode rows; ``work`` counts the weights too."""
+        self._decode_work = work
+        self._decoded_at = now
+
+    def expects(self, now: float) -> None:
+        """A prefill was answered: its session is about to decode."""
+        self._decoded_at = now
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether nobody is expected to decode soon."""
+        memory_s = max(DECODE_MEMORY_S, DECODE_MEMORY_ITERATIONS * self._undisturbed_s())
+        return now - self._decoded_at > memory_s
+
+    def prefill_tokens(self, decode: Work, num_blocks: int, waited_s: float) -> float:
+        """What prefill may add to an iteration, in ``Work.tokens``; 0: nothing this time.
+
+        decode      the work of the iteration's decode rows, without reading the weights
+        num_blocks  whose weights the iteration reads
+        waited_s    for which one of the rows has waited by now
+        """
+        cost = _known(self._prefill_cost, self._decode_cost)
+        undisturbed_s = self._undisturbed_s() or cost.read_s * num_blocks
+        if not decode.tokens:  # somebody may come when the iteration has just begun
+            waited_s = undisturbed_s
+        bound_s = min(ITERATION_BOUND * undisturbed_s, STEP_BOUND * undisturbed_s - waited_s)
+        most = (bound_s - cost.seconds(decode.plus(Work(num_blocks, 0.0)))) / cost.token_s
+        least = LEAST_SHARE * cost.read_s * num_blocks / cost.token_s
+        self._has_skipped = decode.tokens > 0 and most < least and not self._has_skipped
+        return 0.0 if self._has_skipped else max(most, least)
+
+    def pass_s(self) -> float:
+        """Seconds for the units of a pass that follow an iteration without prefill."""
+        return (ITERATION_BOUND - 1) * self._undisturbed_s()
+
+    def _undisturbed_s(self) -> float:
+        """What the decode rows of last time take alone; 0 when there never were any."""
+        return _known(self._decode_cost, self._prefill_cost).seconds(self._decode_work)
+
+
+def _known(cost: CostModel, other: CostModel) -> CostModel:
+    """``cost``, unless only the other one has seen anything."""
+    return cost if cost.is_known or not other.is_known else other
