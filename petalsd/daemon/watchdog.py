@@ -72,7 +72,7 @@ class Watchdog:
             return self._overdue(stats)
         try:
             async with asyncio.timeout(self._interval_s / 4):
-                await self._engine.self_test()
+                await self._engine.probe()
         except TimeoutError:
             return self._after_a_lost_canary(stats)
         except (Draining, NotServed):

@@ -99,6 +99,7 @@ class Engine:
         self._sessions: set[Session] = set()
         self._num_rows = 0
         self._passes: dict[int, PassJob] = {}
+        self._num_probes = 0
 
     async def start(self) -> None:
         """Start the engine thread; its answers come to the running loop."""
@@ -280,8 +281,20 @@ class Engine:
 
         When sessions hold all the pages it goes without a cache.
         """
-        core = self._serving_core()
-        span, hidden_size = core.served.span, core.served.hidden_size
+        await self._send_canary(self._serving_core().served.span)
+
+    async def probe(self) -> None:
+        """``self_test`` of one block, another one each time: whether the device works, for next to nothing.
+
+        All blocks of a large model would be a good part of what an idle machine can do, on a CPU at least.
+        """
+        served = self._serving_core().served.span
+        block = served.start + self._num_probes % len(served)
+        self._num_probes += 1
+        await self._send_canary(BlockSpan(block, block + 1))
+
+    async def _send_canary(self, span: BlockSpan) -> None:
+        hidden_size = self._serving_core().served.hidden_size
         canary = torch.linspace(-1.0, 1.0, 2 * hidden_size).view(1, 2, hidden_size)
         try:
             session = await self.open_session(SessionSpec(span, batch=1, max_tokens=3, peer=CANARY_PEER))

@@ -167,6 +167,9 @@ class FakeEngine:
         if self.failures:
             raise self.failures.pop(0)
 
+    async def probe(self) -> None:
+        await self.self_test()
+
     def open_sessions(self) -> list[SessionInfo]:
         return []
 

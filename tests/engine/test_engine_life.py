@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, SessionSpec, Step
 from petalsd.errors import DeadlineExceeded, Draining, EngineError, NotServed, SessionClosed
 from petalsd.types import BlockSpan
-from tests.engine.rig import CPU, Gate, TinyModel, opened, serving, states, with_hook
+from tests.engine.rig import CPU, Gate, HookedBlock, TinyModel, opened, serving, states, with_hook
 from tests.numeric import assert_close
 
 
@@ -122,6 +123,19 @@ async def test_self_test_passes_and_leaves_no_trace(llama: TinyModel) -> None:
         await engine.self_test()
         assert engine.stats().steps_total == 2
         assert engine.stats().last_step_monotonic_s > 0
+
+
+async def test_probes_cross_one_block_after_the_other(llama: TinyModel) -> None:
+    """So that an idle engine costs next to nothing, and every block is looked at sooner or later."""
+    crossed: list[int] = []
+
+    def hooked(block: int) -> Any:
+        return HookedBlock(llama.blocks[block], lambda _: crossed.append(block))
+
+    async with serving(llama, blocks={block: hooked(block) for block in llama.blocks}) as engine:
+        for _ in range(5):
+            await engine.probe()
+    assert crossed == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
 
 
 async def test_self_test_without_free_pages(llama: TinyModel) -> None:
