@@ -33,6 +33,11 @@ class ChunkPolicy:
         self._decoded_at = -math.inf
         self._has_skipped = False
 
+    @property
+    def undisturbed_s(self) -> float:
+        """What the decode rows of last time take alone; 0 when there never were any."""
+        return _known(self._decode_cost, self._prefill_cost).seconds(self._decode_work)
+
     def ran(self, work: Work, has_prefill: bool, seconds: float) -> None:
         """An iteration ended; its duration alone, without what came before or after."""
         (self._prefill_cost if has_prefill else self._decode_cost).observe(work, seconds)
@@ -48,7 +53,7 @@ class ChunkPolicy:
 
     def is_quiet(self, now: float) -> bool:
         """Whether nobody is expected to decode soon."""
-        memory_s = max(DECODE_MEMORY_S, DECODE_MEMORY_ITERATIONS * self._undisturbed_s())
+        memory_s = max(DECODE_MEMORY_S, DECODE_MEMORY_ITERATIONS * self.undisturbed_s)
         return now - self._decoded_at > memory_s
 
     def prefill_tokens(self, decode: Work, num_blocks: int, waited_s: float) -> float:
@@ -59,7 +64,7 @@ class ChunkPolicy:
         waited_s    for which one of the rows has waited by now
         """
         cost = _known(self._prefill_cost, self._decode_cost)
-        undisturbed_s = self._undisturbed_s() or cost.read_s * num_blocks
+        undisturbed_s = self.undisturbed_s or cost.read_s * num_blocks
         if not decode.tokens:  # somebody may come when the iteration has just begun
             waited_s = undisturbed_s
         bound_s = min(ITERATION_BOUND * undisturbed_s, STEP_BOUND * undisturbed_s - waited_s)
@@ -70,11 +75,7 @@ class ChunkPolicy:
 
     def pass_s(self) -> float:
         """Seconds for the units of a pass that follow an iteration without prefill."""
-        return (ITERATION_BOUND - 1) * self._undisturbed_s()
-
-    def _undisturbed_s(self) -> float:
-        """What the decode rows of last time take alone; 0 when there never were any."""
-        return _known(self._decode_cost, self._prefill_cost).seconds(self._decode_work)
+        return (ITERATION_BOUND - 1) * self.undisturbed_s
 
 
 def _known(cost: CostModel, other: CostModel) -> CostModel:

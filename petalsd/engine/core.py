@@ -180,9 +180,9 @@ class EngineCore:
             is_whole = self._run_steps(plan.slices, start)
             now = time.monotonic()
             self._report.duration_s = now - start
-            if is_whole:
+            if is_whole and self._report.rows:  # canaries are too small to learn from
                 self._scheduler.ran(now - start)
-            self._gathering.ran(now - start, now, has_more=bool(self._scheduler))
+            self._gathering.ran(self._scheduler.undisturbed_s, now, has_more=bool(self._scheduler))
         if plan.pass_s is not None:
             self.passes.run(plan.pass_s)
         self._progress.end()

@@ -1,8 +1,8 @@
 """When to hold a batch back for a moment, because sessions that belong into it are about to come.
 
 Sessions that were answered together come back one after the other: without a pause the first would run alone while
-the rest wait for it, and they would alternate in two groups for ever after. A batch of many costs little more than
-a batch of one, so a pause that is short against an iteration pays off. Whom to wait for is learnt from how long
+the rest wait for it, and they would alternate in two groups for ever after, each step waiting for an iteration of
+the others. A batch of many costs little more than a batch of one, so a pause of less than an iteration pays off. Whom to wait for is learnt from how long
 each session stayed away before; clients that are far away are never waited for.
 
 Times are seconds of one monotonic clock, passed in.
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_PAUSE = 0.25  # of an iteration: what those that are here may lose
-_LATENESS = 2.0  # a session is due after this many times its usual absence, and given up then
+MAX_PAUSE = 0.5  # of an undisturbed iteration: what those that are here may lose
+_LATENESS = 1.5  # a session is due after this many times its usual absence, and given up then
 _SMOOTHING = 0.3  # weight of the newest observation
 
 
@@ -50,9 +50,12 @@ class Gathering:
     def forget(self, key: int) -> None:
         self._habits.pop(key, None)
 
-    def ran(self, duration_s: float, now: float, has_more: bool) -> None:
-        """An iteration of steps ended; ``has_more`` when others wait for the next."""
-        self._iteration_s = _smoothed(self._iteration_s or None, duration_s)
+    def ran(self, iteration_s: float, now: float, has_more: bool) -> None:
+        """A batch ended; ``has_more`` when others wait for the next.
+
+        ``iteration_s`` is what its decode rows take alone: no pause is longer because of a prefill beside them.
+        """
+        self._iteration_s = iteration_s
         self._ended_at = now
         self._ready_at = now if has_more else None
 

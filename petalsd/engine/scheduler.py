@@ -87,6 +87,11 @@ class Scheduler:
         if job is not None:
             self._queue_of(job).discard(job)
 
+    @property
+    def undisturbed_s(self) -> float:
+        """What the decode rows of the last iteration that had any take alone; 0 before there were any."""
+        return self._policy.undisturbed_s
+
     def schedule(self, now: float, has_pass: bool = False) -> Plan:
         """Plan one iteration and account for it: planned tokens count as computed, finished jobs are gone.
 

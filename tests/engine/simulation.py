@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from petalsd.engine.fair_queue import Job
+from petalsd.engine.gathering import Gathering
 from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.scheduler import Scheduler
 
@@ -49,11 +50,12 @@ class Decoder:
 
 
 class Simulation:
-    """Time passes only where the device works, or everybody waits for a client."""
+    """Time passes only where the device works, where a batch gathers, or where everybody waits for a client."""
 
-    def __init__(self, device: Device, decoders: list[Decoder], max_tokens: int = 1024) -> None:
+    def __init__(self, device: Device, decoders: list[Decoder], gathers: bool = False) -> None:
         self.device = device
-        self.scheduler = Scheduler(max_tokens, 256, AttentionShare(0.0, device.pair))
+        self.scheduler = Scheduler(1024, 256, AttentionShare(0.0, device.pair))
+        self.gathering = Gathering() if gathers else None
         self.decoders = {decoder.key: decoder for decoder in decoders}
         self.now = 0.0
         self.prefills: dict[int, Job] = {}
@@ -84,6 +86,7 @@ class Simulation:
         if not self.scheduler and not has_pass and not self._is_anybody_due():
             self.now = min(decoder.due_at for decoder in self.decoders.values())
         self._hand_in()
+        self._gather()
         contexts = {key: job.context for key, job in self.prefills.items()}
         plan = self.scheduler.schedule(self.now, has_pass)
         chunks = [(piece.tokens, contexts[piece.key]) for piece in plan.slices if piece.key in self.prefills]
@@ -92,12 +95,21 @@ class Simulation:
             self.now += seconds
             self.iterations.append(seconds)
             self.scheduler.ran(seconds)
+            if self.gathering is not None:
+                self.gathering.ran(self.scheduler.undisturbed_s, self.now, bool(self.scheduler))
         for piece in plan.slices:
             if piece.is_last:
                 self._answer(piece.key)
         if plan.pass_s is not None:
             self.pass_s += plan.pass_s
             self.now += plan.pass_s
+
+    def _gather(self) -> None:
+        """Wait as the engine thread does: until the pause is over, asking again whenever somebody came."""
+        while self.gathering is not None and (pause_s := self.gathering.pause_s(self.now)) > 0:
+            coming = [one.due_at for one in self.decoders.values() if one.due_at > self.now]
+            self.now = min([*coming, self.now + pause_s])
+            self._hand_in()
 
     def _is_anybody_due(self) -> bool:
         return any(decoder.due_at <= self.now for decoder in self.decoders.values())
@@ -108,6 +120,8 @@ class Simulation:
                 self._arrived[decoder.key] = decoder.due_at
                 job = Job(decoder.key, f"peer-{decoder.key}", 1, 1, NUM_BLOCKS, arrived_at=decoder.due_at)
                 self.scheduler.add(job)
+                if self.gathering is not None:
+                    self.gathering.arrived(decoder.key, decoder.due_at)
 
     def _answer(self, key: int) -> None:
         decoder = self.decoders.get(key)
@@ -117,3 +131,5 @@ class Simulation:
             return
         decoder.waits.append(self.now - self._arrived.pop(key))
         decoder.due_at = self.now + decoder.away_s
+        if self.gathering is not None:
+            self.gathering.answered(key, self.now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from petalsd.engine.gathering import MAX_PAUSE, Gathering
 from tests.engine.rig import HookedBlock, TinyModel, feed, opened, serving, states
+from tests.engine.simulation import Decoder, Device, Simulation
 
 ONE, OTHER = 0, 1
 ITERATION_S = 1.0
@@ -72,6 +74,33 @@ def test_closed_sessions_are_not_waited_for() -> None:
     gathering.arrived(ONE, now + 0.01)
     gathering.forget(OTHER)
     assert gathering.pause_s(now + 0.01) == 0.0
+
+
+def steps_per_s(num_clients: int, away_s: float, gathers: bool) -> float:
+    """Of clients that came one after the other and are away for ``away_s`` and up to as long again."""
+    source = random.Random(1)
+    clients = [
+        Decoder(key, away_s * (1 + source.random()), due_at=0.02 * source.random())
+        for key in range(num_clients)
+    ]
+    simulation = Simulation(Device(noise=0.05), clients, gathers)
+    simulation.run(100)
+    simulation.forget_waits()
+    started = simulation.now
+    simulation.run(300)
+    return len(simulation.waits()) / (simulation.now - started)
+
+
+@pytest.mark.parametrize(("away_s", "gain"), [(0.0003, 1.5), (0.002, 1.2), (0.02, 0.99)])
+def test_eight_clients_gain_where_they_are_near(away_s: float, gain: float) -> None:
+    """Where they are back within part of an iteration of ten milliseconds; those that are far lose nothing."""
+    assert steps_per_s(8, away_s, gathers=True) >= gain * steps_per_s(8, away_s, gathers=False)
+
+
+@pytest.mark.parametrize("away_s", [0.0003, 0.002, 0.02])
+def test_a_lone_client_is_never_held_up(away_s: float) -> None:
+    """There is nobody to wait for."""
+    assert steps_per_s(1, away_s, gathers=True) == steps_per_s(1, away_s, gathers=False)
 
 
 @pytest.mark.parametrize("num_sessions", [2, 4])
