@@ -84,6 +84,9 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _counter("pass_tokens_total", "Tokens of the answered passes, over all sequences", "direction"),
         _histogram("batch_rows", "Sequences that the device computed at once in steps", _POWERS_OF_TWO),
         _histogram("batch_tokens", "Tokens that the device computed at once in steps", _POWERS_OF_TWO),
+        _histogram(
+            "prefill_chunk_tokens", "Tokens of prefill that a batch took along beside decode", _POWERS_OF_TWO
+        ),
     ),
     "Latency": (
         _histogram("batch_seconds", "What the device took for one batch of steps", _LATENCY_S),

@@ -20,6 +20,7 @@ class EngineRecorder:
         self._batch_seconds = metrics.histogram("batch_seconds")
         self._batch_rows = metrics.histogram("batch_rows")
         self._batch_tokens = metrics.histogram("batch_tokens")
+        self._chunk_tokens = metrics.histogram("prefill_chunk_tokens")
         self._prefill = _Phase(metrics, "prefill")
         self._decode = _Phase(metrics, "decode")
         self._forward = _Direction(metrics, "forward")
@@ -30,6 +31,8 @@ class EngineRecorder:
         self._batch_seconds.observe(report.duration_s)
         self._batch_rows.observe(report.rows)
         self._batch_tokens.observe(report.prefill_tokens + report.decode_tokens)
+        if report.prefill_tokens and report.decode_tokens:
+            self._chunk_tokens.observe(report.prefill_tokens)
         for is_prefill, queue_s, total_s in report.steps:
             phase = self._prefill if is_prefill else self._decode
             phase.queue_seconds.observe(queue_s)

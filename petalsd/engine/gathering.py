@@ -2,8 +2,9 @@
 
 Sessions that were answered together come back one after the other: without a pause the first would run alone while
 the rest wait for it, and they would alternate in two groups for ever after, each step waiting for an iteration of
-the others. A batch of many costs little more than a batch of one, so a pause of less than an iteration pays off. Whom to wait for is learnt from how long
-each session stayed away before; clients that are far away are never waited for.
+the others. A batch of many costs little more than a batch of one, so a pause of less than an iteration pays off.
+Whom to wait for is learnt from how long each session stayed away before; clients that are far away are never
+waited for.
 
 Times are seconds of one monotonic clock, passed in.
 """

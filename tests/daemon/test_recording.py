@@ -37,6 +37,16 @@ def test_a_batch_of_both_phases() -> None:
     assert value(metrics, "petalsd_batch_seconds_count") == 1
     assert value(metrics, "petalsd_batch_rows_sum") == 4
     assert value(metrics, "petalsd_batch_tokens_sum") == 67
+    assert value(metrics, "petalsd_prefill_chunk_tokens_sum") == 64
+
+
+def test_a_chunk_is_what_goes_beside_decode() -> None:
+    """Prefill alone takes what it can get, and decode alone has none."""
+    metrics = Metrics()
+    recorder = EngineRecorder(metrics)
+    recorder.batch_done(BatchReport(0.003, rows=1, prefill_tokens=64))
+    recorder.batch_done(BatchReport(0.003, rows=1, decode_tokens=1))
+    assert value(metrics, "petalsd_prefill_chunk_tokens_count") == 0
 
 
 def test_passes_by_direction() -> None:
