@@ -74,7 +74,7 @@ class Pace:
 
     def unit(self, rows: int, tokens: int, context: int = 0) -> PassUnit:
         """What was done, as the cost model counts it."""
-        return PassUnit(self.attention.work(rows, tokens, context, 1).plus(Work(1.0, 0.0)))
+        return PassUnit(Work(1.0, self.attention.work(rows, tokens, context, 1).tokens))
 
 
 def forward_block(block: DenseBlock, entering: torch.Tensor, leaving: torch.Tensor, pace: Pace) -> Units:

@@ -35,8 +35,9 @@ class ChunkPolicy:
 
     @property
     def undisturbed_s(self) -> float:
-        """What the decode rows of last time take alone; 0 when there never were any."""
-        return _known(self._decode_cost, self._prefill_cost).seconds(self._decode_work)
+        """What the decode rows of last time take alone; 0 when there never were any, or nothing was measured."""
+        cost = _known(self._decode_cost, self._prefill_cost)
+        return cost.seconds(self._decode_work) if cost.is_known else 0.0
 
     def ran(self, work: Work, has_prefill: bool, seconds: float) -> None:
         """An iteration ended; its duration alone, without what came before or after."""
@@ -59,23 +60,24 @@ class ChunkPolicy:
     def prefill_tokens(self, decode: Work, num_blocks: int, waited_s: float) -> float:
         """What prefill may add to an iteration, in ``Work.tokens``; 0: nothing this time.
 
-        decode      the work of the iteration's decode rows, without reading the weights
-        num_blocks  whose weights the iteration reads
+        decode      the work of the iteration's decode rows, nothing if there are none
+        num_blocks  through which a prefill may go
         waited_s    for which one of the rows has waited by now
         """
         cost = _known(self._prefill_cost, self._decode_cost)
-        undisturbed_s = self.undisturbed_s or cost.read_s * num_blocks
+        fixed = Work(max(decode.reads, num_blocks), decode.tokens)
+        undisturbed_s = self.undisturbed_s or cost.seconds(fixed)
         if not decode.tokens:  # somebody may come when the iteration has just begun
             waited_s = undisturbed_s
         bound_s = min(ITERATION_BOUND * undisturbed_s, STEP_BOUND * undisturbed_s - waited_s)
-        most = (bound_s - cost.seconds(decode.plus(Work(num_blocks, 0.0)))) / cost.token_s
+        most = (bound_s - cost.seconds(fixed)) / cost.token_s
         least = LEAST_SHARE * cost.read_s * num_blocks / cost.token_s
         self._has_skipped = decode.tokens > 0 and most < least and not self._has_skipped
         return 0.0 if self._has_skipped else max(most, least)
 
     def pass_s(self) -> float:
-        """Seconds for the units of a pass that follow an iteration without prefill."""
-        return (ITERATION_BOUND - 1) * self.undisturbed_s
+        """Seconds for the units of a pass that follow an iteration without prefill; infinite: nobody knows."""
+        return (ITERATION_BOUND - 1) * self.undisturbed_s or math.inf
 
 
 def _known(cost: CostModel, other: CostModel) -> CostModel:

@@ -28,9 +28,6 @@ class Work(NamedTuple):
     reads: float
     tokens: float
 
-    def plus(self, other: Work) -> Work:
-        return Work(self.reads + other.reads, self.tokens + other.tokens)
-
 
 NO_WORK = Work(0.0, 0.0)
 

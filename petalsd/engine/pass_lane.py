@@ -80,7 +80,8 @@ class PassLane:
     def _run_unit(self, job: PassJob, seconds: float) -> None:
         """One that takes about so long; the smallest there is takes longer, if it must."""
         cost = self._costs[job.is_backward]
-        self._pace.tokens = min((seconds - cost.read_s) / cost.token_s, self._runner.max_tokens)
+        tokens = max(0.0, seconds - cost.read_s) / cost.token_s
+        self._pace.tokens = min(tokens, self._runner.max_tokens)
         started = time.monotonic()
         try:
             if job.units is None:

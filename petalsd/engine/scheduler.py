@@ -99,10 +99,12 @@ class Scheduler:
         """
         is_turn = has_pass and self._is_turn_of_pass()
         decode = self._take_decode()
+        work = self._planned = self._work_of(decode)
         if decode:
-            self._policy.decodes(self._work_of(decode), now)
-        prefill = [] if is_turn else self._take_prefill(decode, now)
-        self._planned = self._work_of(decode + prefill)
+            self._policy.decodes(work, now)
+        prefill = [] if is_turn else self._take_prefill(decode, work, now)
+        if prefill:
+            self._planned = self._work_of(decode + prefill)
         self._has_prefill = bool(prefill)
         slices = [Slice(job.key, 1, True) for job, _ in decode]
         slices += [self._account(job, tokens, now) for job, tokens in prefill]
@@ -133,15 +135,18 @@ class Scheduler:
             del self._jobs[job.key]
         return taken
 
-    def _take_prefill(self, decode: Sequence[tuple[Job, int]], now: float) -> list[tuple[Job, int]]:
+    def _take_prefill(
+        self, decode: Sequence[tuple[Job, int]], work: Work, now: float
+    ) -> list[tuple[Job, int]]:
+        """``work`` is that of the decode rows."""
         if not self._prefill:
             return []
         room = self._max_batch_tokens - sum(job.rows for job, _ in decode)
         if self._policy.is_quiet(now):
             return self._prefill.take(_Allotment(room, UNLIMITED, self._attention))
         oldest = min((job.arrived_at for job, _ in decode), default=now)
-        num_blocks = max(job.blocks for job in (*self._jobs.values(), *(job for job, _ in decode)))
-        tokens = self._policy.prefill_tokens(self._rows_of(decode), num_blocks, now - oldest)
+        num_blocks = max(job.blocks for job in self._jobs.values())
+        tokens = self._policy.prefill_tokens(work, num_blocks, now - oldest)
         return self._prefill.take(_Allotment(room, tokens, self._attention)) if tokens else []
 
     def _account(self, job: Job, tokens: int, now: float) -> Slice:
@@ -153,7 +158,7 @@ class Scheduler:
             return Slice(job.key, tokens, True)
         if job.tokens - tokens == 1:
             self._prefill.discard(job)
-            job.tokens = 1
+            job.tokens, job.arrived_at = 1, now  # as a decode step it comes now
             self._decode.push(job)
         else:
             job.tokens -= tokens
@@ -165,18 +170,14 @@ class Scheduler:
     def _cost_of(self, job: Job, tokens: int) -> int:
         return math.ceil(self._attention.work(job.rows, tokens, job.context, job.blocks).tokens)
 
-    def _rows_of(self, taken: Sequence[tuple[Job, int]]) -> Work:
-        """The work of a batch without reading the weights."""
-        work = NO_WORK
-        for job, tokens in taken:
-            work = work.plus(self._attention.work(job.rows, tokens, job.context, job.blocks))
-        return work
-
     def _work_of(self, taken: Sequence[tuple[Job, int]]) -> Work:
-        """The work of a batch."""
-        if not taken:
-            return NO_WORK
-        return self._rows_of(taken).plus(Work(max(job.blocks for job, _ in taken), 0.0))
+        """The work of a batch; the weights are read once."""
+        reads = tokens = 0.0
+        for job, num_tokens in taken:
+            work = self._attention.work(job.rows, num_tokens, job.context, job.blocks)
+            reads += work.reads
+            tokens += work.tokens
+        return Work(reads + max((job.blocks for job, _ in taken), default=0), tokens)
 
 
 class _Allotment:

@@ -217,6 +217,15 @@ def test_a_pass_takes_the_turn_of_a_prefill() -> None:
             assert 0 < plan.pass_s <= 0.01
 
 
+def test_nothing_measured_bounds_nothing() -> None:
+    """Before the first measurement there are no seconds to count with: a pass gets one unit at a time."""
+    scheduler = Scheduler(BUDGET, CHUNK)
+    scheduler.add(Job(0, "a", 1, 1))
+    assert scheduler.schedule(0.0).slices
+    assert scheduler.undisturbed_s == 0.0
+    assert scheduler.schedule(0.0, has_pass=True) == Plan([], math.inf)
+
+
 @pytest.mark.parametrize(("rows", "tokens", "blocks"), [(0, 1, 1), (CHUNK + 1, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_jobs_that_can_never_run_are_refused(rows: int, tokens: int, blocks: int) -> None:
     """A job without rows, tokens or blocks, or with more rows than a chunk, is a mistake of the caller."""
