@@ -108,6 +108,35 @@ async def test_a_pass_is_not_starved_by_steps(llama: TinyModel) -> None:
         await asyncio.gather(*busy)
 
 
+async def test_a_large_pass_does_not_hold_up_another_peers(llama: TinyModel) -> None:
+    """A pass of many groups of rows lets another peer's small one go first, and both are right."""
+    large, small = states(200, 6, seed=3), states(1, 6)
+    async with serving(llama, EngineLimits(max_pass_tokens=6)) as engine:
+        first = asyncio.create_task(engine.forward(PassRequest(SPAN, large, "p")))
+        await asyncio.sleep(0)
+        quick = await engine.forward(PassRequest(SPAN, small, "q"))
+        assert not first.done(), "200 groups went before one of another peer"
+        assert_close(quick, llama.expected(small, SPAN).detach(), **TOLERANCE, what="the small pass")
+        assert_close(await first, llama.expected(large, SPAN).detach(), **TOLERANCE, what="the large pass")
+
+
+async def test_long_rows_are_cut_while_a_session_decodes(llama: TinyModel) -> None:
+    """A pass of long rows beside decode goes in parts, forward and backward, and is as right as in one piece."""
+    hidden, grad_output = states(1, 400, seed=3), states(1, 400, seed=4)
+    output, grad_hidden, _ = reference(llama, hidden, None, grad_output)
+    async with serving(llama, EngineLimits(max_pass_tokens=64)) as engine, opened(engine) as session:
+        running = asyncio.gather(
+            engine.forward(PassRequest(SPAN, hidden, "q")),
+            engine.backward(PassRequest(SPAN, hidden, "q", grad_output=grad_output)),
+        )
+        token = states(1, 1)
+        while not running.done():
+            await session.step(Step(token, 0))
+        actual, (grad, _) = running.result()
+    assert_close(actual, output, **TOLERANCE, what="output")
+    assert_close(grad, grad_hidden, **TOLERANCE, what="gradient")
+
+
 async def test_a_failing_pass_fails_alone(llama: TinyModel) -> None:
     """A pass whose blocks raise gets EngineError; the passes behind it run."""
 
