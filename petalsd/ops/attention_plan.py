@@ -28,11 +28,13 @@ class DecodeGroup:
     tokens    ``[R]`` int64, the rows' tokens in the batch; None when they are the batch, in its order
     slots     ``[R * L]`` int64, each row's context, padded
     is_valid  ``[R, 1, 1, L]`` bool, False where padded; None when nothing is
+    keys      ``[R, L]`` int64, the positions of the context tokens; padding repeats the last
     """
 
     tokens: torch.Tensor | None
     slots: torch.Tensor
     is_valid: torch.Tensor | None
+    keys: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,14 @@ class PrefillRow:
 
     slots    ``[C]`` int64, the context that some new token sees
     visible  ``[n, C]`` bool; None when it is plainly causal from position 0
+    keys     ``[C]`` int64, the positions of the context tokens
     """
 
     start: int
     end: int
     slots: torch.Tensor
     visible: torch.Tensor | None
+    keys: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ def _plan_decode(batch: RaggedBatch, rows: list[int], gathered: list[int], page_
             batch.origins if is_whole_batch else batch.origins[rows], positions, page_tokens
         ).flatten(),
         is_valid=is_valid,
+        keys=positions,
     )
 
 
@@ -131,7 +136,7 @@ def _plan_prefill(batch: RaggedBatch, row: int, page_tokens: int, window: int | 
     visible = None
     if first_new > 0 or (window is not None and window < context):
         visible = visible_keys(torch.arange(first_new, context, device=device), keys, window)
-    return PrefillRow(start, end, _slots(batch.origins[row], keys, page_tokens), visible)
+    return PrefillRow(start, end, _slots(batch.origins[row], keys, page_tokens), visible, keys)
 
 
 def visible_keys(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
