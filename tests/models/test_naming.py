@@ -18,14 +18,28 @@ from petalsd.models.naming import dht_prefix
         ("mistral", "mistralai/Mistral-7B-v0.3", "Mistral-7B-v0-3"),
         ("qwen2", "Qwen/Qwen2.5-7B-Instruct", "Qwen2-5-7B-Instruct"),
         ("qwen3", "Qwen/Qwen3-8B", "Qwen3-8B"),
+        ("falcon", "tiiuae/falcon-180B-chat", "falcon-180B-chat"),
+        ("bloom", "bigscience/bloom", "bigscience/bloom-petals"),
+        ("bloom", "bigscience/bloom-petals", "bigscience/bloom-petals"),
+        ("bloom", "somebody/bloom-7b1", "somebody/bloom-7b1-petals"),
+        ("mixtral", "mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0-1"),
+        ("gemma2", "google/gemma-2-2b", "gemma-2-2b"),
     ],
 )
 def test_repositories_are_named_by_the_familys_rule(model_type: str, source: str, expected: str) -> None:
-    """The account is dropped, dots become dashes, Llama ends in -hf."""
+    """Dots become dashes, BLOOM and Mixtral keep the account, Llama ends in -hf and BLOOM in -petals."""
     assert dht_prefix(model_type, source, False, None) == expected
 
 
-@pytest.mark.parametrize(("model_type", "expected"), [("llama", "smol-v1-5-hf"), ("qwen3", "smol-v1-5")])
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llama", "smol-v1-5-hf"),
+        ("qwen3", "smol-v1-5"),
+        ("bloom", "smol-v1-5-petals"),
+        ("mixtral", "smol-v1-5"),
+    ],
+)
 @pytest.mark.parametrize("source", ["/models/smol-v1.5", "/models/smol-v1.5/", "/models/x/../smol-v1.5"])
 def test_directories_are_named_like_repositories(model_type: str, expected: str, source: str) -> None:
     """A directory gives its own name, however its path is written."""
