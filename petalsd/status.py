@@ -45,6 +45,30 @@ class Span(Document):
         return None if span is None else cls(start=span.start, end=span.end)
 
 
+# Our own block; transformers' layer over packed weights; transformers' layer.
+BlockPath = Literal["fused", "packed", "plain"]
+
+
+class PathTrial(Document):
+    """A way to compute blocks, compared at load time with transformers' layer in float32 on random input."""
+
+    path: BlockPath
+    kernels: str = Field(description="what computes decode steps")
+    error: float | None = Field(
+        description="the worst token's, relative to what a block adds; null where it was not finite"
+    )
+    tolerance: float = Field(description="by the dtype, and by what transformers' layer shows in it")
+    is_passed: bool
+    duration_s: float
+
+
+class BlockKind(Document):
+    """Blocks that differ in their weights alone; the last trial passed and is what serves."""
+
+    kind: str
+    trials: list[PathTrial]
+
+
 class Model(Document):
     source: str = Field(description="Hub repository or directory")
     dht_prefix: str = Field(description="name of the model in the swarm")
@@ -53,6 +77,9 @@ class Model(Document):
     dtype: str
     quantization: str
     device: str
+    path: BlockPath | None = Field(description="of the slowest kind; null until blocks are loaded")
+    kernels: str | None = Field(description="that the path uses")
+    block_kinds: list[BlockKind] = Field(description="that were loaded, and how each is computed")
 
 
 class Loading(Document):

@@ -60,6 +60,71 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 """``rope_parameters`` for a head size of 16; ``rope_theta`` is added by ``make_tiny``."""
 
 FAMILIES = tuple(_FAMILY)
+"""Those with a fused block."""
+
+_SPARSE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+_GROWN_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.05 * i for i in range(4)],
+    "long_factor": [1.0 + 0.7 * i for i in range(4)],
+}
+# Its model adds the biases to the mask as well, so that transformers' eager attention counts them twice.
+_ALIBI = {
+    "attn_implementation": "sdpa",
+    "alibi": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "bias": True,
+}
+
+LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {}),
+    "bloom-6-heads": ("bloom", {"num_attention_heads": 6, "hidden_size": 96, "seq_length": 300}),
+    "cohere": ("cohere", {"use_qk_norm": True}),
+    "cohere2": ("cohere2", {"sliding_window": 12, "sliding_window_pattern": 2}),
+    "falcon": ("falcon", {}),
+    "falcon-alibi": ("falcon", _ALIBI),
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-one-norm": (
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "gemma": ("gemma", {"head_dim": 24}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24}),
+    "gemma3_text": (
+        "gemma3_text", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
+                        "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "granite": ("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.3}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 12}),
+    "olmo": ("olmo", {"clip_qkv": 1.5}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 12}),
+    "olmoe": ("olmoe", _SPARSE),
+    "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN_SIZE}),
+    "opt-post-norm": (
+        "opt", {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN_SIZE, "do_layer_norm_before": False},
+    ),
+    "phi": ("phi", {"qk_layernorm": True}),
+    "phi3": ("phi3", {"sliding_window": 12}),
+    "phi3-longrope": (
+        "phi3", {"max_position_embeddings": 512, "original_max_position_embeddings": 32,
+                 "rope_parameters": {**_GROWN_ROPE, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe", {**_SPARSE, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+                      "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe", {**_SPARSE, "moe_intermediate_size": 32, "head_dim": 16, "mlp_only_layers": [1]},
+    ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "starcoder2": ("starcoder2", {"sliding_window": 12}),
+}  # fmt: skip
+"""Families without a fused block, and their settings."""
 
 
 def make_tiny(
@@ -70,10 +135,10 @@ def make_tiny(
     ``overrides`` are keys of the family's config; ``rope="yarn"`` picks an entry of ROPE_VARIANTS.
     ``max_shard_size``, for instance ``"100KB"``, makes several shards and an index.
     """
-    settings = {**_COMMON, **_FAMILY[family]}
+    settings = {**_COMMON, **_FAMILY.get(family, {})}
     if rope := overrides.pop("rope", None):
         settings["rope_parameters"] = {"rope_theta": 10000.0, **ROPE_VARIANTS[rope]}
-    config = CONFIG_MAPPING[family](**{**settings, **overrides}, attn_implementation="eager")
+    config = CONFIG_MAPPING[family](**{"attn_implementation": "eager", **settings, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

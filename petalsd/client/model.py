@@ -20,8 +20,10 @@ from petalsd.client.options import ClientOptions
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
 from petalsd.errors import BadRequest, WeightsError
-from petalsd.models.block_config import BlockConfig
+from petalsd.models.architecture import Architecture
+from petalsd.models.model_config import ModelConfig
 from petalsd.models.naming import dht_prefix as derive_prefix
+from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import HeadWeights, load_head
 from petalsd.ops.norm import rms_norm
@@ -76,7 +78,9 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """
         files = source if isinstance(source, ModelSource) else ModelSource(str(source))
         raw = files.config()
-        blocks = BlockConfig.from_hf(raw)
+        architecture = Architecture.read(raw)
+        architecture.check_head()
+        blocks = architecture.config
         prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
         head = load_head(files, blocks, dtype or blocks.dtype or torch.float32)
         config = CONFIG_MAPPING[blocks.model_type].from_dict(raw)
@@ -193,13 +197,10 @@ def _candidate_tokens(generation_config: GenerationConfig, mode: GenerationMode)
     return max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
 
 
-def _whole_from(config: BlockConfig) -> int | None:
+def _whole_from(config: ModelConfig) -> int | None:
     """From which position on a token's rotation depends on the length of the row it came with."""
-    if config.rope["rope_type"] == "dynamic":
-        return config.max_positions
-    if config.rope["rope_type"] == "longrope":
-        return int(config.rope.get("original_max_position_embeddings", config.max_positions))
-    return None
+    regimes = LengthRegimes.read(config.rope, config.max_positions)
+    return None if regimes is None else regimes.limit
 
 
 def _read_generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:

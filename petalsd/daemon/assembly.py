@@ -30,8 +30,8 @@ from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.log import adopt_loggers
 from petalsd.metrics import Metrics
-from petalsd.models.block import TransformerBlock
-from petalsd.models.rope import Rope
+from petalsd.models.contract import Block
+from petalsd.models.ladder import Ladder
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import AnnouncerOptions
 from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
@@ -78,7 +78,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
     engine = Engine(plan.limits, plan.device, config.engine.threads, EngineRecorder(metrics))
-    rope = Rope(plan.model, plan.dtype, plan.device)
+    ladder = Ladder(plan.architecture, plan.source, plan.storage, config.engine.threads)
     speed = Speed(plan, config, paths)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
@@ -94,16 +94,16 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     def demand() -> Demand:
         return demand_for(plan, settings.config.blocks)
 
-    async def hand_over(span: BlockSpan, blocks: Mapping[int, TransformerBlock]) -> None:
+    async def hand_over(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
         num_pages = pages_for(plan.kv_tokens, len(span), plan.geometry.page_tokens)
         pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device)
         pool.allocate()
-        await engine.load_span(blocks, pool, rope)
+        await engine.load_span(blocks, pool, ladder.angles)
 
     return Parts(
         engine=engine,
         member=member,
-        loader=SpanLoader(ModelReader(plan, rope), start_progress, board, metrics),
+        loader=SpanLoader(ModelReader(plan, ladder), start_progress, board, metrics),
         rebalancer=rebalancer,
         supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng, board),
         settings=settings,
@@ -111,6 +111,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         hand_over=hand_over,
         demand=demand,
         rates=lambda: speed.rates,
+        choices=lambda: list(ladder.choices.values()),
         board=board,
         metrics=metrics,
         activity=activity,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -27,7 +27,8 @@ from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import Conflict, DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.metrics import Metrics
-from petalsd.models.block import TransformerBlock
+from petalsd.models.contract import Block
+from petalsd.models.ladder import Choice
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan, DaemonState
 
@@ -41,7 +42,7 @@ _PART_STOP_S = 5.0
 _STOPPING = "this server is stopping"
 _BEGIN_S = 30.0  # for what an administrator asked for to begin: the loop may be at a check
 
-HandOver = Callable[[BlockSpan, Mapping[int, TransformerBlock]], Awaitable[None]]
+HandOver = Callable[[BlockSpan, Mapping[int, Block]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Parts:
     hand_over  gives loaded blocks and a fresh KV pool to the engine
     demand     which blocks the configuration in force asks for
     rates      how fast we say we are, as far as that is known
+    choices    how each kind of blocks that was loaded is computed
     """
 
     engine: ServingEngine
@@ -64,6 +66,7 @@ class Parts:
     hand_over: HandOver
     demand: Callable[[], Demand]
     rates: Callable[[], Rates]
+    choices: Callable[[], Sequence[Choice]]
     board: WarningBoard
     metrics: Metrics
     activity: Activity

@@ -9,8 +9,7 @@ from typing import Protocol
 from petalsd.engine.engine import EngineStats
 from petalsd.engine.handle import SessionInfo
 from petalsd.kvcache.pool import KVPool
-from petalsd.models.block import TransformerBlock
-from petalsd.models.rope import Rope
+from petalsd.models.contract import Angles, Block
 from petalsd.swarm.announcer import Announcement
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
@@ -45,7 +44,7 @@ class ServingEngine(Protocol):
 
     async def stop(self, deadline_s: float) -> None: ...
 
-    async def load_span(self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> None: ...
+    async def load_span(self, blocks: Mapping[int, Block], pool: KVPool, rope: Angles) -> None: ...
 
     async def drop_span(self, reason: str) -> None: ...
 

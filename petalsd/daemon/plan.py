@@ -17,13 +17,14 @@ from petalsd.daemon.sizing import MemoryNeed, kv_tokens_for, max_session_tokens_
 from petalsd.engine.limits import EngineLimits
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry
-from petalsd.models.block import TransformerBlock
-from petalsd.models.block_config import BlockConfig, dtype_for
+from petalsd.models.architecture import Architecture
+from petalsd.models.contract import Block
+from petalsd.models.ladder import Ladder
+from petalsd.models.model_config import ModelConfig, dtype_for
 from petalsd.models.naming import dht_prefix
-from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
-from petalsd.models.weights import block_tensors, files_with, load_block
+from petalsd.models.weights import files_with
 from petalsd.paths import InstancePaths
 from petalsd.types import BlockSpan
 
@@ -36,7 +37,8 @@ _CPU_MEMORY_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class ServingPlan:
-    """prefix        name of the model in the swarm
+    """architecture  what the model's config.json describes
+    prefix        name of the model in the swarm
     repository    its page on the Hub, None for a directory
     storage       how weights are kept, and the dtype and device of all that is computed
     kv_tokens     tokens of cache per block
@@ -44,7 +46,7 @@ class ServingPlan:
     """
 
     source: ModelSource
-    model: BlockConfig
+    architecture: Architecture
     prefix: str
     repository: str | None
     storage: WeightStorage
@@ -53,6 +55,10 @@ class ServingPlan:
     need: MemoryNeed
     memory_bytes: int
     limits: EngineLimits
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.architecture.config
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +78,11 @@ class ServingPlan:
         quantization = self.storage.quantization
         return self.dtype_name if quantization == "none" else f"{self.dtype_name} with {quantization} weights"
 
+    def files_of(self, span: BlockSpan) -> list[str]:
+        """The files that hold the blocks of ``span``. Raises WeightsError."""
+        tensors = [name for index in span for name in self.architecture.tensor_names(index, self.source)]
+        return files_with(self.source, tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -84,7 +95,8 @@ class Demand:
 def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     """Blocking: reads the model's config, perhaps from the Hub. ConfigError, UnsupportedModel or WeightsError."""
     source = open_source(config.model, paths)
-    model = BlockConfig.from_hf(source.config())
+    architecture = Architecture.read(source.config())
+    model = architecture.config
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
     storage = WeightStorage.choose(dtype, device, config.model.quantization)
@@ -93,7 +105,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0
     return ServingPlan(
         source=source,
-        model=model,
+        architecture=architecture,
         prefix=dht_prefix(
             model.model_type, config.model.source, source.is_directory, config.model.dht_prefix
         ),
@@ -101,7 +113,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         storage=storage,
         geometry=geometry,
         kv_tokens=kv_tokens,
-        need=memory_need(model, storage, geometry, kv_tokens),
+        need=memory_need(architecture, storage, geometry, kv_tokens),
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
     )
@@ -155,25 +167,15 @@ def open_source(section: ModelSection, paths: InstancePaths) -> ModelSource:
 class ModelReader:
     """``span_loader.WeightsReader`` over the plan's source."""
 
-    def __init__(self, plan: ServingPlan, rope: Rope) -> None:
+    def __init__(self, plan: ServingPlan, ladder: Ladder) -> None:
         self._plan = plan
-        self._rope = rope
+        self._ladder = ladder
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
-        tensors = [name for index in span for name in block_tensors(self._plan.model, index)]
-        self._plan.source.fetch(files_with(self._plan.source, tensors), progress)
+        self._plan.source.fetch(self._plan.files_of(span), progress)
 
-    def load_block(self, index: int) -> TransformerBlock:
-        plan, quantization = self._plan, self._plan.storage.quantization
-        return load_block(
-            plan.source,
-            plan.model,
-            index,
-            plan.dtype,
-            plan.device,
-            rope=self._rope,
-            quantization=quantization,
-        )
+    def load_block(self, index: int) -> Block:
+        return self._ladder.load(index)
 
 
 def gib(num_bytes: int) -> str:

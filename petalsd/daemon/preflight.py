@@ -10,7 +10,6 @@ from pathlib import Path
 from petalsd.config import Config
 from petalsd.daemon.plan import ServingPlan, demand_for, gib, make_plan
 from petalsd.errors import PetalsdError
-from petalsd.models.weights import block_tensors, files_with
 from petalsd.paths import InstancePaths
 from petalsd.swarm.identity import read_peer_id
 from petalsd.types import BlockSpan
@@ -88,8 +87,8 @@ def _describe_model(plan: ServingPlan) -> str:
 
 def _check_weights(plan: ServingPlan) -> str:
     """The index names a file for every tensor of every block; the files themselves may still be remote."""
-    tensors = [name for index in range(plan.model.num_blocks) for name in block_tensors(plan.model, index)]
-    return f"all tensors found in {len(files_with(plan.source, tensors))} safetensors files"
+    files = plan.files_of(BlockSpan(0, plan.model.num_blocks))
+    return f"all tensors found in {len(files)} safetensors files"
 
 
 def _check_blocks(plan: ServingPlan, config: Config) -> str:

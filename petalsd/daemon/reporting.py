@@ -14,14 +14,17 @@ from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.span_loader import LoadProgress
 from petalsd.errors import SwarmError
+from petalsd.models.ladder import Choice, Rung
 from petalsd.status import (
     ActiveWarning,
     Balance,
+    BlockKind,
     DrainStatus,
     KVStatus,
     LastMove,
     Loading,
     Model,
+    PathTrial,
     PeerEntry,
     Peers,
     PeerState,
@@ -177,7 +180,9 @@ class Reporter:
             return None
 
     def _model(self) -> Model:
-        plan = self._plan
+        plan, choices = self._plan, self._parts.choices()
+        order = list(Rung)
+        slowest = max(choices, key=lambda choice: order.index(choice.taken.rung), default=None)
         return Model(
             source=plan.source.source,
             dht_prefix=plan.prefix,
@@ -186,6 +191,9 @@ class Reporter:
             dtype=plan.dtype_name,
             quantization=plan.storage.quantization,
             device=str(plan.device),
+            path=None if slowest is None else slowest.taken.rung.value,
+            kernels=None if slowest is None else slowest.taken.kernels,
+            block_kinds=[_block_kind(choice) for choice in choices],
         )
 
     def _kv(self) -> KVStatus | None:
@@ -267,6 +275,21 @@ def _span(span: BlockSpan) -> Span:
 
 def _peer_state(state: ServerState) -> PeerState:
     return cast(PeerState, state.name.lower())
+
+
+def _block_kind(choice: Choice) -> BlockKind:
+    trials = [
+        PathTrial(
+            path=trial.rung.value,
+            kernels=trial.kernels,
+            error=trial.error if math.isfinite(trial.error) else None,
+            tolerance=trial.tolerance,
+            is_passed=trial.is_passed,
+            duration_s=round(trial.duration_s, 4),
+        )
+        for trial in choice.trials
+    ]
+    return BlockKind(kind=choice.kind, trials=trials)
 
 
 def _finite_ms(seconds: float | None) -> float | None:

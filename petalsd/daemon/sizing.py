@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry, pages_for
-from petalsd.models.block_config import BlockConfig
+from petalsd.models.architecture import Architecture
+from petalsd.models.model_config import ModelConfig
 from petalsd.models.weight_storage import WeightStorage
-from petalsd.models.weights import block_tensors
 
 # Reference clients count on these (models with grouped queries, others): tokens of cache per block, and the
 # longest session.
@@ -36,12 +36,12 @@ class MemoryNeed:
         return max(0, min(limit, (memory_bytes - self.reserve_bytes) // self.block_bytes))
 
 
-def kv_tokens_for(setting: int | str, config: BlockConfig) -> int:
+def kv_tokens_for(setting: int | str, config: ModelConfig) -> int:
     """Tokens of cache per block over all sessions."""
     return _by_groups(setting, config, KV_TOKENS)
 
 
-def max_session_tokens_for(setting: int | str, config: BlockConfig, kv_tokens: int) -> int:
+def max_session_tokens_for(setting: int | str, config: ModelConfig, kv_tokens: int) -> int:
     """The longest session; a longer one than the cache holds could never be served."""
     longest = _by_groups(setting, config, MAX_SESSION_TOKENS)
     if setting == "auto":
@@ -55,12 +55,14 @@ def max_session_tokens_for(setting: int | str, config: BlockConfig, kv_tokens: i
 
 
 def memory_need(
-    config: BlockConfig, storage: WeightStorage, geometry: KVGeometry, kv_tokens: int
+    architecture: Architecture, storage: WeightStorage, geometry: KVGeometry, kv_tokens: int
 ) -> MemoryNeed:
-    """The blocks of a model are of one size."""
+    """All blocks are counted as the model's largest."""
     cache_bytes = (pages_for(kv_tokens, 1, geometry.page_tokens) - 1) * geometry.page_bytes
-    weights_bytes = int(storage.nbytes(block_tensors(config, 0).values()) * _WEIGHTS_OVERHEAD)
-    return MemoryNeed(weights_bytes + cache_bytes, int(config.hidden_size * _PASS_BYTES_PER_HIDDEN))
+    weights_bytes = int(storage.nbytes(architecture.largest_block()) * _WEIGHTS_OVERHEAD)
+    return MemoryNeed(
+        weights_bytes + cache_bytes, int(architecture.config.hidden_size * _PASS_BYTES_PER_HIDDEN)
+    )
 
 
 def network_rps(network_mbps: float, hidden_size: int) -> float:
@@ -78,7 +80,7 @@ def announced_throughput(
     return min(forward_rps / ((num_blocks + 1) / 2), network_rps * (0.2 if is_relayed else 1.0))
 
 
-def _by_groups(setting: int | str, config: BlockConfig, defaults: tuple[int, int]) -> int:
+def _by_groups(setting: int | str, config: ModelConfig, defaults: tuple[int, int]) -> int:
     if isinstance(setting, int):
         return setting
     return defaults[0] if config.kv_groups > 1 else defaults[1]

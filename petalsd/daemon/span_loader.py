@@ -16,7 +16,7 @@ from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import WeightsError
 from petalsd.log import error_fields
 from petalsd.metrics import Metrics
-from petalsd.models.block import TransformerBlock
+from petalsd.models.contract import Block
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -48,7 +48,7 @@ class WeightsReader(Protocol):
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         """Bring the files that hold ``span`` to the disk; ``progress(file, done_bytes, total_bytes)``."""
 
-    def load_block(self, index: int) -> TransformerBlock:
+    def load_block(self, index: int) -> Block:
         """Read one block from the disk to the device."""
 
 
@@ -72,10 +72,10 @@ class SpanLoader:
         self._seconds = metrics.histogram("load_seconds")
         self._failures = metrics.counter("load_failures_total")
         self._backoff = backoff
-        self.blocks: dict[int, TransformerBlock] = {}
+        self.blocks: dict[int, Block] = {}
         self.seconds_per_block: float | None = None  # of the last load that read any, fetching included
 
-    async def load(self, span: BlockSpan) -> dict[int, TransformerBlock]:
+    async def load(self, span: BlockSpan) -> dict[int, Block]:
         """All blocks of ``span``; the others are given up first. WeightsError after the last attempt.
 
         Blocks that were loaded before a failure stay for the next attempt.

@@ -12,6 +12,9 @@ from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.sizing import announced_throughput, network_rps
 from petalsd.engine.throughput import BlockRates, RateCache, measure, rate_key
 from petalsd.models.block import TransformerBlock
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.contract import Angles, Block
+from petalsd.models.ladder import Ladder
 from petalsd.models.rope import Rope
 from petalsd.models.weights import assemble_block, block_tensors
 from petalsd.paths import InstancePaths
@@ -79,16 +82,25 @@ class Speed:
     async def _measure(self) -> BlockRates:
         plan = self._plan
         log.info("measuring_throughput", device=str(plan.device), weights=plan.weights_name)
-        rope = Rope(plan.model, plan.dtype, plan.device)
-        return await measure({0: random_block(plan, rope)}, rope, plan.device, self._num_threads)
+        block, angles = random_block(plan)
+        return await measure({0: block}, angles, plan.device, self._num_threads)
 
 
-def random_block(plan: ServingPlan, rope: Rope) -> TransformerBlock:
+def random_block(plan: ServingPlan) -> tuple[Block, Angles]:
     """A block with the shapes of the plan's model: speed does not depend on the weights, so none are fetched."""
-    shapes = block_tensors(plan.model, 0)
+    fused = plan.architecture.fused
+    if fused is None:
+        ladder = Ladder(plan.architecture, plan.source, plan.storage)
+        return ladder.random_layer(0), ladder.angles
+    rope = Rope(fused, plan.dtype, plan.device)
+    return _random_fused_block(plan, fused, rope), rope
+
+
+def _random_fused_block(plan: ServingPlan, model: BlockConfig, rope: Rope) -> TransformerBlock:
+    shapes = block_tensors(model, 0)
 
     def random(name: str) -> torch.Tensor:
         tensor = torch.empty(shapes[name], dtype=plan.dtype, device=plan.device)
         return tensor.normal_(0.0, _WEIGHTS_SCALE)
 
-    return TransformerBlock(0, plan.model, assemble_block(random, plan.model, 0, plan.storage), rope)
+    return TransformerBlock(0, model, assemble_block(random, model, 0, plan.storage), rope)

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 
 from petalsd.engine.iteration_cost import AttentionShare, Work
-from petalsd.models.block import CosSin, KeysValues
+from petalsd.models.block import KeysValues
+from petalsd.models.paged_span import CosSin
 
 LEAST_PART_TOKENS = 32  # a part is no smaller: below that reading the weights is most of the work
 
@@ -129,15 +130,19 @@ def _by_rows(
         first = rows.stop
 
 
+def _of_part(cos_sin: CosSin, part: slice) -> CosSin:
+    return tuple(angles[part] for angles in cos_sin)
+
+
 def _forward_row(block: PartwiseBlock, entering: torch.Tensor, leaving: torch.Tensor, pace: Pace) -> Units:
     num_tokens = entering.shape[1]
-    cos, sin = block.dense_cos_sin(num_tokens)
+    cos_sin = block.dense_cos_sin(num_tokens)
     past = None
     first = 0
     while first < num_tokens:
         part = pace.part(first, num_tokens)
         with torch.no_grad():
-            leaving[:, part], past = block.forward_part(entering[:, part], (cos[part], sin[part]), past)
+            leaving[:, part], past = block.forward_part(entering[:, part], _of_part(cos_sin, part), past)
         yield pace.unit(1, part.stop - first, first)
         first = part.stop
 
@@ -150,13 +155,13 @@ def _backward_row(
     pace: Pace,
 ) -> Units:
     num_tokens = entering.shape[1]
-    cos, sin = block.dense_cos_sin(num_tokens)
+    cos_sin = block.dense_cos_sin(num_tokens)
     parts: list[slice] = []
     past: KeysValues | None = None
     while not parts or parts[-1].stop < num_tokens:
         part = pace.part(parts[-1].stop if parts else 0, num_tokens)
         with torch.no_grad():
-            _, k, v = block.project_part(entering[:, part], (cos[part], sin[part]), past)
+            _, k, v = block.project_part(entering[:, part], _of_part(cos_sin, part), past)
         past = k, v
         parts.append(part)
         yield PassUnit(None)
@@ -165,7 +170,7 @@ def _backward_row(
         with torch.enable_grad():
             before = _leaf(k[:, :, : part.start]), _leaf(v[:, :, : part.start])
             states = _leaf(entering[:, part])
-            left, keys_values = block.forward_part(states, (cos[part], sin[part]), before)
+            left, keys_values = block.forward_part(states, _of_part(cos_sin, part), before)
             grad_entering[:, part], grad_keys, grad_values = torch.autograd.grad(
                 (left, *keys_values), (states, *before), (grad_leaving[:, part], grad_keys, grad_values)
             )

@@ -27,9 +27,8 @@ from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import CANARY_PEER
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
-from petalsd.models.block import TransformerBlock
-from petalsd.models.block_config import BlockConfig
-from petalsd.models.rope import Rope
+from petalsd.models.contract import Angles, Block
+from petalsd.models.model_config import ModelConfig
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -42,13 +41,13 @@ class ServedSpan:
     """What is computed on: ``blocks`` by number, one for each block of ``span``, their pages and rotary angles."""
 
     span: BlockSpan
-    blocks: Mapping[int, TransformerBlock]
+    blocks: Mapping[int, Block]
     pool: KVPool
-    rope: Rope
-    config: BlockConfig
+    rope: Angles
+    config: ModelConfig
 
     @classmethod
-    def of(cls, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> ServedSpan:
+    def of(cls, blocks: Mapping[int, Block], pool: KVPool, rope: Angles) -> ServedSpan:
         """ValueError unless the blocks are consecutive and of the pool's dtype."""
         numbers = sorted(blocks)
         if not numbers or numbers != list(range(numbers[0], numbers[-1] + 1)):

@@ -39,9 +39,8 @@ from petalsd.errors import (
 )
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest, KVSession
-from petalsd.models.block import TransformerBlock
+from petalsd.models.contract import Angles, Block
 from petalsd.models.native_span import paged_span
-from petalsd.models.rope import Rope
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -136,7 +135,7 @@ class Engine:
     def hidden_size(self) -> int | None:
         return self._core.served.hidden_size if self._core else None
 
-    async def load_span(self, blocks: Mapping[int, TransformerBlock], pool: KVPool, rope: Rope) -> None:
+    async def load_span(self, blocks: Mapping[int, Block], pool: KVPool, rope: Angles) -> None:
         """Serve these blocks, which are consecutive, with the pages of ``pool``, instead of those before."""
         thread = self._running_thread()
         served = ServedSpan.of(blocks, pool, rope)

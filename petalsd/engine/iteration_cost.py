@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.model_config import ModelConfig
 
 _TOKENS_PER_READ = 32.0  # how many tokens cost as much as reading a block, until it was seen
 _LEARNING_RATE = 0.3  # the part of a surprise that is believed
@@ -44,10 +45,11 @@ class AttentionShare:
     pair: float = 0.0
 
     @classmethod
-    def of(cls, config: BlockConfig) -> AttentionShare:
-        """Of any block of a model."""
+    def of(cls, config: ModelConfig) -> AttentionShare:
+        """Of any block of a model; nearly, where only the fused families say how wide their MLP is."""
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.hidden_size
-        projected = (2 * heads + 2 * kv_heads) * config.head_dim + 3 * config.intermediate_size
+        mlp = 3 * config.intermediate_size if isinstance(config, BlockConfig) else 8 * width
+        projected = (2 * heads + 2 * kv_heads) * config.head_dim + mlp
         weights = width * projected
         return cls(2 * kv_heads * config.head_dim / weights, 2 * heads * config.head_dim / weights)
 

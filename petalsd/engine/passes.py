@@ -17,7 +17,7 @@ import torch
 
 from petalsd.engine.block_units import Pace, PassUnit, backward_block, forward_block
 from petalsd.engine.step import PassRequest
-from petalsd.models.block import TransformerBlock
+from petalsd.models.contract import Block
 
 PassUnits: TypeAlias = Generator[PassUnit, None, list[torch.Tensor]]
 
@@ -45,7 +45,7 @@ class PassRunner:
     ``max_tokens`` bounds the memory: rows of so many tokens go through all blocks together, one row at least.
     """
 
-    blocks: Mapping[int, TransformerBlock]
+    blocks: Mapping[int, Block]
     dtype: torch.dtype
     device: torch.device
     max_tokens: int

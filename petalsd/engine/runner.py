@@ -10,8 +10,8 @@ import torch
 
 from petalsd.engine.batch import BatchItem, ItemBatch, build_batch, select_items, step_ends
 from petalsd.kvcache.pool import KVPool
+from petalsd.models.contract import Angles
 from petalsd.models.paged_span import CosSin, PagedSpan
-from petalsd.models.rope import Rope
 from petalsd.ops.ragged import RaggedBatch
 from petalsd.types import BlockSpan
 
@@ -42,7 +42,7 @@ def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
 class SpanRunner:
     """Computes batches over the blocks of one loaded span. Lives on the engine thread."""
 
-    def __init__(self, span: PagedSpan, pool: KVPool, rope: Rope, device: torch.device) -> None:
+    def __init__(self, span: PagedSpan, pool: KVPool, rope: Angles, device: torch.device) -> None:
         self._span = span
         self._pool = pool
         self._rope = rope
@@ -82,8 +82,8 @@ class SpanRunner:
         if len(active) == len(items):
             return self._walk(segment.blocks, active, hidden, batch.ragged, cos_sin)
         part, tokens = select_items(batch, segment.items)
-        cos, sin = cos_sin
-        states = self._walk(segment.blocks, active, hidden[tokens], part, (cos[tokens], sin[tokens]))
+        chosen = tuple(of_all[tokens] for of_all in cos_sin)
+        states = self._walk(segment.blocks, active, hidden[tokens], part, chosen)
         return hidden.index_copy(0, tokens, states)
 
     def _walk(

@@ -27,8 +27,7 @@ from petalsd.engine.step import PassRequest, SessionSpec, Step
 from petalsd.errors import DeadlineExceeded
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry, pages_for
-from petalsd.models.block import TransformerBlock
-from petalsd.models.rope import Rope
+from petalsd.models.contract import Angles, Block
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -62,7 +61,7 @@ class BlockRates:
 
 
 async def measure(
-    blocks: Mapping[int, TransformerBlock], rope: Rope, device: torch.device, num_threads: int = 0
+    blocks: Mapping[int, Block], rope: Angles, device: torch.device, num_threads: int = 0
 ) -> BlockRates:
     """Run a session and passes through ``blocks``, consecutive ones of the same kind; one is enough.
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.paged_span import CosSin
 from petalsd.models.rope import Rope
 from petalsd.ops.attention import dense_attention, paged_attention
 from petalsd.ops.kv import write_kv
@@ -21,7 +22,6 @@ from petalsd.ops.norm import rms_norm
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rotary import apply_rope
 
-CosSin: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -84,7 +84,7 @@ class TransformerBlock:
         hidden: torch.Tensor,
         kv: PagedKV,
         batch: RaggedBatch,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cos_sin: CosSin,
     ) -> torch.Tensor:
         """Write the new tokens' K and V into the pages and attend over them. Call it under inference mode.
 
@@ -134,7 +134,7 @@ class TransformerBlock:
         return q, torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
 
     def _project_qkv(
-        self, hidden: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+        self, hidden: torch.Tensor, cos_sin: CosSin
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``[..., T, M]`` to q ``[..., T, H, D]`` and k, v ``[..., T, Hkv, D]``; q and k normed and rotated."""
         config, weights = self.config, self.weights

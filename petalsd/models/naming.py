@@ -12,7 +12,6 @@ from pathlib import Path
 
 from petalsd.errors import ConfigError
 
-
 _WITH_ACCOUNT = ("bloom", "mixtral")
 # Repositories that the first Petals read, converted from those of the same name without the suffix.
 _CONVERTED_BLOOM = re.compile(r"^(bigscience/.*)-petals$")

@@ -10,7 +10,8 @@ import torch
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.types import BlockSpan
 
-CosSin: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+CosSin: TypeAlias = tuple[torch.Tensor, ...]
+"""Cosines and sines, ``[T, …]`` each; several pairs where kinds of blocks rotate differently, or none at all."""
 
 
 class PagedBlock(Protocol):

@@ -7,7 +7,9 @@ is at a step; there each token brings its row's length, and the result equals tr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,6 +22,29 @@ _MAX_CACHED_LENGTHS = 1024
 _FIRST_TABLE_POSITIONS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class LengthRegimes:
+    """How frequencies depend on the length of a token's row: not at all up to ``limit``, then by ``rope_type``."""
+
+    rope_type: str
+    limit: int
+
+    @classmethod
+    def read(cls, rope: Mapping[str, Any], max_positions: int) -> LengthRegimes | None:
+        """From ``rope_parameters``; None when the length never matters."""
+        if rope.get("rope_type") == "dynamic":
+            return cls("dynamic", max_positions)
+        if rope.get("rope_type") == "longrope":
+            return cls("longrope", int(rope.get("original_max_position_embeddings", max_positions)))
+        return None
+
+    def of(self, length: int) -> int:
+        """The smallest length with the same frequencies; 0 for the frequencies of short rows."""
+        if length <= self.limit:
+            return 0
+        return length if self.rope_type == "dynamic" else self.limit + 1
+
+
 class Rope:
     """Shared by all blocks of a model; the runner asks it once per batch. ``dtype`` is the model's."""
 
@@ -27,13 +52,15 @@ class Rope:
         self.dtype = dtype
         self.device = device
         self.rope_type: str = config.rope["rope_type"]
-        self.is_length_dependent = self.rope_type in ("dynamic", "longrope")
-        self._max_positions = config.max_positions
-        self._original_positions = config.rope.get("original_max_position_embeddings", config.max_positions)
+        self._regimes = LengthRegimes.read(config.rope, config.max_positions)
         self._config = config
         self._frequencies = functools.lru_cache(_MAX_CACHED_LENGTHS)(self._compute_frequencies)
         nothing = torch.empty(0, config.head_dim, dtype=dtype, device=device)
         self._table = (nothing, nothing)
+
+    @property
+    def is_length_dependent(self) -> bool:
+        return self._regimes is not None
 
     def cos_sin(
         self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None
@@ -47,8 +74,9 @@ class Rope:
         Returns two ``[T, D]`` in the model's dtype, computed in float32; both halves hold the same angles.
         """
         end = int(positions.max()) + 1 if positions.numel() else 0
-        if self.is_length_dependent:
-            regimes = [self._regime(length) for length in ([end] if seq_lens is None else seq_lens.tolist())]
+        if self._regimes is not None:
+            lengths = [end] if seq_lens is None else seq_lens.tolist()
+            regimes = [self._regimes.of(length) for length in lengths]
             if any(regimes):
                 return self._angles(positions, regimes)
         if end > len(self._table[0]):
@@ -70,12 +98,6 @@ class Rope:
         angles = torch.cat((half, half), dim=-1)
         cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
         return cos.to(self.dtype), sin.to(self.dtype)
-
-    def _regime(self, length: int) -> int:
-        """The smallest length with the same frequencies; 0 for the frequencies of short rows."""
-        if self.rope_type == "dynamic":
-            return length if length > self._max_positions else 0
-        return self._original_positions + 1 if length > self._original_positions else 0
 
     def _seq_len(self, regime: int) -> int | torch.Tensor | None:
         """As transformers hands it over: a tensor where the base is computed from it, which rounds differently."""

@@ -18,6 +18,7 @@ from petalsd.errors import WeightsError
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.files import check_readable
+from petalsd.models.model_config import ModelConfig
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
@@ -72,7 +73,7 @@ def block_tensors(config: BlockConfig, index: int) -> dict[str, tuple[int, ...]]
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def head_tensors(config: BlockConfig) -> dict[str, tuple[int, ...]]:
+def head_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what ``load_head`` reads."""
     table = (config.vocab_size, config.hidden_size)
     shapes = {_EMBEDDING: table, _FINAL_NORM: table[1:]}
@@ -110,7 +111,7 @@ def load_block(
     ConfigError for a quantization that is not computed on the device.
     """
     storage = WeightStorage.choose(dtype, device, quantization)
-    tensors = _read(source, block_tensors(config, index))
+    tensors = read_tensors(source, block_tensors(config, index))
     weights = assemble_block(tensors.__getitem__, config, index, storage)
     log.debug("block_loaded", block=index, nbytes=weights.nbytes)
     return TransformerBlock(index, config, weights, rope or Rope(config, dtype, device))
@@ -140,10 +141,10 @@ def assemble_block(
     )
 
 
-def load_head(source: ModelSource, config: BlockConfig, dtype: torch.dtype) -> HeadWeights:
+def load_head(source: ModelSource, config: ModelConfig, dtype: torch.dtype) -> HeadWeights:
     """Read embeddings, final norm and output head to the CPU, cast to ``dtype``. Raises WeightsError."""
     shapes = head_tensors(config)
-    tensors = _read(source, shapes)
+    tensors = read_tensors(source, shapes)
     storage = WeightStorage(dtype, torch.device("cpu"), None)
     place = _Placement(tensors.__getitem__, "", storage, shapes.values())
     embed_tokens = place.fuse([_EMBEDDING])
@@ -195,8 +196,8 @@ class _Placement:
         return self.fuse(names) if is_present else None
 
 
-def _read(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Map these tensors from the source's files, each checked against its shape."""
+def read_tensors(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Map these tensors from the source's files, each checked against its shape. Raises WeightsError."""
     source.fetch(files_with(source, shapes))
     index = source.index()
     names_by_file: dict[str, list[str]] = defaultdict(list)

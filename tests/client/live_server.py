@@ -20,10 +20,10 @@ from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry, pages_for
-from petalsd.models.block_config import BlockConfig
-from petalsd.models.rope import Rope
+from petalsd.models.architecture import Architecture
+from petalsd.models.ladder import Ladder
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import load_block
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
@@ -53,9 +53,10 @@ async def serve_blocks(
 ) -> AsyncIterator[LiveServer]:
     """Serve ``span`` of the model at ``path`` in float32, announced with a rate that clients route by."""
     source = ModelSource(path)
-    config = BlockConfig.from_hf(source.config())
-    rope = Rope(config, torch.float32, CPU)
-    blocks = {i: load_block(source, config, i, torch.float32, CPU, rope=rope) for i in span}
+    ladder = Ladder(
+        Architecture.read(source.config()), source, WeightStorage.choose(torch.float32, CPU), num_threads=1
+    )
+    config, blocks = ladder.architecture.config, {index: ladder.load(index) for index in span}
     geometry = KVGeometry(PAGE_TOKENS, config.num_kv_heads, config.head_dim, dtype_bytes=4)
     pool = KVPool(geometry, pages_for(KV_TOKENS, len(span), PAGE_TOKENS), torch.float32, CPU)
     pool.allocate()
@@ -73,7 +74,7 @@ async def serve_blocks(
         )
 
     await engine.start()
-    await engine.load_span(blocks, pool, rope)
+    await engine.load_span(blocks, pool, ladder.angles)
     await node.start()
     handler = TransformerConnectionHandler(node, Serving(engine, served, HandlerLimits()))
     announcer = Announcer(node, AnnouncerOptions(PREFIX, config.num_blocks), record)

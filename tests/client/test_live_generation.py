@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from petalsd.client.model import RemoteCausalLM
 from petalsd.client.options import ClientOptions
 from tests.client.live_server import PREFIX, LiveServer, in_threads
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 
 pytestmark = pytest.mark.swarm
 
 NEW_TOKENS = 24
+LLAMA_LIKE = ["glm4", "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "qwen2_moe", "qwen3_moe", "smollm3"]
 
 
 def prompt(seed: int, tokens: int = 9, rows: int = 1) -> torch.Tensor:
@@ -43,10 +44,10 @@ def check_idle(servers: list[LiveServer]) -> None:
         server.pool.check_integrity()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LLAMA_LIKE])
 def test_families(family: str, tmp_path: Path) -> None:
-    """Each family over two servers, greedy, beyond its sliding window."""
-    reference = make_tiny(family, tmp_path)
+    """Each family whose head the client has over two servers, greedy, beyond its sliding window."""
+    reference = make_tiny(family, tmp_path, **dict(LAYER_VARIANTS.get(family, (family, {}))[1]))
     ids = prompt(1, tokens=20)
     with in_threads(tmp_path, "0:2", "2:4") as servers:
         with connect(tmp_path, servers) as model:

@@ -30,6 +30,7 @@ from petalsd.engine.handle import SessionInfo
 from petalsd.errors import ConfigError, SwarmError
 from petalsd.kvcache.pool import KVPool
 from petalsd.metrics import Metrics
+from petalsd.models.ladder import Choice
 from petalsd.swarm.announcer import Announcement
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
@@ -205,6 +206,7 @@ class Stage:
         self.member = FakeMember(self.swarm, self.calls)
         self.engine = FakeEngine(self.calls)
         self.reader = FakeReader(self.calls)
+        self.choices: list[Choice] = []
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
@@ -230,6 +232,7 @@ class Stage:
                 hand_over=self._hand_over,
                 demand=self.demand,
                 rates=lambda: Rates(throughput=1.0),
+                choices=lambda: self.choices,
                 board=self.board,
                 metrics=self.metrics,
                 activity=Activity(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from types import SimpleNamespace
 from typing import cast
 
@@ -18,6 +19,7 @@ from petalsd.daemon.span_loader import LoadProgress
 from petalsd.engine.handle import SessionInfo
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import BadRequest, Conflict, NotServed, SwarmError
+from petalsd.models.ladder import Choice, Rung, Trial
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.status import DOCUMENTS, schema_of
 from petalsd.swarm.protocol import ServerState
@@ -50,6 +52,24 @@ def check(document: object, name: str) -> None:
     model = cast(type, DOCUMENTS[name])
     assert isinstance(document, model)
     jsonschema.validate(json.loads(document.model_dump_json(by_alias=True)), schema_of(name))  # type: ignore[attr-defined]
+
+
+async def test_a_status_says_how_blocks_are_computed() -> None:
+    """The slowest way in use stands for all; what was not finite is null; nothing is known before loading."""
+    stage = Stage()
+    model = administer(stage).status().model
+    assert (model.path, model.kernels, model.block_kinds) == (None, None, [])
+    wrong, right = Trial(Rung.FUSED, "avx2", math.inf, 1e-4, 0.1), Trial(Rung.PLAIN, "torch", 1e-6, 1e-4, 0.1)
+    fused = Trial(Rung.FUSED, "avx2", 1e-6, 1e-4, 0.1)
+    stage.choices = [Choice("full_attention", (wrong, right)), Choice("sliding_attention", (fused,))]
+    status = administer(stage).status()
+    check(status, "status")
+    assert (status.model.path, status.model.kernels) == ("plain", "torch")
+    assert [kind.kind for kind in status.model.block_kinds] == ["full_attention", "sliding_attention"]
+    trials = status.model.block_kinds[0].trials
+    assert [(trial.path, trial.error, trial.is_passed) for trial in trials] == [
+        ("fused", None, False), ("plain", 1e-6, True)
+    ]  # fmt: skip
 
 
 async def test_a_status_before_anything_is_known() -> None:

@@ -22,7 +22,7 @@ from petalsd.daemon.plan import (
 )
 from petalsd.daemon.sizing import MemoryNeed
 from petalsd.errors import ConfigError
-from petalsd.models.rope import Rope
+from petalsd.models.ladder import Ladder
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.paths import InstancePaths
 from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
@@ -77,7 +77,7 @@ def test_auto_serves_as_many_blocks_as_fit(model_dir: Path, plan: ServingPlan) -
 
 def test_blocks_are_read_for_the_plan(plan: ServingPlan) -> None:
     """The reader fetches a span's files and loads its blocks in the plan's dtype."""
-    reader = ModelReader(plan, Rope(plan.model, plan.dtype, plan.device))
+    reader = ModelReader(plan, Ladder(plan.architecture, plan.source, plan.storage))
     reader.fetch(BlockSpan(1, 3), lambda file, done, total: None)
     block = reader.load_block(2)
     assert (block.index, block.dtype) == (2, torch.bfloat16)
@@ -92,7 +92,7 @@ def test_quantization_makes_room_for_more_blocks(model_dir: Path, paths: Instanc
         if quantization == "none":
             memory_bytes = plan.need.of_blocks(2)
         fitting[quantization] = demand_for(replace(plan, memory_bytes=memory_bytes), config.blocks).num_blocks
-        block = ModelReader(plan, Rope(plan.model, plan.dtype, plan.device)).load_block(0)
+        block = ModelReader(plan, Ladder(plan.architecture, plan.source, plan.storage)).load_block(0)
         assert block.nbytes < plan.need.block_bytes
         assert isinstance(block.weights.down, PackedWeight)
         assert block.weights.down.format == plan.storage.format

@@ -20,7 +20,10 @@ from petalsd.daemon.sizing import (
 )
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.architecture import Architecture
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.hf.families import FAMILIES
+from petalsd.models.hf.layer import Layers
 from petalsd.models.weight_storage import WeightStorage
 
 GROUPED = BlockConfig(
@@ -29,6 +32,7 @@ GROUPED = BlockConfig(
     qk_norm=False, windows=(None,) * 80, rope={"rope_type": "default"}, vocab_size=128256, max_positions=131072,
     tie_word_embeddings=False, dtype=torch.bfloat16,
 )  # fmt: skip
+ARCHITECTURE = Architecture(GROUPED, GROUPED, Layers(FAMILIES["llama"], None))
 UNGROUPED = replace(GROUPED, num_kv_heads=64)
 PLAIN = WeightStorage(torch.bfloat16, torch.device("cuda:0"), None)
 PARAMETERS = 855_654_400  # of a block, as published
@@ -52,7 +56,7 @@ def test_no_session_may_be_longer_than_the_cache() -> None:
 
 def test_memory_need_adds_weights_and_cache() -> None:
     """Per block: weights with 1 % overhead and 2 * tokens * kv heads * head size * bytes of cache."""
-    need = memory_need(GROUPED, PLAIN, GEOMETRY, kv_tokens=16384)
+    need = memory_need(ARCHITECTURE, PLAIN, GEOMETRY, kv_tokens=16384)
     assert need.block_bytes == int(PARAMETERS * 2 * 1.01) + 2 * 16384 * 8 * 128 * 2
     assert need.reserve_bytes == (2 << 30) * 8192 // 14336
 
@@ -63,7 +67,7 @@ def test_memory_need_adds_weights_and_cache() -> None:
 def test_quantized_blocks_need_less_memory(quantization: Quantization, bits: float) -> None:
     """Weights take the bits of their format with its scales; cache, norms and the reserve stay what they are."""
     storage = WeightStorage.choose(torch.bfloat16, torch.device("cpu"), quantization)
-    need, plain = (memory_need(GROUPED, each, GEOMETRY, kv_tokens=16384) for each in (storage, PLAIN))
+    need, plain = (memory_need(ARCHITECTURE, each, GEOMETRY, kv_tokens=16384) for each in (storage, PLAIN))
     weights_bytes = need.block_bytes - 2 * 16384 * 8 * 128 * 2
     assert weights_bytes == pytest.approx(PARAMETERS * bits / 8 * 1.01, rel=1e-3)
     assert need.reserve_bytes == plain.reserve_bytes

@@ -15,7 +15,7 @@ from petalsd.engine.engine import Engine
 from petalsd.paths import InstancePaths
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
-from tests.tiny_models import FAMILIES, make_tiny
+from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 
 
 def speed_of(model_dir: Path, tmp_path: Path, *overrides: str) -> Speed:
@@ -34,10 +34,11 @@ async def test_a_configured_throughput_stands_alone(model_dir: Path, tmp_path: P
     assert not (tmp_path / "throughput.json").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-async def test_a_measurement_is_made_once(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [*FAMILIES, "bloom", "mixtral"])
+async def test_a_measurement_is_made_once(variant: str, tmp_path: Path) -> None:
     """One random block of the family is measured, and the next start takes the figures from the disk."""
-    make_tiny(family, tmp_path / "model")
+    family, overrides = LAYER_VARIANTS.get(variant, (variant, {}))
+    make_tiny(family, tmp_path / "model", **overrides)
     first = speed_of(tmp_path / "model", tmp_path, "swarm.network_mbps=1")
     await first.find_out()
     second = speed_of(tmp_path / "model", tmp_path, "swarm.network_mbps=1")

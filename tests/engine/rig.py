@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -20,12 +19,13 @@ from petalsd.engine.observer import EngineObserver
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry, pages_for
-from petalsd.models.block import TransformerBlock
-from petalsd.models.block_config import BlockConfig
-from petalsd.models.rope import Rope
+from petalsd.models.architecture import Architecture
+from petalsd.models.contract import Block
+from petalsd.models.ladder import Ladder
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import load_block
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.types import BlockSpan
+from tests.reference_layers import through_layers
 from tests.tiny_models import HIDDEN_SIZE, make_tiny
 
 CPU = torch.device("cpu")
@@ -38,12 +38,16 @@ class TinyModel:
     def __init__(self, path: Path, family: str = "llama", **overrides: Any) -> None:
         self.reference: PreTrainedModel = make_tiny(family, path, **overrides)
         source = ModelSource(str(path))
-        self.config = BlockConfig.from_hf(source.config())
-        self.rope = Rope(self.config, torch.float32, CPU)
-        self.blocks = {
-            index: load_block(source, self.config, index, torch.float32, CPU, rope=self.rope)
-            for index in range(self.config.num_blocks)
-        }
+        ladder = Ladder(
+            Architecture.read(source.config()),
+            source,
+            WeightStorage.choose(torch.float32, CPU),
+            num_threads=1,
+        )
+        self.config = ladder.architecture.config
+        self.rope = ladder.angles
+        self.blocks = {index: ladder.load(index) for index in range(self.config.num_blocks)}
+        self.choices = ladder.choices
 
     @property
     def span(self) -> BlockSpan:
@@ -61,14 +65,7 @@ class TinyModel:
 
     def expected(self, hidden: torch.Tensor, span: BlockSpan | None = None) -> torch.Tensor:
         """transformers' states after the blocks of ``span`` for ``[B, n, M]`` from position 0; differentiable."""
-        span = span or self.span
-        part = copy.deepcopy(self.reference.model)
-        part.layers = torch.nn.ModuleList(list(part.layers)[span.start : span.end])
-        part.norm = torch.nn.Identity()
-        part.config.num_hidden_layers = len(span)
-        if getattr(part.config, "layer_types", None):
-            part.config.layer_types = part.config.layer_types[span.start : span.end]
-        return part(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return through_layers(self.reference, hidden, span or self.span)
 
 
 def states(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -80,7 +77,7 @@ def states(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 async def serving(
     model: TinyModel,
     limits: EngineLimits | None = None,
-    blocks: Mapping[int, TransformerBlock] | None = None,
+    blocks: Mapping[int, Block] | None = None,
     kv_tokens: int = 512,
     observer: EngineObserver | None = None,
 ) -> AsyncIterator[Engine]:
@@ -121,7 +118,7 @@ async def feed(session: Session, hidden: torch.Tensor, chunks: list[int]) -> tor
 class HookedBlock:
     """A block that calls ``hook(hidden)`` before it computes; what the hook raises, the block raises."""
 
-    def __init__(self, block: TransformerBlock, hook: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, block: Block, hook: Callable[[torch.Tensor], None]) -> None:
         self._block = block
         self._hook = hook
         self.dtype = block.dtype

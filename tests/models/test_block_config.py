@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from petalsd.errors import ConfigError, ModelError, UnsupportedModel
-from petalsd.models.block_config import BlockConfig, dtype_for
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.model_config import dtype_for
 from tests.tiny_models import FAMILIES, ROPE_VARIANTS, make_tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

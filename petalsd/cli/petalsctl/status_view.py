@@ -12,6 +12,11 @@ from petalsd.cli.petalsctl.units import count, counted, duration, rate, size
 _BAR_WIDTH = 20
 _STATE_STYLES = {"online": "good", "failed": "bad", "stopped": "dim", "drained": "busy"}
 _SEVERITY_STYLES = {"critical": "bold bad", "warning": "bold busy", "info": "bold"}
+_PATHS = {
+    "fused": "fused blocks",
+    "packed": "packed layers",
+    "plain": "plain layers",
+}
 _SEVERITY_MARKS = {"critical": "✗", "warning": "!", "info": "i"}
 
 _Document = Mapping[str, Any]
@@ -112,6 +117,7 @@ def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
             Piece(f"  {model['family']}, {' '.join(filter(None, what))} on {model['device']}", "dim"),
         ),
     )
+    yield from _path_fields(model)
     if model["dht_prefix"] not in (None, model["source"]):
         yield "in the swarm", f"{model['dht_prefix']}"
     total = model["num_blocks"]
@@ -119,6 +125,25 @@ def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         yield "blocks", line(*_span_bar(span, total), f" {span_text(span)} of {total}")
     else:
         yield "blocks", f"none yet of {total}"
+
+
+def _path_fields(model: Mapping[str, Any]) -> Iterable[tuple[str, Line | str]]:
+    """How blocks are computed, a line for each kind of them, and what was tried before and found wrong."""
+    name = "computed by"
+    for kind in model.get("block_kinds", []):
+        *rejected, taken = kind["trials"]
+        details = f"  {taken['kernels']}, error {_error_text(taken)}"
+        of_kind = "" if len(model["block_kinds"]) == 1 else f", {kind['kind']}"
+        yield name, line(_PATHS[taken["path"]], Piece(details + of_kind, "dim"))
+        for trial in rejected:
+            what = f"not {_PATHS[trial['path']]}: error {_error_text(trial)}"
+            yield "", line(Piece(what, "bad"), Piece(f"  {trial['kernels']}", "dim"))
+        name = ""
+
+
+def _error_text(trial: Mapping[str, Any]) -> str:
+    error = "not finite" if trial["error"] is None else f"{trial['error']:.1e}"
+    return f"{error}, {trial['tolerance']:.1e} tolerated"
 
 
 def _span_bar(span: Mapping[str, int], total: int) -> tuple[Piece, ...]:

@@ -8,6 +8,15 @@ from typing import Any
 PEER = "12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK"
 OTHER = "12D3KooWHkP8Bo4gVZ3uRk1d9sVt6mD4WJbS5t1ZyGf7Qa2LxYpR"
 
+
+def trial(path: str, kernels: str, error: float | None) -> dict[str, Any]:
+    is_passed = error is not None and error <= 1e-4
+    return {
+        "path": path, "kernels": kernels, "error": error, "tolerance": 1e-4, "is_passed": is_passed,
+        "duration_s": 0.01,
+    }  # fmt: skip
+
+
 STATUS: dict[str, Any] = {
     "schema_version": 1,
     "version": "0.1.0",
@@ -29,6 +38,9 @@ STATUS: dict[str, Any] = {
         "dtype": "float32",
         "quantization": "none",
         "device": "cpu",
+        "path": "fused",
+        "kernels": "avx512bf16",
+        "block_kinds": [{"kind": "uniform", "trials": [trial("fused", "avx512bf16", 5.6e-7)]}],
     },
     "span": {"start": 0, "end": 15},
     "loading": None,

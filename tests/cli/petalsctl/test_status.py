@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.cli.petalsctl.conftest import Ctl
-from tests.cli.petalsctl.documents import STATUS, document
+from tests.cli.petalsctl.documents import STATUS, document, trial
 from tests.cli.petalsctl.fake_daemon import FakeDaemon
 from tests.cli.petalsctl.screen import TerminalCommand
 
@@ -18,6 +18,7 @@ OnTerminal = Callable[..., TerminalCommand]
 ONLINE = """\
 ● demo is online for 3 h 12 min  petalsd 0.1.0, pid 4321, up 3 h 12 min
   model         HuggingFaceTB/SmolLM2-135M-Instruct  llama, float32 on cpu
+  computed by   fused blocks  avx512bf16, error 5.6e-07, 1.0e-04 tolerated
   in the swarm  SmolLM2-135M-Instruct-hf
   blocks        ██████████░░░░░░░░░░ 0:15 of 30
   sessions      3 of 256, 4 sequences
@@ -104,6 +105,26 @@ def test_warnings_end_with_what_to_do(daemon: FakeDaemon, on_terminal: OnTermina
     command = on_terminal(daemon, "status")
     assert command.finish() == 0
     assert command.screen.text == ONLINE + "\n" + WARNINGS
+
+
+def test_each_kind_of_blocks_is_told_and_what_was_rejected(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """A line for each kind; below it the ways that did not compute what they should, with their figures."""
+    kinds = [
+        {"kind": "full_attention", "trials": [trial("fused", "avx2", 0.25), trial("packed", "onednn", 3e-7)]},
+        {
+            "kind": "sliding_attention",
+            "trials": [trial("fused", "avx2", None), trial("plain", "torch", 2e-7)],
+        },
+    ]
+    model = {**STATUS["model"], "path": "plain", "kernels": "torch", "block_kinds": kinds}
+    daemon.answers["GET /v1/status"] = document(STATUS, model=model)
+    _, out, _ = ctl("status")
+    assert (
+        "  computed by   packed layers  onednn, error 3.0e-07, 1.0e-04 tolerated, full_attention\n"
+        "                not fused blocks: error 2.5e-01, 1.0e-04 tolerated  avx2\n"
+        "                plain layers  torch, error 2.0e-07, 1.0e-04 tolerated, sliding_attention\n"
+        "                not fused blocks: error not finite, 1.0e-04 tolerated  avx2\n"
+    ) in out
 
 
 def test_a_move_and_a_relay_are_told(daemon: FakeDaemon, ctl: Ctl) -> None:

@@ -1,0 +1,1 @@
+"""Blocks that are decoder layers of transformers, filled from safetensors, with our paged attention inside."""

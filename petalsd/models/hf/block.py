@@ -1,0 +1,81 @@
+"""A decoder layer of transformers as a block of the engine."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from petalsd.models.contract import Angles
+from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, PagedCall
+from petalsd.models.hf.packing import layer_nbytes
+from petalsd.models.model_config import ModelConfig
+from petalsd.models.paged_span import CosSin
+from petalsd.ops.ragged import PagedKV, RaggedBatch
+
+
+class LayerBlock:
+    """Block ``index`` of a model; ``contract.Block`` is what it is to others.
+
+    layer   with our attention inside, its linear modules packed or not
+    angles  shared with the model's other blocks; ``angles_part`` says which of its tensors are this block's
+    """
+
+    def __init__(
+        self, index: int, config: ModelConfig, layer: nn.Module, angles: Angles, angles_part: slice
+    ) -> None:
+        self.index = index
+        self.config = config
+        self.dtype = angles.dtype
+        self.device = angles.device
+        self.nbytes = layer_nbytes(layer)
+        self._angles = angles
+        self._part = angles_part
+        self._window = config.windows[index]
+        self._call = LayerCall(layer)
+
+    def forward_paged(
+        self, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
+    ) -> torch.Tensor:
+        """As ``contract.Block``."""
+        call = PagedCall(kv, batch, self.index, self._window)
+        return self._call(hidden.unsqueeze(0), cos_sin[self._part], call, batch.positions).squeeze(0)
+
+    def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As ``contract.Block``."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        cos_sin = self._angles.cos_sin(positions)[self._part]
+        return self._call(hidden, cos_sin, DenseCall(self._window), positions)
+
+
+class LayerCall:
+    """Calls a layer with what its family's signature asks for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        names = inspect.signature(layer.forward).parameters
+        self._takes_positions = "position_ids" in names
+        self._takes_angles = "position_embeddings" in names
+        self._takes_alibi = "alibi" in names
+        self._past_name = "layer_past" if self._takes_alibi else None
+
+    def __call__(
+        self, hidden: torch.Tensor, cos_sin: CosSin, call: AttentionCall, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden ``[B, n, M]``, positions ``[n]``; returns ``[B, n, M]``."""
+        arguments: dict[str, Any] = {"attention_mask": None, CALL_KEYWORD: call}
+        if self._takes_positions:
+            arguments["position_ids"] = positions.unsqueeze(0)
+        if self._takes_angles:
+            arguments["position_embeddings"] = tuple(part.unsqueeze(0) for part in cos_sin) or None
+        if self._past_name is not None:  # the only argument that these layers hand on to their attention
+            arguments.update({self._past_name: call, "alibi": None})
+        return first_tensor(self._layer(hidden, **arguments))
+
+
+def first_tensor(result: Any) -> torch.Tensor:
+    """The hidden states, which some layers return with attention weights beside them."""
+    states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return states

@@ -1,0 +1,144 @@
+"""The families that are served: one row for each ``model_type``, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from petalsd.errors import UnsupportedModel
+from petalsd.models.hf.family import ExpertNames, Family, same_kind
+from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
+
+_OPT_PREFIXES = ("model.decoder.layers.", "decoder.layers.")
+_NEOX_PREFIXES = ("gpt_neox.layers.", "layers.")
+_PETALS_PREFIXES = ("transformer.h.", "h.")
+
+
+def family_of(model_type: object) -> Family:
+    """The row of a ``model_type``; UnsupportedModel says what there is, or why this one cannot be served."""
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        reason = _REFUSED.get(str(model_type))
+        raise UnsupportedModel(
+            f"model_type = {model_type!r} is not served" + (f": {reason}" if reason else " by this version"),
+            hint=f"it serves {', '.join(sorted(FAMILIES))}",
+        )
+    return family
+
+
+def _usual(package: str, name: str, **differing: Any) -> Family:
+    """Class names as most families form them."""
+    return Family(package, f"{name}DecoderLayer", f"{name}RotaryEmbedding", **differing)
+
+
+def _llama_like(package: str, name: str, **differing: Any) -> Family:
+    """With embeddings, final norm and output head as Llama has them."""
+    return _usual(package, name, has_llama_head=True, **differing)
+
+
+def _no_windows(hf: Any) -> tuple[None, ...]:
+    return (None,) * int(hf.num_hidden_layers)
+
+
+def _smollm3_kind(hf: Any, index: int) -> str:
+    kind = same_kind(hf, index)
+    return kind if hf.no_rope_layers[index] else f"{kind}, no rope"
+
+
+def _qwen_moe_kind(hf: Any, index: int) -> str:
+    kind = same_kind(hf, index)
+    is_sparse = hf.num_experts > 0 and (index + 1) % hf.decoder_sparse_step == 0
+    return kind if is_sparse and index not in hf.mlp_only_layers else f"{kind}, dense"
+
+
+def _ungrouped(hf: Any) -> Mapping[str, Any]:
+    return {"num_kv_heads": hf.num_attention_heads}
+
+
+def _bloom_facts(hf: Any) -> Mapping[str, Any]:
+    # Linear biases have no end; this is the length that the models were trained with.
+    return {**_ungrouped(hf), "max_positions": getattr(hf, "seq_length", None) or 2048}
+
+
+def _falcon_facts(hf: Any) -> Mapping[str, Any]:
+    shares_all = hf.multi_query and not hf.new_decoder_architecture
+    facts: dict[str, Any] = {"num_kv_heads": 1 if shares_all else hf.num_kv_heads}
+    return {**facts, "rope": {}} if hf.alibi else facts
+
+
+def _adapt_bloom(layer: nn.Module, hf: Any, index: int) -> None:
+    from petalsd.models.hf.bloom import BloomPagedAttention
+
+    layer.self_attention = BloomPagedAttention(hf, index)
+
+
+def _adapt_falcon(layer: nn.Module, hf: Any, index: int) -> None:
+    from petalsd.models.hf.falcon import FalconPagedAttention
+
+    layer.self_attention = FalconPagedAttention(hf, index)
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "bloom": Family(
+            "bloom", "BloomBlock", None, _PETALS_PREFIXES, facts=_bloom_facts, adapt=_adapt_bloom,
+            plain_arguments=bloom_arguments,
+        ),
+        "cohere": _usual("cohere", "Cohere"),
+        "cohere2": _usual("cohere2", "Cohere2"),
+        "falcon": Family(
+            "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", _PETALS_PREFIXES, facts=_falcon_facts,
+            adapt=_adapt_falcon, plain_arguments=falcon_arguments,
+        ),
+        "gemma": _usual("gemma", "Gemma"),
+        "gemma2": _usual("gemma2", "Gemma2"),
+        "gemma3_text": _usual("gemma3", "Gemma3"),
+        "glm4": _llama_like("glm4", "Glm4"),
+        "gpt_neox": Family(
+            "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", _NEOX_PREFIXES, facts=_ungrouped
+        ),
+        "granite": _usual("granite", "Granite"),
+        "llama": _llama_like("llama", "Llama", windows=_no_windows),
+        "mistral": _llama_like("mistral", "Mistral"),
+        "mixtral": _llama_like(
+            "mixtral", "Mixtral", renames={"mlp.gate.": "block_sparse_moe.gate."},
+            experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
+        ),
+        "olmo": _usual("olmo", "Olmo"),
+        "olmo2": _llama_like("olmo2", "Olmo2"),
+        "olmo3": _llama_like("olmo3", "Olmo3"),
+        "olmoe": _llama_like("olmoe", "Olmoe", experts=ExpertNames()),
+        "opt": Family("opt", "OPTDecoderLayer", None, _OPT_PREFIXES, facts=_ungrouped),
+        "phi": _usual("phi", "Phi"),
+        "phi3": _llama_like("phi3", "Phi3"),
+        "qwen2": _llama_like("qwen2", "Qwen2"),
+        "qwen2_moe": _llama_like("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
+        "qwen3": _llama_like("qwen3", "Qwen3"),
+        "qwen3_moe": _llama_like("qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
+        "smollm3": _llama_like("smollm3", "SmolLM3", kind=_smollm3_kind),
+        "starcoder2": _usual("starcoder2", "Starcoder2"),
+    }
+)  # fmt: skip
+
+_LATENT = "its attention caches latents (MLA), which the paged cache of keys and values does not hold"
+_RECURRENT = (
+    "some of its layers carry a recurrent state from token to token, which cannot be paged or rolled back"
+)
+_SHARED = "its layers read keys and values, or inputs, of other layers, which may be on another server"
+_MULTIMODAL = "it is a model of text and images; its text model alone is served"
+
+_REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite"), _LATENT),
+        **dict.fromkeys(
+            ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2",
+             "minimax", "nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
+            _RECURRENT,
+        ),
+        **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), _SHARED),
+        **dict.fromkeys(("gemma3", "llama4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), _MULTIMODAL),
+    }
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""What differs between transformers' families from where this engine stands: class names, tensor names, kinds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from petalsd.models.model_config import windows_by_layer
+
+LayerArguments: TypeAlias = dict[str, Any]
+
+
+def no_arguments(hf: Any, num_tokens: int, dtype: torch.dtype) -> LayerArguments:
+    """For layers that take the mask and the rotary angles alone."""
+    return {}
+
+
+def same_kind(hf: Any, index: int) -> str:
+    """Blocks differ in their attention only: by ``layer_types``, if at all."""
+    layer_types = getattr(hf, "layer_types", None)
+    return str(layer_types[index]) if layer_types else "uniform"
+
+
+def usual_windows(hf: Any) -> tuple[int | None, ...]:
+    """By ``layer_types`` where the config has them, else ``sliding_window`` for all blocks."""
+    if getattr(hf, "layer_types", None):
+        return windows_by_layer(hf)
+    return (getattr(hf, "sliding_window", None),) * int(hf.num_hidden_layers)
+
+
+def no_facts(hf: Any) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """How a checkpoint names what newer transformers hold as one tensor for all experts of a block.
+
+    module    the experts in the layer, whose parameters are ``gate_up_proj`` and ``down_proj``
+    in_files  the same place in the files; ``<in_files>.<expert>.<gate|up|down>.weight`` are the tensors
+    """
+
+    module: str = "mlp.experts"
+    in_files: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the table in ``families``.
+
+    package    the classes are in ``transformers.models.<package>.modeling_<package>``
+    layer      name of the decoder layer's class
+    rotary     name of the class that computes rotary angles; None where positions enter in another way
+    prefixes   what comes before ``<index>.`` in the names of tensors: the first that a checkpoint uses
+    renames    parts of a module's tensor names, and what the files have instead
+    windows    each block's sliding window, from transformers' config
+    facts      fields of ModelConfig that the config spells differently
+    kind       blocks of the same kind compute the same with other weights; the name is shown to people
+    adapt      changes a layer on the meta device so that its attention comes to ``AttentionCall``; None where
+               the attention can be registered
+    plain_arguments  what the unchanged layer needs beside mask and angles
+    has_llama_head   what stands around the blocks is ``HeadWeights``: a table, an RMS norm and a matrix
+    """
+
+    package: str
+    layer: str
+    rotary: str | None
+    prefixes: tuple[str, ...] = ("model.layers.", "layers.")
+    renames: Mapping[str, str] | None = None
+    windows: Callable[[Any], tuple[int | None, ...]] = usual_windows
+    facts: Callable[[Any], Mapping[str, Any]] = no_facts
+    kind: Callable[[Any, int], str] = same_kind
+    adapt: Callable[[nn.Module, Any, int], None] | None = None
+    plain_arguments: Callable[[Any, int, torch.dtype], LayerArguments] = no_arguments
+    experts: ExpertNames | None = None
+    has_llama_head: bool = False
+
+    @property
+    def module(self) -> ModuleType:
+        """transformers' module with the classes; imported when it is first needed."""
+        return importlib.import_module(f"transformers.models.{self.package}.modeling_{self.package}")

@@ -1,0 +1,154 @@
+"""One decoder layer of transformers: built on the meta device, then given its tensors, and no others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from petalsd.errors import ModelError, WeightsError
+from petalsd.models.hf.attention import ATTENTION_NAME, register_attention
+from petalsd.models.hf.family import ExpertNames, Family
+from petalsd.models.source import ModelSource
+from petalsd.models.weights import read_tensors
+from petalsd.ops.memory import empty
+
+_EAGER = "eager"
+"""transformers' own way to compute attention, and experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """How the decoder layers of one model are made; ``hf`` is transformers' config of it."""
+
+    family: Family
+    hf: Any
+
+    def empty_layer(self, index: int, *, is_plain: bool = False) -> nn.Module:
+        """Layer ``index`` without data; ``is_plain`` leaves the attention as transformers has it."""
+        register_attention()
+        family = self.family
+        hf = copy.copy(self.hf)
+        hf._attn_implementation = _EAGER if is_plain or family.adapt else ATTENTION_NAME
+        hf._experts_implementation = _EAGER
+        with torch.device("meta"):
+            layer: nn.Module = getattr(family.module, family.layer)(hf, layer_idx=index)
+            if family.adapt is not None and not is_plain:
+                family.adapt(layer, hf, index)
+        return layer.eval().requires_grad_(False)
+
+    def layer_type(self, index: int) -> str | None:
+        """What the config calls the layer's attention, if it tells layers apart."""
+        layer_types = getattr(self.hf, "layer_types", None)
+        return layer_types[index] if layer_types else None
+
+    def shapes(self, index: int) -> list[tuple[int, ...]]:
+        """Of the tensors in a checkpoint, each expert's apart."""
+        parts = self._parts(self.empty_layer(index), "")
+        return [part.shape for group in parts.values() for part in group for _ in part.names]
+
+    def tensor_shapes(self, index: int, source: ModelSource) -> dict[str, tuple[int, ...]]:
+        """Names and shapes in the checkpoint. WeightsError when none of the family's spellings is there."""
+        parts = self._parts(self.empty_layer(index), self._prefix(index, source))
+        return {name: part.shape for of_tensor in parts.values() for part in of_tensor for name in part.names}
+
+    def load(
+        self,
+        source: ModelSource,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_plain: bool = False,
+    ) -> nn.Module:
+        """Layer ``index`` with its weights in ``dtype`` on ``device``. WeightsError, or ModelError."""
+        layer = self.empty_layer(index, is_plain=is_plain)
+        parts = self._parts(layer, self._prefix(index, source))
+        mapped = read_tensors(
+            source, {name: part.shape for group in parts.values() for part in group for name in part.names}
+        )
+        state = {}
+        for name, parameter in layer.named_parameters():
+            state[name] = empty(parameter.shape, dtype, device)
+            for part in parts[name]:
+                part.copy_to(state[name], mapped)
+        layer.load_state_dict(state, strict=True, assign=True)
+        return _finished(layer)
+
+    def random(self, index: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Layer ``index`` with weights that mean nothing."""
+        layer = self.empty_layer(index)
+        state = {
+            name: torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, 0.02)
+            for name, parameter in layer.named_parameters()
+        }
+        layer.load_state_dict(state, strict=True, assign=True)
+        return _finished(layer)
+
+    def _prefix(self, index: int, source: ModelSource) -> str:
+        names = source.index()
+        for prefix in self.family.prefixes:
+            if any(name.startswith(f"{prefix}{index}.") for name in names):
+                return f"{prefix}{index}."
+        raise WeightsError(
+            f"{source.name}: no file holds tensors called {self.family.prefixes[0]}{index}.…",
+            hint="the checkpoint and its config.json do not belong together, or it is incomplete",
+        )
+
+    def _parts(self, layer: nn.Module, prefix: str) -> dict[str, list[_Part]]:
+        """What each of the layer's tensors is put together from."""
+        experts, parts = self.family.experts, {}
+        for name, parameter in layer.named_parameters():
+            if experts is not None and name.startswith(f"{experts.module}."):
+                parts[name] = _expert_parts(experts, prefix, name, parameter)
+            else:
+                parts[name] = [_Part((prefix + self._file_name(name),), tuple(parameter.shape), None)]
+        return parts
+
+    def _file_name(self, name: str) -> str:
+        for ours, theirs in (self.family.renames or {}).items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tensors of one shape, one below the other; they are place ``at`` of the module's tensor, or all of it."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    at: int | None
+
+    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor]) -> None:
+        place = whole if self.at is None else whole[self.at]
+        rows = self.shape[0]
+        for number, name in enumerate(self.names):
+            place[number * rows : (number + 1) * rows].copy_(mapped[name])
+
+
+def _expert_parts(experts: ExpertNames, prefix: str, name: str, parameter: nn.Parameter) -> list[_Part]:
+    is_down = name.endswith("down_proj")
+    spellings = (experts.down,) if is_down else (experts.gate, experts.up)
+    num_experts, rows, columns = parameter.shape
+    shape = (rows // len(spellings), columns)
+    return [
+        _Part(
+            tuple(f"{prefix}{experts.in_files}.{number}.{spelling}.weight" for spelling in spellings),
+            shape,
+            number,
+        )
+        for number in range(num_experts)
+    ]
+
+
+def _finished(layer: nn.Module) -> nn.Module:
+    """The layer without gradients; ModelError when something in it has no data, which no checkpoint would give."""
+    missing = [name for name, tensor in layer.named_buffers() if tensor.is_meta]
+    if missing:
+        raise ModelError(f"{type(layer).__name__} computes {', '.join(missing)} where it is built")
+    return layer.requires_grad_(False)

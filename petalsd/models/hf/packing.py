@@ -1,0 +1,90 @@
+"""Replaces the linear modules of a layer by ones over packed weights; each plain weight goes as its turn comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from petalsd.models.hf.family import ExpertNames
+from petalsd.ops.packed_product import make_product
+from petalsd.ops.packed_weight import WeightFormat
+from petalsd.ops.weight_packing import pack_weight
+
+
+class PackedLinear(nn.Module):
+    """Stands for an ``nn.Linear``."""
+
+    def __init__(self, linear: nn.Linear, format: WeightFormat) -> None:
+        super().__init__()
+        self.product = make_product(linear.weight, format)
+        self.bias = linear.bias
+
+    @property
+    def nbytes(self) -> int:
+        return self.product.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product.multiply(x, self.bias)
+
+
+class PackedExperts(nn.Module):
+    """Stands for the gated experts of a sparse MLP, which transformers holds as one tensor for all of them."""
+
+    def __init__(self, experts: Any, format: WeightFormat) -> None:
+        super().__init__()
+        self.activation = experts.act_fn
+        self.gate_up = [make_product(weight, format) for weight in experts.gate_up_proj]
+        self.down = [make_product(weight, format) for weight in experts.down_proj]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(product.nbytes for product in (*self.gate_up, *self.down))
+
+    def forward(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden ``[T, M]``; the experts of each token and their weights ``[T, k]``; returns ``[T, M]``."""
+        out = torch.zeros_like(hidden)
+        for expert in torch.unique(top_k_index).tolist():
+            tokens, places = torch.where(top_k_index == expert)
+            gate, up = self.gate_up[expert].multiply(hidden[tokens]).chunk(2, dim=-1)
+            states = self.down[expert].multiply(self.activation(gate) * up)
+            weighted = states * top_k_weights[tokens, places, None]
+            out = out.index_add(0, tokens, weighted.to(out.dtype))
+        return out
+
+
+def pack_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
+    """Pack what can be packed, in place. Norms, routers and biases stay."""
+    if (experts := _experts(layer, names)) is not None and names is not None:
+        layer.set_submodule(names.module, PackedExperts(experts, format))
+    for module in list(layer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child, format))
+
+
+def round_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
+    """Give the weights that ``pack_layer`` would pack the values that they have in ``format``, in place."""
+    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    experts = _experts(layer, names)
+    stacks = [] if experts is None else [experts.gate_up_proj, experts.down_proj]
+    for weight in [*weights, *(weight for stack in stacks for weight in stack)]:
+        weight.data.copy_(pack_weight(weight, format).unpack(weight.dtype))
+
+
+def layer_nbytes(layer: nn.Module) -> int:
+    """What the weights of a layer take, packed ones included."""
+    packed = (module.nbytes for module in layer.modules() if isinstance(module, PackedLinear | PackedExperts))
+    return sum(packed) + sum(parameter.nbytes for parameter in layer.parameters())
+
+
+def _experts(layer: nn.Module, names: ExpertNames | None) -> Any | None:
+    """The experts of a sparse layer; None for a dense one, which models with experts have too."""
+    if names is None:
+        return None
+    parent_name, _, name = names.module.rpartition(".")
+    experts = getattr(layer.get_submodule(parent_name), name, None)
+    return experts if hasattr(experts, "gate_up_proj") else None

@@ -1,0 +1,215 @@
+"""Three ways to compute a block: the fastest one is taken that a comparison with transformers' layer permits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+import torch
+from torch import nn
+
+from petalsd.errors import ModelError
+from petalsd.models.architecture import Architecture
+from petalsd.models.contract import Angles, Block
+from petalsd.models.hf.angles import LayerAngles
+from petalsd.models.hf.block import LayerBlock
+from petalsd.models.hf.packing import pack_layer, round_layer
+from petalsd.models.native_span import NativeSpan, paged_span
+from petalsd.models.rope import Rope
+from petalsd.models.source import ModelSource
+from petalsd.models.trial import Reference, Tokens
+from petalsd.models.weight_storage import WeightStorage
+from petalsd.models.weights import load_block
+from petalsd.ops.packed_product import can_pack
+
+log = structlog.get_logger(__name__)
+
+
+class Rung(StrEnum):
+    """FUSED: our own block; PACKED: transformers' layer over packed weights; PLAIN: transformers' layer.
+
+    Attention and cache are ours on all of them.
+    """
+
+    FUSED = "fused"
+    PACKED = "packed"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How a rung did. ``error`` and ``tolerance`` as ``trial`` defines them; ``kernels`` is what computed."""
+
+    rung: Rung
+    kernels: str
+    error: float
+    tolerance: float
+    duration_s: float
+
+    @property
+    def is_passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The trials of a kind of blocks, in their order; the last one passed and is what serves."""
+
+    kind: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def taken(self) -> Trial:
+        return self.trials[-1]
+
+
+class Ladder:
+    """Loads the blocks of one model. ``choices``, by kind of block, fill as the first block of a kind is loaded.
+
+    num_threads  of the processor, for the kernels that are tried
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        source: ModelSource,
+        storage: WeightStorage,
+        num_threads: int = 0,
+    ) -> None:
+        self.architecture = architecture
+        self.storage = storage
+        self.angles = make_angles(architecture, storage.dtype, storage.device)
+        self._source = source
+        self._num_threads = num_threads or torch.get_num_threads()
+        self._choices: dict[str, Choice] = {}
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        return self._choices
+
+    def load(self, index: int) -> Block:
+        """Block ``index`` on the rung of its kind. WeightsError, or ModelError when no rung is right."""
+        kind = self.architecture.kind(index)
+        choice = self._choices.get(kind)
+        if choice is not None:
+            return self.build(choice.taken.rung, index)
+        choice, block = self._climb(kind, index)
+        self._choices[kind] = choice
+        return block
+
+    def build(self, rung: Rung, index: int) -> Block:
+        """Block ``index`` on this rung, untried."""
+        architecture, storage = self.architecture, self.storage
+        if rung is Rung.FUSED:
+            assert architecture.fused is not None and isinstance(self.angles, Rope)
+            return load_block(
+                self._source,
+                architecture.fused,
+                index,
+                storage.dtype,
+                storage.device,
+                rope=self.angles,
+                quantization=storage.quantization,
+            )
+        # What is rounded to a few bits is rounded from the checkpoint's values.
+        dtype = torch.float32 if rung is Rung.PACKED and self._is_quantized else storage.dtype
+        layer = architecture.layers.load(self._source, index, dtype, storage.device)
+        if rung is Rung.PACKED:
+            self._pack(layer)
+        return self._as_block(layer.to(storage.dtype), index)
+
+    def random_layer(self, index: int) -> Block:
+        """As block ``index`` is computed where nothing is fused, with weights that mean nothing."""
+        layer = self.architecture.layers.random(index, self.storage.dtype, self.storage.device)
+        if can_pack(self.storage.format):
+            self._pack(layer)
+        return self._as_block(layer, index)
+
+    def candidates(self) -> list[Rung]:
+        """What can be tried here, the best first. A plain layer would take more memory than quantized weights."""
+        fused = [Rung.FUSED] if self.architecture.fused is not None else []
+        packed = [Rung.PACKED] if can_pack(self.storage.format) else []
+        plain = [] if self._is_quantized else [Rung.PLAIN]
+        return [*fused, *packed, *plain]
+
+    @property
+    def _is_quantized(self) -> bool:
+        return self.storage.format is not None and self.storage.format.is_quantized
+
+    def _pack(self, layer: nn.Module) -> None:
+        assert self.storage.format is not None
+        pack_layer(layer, self.architecture.layers.family.experts, self.storage.format)
+
+    def _as_block(self, layer: nn.Module, index: int) -> LayerBlock:
+        angles, part = self.angles, slice(0, 2)
+        if isinstance(angles, LayerAngles):
+            part = angles.slice_of(self.architecture.layers.layer_type(index))
+        return LayerBlock(index, self.architecture.config, layer, angles, part)
+
+    def _climb(self, kind: str, index: int) -> tuple[Choice, Block]:
+        tokens = Tokens.draw(self.architecture.config.hidden_size, self.storage.device)
+        reference = self._reference(tokens, index)
+        trials: list[Trial] = []
+        for rung in self.candidates():
+            block = self.build(rung, index)
+            trials.append(self._try(rung, block, tokens, reference))
+            trial = trials[-1]
+            fields = {"block": index, "kind": kind, "path": rung.value, "kernels": trial.kernels}
+            if trial.is_passed:
+                log.info("block_path_chosen", **fields, error=trial.error, tolerance=trial.tolerance)
+                return Choice(kind, tuple(trials)), block
+            log.warning("block_path_rejected", **fields, error=trial.error, tolerance=trial.tolerance)
+            del block  # before the next one takes memory
+        raise ModelError(
+            f"block {index} ({kind}) does not compute what transformers' layer does: "
+            f"its error is {trials[-1].error:.2g}, {trials[-1].tolerance:.2g} is tolerated",
+            hint="this version of transformers, or this processor, does something that petalsd does not know",
+        )
+
+    def _reference(self, tokens: Tokens, index: int) -> Reference:
+        """By the unchanged layer, with quantized weights by one whose weights have their values.
+
+        For a moment it takes the memory of one block in float32.
+        """
+        config, layers, storage = self.architecture.config, self.architecture.layers, self.storage
+        layer = layers.load(self._source, index, torch.float32, storage.device, is_plain=True)
+        if storage.format is not None and storage.format.is_quantized:
+            round_layer(layer, layers.family.experts, storage.format)
+        dtype, is_sparse = storage.dtype, layers.family.experts is not None
+        wide = tokens.through_layer(layer, layers, config, index, torch.float32)
+        narrow = wide
+        if dtype != torch.float32:
+            narrow = tokens.through_layer(layer.to(dtype), layers, config, index, dtype)
+        return Reference.of(tokens, wide, narrow, dtype, is_sparse=is_sparse)
+
+    def _try(self, rung: Rung, block: Block, tokens: Tokens, reference: Reference) -> Trial:
+        started = time.monotonic()
+        try:
+            outputs = (
+                tokens.through_pages(block, self.angles, self._num_threads),
+                tokens.through_passes(block),
+            )
+            error = max(reference.error_of(output) for output in outputs)
+        except Exception as reason:
+            log.warning("block_path_failed", block=block.index, path=rung.value, exc_info=reason)
+            error = math.inf
+        duration_s = time.monotonic() - started
+        return Trial(rung, self._kernels(rung, block), error, reference.tolerance, duration_s)
+
+    def _kernels(self, rung: Rung, block: Block) -> str:
+        if rung is Rung.PACKED:
+            return "torch" if self._is_quantized else "onednn"
+        span = paged_span({block.index: block}, self._num_threads)
+        return span.tier if isinstance(span, NativeSpan) else "torch"
+
+
+def make_angles(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Angles:
+    """What the blocks of a model share, whichever rung each is on."""
+    if architecture.fused is not None:
+        return Rope(architecture.fused, dtype, device)
+    layers = architecture.layers
+    return LayerAngles(layers.family, layers.hf, architecture.config, dtype, device)

@@ -1,0 +1,162 @@
+"""What is known of a model whatever its family: enough for naming it, sizing its cache and speaking to a swarm.
+
+transformers' own config classes fill in defaults and old spellings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING
+
+from petalsd.errors import ConfigError, ModelError, UnsupportedModel
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The facts that all families have.
+
+    windows  ``windows[b]`` is block b's sliding window in tokens, None for full attention
+    rope     transformers' ``rope_parameters``: ``rope_type``, ``rope_theta`` and what the type needs, one such
+             mapping per layer type where those differ; empty where positions enter in another way
+    dtype    the checkpoint's own, None if its config does not say
+    """
+
+    model_type: str
+    num_blocks: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    rope: Mapping[str, Any]
+    vocab_size: int
+    max_positions: int
+    tie_word_embeddings: bool
+    dtype: torch.dtype | None
+
+    @property
+    def kv_groups(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def dtype_for(setting: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype to serve in. ``auto``: the checkpoint's, but bfloat16 if that is float32 or not given.
+
+    Raises ConfigError for an unknown setting and for float16 on a CPU, which cannot compute in it.
+    """
+    if setting == "auto":
+        given = config.dtype
+        dtype = torch.bfloat16 if given is None or given == torch.float32 else given
+        hint = "set model.dtype to bfloat16 or float32"
+    elif setting in DTYPES:
+        dtype, hint = DTYPES[setting], "use bfloat16 or float32"
+    else:
+        raise ConfigError(f"model.dtype = {setting!r}", hint=f"one of auto, {', '.join(DTYPES)}")
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError(f"model.dtype = {setting!r} means float16, which a CPU does not serve", hint=hint)
+    return dtype
+
+
+def read_hf_config(model_type: str, raw: Mapping[str, Any]) -> Any:
+    """transformers' config object for a ``config.json``.
+
+    UnsupportedModel for a quantized checkpoint; ModelError when the content makes no sense.
+    """
+    _refuse_quantized(raw)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise ModelError(
+            f"config.json is not a valid {model_type} configuration: {_one_line(error)}"
+        ) from error
+
+
+def read_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a ``config.json`` names; UnsupportedModel for one that is not served."""
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is None:
+        return None
+    dtype = DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise UnsupportedModel(f"dtype = {name!r} in config.json: one of {', '.join(DTYPES)} is served")
+    return dtype
+
+
+def common_facts(hf: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelConfig but ``windows``, by the names that most of transformers' configs use."""
+    num_heads = hf.num_attention_heads
+    kv_heads = getattr(hf, "num_key_value_heads", None)
+    return {
+        "model_type": str(raw.get("model_type")),
+        "num_blocks": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads if kv_heads is None else kv_heads,
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // max(num_heads, 1),
+        "rope": MappingProxyType(dict(getattr(hf, "rope_parameters", None) or {})),
+        "vocab_size": hf.vocab_size,
+        "max_positions": getattr(hf, "max_position_embeddings", None),
+        "tie_word_embeddings": bool(hf.tie_word_embeddings),
+        "dtype": read_dtype(raw),
+    }
+
+
+def windows_by_layer(hf: Any) -> tuple[int | None, ...]:
+    """Each block's window by ``layer_types``; UnsupportedModel for layers that are no softmax attention."""
+    layer_types = list(hf.layer_types)
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown or len(layer_types) != hf.num_hidden_layers:
+        raise UnsupportedModel(
+            f"layer_types = {layer_types}: one full_attention or sliding_attention per block"
+        )
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def check_sizes(config: ModelConfig, *more: str) -> None:
+    """ModelError unless the counts, and the fields named ``more``, are positive and the heads divide."""
+    counts = (
+        "num_blocks",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "vocab_size",
+        "max_positions",
+    )
+    for name in (*counts, *more):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{name} = {value!r} in config.json: a positive integer is needed")
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(
+            f"num_attention_heads = {config.num_heads} is not a multiple of "
+            f"num_key_value_heads = {config.num_kv_heads}"
+        )
+    for window in config.windows:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ModelError(f"sliding_window = {window!r} in config.json: a positive integer or null")
+
+
+def _refuse_quantized(raw: Mapping[str, Any]) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedModel(
+            f"quantization_config.quant_method = {method!r}: quantized checkpoints are not read",
+            hint="use the checkpoint that it was made from",
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,167 @@
+"""Random tokens through a block, as a session would send them, and through transformers' layer: do they agree?
+
+The check runs at load time on the machine that will serve, so that a kernel that computes wrongly on this
+processor, or a layer that a newer transformers changed, is noticed before anything is served.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from petalsd.models.contract import Angles, Block
+from petalsd.models.hf.angles import LayerAngles
+from petalsd.models.hf.block import first_tensor
+from petalsd.models.hf.layer import Layers
+from petalsd.models.model_config import ModelConfig
+from petalsd.models.native_span import paged_span
+from petalsd.ops.attention_plan import visible_keys
+from petalsd.ops.ragged import PagedKV, RaggedBatch
+from petalsd.types import BlockSpan
+
+PREFILLS = (14, 30)
+"""Tokens of the first step of each row; the last page is not full, and two decode steps later the first one is."""
+
+NUM_DECODES = 3
+
+_PAGE_TOKENS = 16
+_SEED = 4
+_FLOORS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.003}
+_FACTOR = 3.0
+_SPARSE_QUANTILE = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a trial: ``[n, M]`` float32 for each row, the same for every block of a model."""
+
+    rows: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def draw(cls, hidden_size: int, device: torch.device) -> Tokens:
+        generator = torch.Generator().manual_seed(_SEED)
+        lengths = [prefill + NUM_DECODES for prefill in PREFILLS]
+        drawn = [torch.randn(length, hidden_size, generator=generator) for length in lengths]
+        return cls(tuple(row.to(device) for row in drawn))
+
+    def through_layer(
+        self, layer: nn.Module, layers: Layers, config: ModelConfig, index: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What transformers' unchanged layer makes of the rows, whole and without a cache: ``[T, M]`` float32."""
+        device = self.rows[0].device
+        angles = LayerAngles(layers.family, layers.hf, config, dtype, device)
+        part = angles.slice_of(layers.layer_type(index))
+        outputs = []
+        for row in self.rows:
+            positions = torch.arange(len(row), device=device)
+            visible = visible_keys(positions, positions, config.windows[index])
+            mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+            mask.masked_fill_(~visible, torch.finfo(dtype).min)
+            arguments = layers.family.plain_arguments(layers.hf, len(row), dtype)
+            arguments = {key: None if value is None else value.to(device) for key, value in arguments.items()}
+            with torch.inference_mode():
+                output = layer(
+                    row.to(dtype)[None],
+                    attention_mask=mask[None, None],
+                    position_ids=positions[None],
+                    position_embeddings=tuple(one[None] for one in angles.cos_sin(positions)[part]),
+                    **arguments,
+                )
+            outputs.append(first_tensor(output)[0].float())
+        return torch.cat(outputs)
+
+    def through_pages(self, block: Block, angles: Angles, num_threads: int) -> torch.Tensor:
+        """What a block makes of the rows with a cache, all in one prefill and then token by token; as above."""
+        served, span = BlockSpan(block.index, block.index + 1), paged_span({block.index: block}, num_threads)
+        kv = _empty_pages(block.config, len(self.rows), block.dtype, block.device)
+        outputs: list[list[torch.Tensor]] = [[] for _ in self.rows]
+        starts = [0] * len(self.rows)
+        for step in range(1 + NUM_DECODES):
+            counts = list(PREFILLS) if step == 0 else [1] * len(self.rows)
+            batch = _batch(starts, counts, block.index, block.device)
+            ends = batch.context_lens
+            new = [row[start:end] for row, start, end in zip(self.rows, starts, ends, strict=True)]
+            # As chunks of one long step, so that angles that depend on a row's length are those of the whole row.
+            lengths = torch.tensor([len(row) for row in self.rows])
+            seq_lens = lengths.repeat_interleave(torch.tensor(counts))
+            with torch.inference_mode():
+                cos_sin = angles.cos_sin(batch.positions, seq_lens)
+                hidden = torch.cat(new).to(block.dtype)
+                states = span.forward_paged(served, hidden, kv, batch, cos_sin)
+            for row, part in enumerate(torch.split(states.float(), counts)):
+                outputs[row].append(part)
+            starts = list(ends)
+        return torch.cat([torch.cat(parts) for parts in outputs])
+
+    def through_passes(self, block: Block) -> torch.Tensor:
+        """What a block makes of the rows without a cache; as above."""
+        with torch.inference_mode():
+            return torch.cat([block.forward_dense(row.to(block.dtype)[None])[0].float() for row in self.rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What is expected of a block.
+
+    entering   ``[T, M]`` float32, the tokens of all rows
+    expected   ``[T, M]`` float32, what transformers' layer makes of them in float32
+    is_sparse  in a sparse block a rounding can send a token to another expert
+    tolerance  of ``error_of``: three times what transformers' own layer has in the serving dtype, and at least
+               1e-4 in float32, 0.02 in bfloat16 and 0.003 in float16
+    """
+
+    entering: torch.Tensor
+    expected: torch.Tensor
+    is_sparse: bool
+    tolerance: float = math.inf
+
+    @classmethod
+    def of(
+        cls, tokens: Tokens, wide: torch.Tensor, narrow: torch.Tensor, dtype: torch.dtype, *, is_sparse: bool
+    ) -> Reference:
+        """From what the layer computed in float32 and in ``dtype``."""
+        reference = cls(torch.cat(tokens.rows), wide, is_sparse)
+        tolerance = max(_FLOORS[dtype], _FACTOR * reference.error_of(narrow))
+        return replace(reference, tolerance=tolerance)
+
+    def error_of(self, actual: torch.Tensor) -> float:
+        """The worst token's error, relative to what the block adds to a token's states (root mean square of all).
+
+        In a sparse block it is the third quartile of the tokens' errors. Infinite where anything is not finite.
+        """
+        errors = (actual - self.expected).pow(2).mean(dim=-1).sqrt()
+        added = (self.expected - self.entering).pow(2).mean().sqrt().clamp_min(1e-12)
+        if not bool(torch.isfinite(errors).all()):
+            return math.inf
+        return float((errors.quantile(_SPARSE_QUANTILE) if self.is_sparse else errors.max()) / added)
+
+
+def _runs(num_tokens: int) -> int:
+    return -(-num_tokens // _PAGE_TOKENS)
+
+
+_RUNS_PER_ROW = _runs(max(PREFILLS) + NUM_DECODES)
+
+
+def _empty_pages(config: ModelConfig, num_rows: int, dtype: torch.dtype, device: torch.device) -> PagedKV:
+    shape = (1 + num_rows * _RUNS_PER_ROW, _PAGE_TOKENS, config.num_kv_heads, config.head_dim)
+    return PagedKV(*(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)))
+
+
+def _batch(starts: list[int], counts: list[int], block: int, device: torch.device) -> RaggedBatch:
+    """The next ``counts`` tokens of rows that are at ``starts``; a row's pages for the block lie side by side."""
+    first_pages = torch.arange(len(starts) * _RUNS_PER_ROW).view(len(starts), -1) + 1 - block
+    rows = torch.arange(len(starts)).repeat_interleave(torch.tensor(counts))
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    positions = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+    return RaggedBatch(
+        token_bounds=[0, *torch.tensor(counts).cumsum(0).tolist()],
+        context_lens=ends,
+        positions=positions.to(device),
+        origins=first_pages.to(device, torch.int32),
+        write_origins=first_pages[rows, positions // _PAGE_TOKENS].to(device),
+        write_offsets=(positions % _PAGE_TOKENS).to(device),
+    )

@@ -1,0 +1,149 @@
+"""What is read from the configurations of families without a fused block, and why models are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from petalsd.errors import ModelError, UnsupportedModel, WeightsError
+from petalsd.models.architecture import Architecture
+from petalsd.models.ladder import Ladder
+from petalsd.models.source import SINGLE_FILE, ModelSource
+from petalsd.models.weight_storage import WeightStorage
+from tests.reference_layers import decoder_layers
+from tests.tiny_models import LAYER_VARIANTS, make_tiny
+
+CPU = torch.device("cpu")
+GEMMA: dict[str, Any] = {"model_type": "gemma", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
+
+
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
+def test_sizes_are_those_of_the_model(variant: str, tmp_path: Path) -> None:
+    """Blocks, hidden size, and the parameters of the largest block."""
+    family, overrides = LAYER_VARIANTS[variant]
+    model = make_tiny(family, tmp_path, **overrides)
+    architecture = Architecture.read(json.loads((tmp_path / "config.json").read_text()))
+    config = architecture.config
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    counted = sum(math.prod(shape) for shape in architecture.largest_block())
+    assert (config.num_blocks, counted) == (4, max(sizes))
+    assert config.hidden_size == model.config.hidden_size
+    assert len(config.windows) == 4
+
+
+@pytest.mark.parametrize(
+    ("variant", "kv_heads", "max_positions"),
+    [
+        ("bloom", 4, 2048),
+        ("bloom-6-heads", 6, 300),
+        ("falcon", 1, 512),
+        ("falcon-alibi", 4, 512),
+        ("falcon-new", 2, 512),
+        ("gemma", 2, 512),
+        ("gpt_neox", 4, 512),
+        ("opt", 4, 512),
+    ],
+)
+def test_a_cache_holds_as_many_heads_as_the_attention_has(
+    variant: str, kv_heads: int, max_positions: int, tmp_path: Path
+) -> None:
+    """Families that share no keys say so in different ways, and linear biases have no longest sequence."""
+    family, overrides = LAYER_VARIANTS[variant]
+    make_tiny(family, tmp_path, **overrides)
+    config = Architecture.read(json.loads((tmp_path / "config.json").read_text())).config
+    assert (config.num_kv_heads, config.max_positions) == (kv_heads, max_positions)
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        (
+            {"model_type": "deepseek_v3"},
+            "model_type = 'deepseek_v3' is not served: its attention caches latents",
+        ),
+        ({"model_type": "qwen3_next"}, "recurrent state"),
+        ({"model_type": "gemma3n_text"}, "of other layers, which may be on another server"),
+        ({"model_type": "gemma3"}, "text model alone"),
+        ({"model_type": "gpt17"}, "'gpt17' is not served by this version"),
+        ({}, "model_type = None"),
+        ({**GEMMA, "quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'"),
+        ({**GEMMA, "dtype": "float64"}, "dtype = 'float64'"),
+        ({**GEMMA, "model_type": "olmo3", "layer_types": ["linear_attention"] * 2}, "linear_attention"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_the_reason(raw: dict[str, Any], named: str) -> None:
+    """UnsupportedModel, which lists what is served."""
+    with pytest.raises(UnsupportedModel) as caught:
+        Architecture.read(raw)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": "big"}, "gemma configuration"),
+        ({"num_hidden_layers": 0}, "num_blocks = 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+    ],
+)
+def test_nonsense_is_refused(change: dict[str, Any], named: str) -> None:
+    """ModelError names the key."""
+    with pytest.raises(ModelError) as caught:
+        Architecture.read({**GEMMA, **change})
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(("variant", "prefix"), [("bloom", "transformer."), ("opt", "model.")])
+def test_checkpoints_without_the_models_own_prefix_are_read(
+    variant: str, prefix: str, tmp_path: Path
+) -> None:
+    """The first BLOOM and OPT files were saved from the model without its head."""
+    family, overrides = LAYER_VARIANTS[variant]
+    make_tiny(family, tmp_path, **overrides)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    assert all(name.startswith(prefix) for name in tensors if "lm_head" not in name)
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, tmp_path / SINGLE_FILE)
+    source = ModelSource(str(tmp_path))
+    ladder = Ladder(Architecture.read(source.config()), source, WeightStorage.choose(torch.float32, CPU))
+    assert ladder.load(1).index == 1
+    assert not any(name.startswith(prefix) for name in ladder.architecture.tensor_names(1, source))
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_experts_are_read_from_tensors_of_their_own(variant: str, tmp_path: Path) -> None:
+    """As checkpoints hold them, one by one; a missing one is named."""
+    family, overrides = LAYER_VARIANTS[variant]
+    make_tiny(family, tmp_path, **overrides)
+    source = ModelSource(str(tmp_path))
+    architecture = Architecture.read(source.config())
+    experts = [name for name in architecture.tensor_names(2, source) if ".experts." in name]
+    assert len(experts) == 4 * 3
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    tensors.pop(experts[5])
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    damaged = ModelSource(str(tmp_path))
+    with pytest.raises(WeightsError, match=experts[5].replace(".", r"\.")):
+        Ladder(architecture, damaged, WeightStorage.choose(torch.float32, CPU)).load(2)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    """No tensor with the family's names: the error says where one should have been."""
+    make_tiny("gemma", tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, tmp_path / SINGLE_FILE)
+    source = ModelSource(str(tmp_path))
+    with pytest.raises(WeightsError, match=r"no file holds tensors called model\.layers\.0\."):
+        Ladder(Architecture.read(source.config()), source, WeightStorage.choose(torch.float32, CPU)).load(0)
+
+
+def test_a_client_says_for_which_families_it_has_a_head() -> None:
+    """Others are refused by name, and what has one is listed."""
+    Architecture.read({"model_type": "mixtral"}).check_head()
+    with pytest.raises(UnsupportedModel, match=r"'gemma': this client has no embeddings.*qwen3_moe"):
+        Architecture.read(GEMMA).check_head()

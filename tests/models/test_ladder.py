@@ -1,0 +1,202 @@
+"""Which way of computing blocks is taken: the best one that agrees with transformers, tried once for each kind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from petalsd.config import Quantization
+from petalsd.errors import ModelError
+from petalsd.models import ladder as ladder_module
+from petalsd.models import trial as trial_module
+from petalsd.models.architecture import Architecture
+from petalsd.models.block import TransformerBlock
+from petalsd.models.hf.block import LayerBlock
+from petalsd.models.ladder import Ladder, Rung
+from petalsd.models.native_span import NativeSpan
+from petalsd.models.source import ModelSource
+from petalsd.models.trial import Reference, Tokens
+from petalsd.models.weight_storage import WeightStorage
+from tests.tiny_models import LAYER_VARIANTS, make_tiny
+
+CPU = torch.device("cpu")
+
+
+def make_ladder(path: Path, family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Ladder:
+    make_tiny(family, path, **overrides)
+    source = ModelSource(str(path))
+    return Ladder(Architecture.read(source.config()), source, WeightStorage.choose(dtype, CPU), num_threads=1)
+
+
+def rungs(ladder: Ladder, kind: str = "uniform") -> list[tuple[Rung, bool]]:
+    return [(trial.rung, trial.is_passed) for trial in ladder.choices[kind].trials]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma", "falcon"])
+def test_the_best_rung_is_taken(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Fused for the families that have it, packed for the others; errors are far from what is tolerated."""
+    ladder = make_ladder(tmp_path, family, dtype)
+    block = ladder.load(0)
+    best = Rung.FUSED if family == "llama" else Rung.PACKED
+    assert isinstance(block, TransformerBlock if family == "llama" else LayerBlock)
+    assert rungs(ladder) == [(best, True)]
+    taken = ladder.choices["uniform"].taken
+    assert 0 < taken.error < taken.tolerance / 2
+    assert (taken.kernels == "onednn") == (best is Rung.PACKED)
+
+
+def test_without_packed_weights_the_plain_layer_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, or on a processor that oneDNN does not know."""
+    monkeypatch.setattr(ladder_module, "can_pack", lambda format: False)
+    ladder = make_ladder(tmp_path, "gemma")
+    ladder.load(0)
+    assert rungs(ladder) == [(Rung.PLAIN, True)]
+    assert ladder.random_layer(0).nbytes == ladder.load(1).nbytes
+
+
+def test_each_kind_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that differ in more than their weights are tried apart; the others take what was chosen."""
+    family, overrides = LAYER_VARIANTS["gemma3_text"]
+    ladder = make_ladder(tmp_path, family, **overrides)
+    tried: list[int] = []
+    original = trial_module.Tokens.through_passes
+    monkeypatch.setattr(
+        trial_module.Tokens,
+        "through_passes",
+        lambda tokens, block: (tried.append(block.index), original(tokens, block))[1],
+    )
+    for index in (2, 3, 0, 1):
+        assert ladder.load(index).index == index
+    assert tried == [2, 3]
+    assert set(ladder.choices) == {"sliding_attention", "full_attention"}
+
+
+def test_a_fused_block_that_is_wrong_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rejected with its figures, and the next rung serves."""
+    original = ladder_module.load_block
+
+    def load_wrong(*args: Any, **kwargs: Any) -> TransformerBlock:
+        block = original(*args, **kwargs)
+        block.weights.mlp_norm.mul_(1.01)
+        return block
+
+    monkeypatch.setattr(ladder_module, "load_block", load_wrong)
+    ladder = make_ladder(tmp_path, "llama")
+    with capture_logs() as events:
+        assert isinstance(ladder.load(1), LayerBlock)
+    assert rungs(ladder) == [(Rung.FUSED, False), (Rung.PACKED, True)]
+    rejected = ladder.choices["uniform"].trials[0]
+    assert rejected.tolerance < rejected.error < 0.05
+    (event,) = [event for event in events if event["event"] == "block_path_rejected"]
+    assert (event["path"], event["error"], event["log_level"]) == ("fused", rejected.error, "warning")
+
+
+def test_a_kernel_that_is_wrong_for_decode_steps_alone_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and passes are right; one token in a later step is not."""
+    original = NativeSpan.forward_paged
+
+    def forward_wrong(self: NativeSpan, blocks: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        out = original(self, blocks, hidden, *args)
+        if args[1].is_decode and args[1].context_lens[0] == trial_module.PREFILLS[0] + 3:
+            out[0] += 0.01 * out[0]
+        return out
+
+    monkeypatch.setattr(NativeSpan, "forward_paged", forward_wrong)
+    ladder = make_ladder(tmp_path, "llama")
+    ladder.load(0)
+    assert rungs(ladder) == [(Rung.FUSED, False), (Rung.PACKED, True)]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_wrong_window_fits_no_rung(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When even transformers' layer with our attention is wrong, nothing is served, and the error says so."""
+    ladder = make_ladder(tmp_path, family, sliding_window=12)
+    architecture = ladder.architecture
+    wide = replace(architecture.config, windows=(11,) * 4)
+    object.__setattr__(
+        ladder, "architecture", replace(architecture, config=wide, fused=architecture.fused and wide)
+    )
+    original = trial_module.Tokens.through_layer
+
+    def through_right_layer(tokens: Any, layer: Any, layers: Any, config: Any, *args: Any) -> torch.Tensor:
+        return original(tokens, layer, layers, architecture.config, *args)
+
+    monkeypatch.setattr(trial_module.Tokens, "through_layer", through_right_layer)
+    with pytest.raises(ModelError, match=r"block 0 \(.*\) does not compute what transformers' layer does"):
+        ladder.load(0)
+    assert not ladder.choices
+
+
+def test_a_way_that_fails_is_rejected_like_one_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a kernel costs the rung, not the service."""
+
+    def fail(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(TransformerBlock, "forward_dense", fail)
+    ladder = make_ladder(tmp_path, "llama")
+    with capture_logs() as events:
+        ladder.load(0)
+    assert rungs(ladder) == [(Rung.FUSED, False), (Rung.PACKED, True)]
+    assert ladder.choices["uniform"].trials[0].error == math.inf
+    assert "block_path_failed" in {event["event"] for event in events}
+
+
+def test_the_error_is_the_worst_tokens_relative_to_what_a_block_adds() -> None:
+    """A block that adds little to large states is held to that; a sparse one by three quarters of its tokens."""
+    entering = 100 * torch.ones(20, 8)
+    expected = entering + torch.tensor([1.0, -1.0]).repeat(4)
+    dense, sparse = (Reference(entering, expected, is_sparse) for is_sparse in (False, True))
+    actual = expected.clone()
+    actual[3, 0] += 0.8
+    assert dense.error_of(actual) == pytest.approx(0.8 / 8**0.5, rel=1e-3)
+    assert sparse.error_of(actual) == 0.0
+    actual[3, 0] = torch.nan
+    assert sparse.error_of(actual) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layer_error", "expected"),
+    [(torch.float32, 0.0, 1e-4), (torch.bfloat16, 0.001, 0.02), (torch.bfloat16, 0.02, 0.06)],
+    ids=str,
+)
+def test_what_is_tolerated_follows_transformers_own_error(
+    dtype: torch.dtype, layer_error: float, expected: float
+) -> None:
+    """Three times what its layer shows in the dtype, and never less than the dtype's floor."""
+    tokens = Tokens((torch.zeros(4, 8),))
+    wide = torch.ones(4, 8)
+    reference = Reference.of(tokens, wide, wide + layer_error, dtype, is_sparse=False)
+    assert reference.tolerance == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "gemma", "qwen3_moe"])
+def test_quantized_weights_are_compared_by_their_values(
+    variant: str, quantization: Quantization, tmp_path: Path
+) -> None:
+    """The rounding of the weights is wanted, so the reference has it too; unquantized ones are no way out."""
+    family, overrides = LAYER_VARIANTS.get(variant, (variant, {}))
+    make_tiny(family, tmp_path, **overrides)
+    source = ModelSource(str(tmp_path))
+    storage = WeightStorage.choose(torch.float32, CPU, quantization)
+    ladder = Ladder(Architecture.read(source.config()), source, storage, num_threads=1)
+    block = ladder.load(0)
+    plain = Ladder(ladder.architecture, source, WeightStorage.choose(torch.float32, CPU)).load(0)
+    assert block.nbytes < plain.nbytes / 2.5
+    assert rungs(ladder) == [(Rung.FUSED if family == "llama" else Rung.PACKED, True)]
+    assert ladder.choices["uniform"].taken.error < 1e-5
+    assert Rung.PLAIN not in ladder.candidates()
