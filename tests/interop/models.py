@@ -40,7 +40,12 @@ class Model:
 
 def random_llama(directory: Path, **overrides: Any) -> Model:
     """``overrides`` are keys of the configuration."""
-    local = make_tiny("llama", directory / "model", **overrides)
+    return random_model(directory, "llama", **overrides)
+
+
+def random_model(directory: Path, family: str, **overrides: Any) -> Model:
+    """``overrides`` are keys of the configuration."""
+    local = make_tiny(family, directory / "model", **overrides)
     copy = make_petals_copy(directory / "model", directory / "petals")
     return Model(directory / "model", copy, local, f"{directory.name}-hf")
 

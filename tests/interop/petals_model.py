@@ -28,10 +28,10 @@ def make_petals_copy(model: Path, target: Path) -> Path:
 
 def old_style_config(config: dict[str, Any]) -> dict[str, Any]:
     """Add ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` as transformers 4 spelled them."""
+    if config["model_type"] in ("bloom", "falcon"):  # spelled as they were
+        return {**config, "torch_dtype": config.get("dtype", config.get("torch_dtype"))}
     if config["model_type"] != "llama":
-        raise ValueError(
-            f"model_type = {config['model_type']!r}: of these models Petals 2.2 serves only llama"
-        )
+        raise ValueError(f"model_type = {config['model_type']!r}: Petals 2.2 serves bloom, falcon and llama")
     for key in _MUST_BE_FALSE:
         if config.get(key):
             raise ValueError(f"{key} = {config[key]!r}: Petals 2.2 would leave the biases out")
