@@ -158,3 +158,21 @@ def test_rows_of_one_length_are_one_group() -> None:
     assert group_rows([100] * 8) == [list(range(8))]
     assert len(group_rows([100] * 8, max_tokens=400)) == 2
     assert group_rows([]) == []
+
+
+def test_one_query_head_per_kv_head_in_bfloat16() -> None:
+    """Decode steps are computed in float32 there, and answer in bfloat16, within its rounding of the truth."""
+    q, k, v = (torch.randn(3 * 9, KV_HEADS, HEAD_DIM).bfloat16() for _ in range(3))
+    rows = PagedRows(BLOCKS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, dtype=torch.bfloat16)
+    ids = [rows.add_row() for _ in range(3)]
+    batch = rows.extend(dict.fromkeys(ids, 8))
+    places = torch.arange(27).view(3, 9)
+    write_kv(k[places[:, :8].flatten()], v[places[:, :8].flatten()], rows.kv, batch, 0)
+    batch = rows.extend(dict.fromkeys(ids, 1))
+    last = places[:, 8]
+    write_kv(k[last], v[last], rows.kv, batch, 0)
+    out = paged_attention(q[last], rows.kv, batch, 0, SCALE, None)
+    assert out.dtype is torch.bfloat16
+    for row, place in enumerate(places):
+        expected = _naive(q[place], k[place], v[place], None)[-1]
+        assert_close(out[row], expected, 1e-2, 1e-2, f"row {row}")
