@@ -90,7 +90,10 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
     "gemma": ("gemma", {"head_dim": 24}),
-    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24}),
+    "gemma2": (
+        "gemma2", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
+                   "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
     "gemma3_text": (
         "gemma3_text", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
                         "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -98,7 +101,10 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
-    "granite": ("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.3}),
+    "granite": (
+        "granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 3.0,
+                    "logits_scaling": 2.0},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 12}),
     "olmo": ("olmo", {"clip_qkv": 1.5}),
     "olmo2": ("olmo2", {}),

@@ -21,6 +21,7 @@ from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
 from petalsd.errors import BadRequest, WeightsError
 from petalsd.models.architecture import Architecture
+from petalsd.models.head_rule import HeadRule, ScaledEmbedding
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.naming import dht_prefix as derive_prefix
 from petalsd.models.rope import LengthRegimes
@@ -43,12 +44,18 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
     _supports_sdpa = True
 
     def __init__(
-        self, config: PreTrainedConfig, head: HeadWeights, runtime: ClientRuntime, client: SwarmClient
+        self,
+        config: PreTrainedConfig,
+        head: HeadWeights,
+        runtime: ClientRuntime,
+        client: SwarmClient,
+        rule: HeadRule | None = None,
     ) -> None:
         super().__init__(config)
+        self.head_rule = rule or HeadRule()
         self.loss_type = "ForCausalLM"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=head.embed_tokens)
-        self.norm = nn.Parameter(head.norm)
+        self.embed_tokens = ScaledEmbedding(head.embed_tokens, self.head_rule.embedding_scale)
+        self.norm = nn.Parameter(head.norm + self.head_rule.norm_offset)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         is_tied = head.lm_head is head.embed_tokens
         self.lm_head.weight = self.embed_tokens.weight if is_tied else nn.Parameter(head.lm_head)
@@ -79,8 +86,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         files = source if isinstance(source, ModelSource) else ModelSource(str(source))
         raw = files.config()
         architecture = Architecture.read(raw)
-        architecture.check_head()
-        blocks = architecture.config
+        blocks, rule = architecture.config, architecture.head_rule()
         prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
         head = load_head(files, blocks, dtype or blocks.dtype or torch.float32)
         config = CONFIG_MAPPING[blocks.model_type].from_dict(raw)
@@ -89,7 +95,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         runtime.start()
         try:
             runtime.run(client.start())
-            model = cls(config, head, runtime, client)
+            model = cls(config, head, runtime, client, rule)
         except BaseException:
             runtime.stop()
             raise
@@ -134,13 +140,15 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         _check_inputs(attention_mask, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise BadRequest("input_ids", input_ids, "exactly one of input_ids and inputs_embeds is needed")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.head_rule.entering(embeds)
         if past_key_values is not None:
             hidden = past_key_values.step(hidden)
         else:
             hidden = remote_blocks(self.runtime, self.client.passes, hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(rms_norm(hidden[:, kept], self.norm, self.config.rms_norm_eps))
+        product = self.lm_head(rms_norm(hidden[:, kept], self.norm, self.config.rms_norm_eps))
+        logits = self.head_rule.logits(product)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

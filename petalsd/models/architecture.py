@@ -9,6 +9,7 @@ from typing import Any
 
 from petalsd.errors import UnsupportedModel
 from petalsd.models.block_config import FUSED_FAMILIES, BlockConfig
+from petalsd.models.head_rule import HeadRule
 from petalsd.models.hf.families import FAMILIES, family_of
 from petalsd.models.hf.layer import Layers
 from petalsd.models.model_config import ModelConfig, check_sizes, common_facts, read_hf_config
@@ -28,14 +29,16 @@ class Architecture:
         """Blocks of one kind differ in their weights alone."""
         return self.layers.family.kind(self.layers.hf, index)
 
-    def check_head(self) -> None:
-        """UnsupportedModel unless embeddings, final norm and output head are Llama's, which a client has."""
-        if not self.layers.family.has_llama_head:
+    def head_rule(self) -> HeadRule:
+        """How a client uses ``HeadWeights``. UnsupportedModel where something else stands around the blocks."""
+        head = self.layers.family.head
+        if head is None:
             raise UnsupportedModel(
                 f"model_type = {self.config.model_type!r}: this client has no embeddings and output head for it, "
                 "its blocks are served all the same",
-                hint=f"it has them for {', '.join(name for name, row in FAMILIES.items() if row.has_llama_head)}",
+                hint=f"it has them for {', '.join(name for name, row in FAMILIES.items() if row.head)}",
             )
+        return head(self.layers.hf)
 
     def largest_block(self) -> list[tuple[int, ...]]:
         """The shapes of its tensors, in a checkpoint."""

@@ -19,7 +19,21 @@ from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 pytestmark = pytest.mark.swarm
 
 NEW_TOKENS = 24
-LLAMA_LIKE = ["glm4", "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "qwen2_moe", "qwen3_moe", "smollm3"]
+LLAMA_LIKE = [
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "granite",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "phi3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "smollm3",
+]
 
 
 def prompt(seed: int, tokens: int = 9, rows: int = 1) -> torch.Tensor:

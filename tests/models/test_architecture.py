@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from petalsd.errors import ModelError, UnsupportedModel, WeightsError
 from petalsd.models.architecture import Architecture
+from petalsd.models.head_rule import HeadRule
 from petalsd.models.ladder import Ladder
 from petalsd.models.source import SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
@@ -144,6 +145,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_client_says_for_which_families_it_has_a_head() -> None:
     """Others are refused by name, and what has one is listed."""
-    Architecture.read({"model_type": "mixtral"}).check_head()
-    with pytest.raises(UnsupportedModel, match=r"'gemma': this client has no embeddings.*qwen3_moe"):
-        Architecture.read(GEMMA).check_head()
+    assert Architecture.read({"model_type": "mixtral"}).head_rule() == HeadRule()
+    assert Architecture.read(GEMMA).head_rule() == HeadRule(embedding_scale=8.0, norm_offset=1.0)
+    with pytest.raises(UnsupportedModel, match=r"'bloom': this client has no embeddings.*qwen3_moe"):
+        Architecture.read({"model_type": "bloom"}).head_rule()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from petalsd.errors import UnsupportedModel
+from petalsd.models.head_rule import HeadRule
 from petalsd.models.hf.family import ExpertNames, Family, same_kind
 from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
 
@@ -36,7 +37,19 @@ def _usual(package: str, name: str, **differing: Any) -> Family:
 
 def _llama_like(package: str, name: str, **differing: Any) -> Family:
     """With embeddings, final norm and output head as Llama has them."""
-    return _usual(package, name, has_llama_head=True, **differing)
+    return _usual(package, name, head=lambda _: HeadRule(), **differing)
+
+
+def _gemma_head(hf: Any) -> HeadRule:
+    return HeadRule(
+        embedding_scale=hf.hidden_size**0.5,
+        norm_offset=1.0,
+        logit_softcap=getattr(hf, "final_logit_softcapping", None),
+    )
+
+
+def _granite_head(hf: Any) -> HeadRule:
+    return HeadRule(input_scale=hf.embedding_multiplier, logit_scale=1 / hf.logits_scaling)
 
 
 def _no_windows(hf: Any) -> tuple[None, ...]:
@@ -93,14 +106,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", _PETALS_PREFIXES, facts=_falcon_facts,
             adapt=_adapt_falcon, plain_arguments=falcon_arguments,
         ),
-        "gemma": _usual("gemma", "Gemma"),
-        "gemma2": _usual("gemma2", "Gemma2"),
-        "gemma3_text": _usual("gemma3", "Gemma3"),
+        "gemma": _usual("gemma", "Gemma", head=_gemma_head),
+        "gemma2": _usual("gemma2", "Gemma2", head=_gemma_head),
+        "gemma3_text": _usual("gemma3", "Gemma3", head=_gemma_head),
         "glm4": _llama_like("glm4", "Glm4"),
         "gpt_neox": Family(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", _NEOX_PREFIXES, facts=_ungrouped
         ),
-        "granite": _usual("granite", "Granite"),
+        "granite": _usual("granite", "Granite", head=_granite_head),
         "llama": _llama_like("llama", "Llama", windows=_no_windows),
         "mistral": _llama_like("mistral", "Mistral"),
         "mixtral": _llama_like(

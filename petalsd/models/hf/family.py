@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from petalsd.models.head_rule import HeadRule
 from petalsd.models.model_config import windows_by_layer
 
 LayerArguments: TypeAlias = dict[str, Any]
@@ -68,7 +69,8 @@ class Family:
     adapt      changes a layer on the meta device so that its attention comes to ``AttentionCall``; None where
                the attention can be registered
     plain_arguments  what the unchanged layer needs beside mask and angles
-    has_llama_head   what stands around the blocks is ``HeadWeights``: a table, an RMS norm and a matrix
+    head       how what stands around the blocks is used, if that is ``HeadWeights``: a table, an RMS norm and a
+               matrix; None where it is something else
     """
 
     package: str
@@ -82,7 +84,7 @@ class Family:
     adapt: Callable[[nn.Module, Any, int], None] | None = None
     plain_arguments: Callable[[Any, int, torch.dtype], LayerArguments] = no_arguments
     experts: ExpertNames | None = None
-    has_llama_head: bool = False
+    head: Callable[[Any], HeadRule] | None = None
 
     @property
     def module(self) -> ModuleType:
