@@ -24,6 +24,8 @@ void translate(std::exception_ptr error) {
     set_error("OutOfPages", out_of_pages.what(), out_of_pages.hint);
   } catch (const ClosedHandle& closed) {
     set_error("SessionClosed", closed.what());
+  } catch (const SpillFailure& failure) {
+    set_error("SpillError", failure.what());
   } catch (const PoolError& broken) {
     set_error("KVPoolError", broken.what());
   }
@@ -33,8 +35,9 @@ void translate(std::exception_ptr error) {
 }  // namespace petalsd
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
-  module.doc() = "The native part of petalsd: the page pool, and the blocks on the CPU. No torch.";
+  module.doc() = "The native part of petalsd: the page pool, its spill file, and the blocks on the CPU. No torch.";
   py::register_local_exception_translator(&petalsd::translate);
+  petalsd::register_spill_file(module);
   petalsd::register_page_pool(module);
   petalsd::register_span(module);
 }

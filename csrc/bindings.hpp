@@ -5,6 +5,7 @@
 
 namespace petalsd {
 
+void register_spill_file(pybind11::module_& module);
 void register_page_pool(pybind11::module_& module);
 void register_span(pybind11::module_& module);
 

@@ -22,6 +22,12 @@ class OutOfPages : public std::runtime_error {
   const std::string hint;
 };
 
+// The spill file could not be made, read or written: petalsd.errors.SpillError.
+class SpillFailure : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // The handle was closed before: petalsd.errors.SessionClosed.
 class ClosedHandle : public std::runtime_error {
  public:

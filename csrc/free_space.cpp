@@ -15,6 +15,14 @@ std::optional<Page> FreeSpace::take(Page pages) {
   return first;
 }
 
+std::pair<Page, Page> FreeSpace::take_some(Page pages) {
+  if (const std::optional<Page> first = take(pages)) return {*first, pages};
+  PETALSD_CHECK(total_ > 0, pages, " pages of nothing");
+  const auto [length, first] = *by_size_.rbegin();
+  remove(first);
+  return {first, length};
+}
+
 void FreeSpace::give(Page first, Page pages) {
   const auto next = by_address_.lower_bound(first);
   const bool joins_next = next != by_address_.end() && next->first == first + pages;
@@ -48,7 +56,7 @@ void FreeSpace::insert(Page first, Page pages) {
 void FreeSpace::check_integrity() const {
   PETALSD_CHECK_EQUAL(by_address_.size(), by_size_.size(), "free intervals by address = by size");
   Page total = 0;
-  Page previous_end = 0;
+  Page previous_end = -1;
   for (const auto& [first, pages] : by_address_) {
     PETALSD_CHECK(first > previous_end, "free interval at page ", first, " touches the one that ends at ",
                   previous_end);

@@ -1,4 +1,4 @@
-// Which pages are free: maximal intervals of addresses, found by address and by size.
+// Which pages of the pool, or slots of the spill file, are free: maximal intervals, found by address and by size.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,16 @@ namespace petalsd {
 
 using Page = std::int32_t;  // a physical page, or a number of them
 
-// Not thread-safe; RunStore owns it. Every operation costs O(log intervals).
+// Not thread-safe; RunStore and SpillSpace own one each. Every operation costs O(log intervals).
 class FreeSpace {
  public:
   // Takes `pages` consecutive pages from the smallest interval that holds them (best fit: runs of one size
   // leave no splinters), the lowest one among equals. Nothing when no interval is long enough.
   std::optional<Page> take(Page pages);
+
+  // As `take`, but where no interval is long enough, takes the whole of the longest: its first page and its length.
+  // Requires that something is free.
+  std::pair<Page, Page> take_some(Page pages);
 
   // Gives pages back; they must not be free. Joins them with their free neighbours.
   void give(Page first, Page pages);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "check.hpp"
+#include "clock.hpp"
 
 namespace petalsd {
 
@@ -23,29 +24,33 @@ Page checked_num_pages(std::int64_t num_pages) {
 
 }  // namespace
 
-PagePool::PagePool(std::int64_t num_pages, std::int64_t page_tokens)
-    : page_tokens_(page_tokens), num_pages_(checked_num_pages(num_pages) - 1), runs_(num_pages_ + 1) {
+PagePool::PagePool(std::int64_t num_pages, std::int64_t page_tokens, const AdmissionRules& rules,
+                   std::shared_ptr<CreditBacking> backing)
+    : page_tokens_(page_tokens),
+      num_pages_(checked_num_pages(num_pages) - 1),
+      backing_(std::move(backing)),
+      runs_(num_pages_ + 1),
+      queue_(rules) {
   PETALSD_CHECK(page_tokens >= 1, "page_tokens = ", page_tokens, ": a page holds at least one token");
 }
 
-Handle PagePool::request(const SessionShape& shape) {
+Handle PagePool::request(const SessionShape& shape, const std::string& peer) {
   const std::lock_guard lock(mutex_);
-  const Handle handle = add(shape, credit_of(shape));
-  waiting_.push_back(handle);
-  grant_waiting();
+  const Handle handle = add(shape, peer);
+  serve_waiting();
   return handle;
 }
 
-Handle PagePool::try_open(const SessionShape& shape) {
+Handle PagePool::try_open(const SessionShape& shape, const std::string& peer) {
   const std::lock_guard lock(mutex_);
-  const Page credit = credit_of(shape);
-  if (credit > unreserved() || !waiting_.empty()) {
-    throw OutOfPages(text("the session needs ", credit, " pages (", describe(shape, page_tokens_), "), ", unreserved(),
-                          " of ", num_pages_, " are not reserved and ", waiting_.size(), " session(s) wait for them"),
-                     "retry later, or ask for a smaller max_length");
+  const Handle handle = add(shape, peer);
+  serve_waiting();
+  if (!sessions_.at(handle).is_open) {
+    queue_.withdraw(handle);
+    sessions_.erase(handle);
+    refuse(shape, peer);
   }
-  const Handle handle = add(shape, credit);
-  open(sessions_.at(handle));
+  granted_.erase(std::remove(granted_.begin(), granted_.end(), handle), granted_.end());
   return handle;
 }
 
@@ -60,11 +65,16 @@ void PagePool::extend(Handle handle, std::int64_t length) {
   PETALSD_CHECK(session.length <= length && length <= session.shape.max_tokens, "extend to ", length,
                 " tokens: the session has ", session.length, " and may reach ", session.shape.max_tokens);
   if (length == session.length) return;
-  if (session.length % page_tokens_ != 0) own_last_runs(session);
+  const Page pages = growth(session, length);
+  PETALSD_CHECK(session.spilled == 0 && pages <= runs_.free_pages(), "extend takes ", pages, " pages of ",
+                runs_.free_pages(), " free ones, ", session.spilled,
+                " of the session are not in memory: plan_batch first");
+  if (is_last_run_open(session)) own_last_runs(session);
   const auto num_runs = static_cast<std::size_t>(runs_for(length));
   for (Row& row : session.rows) {
     while (row.size() < num_runs) row.push_back(runs_.create(static_cast<Page>(session.shape.num_blocks)));
   }
+  session.held += pages;
   session.length = length;
   high_water_ = std::max(high_water_, mapped());
 }
@@ -76,7 +86,7 @@ void PagePool::truncate(Handle handle, std::int64_t length) {
                 session.length);
   const auto num_runs = static_cast<std::size_t>(runs_for(length));
   for (Row& row : session.rows) {
-    for (; row.size() > num_runs; row.pop_back()) runs_.release(row.back());
+    for (; row.size() > num_runs; row.pop_back()) release(session, row.back());
   }
   session.length = length;
 }
@@ -97,7 +107,7 @@ void PagePool::reorder(Handle handle, const std::vector<std::int64_t>& hypo_ids)
     for (const RunId run : row) runs_.retain(run);
   }
   for (const Row& row : session.rows) {
-    for (const RunId run : row) runs_.release(run);
+    for (const RunId run : row) release(session, run);
   }
   session.rows = std::move(rows);
 }
@@ -113,6 +123,7 @@ std::int64_t PagePool::fill_origins(const std::vector<Handle>& handles, const Or
   for (const Handle handle : handles) {
     const Session& session = find_open(handle);
     num_rows += session.shape.batch;
+    PETALSD_CHECK_EQUAL(session.spilled, 0, "pages that are not in memory, of a session in the batch = none");
     PETALSD_CHECK(runs_for(session.length) <= out.columns, "the origins table has ", out.columns,
                   " columns, a session has ", runs_for(session.length), " runs a row");
   }
@@ -141,51 +152,21 @@ void PagePool::close(Handle handle) {
     PETALSD_CHECK(0 < handle && handle < next_handle_, "handle ", handle, " was never given out");
     return;
   }
-  const Session& session = found->second;
-  waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), handle), waiting_.end());
+  Session& session = found->second;
+  queue_.withdraw(handle);
   granted_.erase(std::remove(granted_.begin(), granted_.end(), handle), granted_.end());
   for (const Row& row : session.rows) {
-    for (const RunId run : row) runs_.release(run);
+    for (const RunId run : row) release(session, run);
   }
-  if (session.is_open) reserved_ -= session.credit;
+  if (session.is_open) give_back(session);
   sessions_.erase(found);
-  grant_waiting();
+  serve_waiting();
 }
 
-PoolStats PagePool::stats() const {
-  const std::lock_guard lock(mutex_);
-  PoolStats stats{};
-  stats.pages_total = num_pages_;
-  stats.pages_free = runs_.free_pages();
-  stats.pages_mapped = mapped();
-  stats.pages_reserved = reserved_;
-  stats.pages_shared = runs_.shared_pages();
-  stats.high_water = high_water_;
-  stats.waiters = static_cast<std::int64_t>(waiting_.size());
-  stats.sessions = static_cast<std::int64_t>(sessions_.size()) - stats.waiters;
-  stats.copies = runs_.logged_copies();
-  stats.pages_moved = runs_.moved_pages();
-  return stats;
-}
-
-void PagePool::check_integrity() const {
-  const std::lock_guard lock(mutex_);
-  std::int64_t reserved = 0;
-  std::size_t num_waiting = 0;
-  for (const auto& [handle, session] : sessions_) {
-    check_session(handle, session);
-    if (session.is_open) reserved += session.credit;
-    if (!session.is_open) ++num_waiting;
-  }
-  runs_.check_integrity(count_references());
-  PETALSD_CHECK_EQUAL(reserved, reserved_, "credit of open sessions = pages reserved");
-  PETALSD_CHECK(reserved_ <= num_pages_, reserved_, " pages are reserved of ", num_pages_);
-  PETALSD_CHECK(mapped() <= reserved_, mapped(), " pages are mapped, ", reserved_, " reserved");
-  PETALSD_CHECK_EQUAL(num_waiting, waiting_.size(), "sessions that are not open = length of the queue");
-  if (waiting_.empty()) return;
-  const Page head_credit = sessions_.at(waiting_.front()).credit;
-  PETALSD_CHECK(head_credit > unreserved(), "the first in the queue needs ", head_credit, " pages and waits though ",
-                unreserved(), " are not reserved");
+// Open or waiting; nothing once it was closed.
+PagePool::Session* PagePool::find(Handle handle) {
+  const auto found = sessions_.find(handle);
+  return found == sessions_.end() ? nullptr : &found->second;
 }
 
 const PagePool::Session& PagePool::find_open(Handle handle) const {
@@ -202,7 +183,7 @@ PagePool::Session& PagePool::find_open(Handle handle) {
   return const_cast<Session&>(std::as_const(*this).find_open(handle));
 }
 
-// Pages promised to such a session; OutOfPages when the pool could never hold it.
+// Pages promised to such a session; OutOfPages when the memory could never hold it.
 Page PagePool::credit_of(const SessionShape& shape) const {
   PETALSD_CHECK(shape.first_block >= 0 && shape.num_blocks >= 1 && shape.batch >= 1 && shape.max_tokens >= 1,
                 "first_block = ", shape.first_block, ", num_blocks = ", shape.num_blocks, ", batch = ", shape.batch,
@@ -215,70 +196,119 @@ Page PagePool::credit_of(const SessionShape& shape) const {
     credit = factor <= num_pages_ ? credit * factor : std::int64_t{num_pages_} + 1;
     if (credit > num_pages_) {
       throw OutOfPages(text("the session (", describe(shape, page_tokens_), ") needs more than all ", num_pages_,
-                            " pages of the pool"),
+                            " pages in memory"),
                        "ask for a smaller max_length, batch or span");
     }
   }
   return static_cast<Page>(credit);
 }
 
-Handle PagePool::add(const SessionShape& shape, Page credit) {
+// All credit that there is, promised or not.
+std::int64_t PagePool::promisable() const {
+  const std::int64_t backed = backing_ && !is_failing_ ? backing_->limit() : 0;
+  return std::max<std::int64_t>(num_pages_, backed);
+}
+
+// Promises the credit, or says that it cannot. What is promised beyond the memory has its room in the file then.
+bool PagePool::promise(std::int64_t credit) {
+  const std::int64_t total = reserved_ + credit;
+  if (total > num_pages_) {
+    if (!backing_ || is_failing_ || total > std::numeric_limits<Page>::max()) return false;
+    if (total > slots_.size()) {
+      const std::int64_t slots = std::min<std::int64_t>(backing_->grow_to(total), std::numeric_limits<Page>::max());
+      slots_.grow_to(std::max(slots_.size(), static_cast<Page>(slots)));
+    }
+    if (total > slots_.size()) return false;
+  }
+  reserved_ = total;
+  return true;
+}
+
+Handle PagePool::add(const SessionShape& shape, const std::string& peer) {
+  const Page credit = credit_of(shape);
   const Handle handle = next_handle_++;
   Session& session = sessions_[handle];
   session.shape = shape;
   session.credit = credit;
+  session.peer = peer;
+  queue_.push({handle, credit, peer}, monotonic_s());
   return handle;
 }
 
-void PagePool::open(Session& session) {
-  reserved_ += session.credit;
-  session.is_open = true;
-  session.rows.resize(static_cast<std::size_t>(session.shape.batch));
-}
-
-void PagePool::grant_waiting() {
-  while (!waiting_.empty()) {
-    Session& head = sessions_.at(waiting_.front());
-    if (head.credit > unreserved()) return;
-    open(head);
-    granted_.push_back(waiting_.front());
-    waiting_.pop_front();
+void PagePool::serve_waiting() {
+  const auto promise_credit = [this](std::int64_t credit) { return promise(credit); };
+  for (const Handle handle : queue_.serve(promisable(), monotonic_s(), promise_credit)) {
+    Session& session = sessions_.at(handle);
+    session.is_open = true;
+    session.rows.resize(static_cast<std::size_t>(session.shape.batch));
+    session.last_used = num_batches_;
+    granted_.push_back(handle);
   }
 }
 
-// Copy on write: the rows are about to write into their last runs. The last one to share a run keeps it.
+void PagePool::refuse(const SessionShape& shape, const std::string& peer) {
+  const Page credit = credit_of(shape);
+  if (queue_.is_capped({0, credit, peer}, promisable())) {
+    throw OutOfPages(text("the session needs ", credit, " pages (", describe(shape, page_tokens_),
+                          "), this peer holds ", queue_.held_by(peer), " of ", promisable(),
+                          " and may not hold as much as that together"),
+                     "close a session first, or use another server");
+  }
+  const std::int64_t left = std::max<std::int64_t>(0, promisable() - reserved_);
+  throw OutOfPages(text("the session needs ", credit, " pages (", describe(shape, page_tokens_), "), ", left, " of ",
+                        promisable(), " are not reserved and ", queue_.size(), " session(s) wait for them"),
+                   "retry later, or ask for a smaller max_length");
+}
+
+// The credit of an open session; and the disk, once little is promised and nothing is stored there.
+void PagePool::give_back(const Session& session) {
+  reserved_ -= session.credit;
+  queue_.give_back(session.peer, session.credit);
+  if (slots_.size() > 0 && slots_.used() == 0 && reserved_ <= num_pages_ / 2 && spilling_.empty()) {
+    slots_.clear();
+    backing_->clear();
+  }
+}
+
+// One reference of the session's less; the last one frees what the run has, wherever that is.
+void PagePool::release(Session& session, RunId run) {
+  const Page pages = runs_.num_pages(run);
+  const bool was_resident = runs_.is_resident(run);
+  if (!runs_.release(run)) return;
+  slots_.drop(run);
+  session.held -= pages;
+  if (!was_resident) session.spilled -= pages;
+}
+
+// Copy on write: the rows are about to write into their last runs. The last one to share a run keeps it. What the file
+// holds of these runs is out of date from now on.
 void PagePool::own_last_runs(Session& session) {
   for (Row& row : session.rows) {
-    if (!runs_.is_shared(row.back())) continue;
-    const RunId copy = runs_.duplicate(row.back());
-    runs_.release(row.back());
-    row.back() = copy;
+    if (runs_.is_shared(row.back())) {
+      const RunId copy = runs_.duplicate(row.back());
+      runs_.release(row.back());
+      row.back() = copy;
+    }
+    slots_.drop(row.back());
   }
 }
 
-void PagePool::check_session(Handle handle, const Session& session) const {
-  const auto batch = session.is_open ? static_cast<std::size_t>(session.shape.batch) : 0;
-  PETALSD_CHECK_EQUAL(session.rows.size(), batch, "rows of session ", handle, " = rows it may have");
-  PETALSD_CHECK(session.length <= session.shape.max_tokens, "session ", handle, " has ", session.length,
-                " tokens of at most ", session.shape.max_tokens);
-  const auto num_runs = static_cast<std::size_t>(runs_for(session.length));
-  for (const Row& row : session.rows) {
-    PETALSD_CHECK_EQUAL(row.size(), num_runs, "runs in a row of session ", handle, " = runs for its length");
-    for (const RunId run : row) {
-      PETALSD_CHECK_EQUAL(static_cast<std::int64_t>(runs_.num_pages(run)), session.shape.num_blocks, "pages of run ",
-                          run, " = blocks of session ", handle);
-    }
+// Rows share a run only where they share all before it, at the same place.
+std::size_t PagePool::distinct_last_runs(const Session& session) const {
+  std::size_t count = 0;
+  for (auto row = session.rows.begin(); row != session.rows.end(); ++row) {
+    const auto has_same = [row](const Row& other) { return other.back() == row->back(); };
+    if (!runs_.is_shared(row->back()) || std::none_of(session.rows.begin(), row, has_same)) ++count;
   }
+  return count;
 }
 
-std::vector<std::int32_t> PagePool::count_references() const {
-  std::vector<std::int32_t> references(runs_.num_ids(), 0);
-  for (const auto& [handle, session] : sessions_) {
-    for (const Row& row : session.rows) {
-      for (const RunId run : row) ++references[static_cast<std::size_t>(run)];
-    }
-  }
-  return references;
+// Pages that extending to `length` takes, copies on write included.
+Page PagePool::growth(const Session& session, std::int64_t length) const {
+  if (length == session.length) return 0;
+  std::int64_t runs = (runs_for(length) - runs_for(session.length)) * session.shape.batch;
+  if (is_last_run_open(session)) runs += session.shape.batch - static_cast<std::int64_t>(distinct_last_runs(session));
+  return static_cast<Page>(runs * session.shape.num_blocks);
 }
 
 }  // namespace petalsd

@@ -12,23 +12,34 @@ RunStore::RunStore(Page num_pages) : num_pages_(num_pages), run_at_(num_pages), 
 }
 
 RunId RunStore::create(Page pages) {
+  RunId run;
+  if (free_ids_.empty()) {
+    run = static_cast<RunId>(runs_.size());
+    runs_.push_back({kNowhere, 0, 0});
+  } else {
+    run = free_ids_.back();
+    free_ids_.pop_back();
+  }
+  runs_[run] = {kNowhere, pages, 1};
+  settle(run);
+  return run;
+}
+
+void RunStore::settle(RunId run) {
+  const Page pages = runs_[run].pages;
   PETALSD_CHECK(1 <= pages && pages <= free_.total(), "a run of ", pages, " pages from ", free_.total(), " free ones");
   std::optional<Page> first = free_.take(pages);
   if (!first) {
     slide_down(cheapest_window(pages));
     first = free_.take(pages);
   }
-  RunId run;
-  if (free_ids_.empty()) {
-    run = static_cast<RunId>(runs_.size());
-    runs_.emplace_back();
-  } else {
-    run = free_ids_.back();
-    free_ids_.pop_back();
-  }
-  runs_[run] = {first.value(), pages, 1};
+  runs_[run].first = first.value();
   run_at_[*first] = run;
-  return run;
+}
+
+void RunStore::vacate(RunId run) {
+  free_.give(runs_[run].first, runs_[run].pages);
+  runs_[run].first = kNowhere;
 }
 
 RunId RunStore::duplicate(RunId source) {
@@ -42,14 +53,15 @@ void RunStore::retain(RunId run) {
   if (++runs_[run].references == 2) shared_pages_ += runs_[run].pages;
 }
 
-void RunStore::release(RunId run) {
+bool RunStore::release(RunId run) {
   Run& released = runs_[run];
   PETALSD_CHECK(released.references > 0, "run ", run, " is released once too often");
   --released.references;
   if (released.references == 1) shared_pages_ -= released.pages;
-  if (released.references > 0) return;
-  free_.give(released.first, released.pages);
+  if (released.references > 0) return false;
+  if (is_resident(run)) vacate(run);
   free_ids_.push_back(run);
+  return true;
 }
 
 // The stretch of addresses, from the start of a free interval to the end of another, that holds `pages` free
@@ -124,10 +136,11 @@ void RunStore::check_integrity(const std::vector<std::int32_t>& references) cons
       ++num_unused_ids;
       continue;
     }
+    if (run.references > 1) shared += run.pages;
+    if (!is_resident(static_cast<RunId>(id))) continue;
     claim(run.first, run.pages);
     PETALSD_CHECK_EQUAL(run_at_[run.first], static_cast<RunId>(id), "run found at page ", run.first, " = run there");
     used += run.pages;
-    if (run.references > 1) shared += run.pages;
   }
   PETALSD_CHECK_EQUAL(num_unused_ids, free_ids_.size(), "runs without references = free run ids");
   PETALSD_CHECK_EQUAL(used + free_.total(), num_pages_ - 1, "used + free pages = pages of the pool");

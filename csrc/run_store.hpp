@@ -14,7 +14,8 @@ using RunId = std::int32_t;  // stays the same when the run moves
 
 // Knows addresses and reference counts, nothing of sessions. Runs differ in length, so the free pages may be
 // enough and yet nowhere consecutive: `create` then moves runs together (their tables hold ids, so a move changes
-// one number) and logs the copies. Asking for no more than `free_pages` therefore never fails.
+// one number) and logs the copies. Asking for no more than `free_pages` therefore never fails. A run that is vacated
+// keeps its id and its references, but has no pages until it is settled again.
 //
 // Not thread-safe; PagePool owns it.
 class RunStore {
@@ -29,14 +30,18 @@ class RunStore {
   RunId duplicate(RunId source);
 
   void retain(RunId run);
-  void release(RunId run);  // the last reference frees its pages
+  bool release(RunId run);  // the last reference frees its pages and its id: true then
 
+  void vacate(RunId run);  // gives the pages of a resident run back
+  void settle(RunId run);  // takes pages of undefined content for one that is not, as `create` does
+
+  bool is_resident(RunId run) const { return runs_[run].first != kNowhere; }
   bool is_shared(RunId run) const { return runs_[run].references > 1; }
   Page first_page(RunId run) const { return runs_[run].first; }
   Page num_pages(RunId run) const { return runs_[run].pages; }
 
   Page free_pages() const { return free_.total(); }
-  Page shared_pages() const { return shared_pages_; }  // in runs with more than one reference
+  Page shared_pages() const { return shared_pages_; }  // of runs with more than one reference, resident or not
   std::int64_t moved_pages() const { return moved_pages_; }
   std::int64_t logged_copies() const { return copies_.total(); }
   std::vector<Copy> take_copies(std::size_t limit) { return copies_.take_group(limit); }
@@ -48,6 +53,8 @@ class RunStore {
   std::size_t num_ids() const { return runs_.size(); }
 
  private:
+  static constexpr Page kNowhere = 0;  // page 0 belongs to no run
+
   struct Run {
     Page first;
     Page pages;

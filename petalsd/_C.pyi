@@ -13,49 +13,112 @@ class PoolStats:
     """Page counts are of physical pages, page 0 left out."""
 
     @property
-    def pages_total(self) -> int: ...
-    @property
-    def pages_free(self) -> int:
-        """Hold nothing, promised or not."""
-    @property
-    def pages_mapped(self) -> int:
-        """Hold tokens of open sessions."""
+    def pages_promisable(self) -> int:
+        """All credit that there is, promised or not: the pages in memory, or of the spill file if it has more."""
     @property
     def pages_reserved(self) -> int:
-        """Promised to open sessions, mapped pages included."""
+        """Promised to open sessions, whether they hold tokens yet or not."""
+    @property
+    def pages_total(self) -> int:
+        """In memory."""
+    @property
+    def pages_free(self) -> int:
+        """Of them hold nothing, promised or not."""
+    @property
+    def pages_mapped(self) -> int:
+        """Of them hold tokens of open sessions."""
+    @property
+    def pages_spilled(self) -> int:
+        """Hold tokens in the spill file alone."""
     @property
     def pages_shared(self) -> int:
-        """Mapped, in runs that several rows continue from."""
+        """Hold tokens, in runs that several rows continue from."""
     @property
     def high_water(self) -> int:
         """Most pages mapped at once."""
     @property
+    def tail_tokens(self) -> int:
+        """Places for a token in a block that are held and empty: the ends of last pages."""
+    @property
     def sessions(self) -> int: ...
     @property
     def waiters(self) -> int: ...
+    @property
+    def oldest_wait_s(self) -> float:
+        """Of those who wait; 0 when nobody does."""
     @property
     def copies(self) -> int:
         """Page copies ever asked for: copy on write, and moves."""
     @property
     def pages_moved(self) -> int:
         """How many of the copies made room for a run."""
+    @property
+    def pages_evicted(self) -> int:
+        """That ever left the memory for others."""
+    @property
+    def pages_restored(self) -> int:
+        """That ever came back."""
+
+class SpillFile:
+    """The file for pages of idle sessions: without a name, mode 0600, never sparse. Raises SpillError with the
+    system's reason. ``read`` and ``write`` belong to one thread, and ``close`` comes after them.
+
+    A slot of it holds one page. ``transfers`` are int32 triples (page, slot, pages): so many pages of memory, and
+    slots of the file, from there on. ``slabs`` are pairs (address, bytes of a page), one for each part of a page,
+    in the same order every time; the caller keeps them alive."""
+
+    def __init__(self, directory: str, max_bytes: int, keep_free_bytes: int) -> None:
+        """At most ``max_bytes``, and only as long as the file system keeps ``keep_free_bytes`` beside it."""
+    def open(self, page_bytes: int) -> None:
+        """Make the file, of slots of ``page_bytes``."""
+    def write(self, transfers: bytearray, slabs: Sequence[tuple[int, int]]) -> None: ...
+    def read(self, transfers: bytearray, slabs: Sequence[tuple[int, int]]) -> None: ...
+    def grow_to(self, pages: int) -> int:
+        """Allocate room for ``pages`` pages if that is possible; for how many there is room now."""
+    def allocated_bytes(self) -> int: ...
+    def close(self) -> None:
+        """Give the disk back; nothing can be stored any more."""
 
 class PagePool:
-    """Credit and page tables of all sessions. Raises OutOfPages, SessionClosed (a closed handle) and KVPoolError
-    (a call against the contract); a call that raises has changed nothing."""
+    """Credit, residency and page tables of all sessions. Raises OutOfPages, SessionClosed (a closed handle) and
+    KVPoolError (a call against the contract); a call that raises has changed nothing."""
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
-        """Pages 1 to ``num_pages - 1``; page 0 is never handed out."""
-    def request(self, first_block: int, num_blocks: int, batch: int, max_tokens: int) -> int:
-        """Queue for ``batch * ceil(max_tokens / page_tokens) * num_blocks`` pages, first come, first served; the
-        handle can be used once ``granted`` has named it. OutOfPages at once when the whole pool is too small."""
-    def try_open(self, first_block: int, num_blocks: int, batch: int, max_tokens: int) -> int:
-        """A handle at once, or OutOfPages; also when the pages are there but others wait for them."""
+    def __init__(
+        self,
+        num_pages: int,
+        page_tokens: int,
+        spill_file: SpillFile | None = None,
+        max_peer_share: float = 1.0,
+        bypass_wait_s: float = 2.0,
+        max_bypasses: int = 8,
+    ) -> None:
+        """Pages 1 to ``num_pages - 1`` in memory; page 0 is never handed out. A peer that holds credit gets no
+        more than its share of all; who has waited ``bypass_wait_s`` or was passed ``max_bypasses`` times is not
+        passed."""
+    def request(self, first_block: int, num_blocks: int, batch: int, max_tokens: int, peer: str = "") -> int:
+        """Queue for ``batch * ceil(max_tokens / page_tokens) * num_blocks`` pages; the handle can be used once
+        ``granted`` has named it. OutOfPages at once when the memory is too small. No bound for an empty peer."""
+    def try_open(self, first_block: int, num_blocks: int, batch: int, max_tokens: int, peer: str = "") -> int:
+        """A handle at once, or OutOfPages; also when others wait who may not be passed."""
     def granted(self) -> list[int]:
-        """The requests granted since the last call, in order; to be asked after ``request`` and ``close``."""
+        """The requests granted since the last call, in order; to be asked after ``request``, ``try_open`` and
+        ``close``."""
+    def plan_batch(
+        self, handles: Sequence[int], lengths: Sequence[int], may_spill: bool
+    ) -> tuple[list[int], bytearray]:
+        """Which sessions, by index, run in the next batch and can be extended to ``lengths`` in it, and the
+        transfers that must be written to the spill file for it. The others' turn is the batch after it. Without
+        ``may_spill`` nothing is written, and fewer may fit. A closed handle is chosen. Copies must have been made
+        before."""
+    def finish_spills(self, are_written: bool) -> None:
+        """The plan's transfers are in the file; or they could not be written, and their pages stay in memory."""
+    def start_restores(self) -> list[bytearray]:
+        """For each chosen session the transfers that must be read back before it runs, after the copies were
+        made."""
     def extend(self, handle: int, length: int) -> None:
         """Map pages so that every row covers ``length`` tokens; rows get their own copies of a shared last run
-        that is partly filled. Never runs out. May move the runs of any session: see ``take_copies``."""
+        that is partly filled. Never runs out, once ``plan_batch`` has chosen the session for that length. May move
+        the runs of any session: see ``take_copies``."""
     def truncate(self, handle: int, length: int) -> None:
         """Roll every row back to ``length`` tokens and drop the runs past it."""
     def reorder(self, handle: int, hypo_ids: Sequence[int]) -> None:
@@ -67,7 +130,7 @@ class PagePool:
     def fill_origins(self, handles: Sequence[int], out: NDArray[np.int32]) -> int:
         """Write one row of ``out`` ([R, max_runs]) per row of the sessions, in order: entry j is the first page of
         the row's run j minus the session's first block; entries past its runs are left alone. The number of
-        rows written. The table holds until the next ``extend`` of any session."""
+        rows written. The table holds until the next ``extend`` or plan of any session."""
     def length(self, handle: int) -> int:
         """Tokens of each row."""
     def close(self, handle: int) -> None:

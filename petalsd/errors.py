@@ -14,6 +14,7 @@ PetalsdError
 ├── SessionClosed        the session was ended from our side, with the reason
 ├── DeadlineExceeded     a wait reached its deadline
 ├── EngineError          computing failed on our side; the session is lost, the daemon goes on
+│   └── SpillError           the disk failed under the attention cache of idle sessions
 ├── KVPoolError          an invariant of the page pool is broken: a bug here
 └── SwarmError           the swarm cannot do what was asked
     ├── MissingBlocks        no server holds some blocks
@@ -101,6 +102,10 @@ class DeadlineExceeded(PetalsdError):
 
 class EngineError(PetalsdError):
     code = "engine_error"
+
+
+class SpillError(EngineError):
+    code = "spill_error"
 
 
 class KVPoolError(PetalsdError):

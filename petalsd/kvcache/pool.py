@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from petalsd._C import PagePool, PoolStats
-from petalsd.errors import KVPoolError, PetalsdError
+from petalsd.errors import KVPoolError, PetalsdError, SpillError
+from petalsd.kvcache.observer import NullPoolObserver, PoolObserver
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.kvcache.sizing import KVGeometry
-from petalsd.kvcache.waiting import WaitingRoom
+from petalsd.kvcache.spill import Spill, SpillArea
+from petalsd.kvcache.waiting import AdmissionRules, WaitingRoom
 from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
 
 # Page copies go through a temporary copy of their sources; this bounds it, for keys and values each.
 _COPY_BUFFER_BYTES = 32 << 20
 
+_DEFAULT_RULES = AdmissionRules()
+_NOBODY = NullPoolObserver()
+
+
+@dataclass(slots=True)
+class BatchRoom:
+    """Sessions of a batch by their index: ``ready`` ones run now, ``failed`` ones cannot: the disk failed them.
+
+    Those must be closed; their pages may hold anything. Whoever is in neither must be in the next batch, without
+    others that were not in this one.
+    """
+
+    ready: list[int]
+    failed: dict[int, SpillError] = field(default_factory=dict)
+
 
 class KVPool:
     """``num_pages`` pages (page 0 is never used) of ``geometry``, in ``dtype`` on ``device``.
 
-    ``reserve`` belongs to an event loop, ``apply_copies`` and ``fill_origins`` to the engine thread; before each
-    batch it extends all the batch's sessions, then applies the copies, then fills the origins, which hold until it
-    extends a session again.
+    With ``spill`` more is promised than the pages hold: those of idle sessions go to a file when others need them.
+
+    ``reserve`` belongs to an event loop, ``make_room``, ``apply_copies`` and ``fill_origins`` to the engine
+    thread; before each batch it makes room for the batch's sessions, extends those that are ready, then applies
+    the copies, then fills the origins, which hold until it makes room or extends a session again.
     """
 
     def __init__(
@@ -32,15 +52,27 @@ class KVPool:
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device,
-        max_waiters: int = 64,
+        rules: AdmissionRules = _DEFAULT_RULES,
+        spill: SpillArea | None = None,
+        observer: PoolObserver = _NOBODY,
     ) -> None:
         self.geometry = geometry
         self.num_pages = num_pages
         self.dtype = dtype
         self.device = device
-        self._pages = PagePool(num_pages, geometry.page_tokens)
-        self._waiting_room = WaitingRoom(self._pages, max_waiters)
+        self._observer = observer
+        self._spill = None if spill is None else Spill(spill, observer)
+        self._pages = PagePool(
+            num_pages,
+            geometry.page_tokens,
+            None if self._spill is None else self._spill.file,
+            rules.max_peer_share,
+            rules.bypass_wait_s,
+            rules.max_bypasses,
+        )
+        self._waiting_room = WaitingRoom(self._pages, rules.max_waiters)
         self._copy_limit = max(1, _COPY_BUFFER_BYTES // geometry.slab_page_bytes)
+        self._known_copies = (0, 0)  # that made room, and on write: what the observer was told
         self._kv: PagedKV | None = None
 
     def allocate(self) -> PagedKV:
@@ -52,7 +84,14 @@ class KVPool:
             k=empty(shape, self.dtype, self.device),
             v=empty(shape, self.dtype, self.device),
         )
+        if self._spill is not None:
+            self._spill.open(self._slabs)
         return self._kv
+
+    def close(self) -> None:
+        """Give the disk back, once no session will run any more; the memory goes with the tensors."""
+        if self._spill is not None:
+            self._spill.close()
 
     @property
     def kv(self) -> PagedKV:
@@ -62,36 +101,106 @@ class KVPool:
         return self._kv
 
     @property
+    def _slabs(self) -> tuple[torch.Tensor, ...]:
+        """What a page consists of, ``[N, ...]`` each."""
+        return self.kv.k, self.kv.v
+
+    @property
     def tokens_free(self) -> int:
-        """Tokens that new sessions could reserve, summed over blocks."""
+        """Tokens that one new session could reserve, summed over blocks: never more than the memory holds."""
         stats = self._pages.stats()
-        return (stats.pages_total - stats.pages_reserved) * self.geometry.page_tokens
+        pages = min(stats.pages_promisable - stats.pages_reserved, stats.pages_total)
+        return max(0, pages) * self.geometry.page_tokens
+
+    @property
+    def spill_area(self) -> SpillArea | None:
+        """Where pages of idle sessions may lie; None where they stay in memory."""
+        return None if self._spill is None else self._spill.area
+
+    @property
+    def spill_bytes(self) -> int:
+        """Disk space that the spill file takes now."""
+        return 0 if self._spill is None else self._spill.file.allocated_bytes()
 
     async def reserve(self, request: KVRequest, timeout_s: float) -> KVSession:
         """Open a session that may grow to ``max_tokens``, waiting ``timeout_s`` for others to leave.
 
-        Requests are served in the order they came. With a timeout of 0, or when the whole pool is too small, the
-        answer comes at once. Raises OutOfPages with the numbers.
+        Requests are served in the order they came, but for what ``AdmissionRules`` say. With a timeout of 0, or
+        when the whole memory is too small, the answer comes at once. Raises OutOfPages with the numbers.
         """
         if timeout_s > 0:
             handle = await self._waiting_room.wait(request, timeout_s)
         else:
             handle = self._pages.try_open(
-                request.first_block, request.num_blocks, request.batch, request.max_tokens
+                request.first_block, request.num_blocks, request.batch, request.max_tokens, request.peer
             )
+            self._waiting_room.deliver()
         return KVSession(request, self._pages, handle, self._waiting_room.deliver)
 
     def dismiss_waiters(self, error: PetalsdError) -> None:
         """End every ``reserve`` that waits with ``error``; on any thread."""
         self._waiting_room.dismiss(error)
 
+    def make_room(self, wanted: Sequence[tuple[KVSession, int]]) -> BatchRoom:
+        """Bring the pages of a batch's sessions into memory, with room for each to grow to its length.
+
+        Pages of sessions that are not in the batch go to the spill file for it, least recently used ones first.
+        """
+        if self._spill is None:
+            return BatchRoom(list(range(len(wanted))))
+        self.apply_copies()
+        handles, lengths = [session.handle for session, _ in wanted], [length for _, length in wanted]
+        ready, spills = self._pages.plan_batch(handles, lengths, may_spill=True)
+        room = BatchRoom(ready)
+        if spills and (error := self._write(self._spill, spills)):
+            room.ready, _ = self._pages.plan_batch(handles, lengths, may_spill=False)
+            room.failed = dict.fromkeys(set(ready).difference(room.ready), error)
+        self._restore(self._spill, room)
+        return room
+
+    def _write(self, spill: Spill, transfers: bytearray) -> SpillError | None:
+        """The error of the disk, after which the pages stay in memory."""
+        are_written = False
+        try:
+            spill.write(transfers)
+            are_written = True
+        except SpillError as error:
+            return error
+        finally:
+            self._pages.finish_spills(are_written)
+        return None
+
+    def _restore(self, spill: Spill, room: BatchRoom) -> None:
+        restores = self._pages.start_restores()
+        if not any(restores):
+            return
+        self.apply_copies()  # of runs that were moved to make room
+        for index, transfers in zip(tuple(room.ready), restores, strict=True):
+            try:
+                if transfers:
+                    spill.read(transfers)
+            except SpillError as error:
+                room.ready.remove(index)
+                room.failed[index] = error
+
     def apply_copies(self) -> None:
-        """Make the page copies that ``extend`` has logged, in order; on the engine thread, before each batch."""
+        """Make the page copies that were logged, in order; on the engine thread, before each batch."""
+        has_copied = False
         while pairs := self._pages.take_copies(self._copy_limit):
+            has_copied = True
             copies = torch.frombuffer(pairs, dtype=torch.int32).view(-1, 2).to(self.device, torch.int64)
             sources, targets = copies.unbind(1)
-            for slab in (self.kv.k, self.kv.v):
+            for slab in self._slabs:
                 slab.index_copy_(0, targets, slab.index_select(0, sources))
+        if has_copied:
+            self._report_copies()
+
+    def _report_copies(self) -> None:
+        stats = self._pages.stats()
+        moved, shared = stats.pages_moved, stats.copies - stats.pages_moved
+        known_moved, known_shared = self._known_copies
+        self._known_copies = moved, shared
+        self._observer.copied(shared - known_shared, moved - known_moved)
 
     def fill_origins(self, sessions: Sequence[KVSession], out: torch.Tensor) -> int:
         """Write the page table of a batch (see ``ops.ragged``) and return its number of rows.

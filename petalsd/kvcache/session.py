@@ -10,12 +10,16 @@ from petalsd._C import PagePool
 
 @dataclass(frozen=True, slots=True)
 class KVRequest:
-    """Room for ``batch`` rows of up to ``max_tokens`` tokens in ``num_blocks`` blocks from ``first_block`` on."""
+    """Room for ``batch`` rows of up to ``max_tokens`` tokens in ``num_blocks`` blocks from ``first_block`` on.
+
+    ``peer`` is whose share of the pool it counts to; nobody's when it is empty.
+    """
 
     first_block: int
     num_blocks: int
     batch: int
     max_tokens: int
+    peer: str = ""
 
     def __str__(self) -> str:
         return f"{self.batch} row(s) of {self.max_tokens} tokens in {self.num_blocks} block(s)"
@@ -50,7 +54,8 @@ class KVSession:
     def extend(self, length: int) -> None:
         """Map pages so that each row covers ``length`` tokens, ``self.length <= length <= max_tokens``.
 
-        May log page copies and move pages of any session: ``KVPool.apply_copies`` before the next batch.
+        After ``KVPool.make_room`` for that length, where the pool has a spill file. May log page copies and move
+        pages of any session: ``KVPool.apply_copies`` before the next batch.
         """
         self._pages.extend(self.handle, length)
 

@@ -12,6 +12,24 @@ from petalsd.kvcache.session import KVRequest
 
 
 @dataclass(frozen=True, slots=True)
+class AdmissionRules:
+    """Who may wait and who goes first.
+
+    max_waiters     sessions that may wait at once
+    max_peer_share  of all that can be promised, what one peer may hold; its first session may be larger. It holds
+                    always, not only while others wait: sessions live long and most clients do not wait, so by
+                    the time somebody waits it is too late to keep room for them
+    bypass_wait_s   until it has waited so long, a request that wants more than there is may be passed by smaller
+    max_bypasses    and until so many have passed it
+    """
+
+    max_waiters: int = 64
+    max_peer_share: float = 1.0
+    bypass_wait_s: float = 2.0
+    max_bypasses: int = 8
+
+
+@dataclass(frozen=True, slots=True)
 class _Waiter:
     loop: asyncio.AbstractEventLoop
     outcome: asyncio.Future[PetalsdError | None]
@@ -26,7 +44,7 @@ class _Waiter:
 
 
 class WaitingRoom:
-    """Tasks that wait for the credit of their request, first come, first served, ``max_waiters`` at most.
+    """Tasks that wait for the credit of their request, ``max_waiters`` at most.
 
     Credit may come back on any thread (a session closes on the engine thread); whoever gave it back calls
     ``deliver``.
@@ -88,7 +106,7 @@ class WaitingRoom:
                     hint="retry later, or use another server",
                 )
             handle = self._pages.request(
-                request.first_block, request.num_blocks, request.batch, request.max_tokens
+                request.first_block, request.num_blocks, request.batch, request.max_tokens, request.peer
             )
             self._waiters[handle] = _Waiter(loop, outcome)
         self.deliver()

@@ -15,6 +15,7 @@ from petalsd.errors import (
     OutOfPages,
     Overloaded,
     SessionClosed,
+    SpillError,
 )
 
 log = structlog.get_logger(__name__)
@@ -28,6 +29,7 @@ _PUBLIC = (
     OutOfPages,
     Overloaded,
     SessionClosed,
+    SpillError,
 )
 _INTERNAL = "internal_error"
 CODES = frozenset({*(kind.code for kind in _PUBLIC), _INTERNAL})

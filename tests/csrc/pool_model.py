@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
 
-from petalsd._C import PagePool
+from petalsd._C import PagePool, SpillFile
 
 LARGEST_LIMIT = 1 << 20
 
@@ -33,8 +34,13 @@ class ModelSession:
         return len(self.rows[0])
 
     @property
-    def mapped(self) -> int:
+    def held(self) -> int:
         return len({run for row in self.runs for run in row}) * self.shape.num_blocks
+
+    @property
+    def tail_tokens(self) -> int:
+        last_runs = {row[-1] for row in self.runs if row}
+        return len(last_runs) * (-self.length % self.page_tokens) * self.shape.num_blocks
 
     def extend(self, length: int) -> None:
         num_runs = -(-length // self.page_tokens)
@@ -54,13 +60,20 @@ class ModelSession:
 
 
 class FakeEngine:
-    """Drives a pool as the engine does, the model beside it; every token of every block has its own number."""
+    """Drives a pool as the engine does, the model beside it; every token of every block has its own number.
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
-        self.pool = PagePool(num_pages, page_tokens)
-        self.page_tokens = page_tokens
-        self.capacity = num_pages - 1
+    With ``spill_pages`` the pool has a real spill file of so many.
+    """
+
+    def __init__(self, num_pages: int, page_tokens: int, spill_pages: int = 0) -> None:
         self.slab = np.full((num_pages, page_tokens), -1, dtype=np.int64)
+        self.page_bytes = page_tokens * self.slab.itemsize
+        self.file = SpillFile(tempfile.gettempdir(), spill_pages * self.page_bytes, 0)
+        self.file.open(self.page_bytes)
+        self.pool = PagePool(num_pages, page_tokens, self.file if spill_pages else None, bypass_wait_s=0)
+        self.page_tokens = page_tokens
+        self.num_pages = num_pages - 1
+        self.capacity = max(num_pages - 1, spill_pages)
         self.open: dict[int, ModelSession] = {}
         self.waiting: dict[int, ModelSession] = {}
         self.next_token = 0
@@ -105,18 +118,41 @@ class FakeEngine:
         self.open[handle].reorder(hypo_ids)
 
     def step(self, tokens: dict[int, int], copy_limit: int = LARGEST_LIMIT) -> None:
-        """One batch: ``tokens[handle]`` new tokens in every row of each session."""
-        for handle, count in tokens.items():
-            length = self.open[handle].length + count
-            self.pool.extend(handle, length)
-            self.open[handle].extend(length)
-        self.apply_copies(copy_limit)
-        for handle, count in tokens.items():
-            self.write(handle, count)
+        """``tokens[handle]`` new tokens in every row of each session, in as many batches as the memory wants."""
+        while tokens:
+            batch = self.make_room(
+                {handle: self.open[handle].length + count for handle, count in tokens.items()}
+            )
+            assert batch, "nobody fits"
+            for handle in batch:
+                length = self.open[handle].length + tokens[handle]
+                self.pool.extend(handle, length)
+                self.open[handle].extend(length)
+            self.apply_copies(copy_limit)
+            for handle in batch:
+                self.write(handle, tokens[handle])
+            tokens = {handle: count for handle, count in tokens.items() if handle not in batch}
+
+    def make_room(self, lengths: dict[int, int]) -> list[int]:
+        """Those who are in memory afterwards, with room for so many tokens."""
+        if self.capacity == self.num_pages:
+            return list(lengths)
+        self.apply_copies()
+        handles = list(lengths)
+        chosen, spills = self.pool.plan_batch(handles, list(lengths.values()), may_spill=True)
+        place = [(self.slab.ctypes.data, self.page_bytes)]
+        self.file.write(spills, place)
+        self.pool.finish_spills(are_written=True)
+        restores = self.pool.start_restores()
+        self.apply_copies()
+        for transfers in restores:
+            self.file.read(transfers, place)
+        return [handles[index] for index in chosen]
 
     def abandoned_step(self, handle: int, count: int) -> None:
         """A batch that failed before it began: its copies stay pending, its tokens are rolled back."""
         length = self.open[handle].length
+        assert self.make_room({handle: length + count}) == [handle]
         self.pool.extend(handle, length + count)
         self.open[handle].extend(length + count)
         self.truncate(handle, length)
@@ -155,6 +191,7 @@ class FakeEngine:
         """Make the pending copies; then every row of every session reads the tokens it wrote or continued from."""
         self.apply_copies()
         for handle, session in self.open.items():
+            assert self.make_room({handle: session.length}) == [handle]
             origins = self.origins(handle)
             for row, tokens in enumerate(session.rows):
                 for block in blocks(session.shape):
@@ -165,11 +202,11 @@ class FakeEngine:
     def check_books(self) -> None:
         self.pool.check_integrity()
         stats = self.pool.stats()
-        mapped = sum(session.mapped for session in self.open.values())
-        assert stats.pages_total == self.capacity
-        assert stats.pages_mapped == mapped
-        assert stats.pages_free == self.capacity - mapped
+        assert (stats.pages_total, stats.pages_promisable) == (self.num_pages, self.capacity)
+        assert stats.pages_mapped + stats.pages_spilled == sum(session.held for session in self.open.values())
+        assert stats.pages_free == self.num_pages - stats.pages_mapped
         assert stats.pages_reserved == self.capacity - self.unreserved
+        assert stats.tail_tokens == sum(session.tail_tokens for session in self.open.values())
         assert (stats.sessions, stats.waiters) == (len(self.open), len(self.waiting))
         assert all(self.pool.length(handle) == session.length for handle, session in self.open.items())
 

@@ -8,7 +8,9 @@ build=${1:-$root/build/sanitize}
 cxx=${CXX:-g++}
 mkdir -p "$build"
 
-pool="fuzz_page_pool.cpp page_pool.cpp run_store.cpp copy_log.cpp free_space.cpp"
+admission="fuzz_admission.cpp admission.cpp"
+pool="fuzz_page_pool.cpp page_pool.cpp page_pool_books.cpp page_pool_residency.cpp admission.cpp residency.cpp
+    spill_space.cpp run_store.cpp copy_log.cpp free_space.cpp"
 span="run_span.cpp span.cpp span_block.cpp packed_linear.cpp tiers.cpp thread_team.cpp
     kernels_avx2.cpp kernels_avx512.cpp kernels_avx512vnni.cpp kernels_avx512bf16.cpp kernels_baseline.cpp"
 
@@ -29,7 +31,8 @@ if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(un
 # are long enough to be worth optimising.
 # shellcheck disable=SC2086 # lists of files
 {
-    { compile fuzz_address address,undefined -Og $pool; compile span_address address,undefined -Og $span; } &
+    { compile fuzz_address address,undefined -Og $pool; compile admission_address address,undefined -Og $admission
+        compile span_address address,undefined -Og $span; } &
     address_builds=$!
     compile fuzz_thread thread -O1 $pool
     compile span_thread thread -O1 $span
@@ -40,12 +43,19 @@ echo "address, undefined: steps of blocks"
 echo "thread: steps of blocks"
 $fixed_addresses "$build/span_thread"
 for seed in 1 2 3; do
+    echo "address, undefined: admission, seed $seed"
+    "$build/admission_address" 100000 $seed
     echo "address, undefined: alone, seed $seed"
     "$build/fuzz_address" alone 120000 $seed
+    echo "address, undefined: alone with a disk, seed $seed"
+    "$build/fuzz_address" alone 30000 $seed $((600 * seed))
 done
 echo "address, undefined: together"
 "$build/fuzz_address" together 120000 1
+"$build/fuzz_address" together 30000 1 1500
 for seed in 1 2; do
     echo "thread: together, seed $seed"
     $fixed_addresses "$build/fuzz_thread" together 120000 $seed
+    echo "thread: together with a disk, seed $seed"
+    $fixed_addresses "$build/fuzz_thread" together 20000 $seed 1500
 done

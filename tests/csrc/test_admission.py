@@ -11,8 +11,8 @@ from petalsd.errors import KVPoolError, OutOfPages, SessionClosed
 
 @pytest.fixture
 def pool() -> PagePool:
-    """24 pages of 4 tokens."""
-    return PagePool(25, 4)
+    """24 pages of 4 tokens; nobody passes anybody."""
+    return PagePool(25, 4, bypass_wait_s=0)
 
 
 def test_credit_counts_rows_runs_and_blocks(pool: PagePool) -> None:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry
+from petalsd.kvcache.waiting import AdmissionRules
 
 PAGE_TOKENS = 4
+STRICTLY_IN_ORDER = AdmissionRules(bypass_wait_s=0)
 
 
 @pytest.fixture
 def make_pool() -> Iterator[Callable[..., KVPool]]:
-    """Makes allocated CPU pools: ``make_pool(num_pages, dtype=..., max_waiters=...)``."""
+    """Makes allocated CPU pools: ``make_pool(num_pages, dtype=...)``, and what KVPool takes besides."""
     pools: list[KVPool] = []
 
-    def make(num_pages: int, dtype: torch.dtype = torch.float32, max_waiters: int = 64) -> KVPool:
+    def make(
+        num_pages: int,
+        dtype: torch.dtype = torch.float32,
+        rules: AdmissionRules = STRICTLY_IN_ORDER,
+        **options: Any,
+    ) -> KVPool:
         geometry = KVGeometry(PAGE_TOKENS, num_kv_heads=2, head_dim=3, dtype_bytes=dtype.itemsize)
-        pool = KVPool(geometry, num_pages, dtype, torch.device("cpu"), max_waiters)
+        pool = KVPool(geometry, num_pages, dtype, torch.device("cpu"), rules, **options)
         pool.allocate()
         pools.append(pool)
         return pool
@@ -28,6 +36,7 @@ def make_pool() -> Iterator[Callable[..., KVPool]]:
     yield make
     for pool in pools:
         pool.check_integrity()
+        pool.close()
 
 
 @pytest.fixture

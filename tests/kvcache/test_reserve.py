@@ -12,6 +12,7 @@ import pytest
 from petalsd.errors import Draining, OutOfPages
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest, KVSession
+from petalsd.kvcache.waiting import AdmissionRules
 
 LONG_S = 30.0
 
@@ -99,7 +100,7 @@ async def test_a_wait_cancelled_after_its_grant_gives_the_pages_back(pool: KVPoo
 
 async def test_the_queue_is_bounded(make_pool: Callable[..., KVPool]) -> None:
     """One waiter more than max_waiters is turned away at once."""
-    pool = make_pool(25, max_waiters=2)
+    pool = make_pool(25, rules=AdmissionRules(max_waiters=2))
     await pool.reserve(rows(24), 0)
     tasks = [await queued(pool, rows(1)) for _ in range(2)]
     with pytest.raises(OutOfPages, match="2 sessions wait for pages already"):
