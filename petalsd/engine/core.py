@@ -120,6 +120,8 @@ class EngineCore:
         attention = AttentionShare.of(served.config)
         self._scheduler = Scheduler(limits.max_batch_tokens, limits.chunk_tokens, attention)
         self._gathering = Gathering()
+        # Planned, but the memory held too few pages for them beside the others'.
+        self._deferred: list[Slice] = []
         self._sessions: dict[int, EngineSession] = {}
         self._runner = runner
         passes = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
@@ -127,11 +129,13 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler) or bool(self.passes)
+        return bool(self._scheduler) or bool(self.passes) or bool(self._deferred)
 
     def pause_s(self) -> float:
         """Seconds that the next iteration should wait for sessions that are about to come."""
-        return self._gathering.pause_s(time.monotonic()) if self._scheduler else 0.0
+        if self._deferred or not self._scheduler:
+            return 0.0
+        return self._gathering.pause_s(time.monotonic())
 
     # Commands, called between iterations
 
@@ -159,6 +163,7 @@ class EngineCore:
         """Drop the session with whatever it is at, and give its pages back. Harmless when repeated."""
         self._scheduler.remove(session.key)
         self._gathering.forget(session.key)
+        self._deferred = [piece for piece in self._deferred if piece.key != session.key]
         self._sessions.pop(session.key, None)
         session.job = None
         session.kv.close()
@@ -172,16 +177,23 @@ class EngineCore:
     # The iteration
 
     def iterate(self) -> None:
-        """Plan what runs now, run it, answer what is complete."""
-        plan = self._scheduler.schedule(time.monotonic(), has_pass=bool(self.passes))
+        """Plan what runs now, run it, answer what is complete. A plan is carried out before the next is made."""
+        deferred, self._deferred = self._deferred, []
+        plan = (
+            Plan(deferred, None)
+            if deferred
+            else self._scheduler.schedule(time.monotonic(), has_pass=bool(self.passes))
+        )
         start = self._progress.begin(self._num_tokens(plan))
         if plan.slices:
             is_whole = self._run_steps(plan.slices, start)
             now = time.monotonic()
             self._report.duration_s = now - start
-            if is_whole and self._report.rows:  # canaries are too small to learn from
+            # Canaries are too small to learn from, and the rest of a plan is another batch than was planned.
+            if is_whole and not deferred and self._report.rows:
                 self._scheduler.ran(now - start)
-            self._gathering.ran(self._scheduler.undisturbed_s, now, has_more=bool(self._scheduler))
+            has_more = bool(self._scheduler or self._deferred)
+            self._gathering.ran(self._scheduler.undisturbed_s, now, has_more)
         if plan.pass_s is not None:
             self.passes.run(plan.pass_s)
         self._progress.end()
@@ -199,7 +211,7 @@ class EngineCore:
 
     def _run_steps(self, slices: Sequence[Slice], start: float) -> bool:
         """Whether all went as planned."""
-        sessions, items = self._prepare(slices, start)
+        sessions, items = self._prepare(self._make_room(slices), start)
         if not items:
             return False
         self._pool.apply_copies()
@@ -216,6 +228,21 @@ class EngineCore:
             if output is not None and job is not None:
                 self._complete(session, job, output)
         return not num_failed
+
+    def _make_room(self, slices: Sequence[Slice]) -> list[Slice]:
+        """The slices whose sessions are in memory now, side by side; the others are deferred."""
+        sessions = [self._sessions[piece.key] for piece in slices]
+        wanted = [
+            (session.kv, session.position + piece.tokens)
+            for session, piece in zip(sessions, slices, strict=True)
+        ]
+        room = self._pool.make_room(wanted)
+        if len(room.ready) < len(slices):
+            left = set(range(len(slices))).difference(room.ready, room.failed)
+            self._deferred = [slices[index] for index in sorted(left)]
+            for index, error in room.failed.items():
+                self._fail(sessions[index], error)
+        return [slices[index] for index in room.ready]
 
     def _prepare(self, slices: Sequence[Slice], start: float) -> tuple[list[EngineSession], list[BatchItem]]:
         """Make room for the slices' tokens. A session that fails here is out, the others go on."""
@@ -269,4 +296,6 @@ class EngineCore:
         job = session.job
         self.close_session(session)
         if job is not None:
-            self._outbox.put(job.answer, EngineError(f"computing the step failed: {type(error).__name__}"))
+            is_told = isinstance(error, EngineError)
+            text = f"computing the step failed: {type(error).__name__}"
+            self._outbox.put(job.answer, error if is_told else EngineError(text))

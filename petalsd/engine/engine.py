@@ -111,9 +111,12 @@ class Engine:
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        pool = self.pool
         self._end_all(thread, Draining("the server is stopping"))
         if not await thread.stop(deadline_s):
             log.error("engine_thread_left_behind", deadline_s=deadline_s)
+        elif pool is not None:
+            pool.close()
 
     # What is served
 
@@ -153,10 +156,12 @@ class Engine:
 
         Returns when the engine thread no longer touches the blocks; DeadlineExceeded when it doesn't let go.
         """
-        thread = self._running_thread()
+        thread, pool = self._running_thread(), self.pool
         self._end_all(thread, NotServed(reason))
         if not await thread.wait_for_commands(self.limits.step_deadline_s):
             raise DeadlineExceeded("the engine thread did not let go of the blocks it served")
+        if pool is not None:
+            pool.close()
 
     def end_sessions(self, reason: str) -> None:
         """End all sessions with SessionClosed(reason) and all passes with Draining(reason); the span stays."""
@@ -192,7 +197,7 @@ class Engine:
 
     async def _reserve(self, core: EngineCore, spec: SessionSpec) -> KVSession:
         tokens = max(1, spec.max_tokens)  # a session of none is legal on the wire, but not in the pool
-        request = KVRequest(spec.span.start, len(spec.span), spec.batch, tokens)
+        request = KVRequest(spec.span.start, len(spec.span), spec.batch, tokens, spec.peer)
         return await core.served.pool.reserve(request, spec.alloc_timeout_s)
 
     def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession) -> Session:

@@ -19,6 +19,7 @@ from petalsd.engine.observer import EngineObserver
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.kvcache.spill import SpillArea
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
 from petalsd.models.ladder import Ladder
@@ -53,11 +54,11 @@ class TinyModel:
     def span(self) -> BlockSpan:
         return BlockSpan(0, self.config.num_blocks)
 
-    def pool(self, kv_tokens: int = 512) -> KVPool:
+    def pool(self, kv_tokens: int = 512, spill: SpillArea | None = None) -> KVPool:
         """Room for ``kv_tokens`` tokens in each block, in small pages of garbage."""
         geometry = KVGeometry(PAGE_TOKENS, self.config.num_kv_heads, self.config.head_dim, dtype_bytes=4)
         num_pages = pages_for(kv_tokens, self.config.num_blocks, PAGE_TOKENS)
-        pool = KVPool(geometry, num_pages, torch.float32, CPU)
+        pool = KVPool(geometry, num_pages, torch.float32, CPU, spill=spill)
         kv = pool.allocate()
         kv.k.fill_(torch.nan)
         kv.v.fill_(torch.nan)
@@ -80,10 +81,11 @@ async def serving(
     blocks: Mapping[int, Block] | None = None,
     kv_tokens: int = 512,
     observer: EngineObserver | None = None,
+    spill: SpillArea | None = None,
 ) -> AsyncIterator[Engine]:
     """An engine over all blocks of ``model``; at the end no page may be held and the pool must be sound."""
     engine = Engine(limits or EngineLimits(), CPU, num_threads=1, observer=observer)
-    pool = model.pool(kv_tokens)
+    pool = model.pool(kv_tokens, spill)
     await engine.start()
     try:
         await engine.load_span(blocks or model.blocks, pool, model.rope)
