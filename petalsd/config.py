@@ -64,6 +64,7 @@ Count = Annotated[int, Field(ge=1)]
 AutoCount = Literal["auto"] | Count
 PathText = Annotated[Path, BeforeValidator(_to_path)]
 SizeBytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
+AutoSizeBytes = Literal["auto"] | Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 Maddrs = Annotated[tuple[str, ...], _maddrs(needs_peer=False)]
 PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], _maddrs(needs_peer=True)]
@@ -146,6 +147,14 @@ class EngineSection(Section):
     kv_tokens: AutoCount = _restart(
         "auto",
         "attention cache: tokens per block over all sessions; auto: 16384, or 4096 without grouped queries",
+    )
+    kv_spill_bytes: AutoSizeBytes = _restart(
+        "auto",
+        "disk space for the attention cache of idle sessions, so that more are admitted than memory holds; bytes "
+        'or text as in "20GB"; auto: 12 times the cache, at most half of what is free; 0: none',
+    )
+    max_peer_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = _restart(
+        0.75, "share of the attention cache that the sessions of one peer may reserve; 1: all of it"
     )
     page_tokens: Annotated[int, Field(ge=1, le=1024)] = _restart(16, "tokens per page of the attention cache")
     max_session_tokens: AutoCount = _restart(

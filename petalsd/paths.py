@@ -99,6 +99,13 @@ def unix_address(path: Path) -> Iterator[str]:
         os.close(directory)
 
 
+def existing_part(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def check_instance_name(instance: str) -> None:
     if not _INSTANCE_NAME.fullmatch(instance):
         raise ConfigError(f"instance = {instance!r}: use letters, digits, '_', '-' and '.'")

@@ -93,11 +93,22 @@ class Loading(Document):
     percent: float
 
 
+class SpillStatus(Document):
+    """Idle sessions' part of the cache on the disk."""
+
+    max_bytes: int
+    file_bytes: int = Field(description="disk space taken")
+    pages_promisable: int = Field(description="that sessions can be promised in all")
+    pages_spilled: int = Field(description="hold tokens on the disk alone")
+
+
 class KVStatus(Document):
     pages_total: int
     pages_free: int = Field(description="hold no tokens")
     page_tokens: int
-    tokens_left: int = Field(description="that new sessions could reserve, summed over blocks")
+    tokens_left: int = Field(description="that a new session could reserve, summed over blocks")
+    pages_reserved: int = Field(description="promised to open sessions, whether they hold tokens yet or not")
+    spill: SpillStatus | None = Field(description="null where the cache of idle sessions stays in memory")
 
 
 class SessionCounts(Document):

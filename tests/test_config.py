@@ -41,6 +41,18 @@ def test_defaults_are_at_least_those_of_petals() -> None:
     assert config.engine.kv_tokens == config.engine.max_session_tokens == "auto"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", "auto"), ("0", 0), ("20GB", 20 * 10**9), ("3 GiB", 3 << 30), ("1024", 1024)],
+)
+def test_room_for_idle_sessions_is_a_size(tmp_path: Path, text: str, expected: int | str) -> None:
+    """In words of the file as on the command line; 0 is allowed and means none."""
+    config = load_config(None, {}, ["model.source=a/b", f"engine.kv_spill_bytes={text}"]).config
+    assert config.engine.kv_spill_bytes == expected
+    file = write(tmp_path, f'[model]\nsource = "a/b"\n[engine]\nkv_spill_bytes = "{text}"\n')
+    assert load_config(file, {}, []).config.engine.kv_spill_bytes == expected
+
+
 def test_command_line_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
     """Each layer overrides the one below, key by key, and origins say which one won."""
     file = write(
@@ -96,6 +108,9 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ("[blokcs]", "unknown section [blokcs]; did you mean [blocks]?"),
         ('[engine]\nkv_tokens = "many"', "engine.kv_tokens = 'many': should be 'auto' or should be a valid int"),
         ("[engine]\nkv_tokens = 0", "engine.kv_tokens = 0"),
+        ('[engine]\nkv_spill_bytes = "some"', "engine.kv_spill_bytes = 'some': should be 'auto'"),
+        ("[engine]\nkv_spill_bytes = -1", "engine.kv_spill_bytes = -1"),
+        ("[engine]\nmax_peer_share = 0.0", "engine.max_peer_share = 0.0"),
         ('[blocks]\ncount = "3"', "blocks.count = '3'"),
         ('[blocks]\nspan = "7:7"', "a span needs 0 <= start < end, got 7:7"),
         ('[blocks]\nspan = "0:4"\ncount = 4', "blocks.span and blocks.count exclude each other"),

@@ -17,17 +17,26 @@ from petalsd.daemon.detached import run_detached
 from petalsd.daemon.membership import Membership, node_options
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.rebalancer import Rebalancer
-from petalsd.daemon.recording import DownloadRecorder, EngineRecorder, SwarmRecorder, declare_causes
+from petalsd.daemon.recording import (
+    CacheRecorder,
+    DownloadRecorder,
+    EngineRecorder,
+    SwarmRecorder,
+    declare_causes,
+)
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.span_loader import ProgressLog, ProgressSink, SpanLoader, both
 from petalsd.daemon.speed import Speed
+from petalsd.daemon.spilling import plan_spill
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import Engine
 from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
+from petalsd.kvcache.spill import SpillArea
+from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.log import adopt_loggers
 from petalsd.metrics import Metrics
 from petalsd.models.contract import Block
@@ -87,6 +96,10 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
     )
     rebalancer = Rebalancer(member, rng)
+    cache_rules, cache_recorder = (
+        AdmissionRules(max_peer_share=config.engine.max_peer_share),
+        CacheRecorder(metrics),
+    )
 
     def start_progress() -> ProgressSink:
         return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
@@ -96,7 +109,8 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
 
     async def hand_over(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
         num_pages = pages_for(plan.kv_tokens, len(span), plan.geometry.page_tokens)
-        pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device)
+        spill = _spill_area(config, plan, paths, len(span))
+        pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device, cache_rules, spill, cache_recorder)
         pool.allocate()
         await engine.load_span(blocks, pool, ladder.angles)
 
@@ -116,6 +130,17 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         metrics=metrics,
         activity=activity,
     )
+
+
+def _spill_area(config: Config, plan: ServingPlan, paths: InstancePaths, num_blocks: int) -> SpillArea | None:
+    """A disk without room is no reason not to serve; ``petalsd check`` is stricter."""
+    try:
+        spill = plan_spill(config.engine, plan, paths, num_blocks)
+    except (ConfigError, OSError) as error:
+        log.error("kv_spill_unavailable", error=str(error))
+        return None
+    log.info("kv_spill_planned", text=spill.text)
+    return spill.area
 
 
 def _warn_of_tight_memory(plan: ServingPlan, demand: Demand, board: WarningBoard) -> None:

@@ -21,6 +21,20 @@ from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
 from petalsd.types import DaemonState
 
+_POOL_GAUGES = {
+    "kv_capacity_pages": "pages_total",
+    "kv_promisable_pages": "pages_promisable",
+    "kv_reserved_pages": "pages_reserved",
+    "kv_mapped_pages": "pages_mapped",
+    "kv_mapped_peak_pages": "high_water",
+    "kv_free_pages": "pages_free",
+    "kv_spilled_pages": "pages_spilled",
+    "kv_shared_pages": "pages_shared",
+    "kv_tail_tokens": "tail_tokens",
+    "waiting_sessions": "waiters",
+    "waiting_session_age_seconds": "oldest_wait_s",
+}  # what is read from PoolStats
+
 
 class Figures:
     """``read`` is a ``metrics.Source``."""
@@ -81,12 +95,10 @@ class Figures:
     def _cache(self) -> Iterator[Reading]:
         pool = self._parts.engine.pool
         stats = None if pool is None else pool.stats()
-        yield Reading("kv_capacity_pages", stats.pages_total if stats else 0)
-        yield Reading("kv_reserved_pages", stats.pages_reserved if stats else 0)
-        yield Reading("kv_mapped_pages", stats.pages_mapped if stats else 0)
-        yield Reading("kv_free_pages", stats.pages_free if stats else 0)
+        for name, attribute in _POOL_GAUGES.items():
+            yield Reading(name, getattr(stats, attribute) if stats else 0)
+        yield Reading("kv_spill_file_bytes", pool.spill_bytes if pool else 0)
         yield Reading("kv_page_tokens", self._plan.geometry.page_tokens)
-        yield Reading("waiting_sessions", stats.waiters if stats else 0)
 
     def _presence(self) -> Iterator[Reading]:
         member = self._parts.member.stats()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from petalsd.config import Config
 from petalsd.daemon.plan import ServingPlan, demand_for, gib, make_plan
+from petalsd.daemon.spilling import plan_spill
 from petalsd.errors import PetalsdError
-from petalsd.paths import InstancePaths
+from petalsd.paths import InstancePaths, existing_part
 from petalsd.swarm.identity import read_peer_id
 from petalsd.types import BlockSpan
 
@@ -42,6 +43,7 @@ def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
         yield _finding("device", lambda: f"{known_plan.device}, {known_plan.weights_name}")
         yield _finding("blocks", lambda: _check_blocks(known_plan, config))
         yield _finding("limits", lambda: _describe_limits(known_plan))
+        yield _finding("spill file", lambda: _check_spill(known_plan, config, paths))
     yield Finding("swarm", True, _describe_swarm(config))
 
 
@@ -67,9 +69,7 @@ def _check_identity(path: Path) -> str:
 
 def _check_writable(directory: Path) -> str:
     """The directory, or the nearest existing one above it, lets us write."""
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_part(directory)
     if not existing.is_dir():
         raise NotADirectoryError(0, "is not a directory", str(existing))
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -109,6 +109,14 @@ def _describe_limits(plan: ServingPlan) -> str:
         f"{plan.kv_tokens} tokens of cache per block, sessions up to {plan.limits.max_session_tokens} tokens, "
         f"{plan.limits.max_sessions} sequences at once"
     )
+
+
+def _check_spill(plan: ServingPlan, config: Config, paths: InstancePaths) -> str:
+    num_blocks = demand_for(plan, config.blocks).num_blocks
+    spill = plan_spill(config.engine, plan, paths, num_blocks)
+    if spill.area is not None:
+        _check_writable(spill.area.directory)
+    return spill.text
 
 
 def _describe_swarm(config: Config) -> str:

@@ -52,6 +52,34 @@ class EngineRecorder:
         self._admission_seconds.observe(wait_s)
 
 
+class CacheRecorder:
+    """``kvcache.observer.PoolObserver``, for one pool after the other."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        copies = metrics.counter("kv_copied_pages_total")
+        self._shared, self._moved = copies.labels("write"), copies.labels("compaction")
+        self._spilled_bytes = metrics.counter("kv_spilled_bytes_total")
+        self._restored_bytes = metrics.counter("kv_restored_bytes_total")
+        self._spill_seconds = metrics.histogram("kv_spill_seconds")
+        self._restore_seconds = metrics.histogram("kv_restore_seconds")
+        self._failures = metrics.counter("kv_spill_failures_total")
+
+    def copied(self, num_shared: int, num_moved: int) -> None:
+        self._shared.inc(num_shared)
+        self._moved.inc(num_moved)
+
+    def spilled(self, num_bytes: int, seconds: float) -> None:
+        self._spilled_bytes.inc(num_bytes)
+        self._spill_seconds.observe(seconds)
+
+    def restored(self, num_bytes: int, seconds: float) -> None:
+        self._restored_bytes.inc(num_bytes)
+        self._restore_seconds.observe(seconds)
+
+    def spill_failed(self) -> None:
+        self._failures.inc()
+
+
 class _Phase:
     """The series of prefill or of decode."""
 

@@ -8,12 +8,14 @@ import time
 from typing import cast
 
 from petalsd import __version__
+from petalsd._C import PoolStats
 from petalsd.daemon.activity import Situation, describe
 from petalsd.daemon.daemon import Daemon, Parts
 from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.span_loader import LoadProgress
 from petalsd.errors import SwarmError
+from petalsd.kvcache.pool import KVPool
 from petalsd.models.ladder import Choice, Rung
 from petalsd.status import (
     ActiveWarning,
@@ -32,6 +34,7 @@ from petalsd.status import (
     SessionEntry,
     Sessions,
     Span,
+    SpillStatus,
     Status,
     Throughput,
     WatchdogStatus,
@@ -206,6 +209,8 @@ class Reporter:
             pages_free=stats.pages_free,
             page_tokens=pool.geometry.page_tokens,
             tokens_left=pool.tokens_free,
+            pages_reserved=stats.pages_reserved,
+            spill=_spill(pool, stats),
         )
 
     def _cache_used(self) -> float:
@@ -294,6 +299,18 @@ def _block_kind(choice: Choice) -> BlockKind:
 
 def _finite_ms(seconds: float | None) -> float | None:
     return None if seconds is None or not math.isfinite(seconds) else round(seconds * 1e3, 3)
+
+
+def _spill(pool: KVPool, stats: PoolStats) -> SpillStatus | None:
+    area = pool.spill_area
+    if area is None:
+        return None
+    return SpillStatus(
+        max_bytes=area.max_bytes,
+        file_bytes=pool.spill_bytes,
+        pages_promisable=stats.pages_promisable,
+        pages_spilled=stats.pages_spilled,
+    )
 
 
 def _loading(progress: LoadProgress) -> Loading:

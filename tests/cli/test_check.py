@@ -43,6 +43,7 @@ def test_a_good_configuration_passes(model_dir: Path, capsys: pytest.CaptureFixt
     assert findings["device"] == "cpu, bfloat16"
     assert "sessions up to 8192 tokens" in findings["limits"]
     assert findings["identity"].endswith("identity.key will be made")
+    assert " GiB in " in findings["spill file"] or "in memory" in findings["spill file"]
     assert findings["swarm"] == "a private swarm of our own"
     assert not (model_dir.parent / "home").exists()
 
@@ -68,6 +69,11 @@ def test_quantized_weights_are_named(model_dir: Path, capsys: pytest.CaptureFixt
         ),
         ("swarm.identity_path=/dev/null/key", "identity", "BAD /dev/null: is not a directory"),
         ("model.dht_prefix=a.b", "model", "BAD "),
+        (
+            "engine.kv_spill_bytes=1000000TB",
+            "spill file",
+            "BAD engine.kv_spill_bytes = 1000000000000000000: ",
+        ),
     ],
 )
 def test_what_would_not_serve_is_found(

@@ -9,7 +9,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from petalsd.config_loading import load_config
 from petalsd.daemon.figures import Figures
 from petalsd.daemon.plan import ServingPlan, make_plan
-from petalsd.daemon.recording import DownloadRecorder, EngineRecorder, SwarmRecorder, declare_causes
+from petalsd.daemon.recording import (
+    CacheRecorder,
+    DownloadRecorder,
+    EngineRecorder,
+    SwarmRecorder,
+    declare_causes,
+)
 from petalsd.metrics import Metrics
 from petalsd.paths import InstancePaths
 from petalsd.systemd import Notifier
@@ -25,6 +31,7 @@ class MeasuredStage(Stage):
         self.notifier = Notifier()
         declare_causes(self.metrics)
         self.engine_recorder = EngineRecorder(self.metrics)
+        self.cache_recorder = CacheRecorder(self.metrics)
         self.swarm_recorder = SwarmRecorder(self.metrics)
         self.download_recorder = DownloadRecorder(self.metrics)
         figures = Figures(self.daemon, self.daemon._parts, self.plan, _paths(home), self.notifier)

@@ -44,7 +44,10 @@ class Ctl:
 
 @pytest.fixture
 async def daemon(launch: Launch) -> AsyncIterator[DaemonProcess]:
-    daemon = launch("one", "blocks.count=2", "metrics.listen=127.0.0.1:0", "blocks.balance_quality=0.5")
+    daemon = launch(
+        "one", "blocks.count=2", "metrics.listen=127.0.0.1:0", "blocks.balance_quality=0.5",
+        "engine.kv_spill_bytes=10MB",
+    )  # fmt: skip
     await daemon.start()
     await daemon.online()
     yield daemon
@@ -63,6 +66,10 @@ async def test_every_verb_against_a_real_daemon(daemon: DaemonProcess, ctl: Ctl,
         assert await ctl(verb)
     assert "# TYPE petalsd_" in await ctl("metrics")
     assert (await ctl("wait", "--ready")).strip() == "serving"
+    kv = (await ctl.json("status"))["kv"]
+    assert kv["spill"]["max_bytes"] == 10_000_000
+    assert kv["spill"]["pages_promisable"] > kv["pages_total"]
+    assert "0 pages of idle sessions" in await ctl("status")
 
     plan = await ctl.json("rebalance", "--dry-run", "--to", "2:4")
     jsonschema.validate(plan, schema_of("plan"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from petalsd.daemon.supervisor import Cause
 from petalsd.daemon.warnings import KINDS
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest
+from petalsd.kvcache.spill import SpillArea
 from petalsd.metrics import FAMILIES, PREFIX
 from petalsd.paths import InstancePaths
 from petalsd.types import DaemonState
@@ -122,12 +124,69 @@ async def test_the_pages_of_the_cache(stage: MeasuredStage) -> None:
     stage.engine.pool = pool
     tokens = stage.plan.geometry.page_tokens
     session = await pool.reserve(KVRequest(0, 2, 1, 3 * tokens), 0)
-    session.extend(tokens)
-    names = ("capacity", "reserved", "mapped", "free")
-    assert [stage.value(f"petalsd_kv_{name}_pages") for name in names] == [40, 6, 2, 38]
+    session.extend(tokens + 3)
+    session.truncate(3)
+    names = ("capacity", "promisable", "reserved", "mapped", "mapped_peak", "free", "spilled", "shared")
+    assert [stage.value(f"petalsd_kv_{name}_pages") for name in names] == [40, 40, 6, 2, 4, 38, 0, 0]
     assert stage.value("petalsd_kv_page_tokens") == tokens
+    assert stage.value("petalsd_kv_tail_tokens") == 2 * (tokens - 3)
+    assert stage.value("petalsd_kv_spill_file_bytes") == 0
+    waiting = asyncio.create_task(pool.reserve(KVRequest(0, 2, 20, tokens), 60))
+    await asyncio.sleep(0)
+    assert stage.value("petalsd_waiting_sessions") == 1
+    assert stage.value("petalsd_waiting_session_age_seconds") > 0
     session.close()
+    (await waiting).close()
     assert stage.value("petalsd_kv_reserved_pages") == 0
+
+
+async def test_pages_on_the_disk(stage: MeasuredStage, tmp_path: Path) -> None:
+    """Where the pages of two sessions are that take turns, and what their ways have cost."""
+    plan = stage.plan
+    area = SpillArea(tmp_path, 100 * plan.geometry.page_bytes, 0)
+    pool = KVPool(plan.geometry, 41, plan.dtype, plan.device, spill=area, observer=stage.cache_recorder)
+    pool.allocate()
+    stage.engine.pool = pool
+    assert stage.value("petalsd_kv_promisable_pages") == 100
+    tokens = 20 * plan.geometry.page_tokens
+    sessions = [await pool.reserve(KVRequest(0, 2, 1, tokens), 0) for _ in range(2)]
+    for session in sessions:
+        assert pool.make_room([(session, tokens)]).ready == [0]
+        session.extend(tokens)
+    assert pool.make_room([(sessions[0], tokens)]).ready == [0]
+    names = ("reserved", "mapped", "spilled")
+    assert [stage.value(f"petalsd_kv_{name}_pages") for name in names] == [80, 40, 40]
+    page_bytes = plan.geometry.page_bytes
+    assert stage.value("petalsd_kv_spill_file_bytes") == 100 * page_bytes
+    assert stage.value("petalsd_kv_spilled_bytes_total") == 80 * page_bytes
+    assert stage.value("petalsd_kv_restored_bytes_total") == 40 * page_bytes
+    assert stage.value("petalsd_kv_spill_seconds_count") == 2
+    assert stage.value("petalsd_kv_restore_seconds_count") == 1
+    assert stage.value("petalsd_kv_spill_failures_total") == 0
+    pool.close()
+
+
+async def test_page_copies_by_their_cause(stage: MeasuredStage) -> None:
+    """A row that writes into a page it shares, and a run that found no room in one piece."""
+    plan = stage.plan
+    pool = KVPool(plan.geometry, 9, plan.dtype, plan.device, observer=stage.cache_recorder)
+    pool.allocate()
+    beams = await pool.reserve(KVRequest(0, 1, 2, 5), 0)
+    beams.extend(2)
+    beams.reorder([0, 0])
+    beams.extend(3)
+    pool.apply_copies()
+    assert stage.value("petalsd_kv_copied_pages_total", cause="write") == 1
+    others = [await pool.reserve(KVRequest(0, 1, 1, 1), 0) for _ in range(6)]
+    for other in others:
+        other.extend(1)
+    for other in others[::2]:
+        other.close()
+    wide = await pool.reserve(KVRequest(0, 3, 1, 1), 0)
+    wide.extend(1)
+    pool.apply_copies()
+    assert stage.value("petalsd_kv_copied_pages_total", cause="compaction") > 0
+    assert stage.value("petalsd_kv_copied_pages_total", cause="write") == 1
 
 
 async def test_a_directory_that_is_gone_costs_its_own_figure_only(

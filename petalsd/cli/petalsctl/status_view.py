@@ -168,6 +168,14 @@ def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         text = f" {used * 100:.0f} %, room for {count(kv['tokens_left'])} tokens"
         pages = Piece(f"  {counted(kv['pages_total'], 'page')}", "dim")
         yield "cache", line(*bar(used, _BAR_WIDTH, style), text, pages)
+        if spill := kv["spill"]:
+            taken = f"{size(spill['file_bytes'])} of {size(spill['max_bytes'])} taken"
+            yield (
+                "on disk",
+                line(
+                    f"{counted(spill['pages_spilled'], 'page')} of idle sessions", Piece(f"  {taken}", "dim")
+                ),
+            )
     if speed := document["throughput"]:
         details = "  ".join(
             f"{name} {rate(speed[key])}"

@@ -44,7 +44,19 @@ STATUS: dict[str, Any] = {
     },
     "span": {"start": 0, "end": 15},
     "loading": None,
-    "kv": {"pages_total": 15_360, "pages_free": 11_827, "page_tokens": 16, "tokens_left": 12_600},
+    "kv": {
+        "pages_total": 15_360,
+        "pages_free": 11_827,
+        "page_tokens": 16,
+        "tokens_left": 12_600,
+        "pages_reserved": 7_200,
+        "spill": {
+            "max_bytes": 2_264_924_160,
+            "file_bytes": 67_108_864,
+            "pages_promisable": 184_320,
+            "pages_spilled": 512,
+        },
+    },
     "sessions": {"active": 3, "limit": 256, "rows": 4, "waiting": 0},
     "throughput": {
         "tokens_per_s": 123.4,
