@@ -1,26 +1,31 @@
 """What is measured: the name, type, labels and meaning of every metric, and the text that Prometheus scrapes.
 
-Counters and histograms are kept here, in a registry of our own. Gauges are not: a scrape reads them from whoever
-knows, so that nothing is known twice. Labels take few values, all known beforehand, and never name a peer.
+Counters and histograms are kept here, as ``instruments``. Gauges are not: a scrape reads them from whoever knows,
+so that nothing is known twice. Labels take few values, all known beforehand, and never name a peer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+
+from petalsd.instruments import Counter, Histogram
 
 PREFIX = "petalsd_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -178,16 +183,21 @@ Source = Callable[[], Iterable[Reading]]
 class Metrics:
     """One daemon's metrics. Whoever records asks once for the instrument; KeyError: there is none of that name.
 
-    Instruments may be used on any thread. Sources are asked on the thread that calls ``exposition``.
+    Each series is recorded on one thread. Sources are asked on the thread that calls ``exposition``.
     """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, Histogram] = {}
+        self._counters = {
+            family.name: Counter(family.labels) for family in FAMILIES.values() if family.kind == "counter"
+        }
+        self._histograms = {
+            family.name: Histogram(family.labels, family.buckets)
+            for family in FAMILIES.values()
+            if family.kind == "histogram"
+        }
         self._gauges = _Gauges()
-        for family in FAMILIES.values():
-            self._add(family)
+        self._registry.register(_Recorded(self._counters, self._histograms))
         self._registry.register(self._gauges)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
@@ -205,16 +215,36 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything, as ``CONTENT_TYPE`` has it. What a source raises comes through."""
-        return generate_latest(_WithoutBirthdays(self._registry))
+        return generate_latest(self._registry)
 
-    def _add(self, family: Family) -> None:
-        name = PREFIX + family.name
-        if family.kind == "counter":
-            self._counters[family.name] = Counter(name, family.help, family.labels, registry=self._registry)
-        elif family.kind == "histogram":
-            self._histograms[family.name] = Histogram(
-                name, family.help, family.labels, registry=self._registry, buckets=family.buckets
-            )
+
+class _Recorded(Collector):
+    """The instruments as they are at a scrape."""
+
+    def __init__(self, counters: Mapping[str, Counter], histograms: Mapping[str, Histogram]) -> None:
+        self._counters = counters
+        self._histograms = histograms
+
+    def collect(self) -> Iterator[Metric]:
+        for family in FAMILIES.values():
+            if family.kind == "counter":
+                yield self._counter(family)
+            elif family.kind == "histogram":
+                yield self._histogram(family)
+
+    def _counter(self, family: Family) -> Metric:
+        metric = CounterMetricFamily(PREFIX + family.name, family.help, labels=family.labels)
+        for values, series in self._counters[family.name].series():
+            metric.add_metric(values, series.value)
+        return metric
+
+    def _histogram(self, family: Family) -> Metric:
+        metric = HistogramMetricFamily(PREFIX + family.name, family.help, labels=family.labels)
+        bounds = [*(str(float(bound)) for bound in family.buckets), "+Inf"]
+        for values, series in self._histograms[family.name].series():
+            buckets = list(zip(bounds, series.cumulative(), strict=True))
+            metric.add_metric(values, buckets, series.sum)
+        return metric
 
 
 class _Gauges(Collector):
@@ -243,15 +273,3 @@ class _Gauges(Collector):
             for family in FAMILIES.values()
             if family.kind == "gauge"
         }
-
-
-class _WithoutBirthdays(Collector):
-    """The registry without a ``_created`` gauge beside every counter: all are as old as the process."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-            yield metric
