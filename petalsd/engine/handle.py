@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from petalsd.alarm import Alarm
 from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
 from petalsd.engine.session import EngineSession, StepJob
@@ -55,6 +56,7 @@ class Session:
         self._on_end = on_end
         self._position = 0
         self._opened_s = self._last_active_s = time.monotonic()
+        self._deadline = Alarm(self._miss_deadline)
         self._answer: asyncio.Future[torch.Tensor] | None = None
         self._end_reason: str | None = None
         self._tell_end: Callable[[str], None] | None = None
@@ -97,11 +99,11 @@ class Session:
             raise BadRequest("step", step.start, "the session's step before it is not answered yet")
         check_alive(self._thread)
         check_step(step, self.spec, self._position, self._core.served.hidden_size)
-        loop = asyncio.get_running_loop()
-        answer = self._answer = loop.create_future()
-        self._last_active_s = time.monotonic()
-        self._thread.post(partial(self._core.submit_step, self._state, StepJob.of(step, answer)))
-        deadline = loop.call_later(self._deadline_s, self._miss_deadline, answer)
+        answer = self._answer = asyncio.get_running_loop().create_future()
+        job = StepJob.of(step, answer)
+        self._last_active_s = job.arrived_at
+        self._deadline.set(self._deadline_s)
+        self._thread.post(partial(self._core.submit_step, self._state, job))
         try:
             output: torch.Tensor = await answer
         except PetalsdError as error:
@@ -111,22 +113,23 @@ class Session:
             self.end("a step of it was given up")
             raise
         finally:
-            deadline.cancel()
+            self._deadline.clear()
             self._answer = None
         self._position = step.start + step.hidden.shape[1]
         self._last_active_s = time.monotonic()
         return output
 
-    def _miss_deadline(self, answer: asyncio.Future[torch.Tensor]) -> None:
-        if not answer.done():
+    def _miss_deadline(self) -> None:
+        if self._answer is not None and not self._answer.done():
             text = f"the step was not computed within {self._deadline_s:g} s"
-            answer.set_exception(DeadlineExceeded(text))
+            self._answer.set_exception(DeadlineExceeded(text))
 
     def end(self, reason: str) -> None:
         """Take no more steps; one that waits gets SessionClosed. The pages go back after the running iteration."""
         if self._end_reason is not None:
             return
         self._end_reason = reason
+        self._deadline.close()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(SessionClosed(reason))
         self._thread.post(partial(self._core.close_session, self._state))
