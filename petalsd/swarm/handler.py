@@ -15,6 +15,7 @@ from hivemind.proto import runtime_pb2
 
 from petalsd.errors import Overloaded, PetalsdError, SessionClosed
 from petalsd.swarm.faults import CallFailed, wire_code, wire_text
+from petalsd.swarm.frames import take_over
 from petalsd.swarm.inference_stream import InferenceCall
 from petalsd.swarm.info import answer_info
 from petalsd.swarm.node import Node
@@ -174,7 +175,8 @@ class TransformerConnectionHandler:
             info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer, timeout_s = info.peer_id.to_base58(), self._serving.limits.request_timeout_s
-            stream = MessageStream(peer, reader, writer, self._node.budget, timeout_s, self._observer)
+            frames = take_over(reader, writer, self._node.budget)
+            stream = MessageStream(peer, frames, timeout_s, self._observer)
             task = asyncio.current_task()
             if task is None:
                 return stream.close()

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import structlog
 from hivemind.proto import runtime_pb2
 
+from petalsd.alarm import Alarm
 from petalsd.engine.handle import Session
 from petalsd.errors import BadRequest, DeadlineExceeded, SessionClosed
 from petalsd.swarm.codec import arrange, encode_tensor
@@ -35,30 +36,37 @@ class InferenceCall:
         self._sessions = sessions
         self._pusher = pusher
         self._inbox = StepInbox()
+        self._patience = Alarm(self._lose_patience)
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
         self._asked_at: float | None = None
 
     async def run(self) -> None:
         """Serve until the end; a client that closes or dies ends the session at once, also in mid-step."""
-        reader = asyncio.create_task(self._read(), name="inference reader")
         worker = asyncio.create_task(self._work(), name="inference worker")
+        self._stream.when_arrived(self._take_in)
+        self._take_in()
         try:
-            await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
-            if worker.done() or reader.exception() is None:
-                await worker
-            else:
-                await reader
+            await asyncio.wait({self._broken, worker}, return_when=asyncio.FIRST_COMPLETED)
+            await (worker if worker.done() else self._broken)
         finally:
-            reader.cancel()
+            self._stream.when_arrived(None)
+            self._patience.close()
             worker.cancel()
-            await asyncio.gather(reader, worker, return_exceptions=True)
+            self._broken.cancel()
+            await asyncio.gather(self._broken, worker, return_exceptions=True)
 
-    async def _read(self) -> None:
-        while True:
-            request = await self._stream.receive(runtime_pb2.ExpertRequest)
-            if request is None or not request.tensors:
-                return self._inbox.end()
-            await self._inbox.put(StepMessage.parse(request))
+    def _take_in(self) -> None:
+        """Take the client's messages off the stream, as far as there is room for them."""
+        try:
+            while self._inbox.has_room and self._stream.has_arrived:
+                request = self._stream.take(runtime_pb2.ExpertRequest)
+                if request is None or not request.tensors:
+                    return self._inbox.end()
+                self._inbox.put(StepMessage.parse(request))
+        except Exception as error:  # for ``run``; here the loop would hear of it
+            if not self._broken.done():
+                self._broken.set_exception(error)
 
     async def _work(self) -> None:
         limit_s = self._serving.limits.session_timeout_s
@@ -102,7 +110,7 @@ class InferenceCall:
         try:
             tensors = arrange(message.tensors, structure, 3)
             start = session.position if message.start is None else message.start
-            step = await off_loop(sum(part.ByteSize() for part in tensors), decode_step, tensors, start)
+            step = await off_loop(message.num_bytes, decode_step, tensors, start)
             answer = await session.step(step)
         except BadRequest as error:
             if not message.is_pushed:
@@ -119,15 +127,17 @@ class InferenceCall:
             self._asked_at = None
 
     async def _next(self) -> StepMessage | None:
-        limit_s = self._serving.limits.step_timeout_s
-        waiting = asyncio.timeout(limit_s)
+        self._patience.set(self._serving.limits.step_timeout_s)
         try:
-            async with waiting:
-                return await self._inbox.get()
-        except TimeoutError:
-            if not waiting.expired():
-                raise
-            raise DeadlineExceeded(f"no step came for {limit_s:g} s") from None
+            message = await self._inbox.get()
+        finally:
+            self._patience.clear()
+        self._take_in()
+        return message
+
+    def _lose_patience(self) -> None:
+        limit_s = self._serving.limits.step_timeout_s
+        self._inbox.fail(DeadlineExceeded(f"no step came for {limit_s:g} s"))
 
     def _remember(self, step_id: str | None) -> None:
         if step_id is None:

@@ -21,10 +21,10 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.swarm.dht_guard import DHTGuard
+from petalsd.swarm.frames import InboundBudget
 from petalsd.swarm.identity import IdentityLock, ensure_identity
 from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 from petalsd.swarm.protocol import MIB
-from petalsd.swarm.stream import InboundBudget
 
 log = structlog.get_logger(__name__)
 

@@ -28,16 +28,17 @@ class StepInbox:
         self._pusher: str | None = None
         self._is_ended = False
         self._failure: PetalsdError | None = None
-        self._arrived = asyncio.Event()
-        self._taken = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
-    async def put(self, message: StepMessage) -> None:
-        """Add a step of the client; waits while too many wait already."""
-        while len(self._from_client) >= _MAX_WAITING:
-            self._taken.clear()
-            await self._taken.wait()
+    @property
+    def has_room(self) -> bool:
+        """Whether the client's next step should be taken from the wire."""
+        return len(self._from_client) < _MAX_WAITING and not self._is_ended
+
+    def put(self, message: StepMessage) -> None:
+        """Add a step of the client, when there is room for it."""
         self._from_client.append(message)
-        self._arrived.set()
+        self._wake()
 
     def push(self, message: StepMessage, peer: str) -> bool:
         """Add a pushed step. Not taken when too many wait or another peer pushes here: the client sends it too."""
@@ -45,18 +46,18 @@ class StepInbox:
             return False
         self._pusher = peer
         self._pushed.append(message)
-        self._arrived.set()
+        self._wake()
         return True
 
     def end(self) -> None:
         """The client sends no more: what it sent is still handed out, pushed steps are not."""
         self._is_ended = True
-        self._arrived.set()
+        self._wake()
 
     def fail(self, error: PetalsdError) -> None:
         """The session is over on our side: whoever waits for a step gets the error, at once."""
         self._failure = error
-        self._arrived.set()
+        self._wake()
 
     async def get(self) -> StepMessage | None:
         """The next step; None when the client has ended the session. Raises what it has failed with."""
@@ -64,14 +65,17 @@ class StepInbox:
             if self._failure is not None:
                 raise self._failure
             if self._from_client:
-                self._taken.set()
                 return self._from_client.popleft()
             if self._is_ended:
                 return None
             if self._pushed:
                 return self._pushed.popleft()
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class SessionRegistry:

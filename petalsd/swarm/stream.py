@@ -1,7 +1,7 @@
 """One stream between two peers as whole messages, framed as hivemind frames them.
 
-    message   marker 0x00, 8-byte big-endian length, protobuf bytes
-    error     marker 0x01, 8-byte big-endian length, RPCError; with an empty text it ends the sender's side
+    message   a frame with marker 0: protobuf bytes
+    error     a frame with marker 1: RPCError; with an empty text it ends the sender's side
 
 hivemind's own stream handlers are not used: they read messages of any size, learn of a caller's death only
 through garbage collection, and hang a caller whose peer closes without a word. Here the owner of a stream
@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from petalsd import errors
-from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded, RemoteFailure
+from petalsd.alarm import Alarm
+from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure
+from petalsd.swarm.frames import ERROR, HEADER_BYTES, MESSAGE, FrameProtocol
 from petalsd.swarm.observer import NullObserver, SwarmObserver
 
-_MESSAGE, _ERROR = b"\x00", b"\x01"
-_HEADER_BYTES = 9
-_READ_BYTES = 256 * 1024
-_MAX_ERROR_BYTES = 64 * 1024
 _LINGER_S = 1.0
 
 M = TypeVar("M", bound=Message)
@@ -48,78 +47,59 @@ class StreamEnded(RemoteFailure):
     """The peer closed the stream, or died."""
 
 
-class InboundBudget:
-    """Bytes of large messages that all streams of a node hold while receiving them."""
-
-    def __init__(self, max_message_bytes: int, max_total_bytes: int) -> None:
-        self.max_message_bytes = max_message_bytes
-        self._max_total_bytes = max_total_bytes
-        self._held_bytes = 0
-
-    @property
-    def held_bytes(self) -> int:
-        return self._held_bytes
-
-    def take(self, num_bytes: int) -> None:
-        if self._held_bytes + num_bytes > self._max_total_bytes:
-            raise Overloaded(
-                f"{self._held_bytes} bytes of requests are under way, the limit is {self._max_total_bytes}",
-                hint="try again later or use another server",
-            )
-        self._held_bytes += num_bytes
-
-    def give_back(self, num_bytes: int) -> None:
-        self._held_bytes -= num_bytes
-
-
 class MessageStream:
     """The caller's or the server's end. One task may receive while another sends."""
 
     def __init__(
-        self,
-        peer: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        budget: InboundBudget,
-        send_timeout_s: float,
-        observer: SwarmObserver | None = None,
+        self, peer: str, frames: FrameProtocol, send_timeout_s: float, observer: SwarmObserver | None = None
     ) -> None:
         self.peer = peer
-        self._reader = reader
-        self._writer = writer
-        self._budget = budget
+        self._frames = frames
         self._send_timeout_s = send_timeout_s
         self._observer = observer or NullObserver()
-        self._held_bytes = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._patience = Alarm(self._lose_patience)
 
     async def send(self, message: Message) -> None:
         """Write one message; StreamEnded when the peer is gone, DeadlineExceeded when it does not read."""
-        await self._write(_MESSAGE, message.SerializeToString())
+        await self._write(MESSAGE, message.SerializeToString())
 
     async def send_error(self, text: str) -> None:
         """Tell the peer that the call failed; nothing may follow."""
-        await self._write(_ERROR, RPCError(message=text).SerializeToString())
+        await self._write(ERROR, RPCError(message=text).SerializeToString())
 
     async def send_end(self) -> None:
         """Tell the peer that nothing more comes from this side."""
-        await self._write(_ERROR, b"")
+        await self._write(ERROR, b"")
 
-    async def receive(self, message_type: type[M]) -> M | None:
-        """The next message; None when the peer ended its side.
+    async def receive(self, message_type: type[M], timeout_s: float | None = None) -> M | None:
+        """``take`` as soon as something has arrived; TimeoutError when nothing does in time."""
+        if not self._frames.has_arrived:
+            await self._arrival(timeout_s)
+        return self.take(message_type)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether ``take`` has something to say."""
+        return self._frames.has_arrived
+
+    def when_arrived(self, tell: Callable[[], None] | None) -> None:
+        """Call ``tell`` whenever something has arrived, from now on and instead of waking ``receive``."""
+        self._frames.on_arrival = tell
+
+    def take(self, message_type: type[M]) -> M | None:
+        """The message that has arrived; None when the peer ended its side.
 
         StreamEnded when the stream is closed, RemoteError with the peer's text when it sent an error,
         BadRequest when the framing or the message is damaged or too large. The bytes of a large message
-        count against the budget until the next call or ``close``.
+        count against the budget until the next is taken or ``close``.
         """
-        self._release()
         try:
-            header = await self._reader.readexactly(_HEADER_BYTES)
-            marker, length = header[:1], int.from_bytes(header[1:], "big")
-            payload = await self._read_payload(marker, length)
-        except (asyncio.IncompleteReadError, OSError) as error:
+            marker, payload = self._frames.take()
+        except (EOFError, OSError) as error:
             raise StreamEnded(self.peer, "closed the stream") from error
-        self._observer.received(len(header) + len(payload))
-        if marker == _ERROR:
+        self._observer.received(HEADER_BYTES + len(payload))
+        if marker == ERROR:
             text = _parse(RPCError, payload).message
             if not text:
                 return None
@@ -133,55 +113,51 @@ class MessageStream:
         """
         with contextlib.suppress(TimeoutError, OSError, RuntimeError):
             async with asyncio.timeout(_LINGER_S):
-                self._writer.write_eof()
-                while await self._reader.read(_READ_BYTES):
-                    pass
+                self._frames.transport.write_eof()
+                self._frames.discard()
+                await self._frames.has_ended.wait()
         self.close()
 
     def close(self) -> None:
         """Close at once; idempotent."""
-        self._release()
-        self._writer.close()
+        self._patience.close()
+        self._frames.release()
+        self._frames.transport.close()
 
-    async def _write(self, marker: bytes, payload: bytes) -> None:
-        header = marker + len(payload).to_bytes(8, "big")
+    async def _write(self, marker: int, payload: bytes) -> None:
         try:
-            async with asyncio.timeout(self._send_timeout_s):
-                self._writer.write(header + payload if len(payload) < _READ_BYTES else header)
-                if len(payload) >= _READ_BYTES:
-                    self._writer.write(payload)
-                await self._writer.drain()
+            num_bytes = self._frames.write(marker, payload)
+            if not self._frames.may_write:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await self._frames.drain()
         except TimeoutError:
-            self._writer.transport.abort()  # what it has not read would wait in memory
+            self._frames.transport.abort()  # what it has not read would wait in memory
             raise DeadlineExceeded(f"the peer did not read for {self._send_timeout_s:g} s") from None
         except (OSError, RuntimeError) as error:
             raise StreamEnded(self.peer, "closed the stream") from error
-        self._observer.sent(len(header) + len(payload))
+        self._observer.sent(num_bytes)
 
-    async def _read_payload(self, marker: bytes, length: int) -> bytes:
-        limit = self._budget.max_message_bytes if marker == _MESSAGE else _MAX_ERROR_BYTES
-        if marker not in (_MESSAGE, _ERROR):
-            raise BadRequest("stream marker", marker, "0 for a message, 1 for an error")
-        if length > limit:
-            raise BadRequest("message length", length, f"at most {limit} bytes")
-        if length <= _READ_BYTES:
-            return await self._reader.readexactly(length)
-        data = bytearray()
-        while len(data) < length:
-            chunk = await self._reader.read(min(_READ_BYTES, length - len(data)))
-            if not chunk:
-                raise asyncio.IncompleteReadError(b"", length)
-            self._budget.take(len(chunk))
-            self._held_bytes += len(chunk)
-            data += chunk
-        return bytes(data)
+    async def _arrival(self, timeout_s: float | None) -> None:
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        self._frames.on_arrival = self._wake
+        if timeout_s is not None:
+            self._patience.set(timeout_s)
+        try:
+            await waiter
+        finally:
+            self._waiter = self._frames.on_arrival = None
+            self._patience.clear()
 
-    def _release(self) -> None:
-        self._budget.give_back(self._held_bytes)
-        self._held_bytes = 0
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _lose_patience(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(TimeoutError())
 
 
-def _parse(message_type: type[M], payload: bytes) -> M:
+def _parse(message_type: type[M], payload: bytes | memoryview) -> M:
     try:
         message: M = message_type.FromString(payload)
     except DecodeError:

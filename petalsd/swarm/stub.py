@@ -23,6 +23,7 @@ from petalsd.swarm.codec import (
     encode_tensor,
     split_for_stream,
 )
+from petalsd.swarm.frames import take_over
 from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import MAX_UNARY_BYTES, STREAM_ABOVE_BYTES, UNARY_ENVELOPE_BYTES, handle_name
 from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
@@ -146,7 +147,7 @@ class ServerStub:
     async def _dial(self, method: str, timeout_s: float, send_timeout_s: float) -> MessageStream:
         async with self._failures(f"connecting for {method}", timeout_s):
             reader, writer = await _open_stream(self._node.p2p, self._peer_id, handle_name(method))
-        return MessageStream(self.peer, reader, writer, self._node.budget, send_timeout_s)
+        return MessageStream(self.peer, take_over(reader, writer, self._node.budget), send_timeout_s)
 
     @contextlib.asynccontextmanager
     async def _failures(self, what: str, timeout_s: float) -> AsyncIterator[None]:
@@ -176,7 +177,7 @@ class InferenceStream:
 
         RemoteFailure when the server has ended the session, with the reason if it gave one.
         """
-        await self._heed()
+        self._heed()
         request = runtime_pb2.ExpertRequest(
             uid=uid,
             tensors=[encode_tensor(tensor) for tensor in tensors],
@@ -190,27 +191,25 @@ class InferenceStream:
     async def receive(self, timeout_s: float = REQUEST_TIMEOUT_S) -> list[torch.Tensor]:
         """The answer to the oldest step that has none yet; RemoteFailure when none comes in time."""
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = await self._answer()
+            reply = await self._stream.receive(runtime_pb2.ExpertResponse, timeout_s)
         except TimeoutError:
             raise RemoteFailure(self.peer, f"no answer within {timeout_s:g} s") from None
-        return _decode(self.peer, reply.tensors)
-
-    async def _heed(self) -> None:
-        """Hear what the server said unasked: to write to a stream that it closed would lose the reason."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0):
-                await self._answer()
-            raise RemoteFailure(self.peer, "answered a step that was never sent")
-
-    async def _answer(self) -> runtime_pb2.ExpertResponse:
-        try:
-            reply = await self._stream.receive(runtime_pb2.ExpertResponse)
         except BadRequest as error:
             raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
         if reply is None:
             raise RemoteError(self.peer, "failed without saying why")
-        return reply
+        return _decode(self.peer, reply.tensors)
+
+    def _heed(self) -> None:
+        """Hear what the server said unasked: to write to a stream that it closed would lose the reason."""
+        if not self._stream.has_arrived:
+            return
+        try:
+            reply = self._stream.take(runtime_pb2.ExpertResponse)
+        except BadRequest as error:
+            raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
+        what = "failed without saying why" if reply is None else "answered a step that was never sent"
+        raise RemoteError(self.peer, what)
 
     async def close(self) -> None:
         """End the session; the server frees its pages. Never raises, idempotent."""

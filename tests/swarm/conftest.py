@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from petalsd.swarm.frames import InboundBudget, take_over
 from petalsd.swarm.node import Node
-from petalsd.swarm.stream import InboundBudget, MessageStream
+from petalsd.swarm.stream import MessageStream
 from tests.swarm.servers import Server, joining, node, server
 
 PEER_A, PEER_B = "QmPeerA" + "a" * 39, "QmPeerB" + "b" * 39
@@ -22,10 +23,25 @@ async def stream_pair() -> AsyncIterator[tuple[MessageStream, MessageStream]]:
     ends = []
     for end, peer in zip(socket.socketpair(), (PEER_A, PEER_B), strict=True):
         reader, writer = await asyncio.open_connection(sock=end)
-        ends.append(MessageStream(peer, reader, writer, InboundBudget(2**20, 2**21), send_timeout_s=0.5))
+        frames = take_over(reader, writer, InboundBudget(2**20, 2**21))
+        ends.append(MessageStream(peer, frames, send_timeout_s=0.5))
     yield ends[0], ends[1]
     for stream in ends:
         stream.close()
+
+
+@pytest.fixture
+async def half_pair() -> AsyncIterator[
+    tuple[MessageStream, tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+]:
+    """A stream as in ``stream_pair``, and the other end as asyncio has it."""
+    ours, theirs = socket.socketpair()
+    frames = take_over(*await asyncio.open_connection(sock=ours), InboundBudget(2**20, 2**21))
+    stream = MessageStream(PEER_B, frames, send_timeout_s=0.5)
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    yield stream, (reader, writer)
+    stream.close()
+    writer.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

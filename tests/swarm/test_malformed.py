@@ -11,6 +11,7 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
 from petalsd.swarm.codec import decode_tensor
+from petalsd.swarm.frames import take_over
 from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import handle_name
 from petalsd.swarm.stream import MessageStream, RemoteError
@@ -98,7 +99,8 @@ HOSTILE = {
 async def raw_stream(server: Server, client: Node, method: str = "rpc_inference") -> MessageStream:
     peer = PeerID.from_base58(server.node.peer_id)
     reader, writer = await _open_stream(client.p2p, peer, handle_name(method))
-    return MessageStream(server.node.peer_id, reader, writer, client.budget, send_timeout_s=10)
+    frames = take_over(reader, writer, client.budget)
+    return MessageStream(server.node.peer_id, frames, send_timeout_s=10)
 
 
 async def good_step(stream: MessageStream, request: Request) -> torch.Tensor:
@@ -149,7 +151,7 @@ async def test_a_hostile_pass_is_refused(tiny: Server, client: Node, method: str
 async def test_damaged_framing_is_refused(tiny: Server, client: Node, data: bytes, field: str) -> None:
     """Bytes that are no message, or claim to be a huge one, are answered with an error."""
     stream = await raw_stream(tiny, client)
-    stream._writer.write(data)
+    stream._frames.transport.write(data)
     with pytest.raises(RemoteError, match=f"bad_request: {field}"):
         await stream.receive(Response)
     stream.close()
@@ -158,7 +160,7 @@ async def test_damaged_framing_is_refused(tiny: Server, client: Node, data: byte
 async def test_a_claimed_gib_takes_no_memory(tiny: Server, client: Node) -> None:
     """A length within the limits holds nothing until its bytes come, and nothing once the peer is gone."""
     stream = await raw_stream(tiny, client)
-    stream._writer.write(b"\0" + (GIB // 2).to_bytes(8, "big") + b"x" * 1000)
+    stream._frames.transport.write(b"\0" + (GIB // 2).to_bytes(8, "big") + b"x" * 1000)
     other = await raw_stream(tiny, client)
     assert (await good_step(other, message())).shape == (1, 2, 64)
     assert tiny.node.budget.held_bytes <= 1000

@@ -21,14 +21,14 @@ async def test_the_clients_step_goes_before_a_pushed_one() -> None:
     """When both wait, the client's is taken first."""
     inbox = StepInbox()
     inbox.push(step("pushed"), PEER_A)
-    await inbox.put(step("own"))
+    inbox.put(step("own"))
     assert [(await inbox.get()).step_id, (await inbox.get()).step_id] == ["own", "pushed"]
 
 
 async def test_the_end_comes_after_the_clients_steps_and_before_pushed_ones() -> None:
     """What the client sent before the end is still handed out; pushes are not."""
     inbox = StepInbox()
-    await inbox.put(step("own"))
+    inbox.put(step("own"))
     inbox.push(step("pushed"), PEER_A)
     inbox.end()
     assert (await inbox.get()).step_id == "own"
@@ -41,21 +41,23 @@ async def test_a_waiting_taker_is_woken() -> None:
     inbox = StepInbox()
     taker = asyncio.create_task(inbox.get())
     await asyncio.sleep(0)
-    await inbox.put(step("own"))
+    inbox.put(step("own"))
     assert (await taker).step_id == "own"
 
 
 async def test_a_client_that_sends_too_fast_waits() -> None:
-    """Only a few steps are held; the next is taken from the wire when one was computed."""
+    """Only a few steps are held; the next is taken from the wire when one was taken out."""
     inbox = StepInbox()
     for name in "ab":
-        await inbox.put(step(name))
-    third = asyncio.create_task(inbox.put(step("c")))
-    await asyncio.sleep(0)
-    assert not third.done()
+        assert inbox.has_room
+        inbox.put(step(name))
+    assert not inbox.has_room
     await inbox.get()
-    await third
+    assert inbox.has_room
+    inbox.put(step("c"))
     assert [(await inbox.get()).step_id for _ in range(2)] == ["b", "c"]
+    inbox.end()
+    assert not inbox.has_room
 
 
 async def test_pushes_are_bounded_and_come_from_one_peer() -> None:
@@ -105,6 +107,6 @@ async def test_a_session_that_ended_here_wakes_whoever_waits() -> None:
     inbox.fail(SessionClosed("drained"))
     with pytest.raises(SessionClosed, match="drained"):
         await waiting
-    await inbox.put(step("late"))
+    inbox.put(step("late"))
     with pytest.raises(SessionClosed, match="drained"):
         await inbox.get()

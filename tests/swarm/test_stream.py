@@ -10,11 +10,13 @@ from hivemind.p2p import P2P
 from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
 
 from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded
-from petalsd.swarm.stream import InboundBudget, MessageStream, RemoteError, StreamEnded
+from petalsd.swarm.frames import InboundBudget, take_over
+from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
 from petalsd.swarm.stub import InferenceStream
 from tests.waiting import eventually
 
 Pair = tuple[MessageStream, MessageStream]
+HalfPair = tuple[MessageStream, tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
 
 def large(num_bytes: int = 600_000) -> ExpertRequest:
@@ -31,16 +33,16 @@ async def test_messages_arrive_as_they_were_sent(stream_pair: Pair, message: Exp
             await sending
 
 
-async def test_the_framing_is_hiveminds(stream_pair: Pair) -> None:
+async def test_the_framing_is_hiveminds(half_pair: HalfPair) -> None:
     """hivemind's own functions read what we write and write what we read."""
-    ours, theirs = stream_pair
+    ours, (reader, writer) = half_pair
     await ours.send(ExpertRequest(uid="a"))
-    assert (await P2P.receive_protobuf(ExpertRequest, theirs._reader))[0].uid == "a"
+    assert (await P2P.receive_protobuf(ExpertRequest, reader))[0].uid == "a"
     await ours.send_error("broken")
-    assert (await P2P.receive_protobuf(ExpertRequest, theirs._reader))[1].message == "broken"
-    await P2P.send_protobuf(ExpertRequest(uid="b"), theirs._writer)
+    assert (await P2P.receive_protobuf(ExpertRequest, reader))[1].message == "broken"
+    await P2P.send_protobuf(ExpertRequest(uid="b"), writer)
     assert (await ours.receive(ExpertRequest)).uid == "b"
-    await P2P.send_protobuf(P2P.END_OF_STREAM, theirs._writer)
+    await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
     assert await ours.receive(ExpertRequest) is None
 
 
@@ -73,11 +75,12 @@ async def test_a_peer_that_does_not_read_is_given_up(stream_pair: Pair) -> None:
             await stream_pair[0].send(large(1_000_000))
 
 
-async def test_a_message_above_the_limit_is_refused_unread(stream_pair: Pair) -> None:
+async def test_a_message_above_the_limit_is_refused_unread(half_pair: HalfPair) -> None:
     """The length alone decides."""
-    stream_pair[0]._writer.write(b"\0" + (2**20 + 1).to_bytes(8, "big"))
+    ours, (_, writer) = half_pair
+    writer.write(b"\0" + (2**20 + 1).to_bytes(8, "big"))
     with pytest.raises(BadRequest, match="message length"):
-        await stream_pair[1].receive(ExpertRequest)
+        await ours.receive(ExpertRequest)
 
 
 async def test_finishing_delivers_what_was_written_last() -> None:
@@ -85,7 +88,7 @@ async def test_finishing_delivers_what_was_written_last() -> None:
     is_finished = asyncio.Event()
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = MessageStream("QmCaller", reader, writer, InboundBudget(2**20, 2**21), 1.0)
+        stream = MessageStream("QmCaller", take_over(reader, writer, InboundBudget(2**20, 2**21)), 1.0)
         await stream.receive(ExpertRequest)
         await stream.send_error("refused")
         await stream.finish()
@@ -93,7 +96,7 @@ async def test_finishing_delivers_what_was_written_last() -> None:
 
     server = await asyncio.start_server(refuse, "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    caller = MessageStream("QmServer", reader, writer, InboundBudget(2**20, 2**21), 1.0)
+    caller = MessageStream("QmServer", take_over(reader, writer, InboundBudget(2**20, 2**21)), 1.0)
     for _ in range(20):
         await caller.send(large(50_000))
     with pytest.raises(RemoteError, match="refused"):
@@ -121,10 +124,11 @@ async def test_a_closed_stream_holds_nothing(stream_pair: Pair) -> None:
     sending = asyncio.create_task(sender.send(large()))
     await receiver.receive(ExpertRequest)
     await sending
-    assert receiver._budget.held_bytes > 600_000
+    budget = receiver._frames._budget
+    assert budget.held_bytes > 600_000
     receiver.close()
     receiver.close()
-    assert receiver._budget.held_bytes == 0
+    assert budget.held_bytes == 0
 
 
 async def test_why_a_server_ended_a_session_is_heard_before_the_next_step(stream_pair: Pair) -> None:
@@ -133,7 +137,7 @@ async def test_why_a_server_ended_a_session_is_heard_before_the_next_step(stream
     session = InferenceStream(client)
     await server.send_error("session_closed: the deadline is over")
     server.close()
-    await eventually(lambda: client._reader._eof)
+    await eventually(lambda: client.has_arrived)
     with pytest.raises(RemoteError, match="session_closed: the deadline is over"):
         await session.send("m.0", [torch.zeros(1, 1, 4)], {})
 
