@@ -15,7 +15,14 @@ from hivemind.proto import runtime_pb2
 
 from petalsd.engine.step import PassRequest, SessionSpec, Step
 from petalsd.errors import BadRequest, NotServed
-from petalsd.swarm.codec import arrange, decode_metadata, decode_tensor, is_dummy
+from petalsd.swarm.codec import (
+    DUMMY,
+    DUMMY_INT64,
+    arrange,
+    decode_metadata,
+    decode_tensor,
+    is_dummy,
+)
 from petalsd.swarm.protocol import parse_span
 from petalsd.types import BlockSpan
 
@@ -34,7 +41,7 @@ class NextServer:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """One message of a session, from its client or pushed; its tensors are not decoded yet."""
+    """One message of a session, from its client or pushed; its ``num_bytes`` of tensors are not decoded yet."""
 
     tensors: Sequence[runtime_pb2.Tensor]
     metadata: Mapping[str, Any]
@@ -43,6 +50,7 @@ class StepMessage:
     start: int | None
     next_servers: tuple[NextServer, ...]
     is_pushed: bool = False
+    num_bytes: int = 0
 
     @classmethod
     def parse(cls, request: runtime_pb2.ExpertRequest, is_pushed: bool = False) -> StepMessage:
@@ -55,6 +63,7 @@ class StepMessage:
             start=_start(metadata),
             next_servers=_next_servers(metadata),
             is_pushed=is_pushed,
+            num_bytes=request.ByteSize(),
         )
 
 
@@ -165,11 +174,13 @@ def check_common(metadata: Mapping[str, Any]) -> None:
 
 def _optional(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor | None:
     tensor = decode_tensor(proto, field)
-    return None if is_dummy(tensor) else tensor
+    return None if tensor is DUMMY or is_dummy(tensor) else tensor
 
 
 def _hypo_ids(proto: runtime_pb2.Tensor) -> tuple[int, ...] | None:
     tensor = decode_tensor(proto, "hypo_ids")
+    if tensor is DUMMY_INT64:
+        return None
     if tensor.dtype != torch.int64:
         raise BadRequest("hypo_ids", proto.dtype, "must be int64, also when empty")
     if is_dummy(tensor):
