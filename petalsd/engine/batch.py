@@ -73,13 +73,15 @@ def build_batch(items: Sequence[BatchItem], pool: KVPool, device: torch.device) 
     origins_table = torch.from_numpy(origins)
     pool.fill_origins([item.kv for item in items], origins_table)
     index = _index_decode if max(lengths) == 1 else _index_tokens
-    indices = torch.from_numpy(index(starts, lengths, origins, page_tokens)).to(device)
+    indices = torch.from_numpy(index(starts, lengths, origins, page_tokens))
+    if device.type != "cpu":
+        indices, origins_table = indices.to(device), origins_table.to(device)
     positions, write_origins, write_offsets = indices.unbind()
     ragged = RaggedBatch(
         token_bounds=list(accumulate(lengths, initial=0)),
         context_lens=contexts,
         positions=positions,
-        origins=origins_table.to(device),
+        origins=origins_table,
         write_origins=write_origins,
         write_offsets=write_offsets,
     )

@@ -124,6 +124,7 @@ class EngineCore:
         self._deferred: list[Slice] = []
         self._sessions: dict[int, EngineSession] = {}
         self._runner = runner
+        self._inference_mode = torch.inference_mode()
         passes = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
         self.passes = PassLane(passes, attention, outbox)
 
@@ -272,7 +273,7 @@ class EngineCore:
     def _compute(self, items: Sequence[BatchItem]) -> list[torch.Tensor | Exception]:
         """Run the items together. When that fails, run each alone, so that only the guilty ones do."""
         try:
-            with torch.inference_mode():
+            with self._inference_mode:
                 return list(self._runner.run(items))
         except Exception as error:
             if len(items) == 1:

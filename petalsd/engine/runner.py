@@ -56,12 +56,12 @@ class SpanRunner:
         """
         batch = build_batch(items, self._pool, self._device)
         seq_lens = step_ends(items) if self._rope.is_length_dependent else None
-        cos_sin = self._rope.cos_sin(batch.ragged.positions, seq_lens)
+        cos_sin = self._rope.cos_sin(batch.ragged.positions, seq_lens, max(batch.ragged.context_lens))
         hidden = items[0].hidden if len(items) == 1 else torch.cat([item.hidden for item in items])
         if any(item.prompts is not None for item in items):
             hidden = hidden.clone()  # prompts are added in place, and these may be the client's own states
         span = items[0].span
-        if all(item.span == span for item in items):
+        if len(items) == 1 or all(item.span == span for item in items):
             hidden = self._walk(span, items, hidden, batch.ragged, cos_sin)
         else:
             for segment in split_segments([item.span for item in items]):

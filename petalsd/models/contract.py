@@ -62,8 +62,10 @@ class Angles(Protocol):
     def is_length_dependent(self) -> bool:
         """Whether a token's angles depend on the length of its row."""
 
-    def cos_sin(self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None) -> CosSin:
-        """For tokens at ``positions`` ``[T]`` int64; ``seq_lens`` as in ``Rope.cos_sin``.
+    def cos_sin(
+        self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None, end: int | None = None
+    ) -> CosSin:
+        """For tokens at ``positions`` ``[T]`` int64; ``seq_lens`` and ``end`` as in ``Rope.cos_sin``.
 
         Tensors of ``[T, …]``; which of them a block takes is between the block and its model's angles.
         """

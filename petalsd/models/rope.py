@@ -63,25 +63,29 @@ class Rope:
         return self._regimes is not None
 
     def cos_sin(
-        self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None
+        self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None, end: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of tokens at ``positions`` ``[T]`` int64.
 
         seq_lens  ``[T]`` int64, needed only if ``is_length_dependent``: how long each token's row is at the end of
                   the step that the token belongs to (of the whole step, also when it is computed in chunks). None:
                   all tokens belong to one row, which ends at the largest position
+        end       one more than the largest position, from a caller who knows it without asking the device
 
         Returns two ``[T, D]`` in the model's dtype, computed in float32; both halves hold the same angles.
         """
-        end = int(positions.max()) + 1 if positions.numel() else 0
+        if end is None:
+            end = int(positions.max()) + 1 if positions.numel() else 0
         if self._regimes is not None:
             lengths = [end] if seq_lens is None else seq_lens.tolist()
             regimes = [self._regimes.of(length) for length in lengths]
             if any(regimes):
                 return self._angles(positions, regimes)
-        if end > len(self._table[0]):
+        if end > self._table[0].shape[0]:
             self._grow_table(end)
         cos, sin = self._table
+        if positions.shape[0] == 1:
+            return cos[end - 1 : end], sin[end - 1 : end]
         return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _grow_table(self, end: int) -> None:

@@ -56,12 +56,13 @@ class LayerAngles:
         return slice(first, first + 2)
 
     def cos_sin(
-        self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None
+        self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None, end: int | None = None
     ) -> tuple[torch.Tensor, ...]:
         """As ``Rope.cos_sin``; as many tensors ``[T, …]`` as the family needs."""
         if self._module is None:
             return ()
-        end = int(positions.max()) + 1 if positions.numel() else 0
+        if end is None:
+            end = int(positions.max()) + 1 if positions.numel() else 0
         if self._regimes is not None:
             lengths = [end] * len(positions) if seq_lens is None else seq_lens.tolist()
             regimes = [self._regimes.of(length) for length in lengths]
