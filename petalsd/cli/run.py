@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import os
 import resource
 import signal
@@ -58,6 +59,9 @@ def _serve(choice: ConfigChoice, config: Config, notifier: Notifier) -> None:
 
     from petalsd.daemon.assembly import serve
 
+    # What the libraries have made lives as long as we do. To walk its 280 000 objects in search of garbage would
+    # stop the loop and the engine for tenths of a second, in the middle of somebody's steps.
+    gc.freeze()
     uvloop.run(serve(config, choice.paths, lambda: choice.load().config, notifier))
 
 
