@@ -156,7 +156,12 @@ class EngineSection(Section):
     max_peer_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = _restart(
         0.75, "share of the attention cache that the sessions of one peer may reserve; 1: all of it"
     )
-    page_tokens: Annotated[int, Field(ge=1, le=1024)] = _restart(16, "tokens per page of the attention cache")
+    kv_dtype: Literal["auto", "int8"] = _restart(
+        "auto", "the attention cache's precision; auto: the model's; int8: half as many bytes, on a CPU"
+    )
+    page_tokens: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = _restart(
+        32, "tokens per page of the attention cache, a multiple of 16"
+    )
     max_session_tokens: AutoCount = _restart(
         "auto", "longest session; auto: 8192, or 2048 without grouped queries, at most kv_tokens"
     )

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from petalsd.config import BlocksSection, Config, ModelSection
+from petalsd.config import BlocksSection, Config, EngineSection, ModelSection
 from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.sizing import MemoryNeed, kv_tokens_for, max_session_tokens_for, memory_need
+from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.limits import EngineLimits
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry
@@ -100,7 +101,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
     storage = WeightStorage.choose(dtype, device, config.model.quantization)
-    geometry = KVGeometry(config.engine.page_tokens, model.num_kv_heads, model.head_dim, dtype.itemsize)
+    geometry = _geometry(config.engine, model, dtype, device)
     kv_tokens = kv_tokens_for(config.engine.kv_tokens, model)
     share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0
     return ServingPlan(
@@ -117,6 +118,18 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
     )
+
+
+def _geometry(
+    engine: EngineSection, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> KVGeometry:
+    is_int8 = engine.kv_dtype == "int8"
+    if is_int8 and device.type != "cpu":
+        raise ConfigError(
+            f"engine.kv_dtype = {engine.kv_dtype!r} is served on a CPU only, not on {device}",
+            hint="set engine.kv_dtype to auto",
+        )
+    return cache_geometry(model, engine.page_tokens, dtype, device, is_int8)
 
 
 def demand_for(plan: ServingPlan, blocks: BlocksSection) -> Demand:

@@ -21,19 +21,20 @@ import structlog
 import torch
 
 from petalsd import __version__
+from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, SessionSpec, Step
 from petalsd.errors import DeadlineExceeded
 from petalsd.kvcache.pool import KVPool
-from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.kvcache.sizing import pages_for
 from petalsd.models.contract import Angles, Block
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
 _PEER = "throughput"
-_PAGE_TOKENS = 16
+_PAGE_TOKENS = 32
 _WARM_UP_STEPS = 4
 _MAX_STEPS = 100
 _SHORT_PASS_TOKENS = 64
@@ -69,7 +70,7 @@ async def measure(
     """
     first = next(iter(blocks.values()))
     config, max_tokens = first.config, _WARM_UP_STEPS + _MAX_STEPS
-    geometry = KVGeometry(_PAGE_TOKENS, config.num_kv_heads, config.head_dim, first.dtype.itemsize)
+    geometry = cache_geometry(config, _PAGE_TOKENS, first.dtype, device)
     pool = KVPool(geometry, pages_for(max_tokens, len(blocks), _PAGE_TOKENS), first.dtype, device)
     pool.allocate()
     engine = Engine(EngineLimits(), device, num_threads)

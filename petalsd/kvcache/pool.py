@@ -14,6 +14,7 @@ from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.kvcache.spill import Spill, SpillArea
 from petalsd.kvcache.waiting import AdmissionRules, WaitingRoom
+from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
 
@@ -77,15 +78,18 @@ class KVPool:
 
     def allocate(self) -> PagedKV:
         """Take the memory, of undefined content; on a CPU the system maps it as it is first written."""
-        if self.dtype.itemsize != self.geometry.dtype_bytes:
-            raise KVPoolError(f"{self.dtype} does not have {self.geometry.dtype_bytes} bytes")
-        shape = (self.num_pages, *self.geometry.page_shape)
-        self._kv = PagedKV(
-            k=empty(shape, self.dtype, self.device),
-            v=empty(shape, self.dtype, self.device),
-        )
+        geometry = self.geometry
+        if self.dtype.itemsize != geometry.dtype_bytes and not geometry.is_int8:
+            raise KVPoolError(f"{self.dtype} does not have {geometry.dtype_bytes} bytes")
+        shape = (self.num_pages, *geometry.page_shape)
+        if geometry.is_head_major:
+            stored = torch.int8 if geometry.is_int8 else self.dtype
+            self._kv = HeadMajorKV.allocate(shape, self.dtype, stored)
+        else:
+            k, v = (empty(shape, self.dtype, self.device) for _ in range(2))
+            self._kv = PagedKV(k, v)
         if self._spill is not None:
-            self._spill.open(self._slabs)
+            self._spill.open(self._kv.slabs)
         return self._kv
 
     def close(self) -> None:
@@ -99,11 +103,6 @@ class KVPool:
         if self._kv is None:
             raise KVPoolError("the pool has no memory yet: call allocate() first")
         return self._kv
-
-    @property
-    def _slabs(self) -> tuple[torch.Tensor, ...]:
-        """What a page consists of, ``[N, ...]`` each."""
-        return self.kv.k, self.kv.v
 
     @property
     def tokens_free(self) -> int:
@@ -190,7 +189,7 @@ class KVPool:
             has_copied = True
             copies = torch.frombuffer(pairs, dtype=torch.int32).view(-1, 2).to(self.device, torch.int64)
             sources, targets = copies.unbind(1)
-            for slab in self._slabs:
+            for slab in self.kv.slabs:
                 slab.index_copy_(0, targets, slab.index_select(0, sources))
         if has_copied:
             self._report_copies()

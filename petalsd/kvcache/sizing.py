@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_SCALE_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
     """The shape of one page: ``page_tokens`` tokens of one row in one block, keys and values.
 
-    Raises ValueError when a number is not positive.
+    dtype_bytes    of one element; 1: int8, with a float32 scale for each token and KV head
+    is_head_major  in the order of the CPU kernels (``ops.head_major``) instead of token by token
+
+    Raises ValueError when a number is not positive, or for int8 in another order.
     """
 
     page_tokens: int
     num_kv_heads: int
     head_dim: int
     dtype_bytes: int
+    is_head_major: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in ("page_tokens", "num_kv_heads", "head_dim", "dtype_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: a page needs at least 1")
+        if self.is_int8 and not self.is_head_major:
+            raise ValueError("dtype_bytes = 1: int8 pages are head-major")
+
+    @property
+    def is_int8(self) -> bool:
+        return self.dtype_bytes == 1
 
     @property
     def slab_page_bytes(self) -> int:
-        """Bytes of a page in one of the two slabs, keys or values."""
-        return self.page_tokens * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        """Bytes of a page's keys, or of its values."""
+        head_bytes = self.head_dim * self.dtype_bytes + (_SCALE_BYTES if self.is_int8 else 0)
+        return self.page_tokens * self.num_kv_heads * head_bytes
 
     @property
     def page_bytes(self) -> int:

@@ -177,14 +177,14 @@ class Ladder:
         """
         config, layers, storage = self.architecture.config, self.architecture.layers, self.storage
         layer = layers.load(self._source, index, torch.float32, storage.device, is_plain=True)
-        if storage.format is not None and storage.format.is_quantized:
+        if storage.format is not None and self._is_quantized:
             round_layer(layer, layers.family.experts, storage.format)
         dtype, is_sparse = storage.dtype, layers.family.experts is not None
         wide = tokens.through_layer(layer, layers, config, index, torch.float32)
         narrow = wide
         if dtype != torch.float32:
             narrow = tokens.through_layer(layer.to(dtype), layers, config, index, dtype)
-        return Reference.of(tokens, wide, narrow, dtype, is_sparse=is_sparse)
+        return Reference.of(tokens, wide, narrow, dtype, is_sparse=is_sparse, is_quantized=self._is_quantized)
 
     def _try(self, rung: Rung, block: Block, tokens: Tokens, reference: Reference) -> Trial:
         started = time.monotonic()

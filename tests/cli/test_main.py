@@ -26,7 +26,7 @@ def test_show_prints_values_and_origins(config_file: Path, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith('span = "0:4"') and line.endswith(f"# {config_file}") for line in lines)
     assert any(line.startswith("threads = 2") and line.endswith("# --set") for line in lines)
-    assert any(line.startswith("page_tokens = 16") and line.endswith("# default") for line in lines)
+    assert any(line.startswith("page_tokens = 32") and line.endswith("# default") for line in lines)
 
 
 def test_what_show_prints_is_a_file_with_the_same_effect(

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.engine import Engine
 from petalsd.engine.handle import Session
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.kvcache.pool import KVPool
-from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.kvcache.sizing import pages_for
 from petalsd.kvcache.spill import SpillArea
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
@@ -30,7 +31,7 @@ from tests.reference_layers import through_layers
 from tests.tiny_models import HIDDEN_SIZE, make_tiny
 
 CPU = torch.device("cpu")
-PAGE_TOKENS = 4
+PAGE_TOKENS = 16
 
 
 class TinyModel:
@@ -55,13 +56,13 @@ class TinyModel:
         return BlockSpan(0, self.config.num_blocks)
 
     def pool(self, kv_tokens: int = 512, spill: SpillArea | None = None) -> KVPool:
-        """Room for ``kv_tokens`` tokens in each block, in small pages of garbage."""
-        geometry = KVGeometry(PAGE_TOKENS, self.config.num_kv_heads, self.config.head_dim, dtype_bytes=4)
+        """Room for ``kv_tokens`` tokens in each block, in pages of garbage."""
+        geometry = cache_geometry(self.config, PAGE_TOKENS, torch.float32, CPU)
         num_pages = pages_for(kv_tokens, self.config.num_blocks, PAGE_TOKENS)
         pool = KVPool(geometry, num_pages, torch.float32, CPU, spill=spill)
         kv = pool.allocate()
-        kv.k.fill_(torch.nan)
-        kv.v.fill_(torch.nan)
+        for slab in kv.slabs:
+            slab.fill_(torch.nan)
         return pool
 
     def expected(self, hidden: torch.Tensor, span: BlockSpan | None = None) -> torch.Tensor:

@@ -21,10 +21,10 @@ from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.sizing import pages_for
 from petalsd.kvcache.spill import SpillArea
 from petalsd.kvcache.waiting import AdmissionRules
-from tests.engine.rig import CPU, TinyModel, serving, states
+from tests.engine.rig import CPU, PAGE_TOKENS, TinyModel, serving, states
 from tests.numeric import assert_close
 
-ASKED_TOKENS = 120
+ASKED_TOKENS = 128
 USED_TOKENS = 12
 KV_TOKENS = 4 * ASKED_TOKENS  # memory for four sessions that are reserved whole
 
@@ -78,7 +78,7 @@ async def test_all_may_take_what_they_asked_for(llama: TinyModel, area: SpillAre
         sessions = await admit(engine)
         hidden = states(1, ASKED_TOKENS)
         answers = await asyncio.gather(*(session.step(Step(hidden, 0)) for session in sessions))
-        assert engine.pool.stats().pages_spilled == (len(sessions) - 4) * 4 * ASKED_TOKENS // 4
+        assert engine.pool.stats().pages_spilled == (len(sessions) - 4) * 4 * ASKED_TOKENS // PAGE_TOKENS
         engine.pool.check_integrity()
         await asyncio.gather(*(session.close() for session in sessions))
     for actual in answers:

@@ -85,7 +85,7 @@ def test_the_share_of_attention_comes_from_the_shapes(llama: TinyModel) -> None:
     """Elements of keys and values, and products, against those of the block's matrices."""
     config: BlockConfig = llama.config
     weights = llama.blocks[0].weights
-    elements = sum(t.numel() for t in (weights.qkv, weights.output, weights.gate_up, weights.down))
+    elements = sum(t.num_out * t.num_in for t in (weights.qkv, weights.output, weights.gate_up, weights.down))
     share = AttentionShare.of(config)
     assert share.read * elements == pytest.approx(2 * config.num_kv_heads * config.head_dim)
     assert share.pair * elements == pytest.approx(2 * config.num_heads * config.head_dim)

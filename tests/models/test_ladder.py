@@ -179,7 +179,7 @@ def test_what_is_tolerated_follows_transformers_own_error(
     """Three times what its layer shows in the dtype, and never less than the dtype's floor."""
     tokens = Tokens((torch.zeros(4, 8),))
     wide = torch.ones(4, 8)
-    reference = Reference.of(tokens, wide, wide + layer_error, dtype, is_sparse=False)
+    reference = Reference.of(tokens, wide, wide + layer_error, dtype, is_sparse=False, is_quantized=False)
     assert reference.tolerance == pytest.approx(expected, rel=1e-3)
 
 
@@ -198,5 +198,5 @@ def test_quantized_weights_are_compared_by_their_values(
     plain = Ladder(ladder.architecture, source, WeightStorage.choose(torch.float32, CPU)).load(0)
     assert block.nbytes < plain.nbytes / 2.5
     assert rungs(ladder) == [(Rung.FUSED if family == "llama" else Rung.PACKED, True)]
-    assert ladder.choices["uniform"].taken.error < 1e-5
+    assert ladder.choices["uniform"].taken.error < (0.05 if family == "llama" else 1e-5)
     assert Rung.PLAIN not in ladder.candidates()
