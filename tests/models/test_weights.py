@@ -179,6 +179,7 @@ def test_projections_are_packed_in_one_piece(directory: Path, quantization: Quan
         expected = pack_weight(torch.cat([stored[f"model.layers.1.{name}.weight"] for name in names]), format)
         assert packed.format == format
         assert torch.equal(packed.unpack(torch.float32), expected.unpack(torch.float32))
+        assert packed.data.data_ptr() % 64 == 0
         storages.add(packed.data.untyped_storage().data_ptr())
     assert storages == {block.weights.input_norm.untyped_storage().data_ptr()}
     storage = WeightStorage.choose(torch.float32, CPU, quantization)
