@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml 
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench deb docs promtool clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench bench-compare deb docs promtool clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -60,11 +60,12 @@ test-interop: $(DEMO_MODEL)/config.json ## run the tests against stock Petals, i
 	@$(BIN)/python tests/interop/environment/build.py
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest tests/interop $(ARGS)
 
-bench: $(DEMO_MODEL)/config.json ## measure against stock Petals; results in benchmarks/results
+bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most; results in benchmarks/results
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks $(ARGS)
+
+bench-compare: $(DEMO_MODEL)/config.json ## the same beside stock Petals and transformers, in twenty minutes at most
 	@$(BIN)/python tests/interop/environment/build.py
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.step_latency
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.aggregate_decode
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks.decode_step
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks --compare $(ARGS)
 
 deb: ## build/deb/petalsd_*.deb; TORCH=cpu or cuda says which torch goes in
 	@packaging/deb/build.sh

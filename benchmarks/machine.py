@@ -9,12 +9,18 @@ import platform
 import subprocess
 from pathlib import Path
 
+from tests.interop import stock
+
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "hivemind", "transformers", "uvloop")
+_PETALS_PACKAGES = ("petals", "torch", "transformers")
 
 
 def describe() -> dict[str, str]:
-    """One flat dictionary, the same keys everywhere, for JSON and for CSV columns."""
+    """One flat dictionary, the same keys everywhere, for JSON and for CSV columns.
+
+    Versions of stock Petals and of what it runs on are empty where its environment is not there.
+    """
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
@@ -24,6 +30,19 @@ def describe() -> dict[str, str]:
         "load_1_min": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **_petals_versions(),
+    }
+
+
+def _petals_versions() -> dict[str, str]:
+    libraries = [str(path) for path in stock.PYTHON.parents[1].glob("lib/python*/site-packages")]
+    found = {
+        distribution.name: distribution.version
+        for distribution in importlib.metadata.distributions(path=libraries)
+        if distribution.name in _PETALS_PACKAGES
+    }
+    return {
+        "petals" if name == "petals" else f"petals_{name}": found.get(name, "") for name in _PETALS_PACKAGES
     }
 
 

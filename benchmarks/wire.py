@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
+from dataclasses import dataclass
 from typing import AsyncIterator  # noqa: UP035 - hivemind knows a stream by typing's own alias
 
 import torch
@@ -15,6 +17,8 @@ from hivemind.compression import serialize_torch_tensor
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
+
+from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 
 STEP_TIMEOUT_S = 30.0
 
@@ -80,9 +84,37 @@ class StepStream:
             yield request
 
 
-async def connect(maddr: str) -> tuple[P2P, PeerID]:
-    """A p2pd of our own that knows the server at ``maddr``."""
-    p2p = await P2P.create(
-        initial_peers=[maddr], host_maddrs=["/ip4/127.0.0.1/tcp/0"], auto_nat=False, use_relay=False
-    )
-    return p2p, PeerID.from_base58(maddr.rsplit("/p2p/", 1)[1])
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A p2pd of our own that knows one server."""
+
+    p2p: P2P
+    peer_id: PeerID
+
+    @contextlib.asynccontextmanager
+    async def stream(self, uid: str, max_length: int) -> AsyncIterator[StepStream]:
+        """One session, closed at the end."""
+        stream = StepStream(self.p2p, self.peer_id, uid, max_length)
+        await stream.open()
+        try:
+            yield stream
+        finally:
+            await stream.close()
+
+
+@contextlib.asynccontextmanager
+async def connect(maddr: str) -> AsyncIterator[Connection]:
+    """Start a p2pd that dials the server at ``maddr``, as a client's does."""
+    daemon = P2PDaemon(P2PDOptions(initial_peers=[maddr], client_mode=True, listen=False, use_relay=False))
+    try:
+        yield Connection(await daemon.start(), PeerID.from_base58(maddr.rsplit("/p2p/", 1)[1]))
+    finally:
+        await daemon.stop()
+
+
+async def time_step(stream: StepStream, hidden_size: int, tokens: int) -> float:
+    """Milliseconds from handing in a step of ``tokens`` random states to having its answer."""
+    hidden = torch.randn(1, tokens, hidden_size)
+    started = time.perf_counter()
+    await stream.step(hidden)
+    return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,76 @@
+"""Runs the suite, one benchmark after the other, and writes results/.
+
+python -m benchmarks [--only NAME …] [--compare] [--smoke]
+python -m benchmarks --list | --summary | --plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from benchmarks.plot import PICTURES, draw_all
+from benchmarks.registry import find_benchmarks
+from benchmarks.report import RESULTS, read_results
+from benchmarks.runner import SuiteOptions, run_suite
+from benchmarks.summary import summarize_results
+
+DEMO_MODEL = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model"))
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended on the way out
+    options = parse_arguments()
+    if options.list:
+        for benchmark in find_benchmarks().values():
+            print(f"{benchmark.name:<18} {benchmark.description}")
+        return 0
+    if options.summary:
+        print(summarize_results(read_results(options.results)))
+        return 0
+    if not options.plot:
+        failed = run_suite(
+            SuiteOptions(options.model, options.results, options.threads, options.compare, options.smoke),
+            options.only,
+        )
+        if failed:
+            return 1
+    if options.plot or not options.smoke:
+        draw_all(read_results(options.results), options.pictures)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    names = list(find_benchmarks())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measures petalsd on this machine; results in benchmarks/results.",
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="see --list")
+    parser.add_argument(
+        "--compare", action="store_true", help="the same work on stock Petals (.venv-petals) and transformers"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds each: shows that it works, measures nothing"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=DEMO_MODEL, help="a llama model's directory (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=CORES, help="CPU threads of each server (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go (%(default)s)")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="where pictures go (%(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="name the benchmarks and what each measures")
+    what.add_argument(
+        "--summary", action="store_true", help="a Markdown table of the last run's main figures"
+    )
+    what.add_argument("--plot", action="store_true", help="draw the last run's results again")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

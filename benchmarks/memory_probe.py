@@ -1,0 +1,120 @@
+"""Loads a model in a process of its own, uses it, and says what that took: one line of JSON.
+
+    python -m benchmarks.memory_probe --model DIR --provider petalsd|transformers --format bfloat16
+
+A fresh process is the only one whose resident memory says what weights cost: an allocator keeps what others freed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.local_model import CPU, LocalModel, ReferenceModel
+from benchmarks.quiet import quiet_libraries
+from benchmarks.suite.passes import our_pass, their_pass
+from petalsd.engine.engine import Engine
+from petalsd.engine.handle import Session
+from petalsd.engine.limits import EngineLimits
+from petalsd.engine.step import SessionSpec, Step
+from tests.tiny_models import make_tiny
+
+LOADS = 3
+SESSION_TOKENS = 256
+PASS_TOKENS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What loading and using a model takes in memory.")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--provider", choices=("petalsd", "transformers"), required=True)
+    parser.add_argument("--format", required=True)
+    parser.add_argument("--sessions", type=int, required=True)
+    options = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+    def probe(path: Path) -> dict[str, Any]:
+        if options.provider == "transformers":
+            return probe_transformers(path, options.format)
+        return asyncio.run(probe_petalsd(path, options.format, options.sessions))
+
+    with tempfile.TemporaryDirectory() as directory:
+        make_tiny("llama", Path(directory))
+        probe(Path(directory))  # libraries take memory and time of their own when they are first used
+    print(json.dumps(probe(options.model)))
+
+
+async def probe_petalsd(path: Path, kind: str, num_sessions: int) -> dict[str, Any]:
+    """Loaded, served by an engine, decoded with, and used for a backward pass; then with sessions."""
+    before = resident_bytes()
+    model, load_s = timed(lambda: LocalModel(path, kind))
+    pool = model.empty_pool((num_sessions + 1) * SESSION_TOKENS)
+    engine = Engine(EngineLimits(), CPU, num_threads=1)
+    await engine.start()
+    try:
+        await engine.load_span(model.blocks, pool, model.rope)
+        await open_session(engine, model)
+        our_pass(model, torch.zeros(1, PASS_TOKENS, model.config.hidden_size, dtype=model.dtype), True)()
+        loaded = resident_bytes()
+        for _ in range(num_sessions):
+            await open_session(engine, model)
+        session_bytes = (resident_bytes() - loaded) / num_sessions
+    finally:
+        await engine.stop(deadline_s=10.0)
+    return {
+        "load_s": [load_s, *(timed(lambda: LocalModel(path, kind))[1] for _ in range(LOADS - 1))],
+        "model_bytes": model.model_bytes,
+        "resident_bytes": loaded - before - model.kv_bytes(1, SESSION_TOKENS),
+        "session_bytes": session_bytes,
+        "session_kv_bytes": model.kv_bytes(1, SESSION_TOKENS),
+    }
+
+
+async def open_session(engine: Engine, model: LocalModel) -> Session:
+    """A session that holds SESSION_TOKENS tokens, the last of them decoded."""
+    session = await engine.open_session(SessionSpec(model.span, 1, SESSION_TOKENS, "benchmark"))
+    await session.step(Step(torch.zeros(1, SESSION_TOKENS - 1, model.config.hidden_size), 0))
+    await session.step(Step(torch.zeros(1, 1, model.config.hidden_size), SESSION_TOKENS - 1))
+    return session
+
+
+def probe_transformers(path: Path, kind: str) -> dict[str, Any]:
+    """Loaded, and used for a backward pass; with its embeddings, as far as it touches them."""
+    before = resident_bytes()
+    reference, load_s = timed(lambda: ReferenceModel(path, kind))
+    hidden_size = reference.model.config.hidden_size
+    their_pass(reference, torch.zeros(1, PASS_TOKENS, hidden_size, dtype=reference.dtype), True)()
+    return {
+        "load_s": [load_s, *(timed(lambda: ReferenceModel(path, kind))[1] for _ in range(LOADS - 1))],
+        "resident_bytes": resident_bytes() - before,
+    }
+
+
+def timed(load: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return load(), time.perf_counter() - started
+
+
+def resident_bytes() -> int:
+    """Of this process: its own memory, and of the files that it maps those that hold weights."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the head of a mapping; the file comes last
+            counts = len(words) < 6 or words[5].startswith("[") or words[-1].endswith(".safetensors")
+        elif counts and words[0] == "Rss:":
+            total += int(words[1]) << 10
+    return total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One decode step through all blocks, in this process: 1 to 32 sessions behind short and long contexts.
+
+petalsd in every format that it loads, beside transformers on the same weights. What a step must read at least are
+the weights once, and the keys and values of every session.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.local_model import LocalModel, ReferenceModel, available_bytes, formats, thread_counts
+from benchmarks.report import Row
+from benchmarks.timing import Work, summarize, take_turns
+
+SESSIONS = (1, 8, 16, 32)
+CONTEXTS = (16, 256, 2048, 8192)
+MAIN_CONTEXT = 256
+GRID_FORMAT = "bfloat16"
+REFERENCE_FORMATS = ("float32", "bfloat16")
+
+# transformers concatenates its whole cache at each step: beyond this, one step takes seconds.
+_REFERENCE_KV_BYTES = 400 << 20
+_MEMORY_SHARE = 3  # of what is available a cache may take one part in this many
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One setting; ``with_reference`` also measures transformers."""
+
+    sessions: int
+    context: int
+    threads: int
+    with_reference: bool
+
+    def setting(self, kind: str) -> dict[str, int | str]:
+        return {
+            "format": kind, "sessions": self.sessions, "context": self.context, "threads": self.threads,
+        }  # fmt: skip
+
+
+def cases(kind: str, options: Options) -> Iterator[Case]:
+    """The whole grid in one format, by one thread; the middle context in the others; and by all threads."""
+    if options.smoke:
+        yield Case(2, 16, 1, kind in REFERENCE_FORMATS)
+        return
+    for context in CONTEXTS if kind == GRID_FORMAT else (MAIN_CONTEXT,):
+        for sessions in SESSIONS:
+            is_compared = kind in REFERENCE_FORMATS and (context == MAIN_CONTEXT or options.compare)
+            yield Case(sessions, context, 1, is_compared)
+    for threads in list(thread_counts(options.threads))[1:]:
+        for sessions in (1, SESSIONS[-1]):
+            yield Case(sessions, MAIN_CONTEXT, threads, kind in REFERENCE_FORMATS)
+
+
+def run(options: Options) -> list[Row]:
+    rows = []
+    for kind in formats():
+        model = LocalModel(options.model, kind)
+        reference = ReferenceModel(options.model, kind) if kind in REFERENCE_FORMATS else None
+        for case in cases(kind, options):
+            what = " ".join(f"{name}={value}" for name, value in case.setting(kind).items())
+            if options.has_time(what) and _fits(model, case, what, options):
+                rows += measure(model, reference, case, options)
+            gc.collect()  # a cache of gigabytes must be gone before the next one
+    return rows
+
+
+def measure(model: LocalModel, reference: ReferenceModel | None, case: Case, options: Options) -> list[Row]:
+    """Milliseconds of each provider's steps, taken in turns."""
+    works: dict[str, Work] = {"petalsd": model.step(case.sessions, case.context, 1, case.threads)}
+    kv_bytes = model.kv_bytes(case.sessions, case.context)
+    if reference is not None and case.with_reference:
+        if kv_bytes <= _REFERENCE_KV_BYTES:
+            works["transformers"] = reference.step(case.sessions, case.context, 1, case.threads)
+        else:
+            options.skip(f"transformers at {kv_bytes / 1e9:.1f} GB of keys and values", "seconds per step")
+    nbytes = round(model.model_bytes) + kv_bytes
+    return [
+        Row(
+            name,
+            case.setting(model.format),
+            "decode step",
+            "ms",
+            summarize([1e3 * s for s in samples]),
+            nbytes,
+        )
+        for name, samples in take_turns(works, options.pace).items()
+    ]
+
+
+def _fits(model: LocalModel, case: Case, what: str, options: Options) -> bool:
+    needed, available = model.kv_bytes(case.sessions, case.context), available_bytes()
+    if needed <= available // _MEMORY_SHARE:
+        return True
+    options.skip(what, f"its cache takes {needed / 1e9:.1f} of {available / 1e9:.1f} GB")
+    return False
+
+
+BENCHMARK = Benchmark(
+    "decode_step",
+    "one decode step through all blocks in this process, without engine and network",
+    run,
+    120.0,
+)

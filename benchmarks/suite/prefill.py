@@ -1,0 +1,33 @@
+"""A prompt through all blocks in this process, in one call: petalsd and transformers on the same weights."""
+
+from __future__ import annotations
+
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.local_model import LocalModel, ReferenceModel, formats, thread_counts
+from benchmarks.report import Row
+from benchmarks.timing import Work, summarize, take_turns
+
+PROMPTS = (256, 2048)
+REFERENCE_FORMATS = ("float32", "bfloat16")
+
+
+def run(options: Options) -> list[Row]:
+    rows = []
+    for kind in formats():
+        model = LocalModel(options.model, kind)
+        reference = ReferenceModel(options.model, kind) if kind in REFERENCE_FORMATS else None
+        for threads in [1] if options.smoke else thread_counts(options.threads):
+            for tokens in (32,) if options.smoke else PROMPTS:
+                setting = {"format": kind, "tokens": tokens, "threads": threads}
+                if not options.has_time(f"{setting}"):
+                    continue
+                works: dict[str, Work] = {"petalsd": model.step(1, 0, tokens, threads)}
+                if reference is not None:
+                    works["transformers"] = reference.step(1, 0, tokens, threads)
+                for name, samples in take_turns(works, options.pace).items():
+                    milliseconds = summarize([1e3 * seconds for seconds in samples])
+                    rows.append(Row(name, setting, "prefill", "ms", milliseconds))
+    return rows
+
+
+BENCHMARK = Benchmark("prefill", "a prompt through all blocks in this process, in one call", run, 60.0)

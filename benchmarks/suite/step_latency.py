@@ -1,0 +1,68 @@
+"""One decode step through one block over loopback, at the client: a bare echo, petalsd, and stock Petals.
+
+A random block of SmolLM2-135M's shape (hidden 576, 9 heads, 3 KV heads), float32, batch 1. Two real p2pd lie
+between client and server, and the client is the smallest that there is. The echo is what the wire alone costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.providers import Provider
+from benchmarks.report import Row
+from benchmarks.timing import summarize
+from benchmarks.wire import connect, time_step
+from tests.tiny_models import make_tiny
+
+HIDDEN_SIZE = 576
+PREFILL_TOKENS = 64
+WARM_UP_STEPS = 50
+ROUNDS = 6
+STEPS_PER_ROUND = 100
+
+
+def run(options: Options) -> list[Row]:
+    rounds, steps = (1, 3) if options.smoke else (ROUNDS, STEPS_PER_ROUND)
+    providers = options.serve_block(make_block(options.directory / "model"), ["echo", *options.servers])
+    samples = uvloop.run(measure(providers, rounds, steps))
+    setting = {"format": "float32", "hidden": HIDDEN_SIZE, "sessions": 1, "threads": options.threads}
+    return [
+        Row(name, setting, "decode step of one block", "ms", summarize(ms)) for name, ms in samples.items()
+    ]
+
+
+def make_block(path: Path) -> Path:
+    """A model of one block; the vocabulary is tiny, since no embedding is ever used."""
+    make_tiny(
+        "llama", path, num_hidden_layers=1, hidden_size=HIDDEN_SIZE, intermediate_size=1536,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048, initializer_range=0.02,
+    )  # fmt: skip
+    return path
+
+
+async def measure(providers: list[Provider], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of every step, by provider."""
+    samples: dict[str, list[float]] = {provider.name: [] for provider in providers}
+    size = providers[0].hidden_size
+    max_length = PREFILL_TOKENS + WARM_UP_STEPS + rounds * steps
+    async with contextlib.AsyncExitStack() as stack:
+        streams = {}
+        for provider in providers:
+            connection = await stack.enter_async_context(connect(provider.maddr))
+            stream = connection.stream(provider.uid, max_length)
+            streams[provider.name] = await stack.enter_async_context(stream)
+        for stream in streams.values():
+            await time_step(stream, size, PREFILL_TOKENS)
+            for _ in range(WARM_UP_STEPS):
+                await time_step(stream, size, 1)
+        for _ in range(rounds):
+            for name, stream in streams.items():
+                samples[name] += [await time_step(stream, size, 1) for _ in range(steps)]
+    return samples
+
+
+BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 40.0)

@@ -1,0 +1,5 @@
+"""Which benchmarks start servers: their smoke tests share them, in a file of their own."""
+
+from __future__ import annotations
+
+SERVED = ("admission", "aggregate_decode", "generation", "interference", "passes", "step_latency")

@@ -1,0 +1,21 @@
+"""The benchmarks that need no server run on any model and give figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.providers import Fleet
+from benchmarks.registry import find_benchmarks
+from tests.benchmarks.served import SERVED
+from tests.benchmarks.smoke import run_smoke
+
+BENCHMARKS = find_benchmarks()
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in SERVED])
+def test_it_gives_figures(name: str, small_model: Path, fleet: Fleet, tmp_path: Path) -> None:
+    """Rows of petalsd in the published format."""
+    rows = run_smoke(BENCHMARKS[name], small_model, fleet, tmp_path)
+    assert "petalsd" in {row["provider"] for row in rows}

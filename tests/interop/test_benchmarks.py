@@ -1,0 +1,32 @@
+"""The benchmarks that compare servers run against stock Petals too, with its client and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.providers import PETALS, Fleet
+from benchmarks.registry import find_benchmarks
+from tests.benchmarks.served import SERVED
+from tests.benchmarks.smoke import run_smoke
+from tests.interop.models import Model
+
+pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """Servers of the tiny model, one of each kind, for all benchmarks."""
+    with Fleet() as fleet:
+        yield fleet
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_it_compares(name: str, tiny: Model, fleet: Fleet, tmp_path: Path) -> None:
+    """Rows of both, and petalsd's have a ratio to those of stock Petals."""
+    rows = run_smoke(find_benchmarks()[name], tiny.directory, fleet, tmp_path, compare=True)
+    ours = [row for row in rows if row["provider"] == "petalsd" and row["setting"].get("where") != "process"]
+    assert {row["provider"] for row in rows} >= {PETALS, "petalsd"}
+    assert ours and all(row["reference"] == PETALS and row["ratio"] > 0 for row in ours)
