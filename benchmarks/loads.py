@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from benchmarks.providers import DHT_PREFIX, PETALS, Fleet, Provider
+from benchmarks.providers import DHT_PREFIX, Fleet, Provider
+from benchmarks.report import OURS, PETALS
 from benchmarks.wire import connect
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
@@ -146,7 +147,7 @@ def stock_load(provider: Provider, shape: LoadShape, fleet: Fleet) -> Iterator[L
 
 LOADS: dict[str, Callable[[Provider, LoadShape, Fleet], AbstractContextManager[Load]]] = {
     "wire": wire_load,
-    "petalsd": petalsd_load,
+    OURS: petalsd_load,
     PETALS: stock_load,
 }
 

@@ -33,6 +33,7 @@ from petalsd.types import BlockSpan
 CPU = torch.device("cpu")
 PAGE_TOKENS = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REFERENCE_FORMATS = tuple(_DTYPES)
 _QUANTIZED = ("int8", "int4")
 # int8 has a scale for each row, which is next to nothing; int4 a scale of 2 bytes for each group of 64.
 _PARAMETER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}
@@ -158,6 +159,11 @@ class ReferenceModel:
                 cache.crop(-tokens)
 
         return work
+
+
+def load_models(path: Path, kind: str) -> tuple[LocalModel, ReferenceModel | None]:
+    """Ours in this format, and transformers' where it has the format."""
+    return LocalModel(path, kind), ReferenceModel(path, kind) if kind in REFERENCE_FORMATS else None
 
 
 def thread_counts(threads: int) -> Iterator[int]:

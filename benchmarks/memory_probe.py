@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.local_model import CPU, LocalModel, ReferenceModel
 from benchmarks.quiet import quiet_libraries
+from benchmarks.report import OURS, TRANSFORMERS
 from benchmarks.suite.passes import our_pass, their_pass
 from petalsd.engine.engine import Engine
 from petalsd.engine.handle import Session
@@ -35,7 +36,7 @@ PASS_TOKENS = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description="What loading and using a model takes in memory.")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--provider", choices=("petalsd", "transformers"), required=True)
+    parser.add_argument("--provider", choices=(OURS, TRANSFORMERS), required=True)
     parser.add_argument("--format", required=True)
     parser.add_argument("--sessions", type=int, required=True)
     options = parser.parse_args()
@@ -43,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     def probe(path: Path) -> dict[str, Any]:
-        if options.provider == "transformers":
+        if options.provider == TRANSFORMERS:
             return probe_transformers(path, options.format)
         return asyncio.run(probe_petalsd(path, options.format, options.sessions))
 

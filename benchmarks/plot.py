@@ -13,13 +13,11 @@ from typing import Any
 from benchmarks.benchmark import say
 from benchmarks.charts import Bar, BarPanel, Line, LinePanel, Panel, draw_panels, format_value
 from benchmarks.machine import ROOT
+from benchmarks.report import OURS, PETALS, TRANSFORMERS
 from benchmarks.results_table import Figure, ResultsTable
 
 PICTURES = ROOT / "docs" / "benchmarks"
 
-OURS = "petalsd"
-PETALS = "petals-2.2"
-TRANSFORMERS = "transformers"
 NAMES = {OURS: "petalsd", PETALS: "Petals 2.2", TRANSFORMERS: "transformers", "echo": "bare echo"}
 KINDS = {OURS: "ours", PETALS: "petals"}
 BEST_FORMAT, PLAIN_FORMAT = "bfloat16", "float32"
@@ -139,19 +137,12 @@ def passes(table: ResultsTable) -> Iterable[Panel | None]:
 
 def interference(table: ResultsTable) -> Iterable[Panel | None]:
     for name in (PETALS, OURS):
-        rows = {
-            "alone, median": _with(table.row("interference", "decode step, alone", name), "median"),
-            "beside, median": _with(
-                table.row("interference", "decode step, beside a prompt of 2048", name), "median"
-            ),
-            "beside, p95": _with(
-                table.row("interference", "decode step, beside a prompt of 2048", name), "p95"
-            ),
-        }
+        rows = {"alone (median)": table.row("interference", "decode step, alone", name)}
+        for work in ("a prompt of 2048", "a forward pass", "a backward pass"):
+            row = table.row("interference", f"decode step, beside {work}", name)
+            rows[f"beside {work}"] = row and {**row, "median": row["p95"]}
         yield named_bars(
-            f"{NAMES[name]}: a step beside a prompt",
-            "ms, while another client's 2048 tokens are computed",
-            rows,
+            f"{NAMES[name]}: a step beside others' work", "ms, 95th percentile; less is better", rows
         )
 
 
@@ -228,11 +219,6 @@ def lines(
         )
         drawn.append(Line("memory's floor", floor, "floor"))
     return LinePanel(title, note, drawn)
-
-
-def _with(row: Figure | None, statistic: str) -> Figure | None:
-    """The row with another statistic in the place of the median."""
-    return None if row is None else {**row, "median": row[statistic]}
 
 
 def _small_print(table: ResultsTable) -> str:

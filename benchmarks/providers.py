@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.report import OURS, PETALS
 from petalsd.types import BlockSpan
 from tests.interop import stock
 from tests.interop.child import Child
 from tests.interop.daemon import DaemonOptions, petalsd_daemon
 from tests.interop.petals_model import make_petals_copy
 
-PETALS = "petals-2.2"
 DHT_PREFIX = "benchmark-hf"
 START_DEADLINE_S = 120.0
 
@@ -93,7 +93,7 @@ def petalsd(job: Job, directory: Path) -> Iterator[Provider]:
         threads=job.threads,
     )
     with petalsd_daemon(options) as maddrs:
-        yield Provider("petalsd", maddrs[0], job, directory)
+        yield Provider(OURS, maddrs[0], job, directory)
 
 
 PROVIDERS: dict[str, Callable[[Job, Path], AbstractContextManager[Provider]]] = {

@@ -19,8 +19,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 Setting: TypeAlias = Mapping[str, int | str]
 
+OURS = "petalsd"
+PETALS = "petals-2.2"
+TRANSFORMERS = "transformers"
 # Whom the others are compared with: the first of these that a benchmark has measured.
-REFERENCES = ("petals-2.2", "transformers")
+REFERENCES = (PETALS, TRANSFORMERS)
 _TIME_UNITS = ("s", "ms", "us", "ns")
 _SIZE_UNITS = ("MiB", "KiB", "B", "x")
 _DIGITS = 5

@@ -8,9 +8,9 @@ from itertools import product
 from typing import Any
 
 from benchmarks.charts import format_value
+from benchmarks.report import OURS, PETALS, TRANSFORMERS
 from benchmarks.results_table import Figure, ResultsTable
 
-OURS, PETALS, TRANSFORMERS = "petalsd", "petals-2.2", "transformers"
 _RUNNER: dict[str, int | str] = {"context": 256, "threads": 1}
 
 

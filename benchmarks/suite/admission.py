@@ -27,7 +27,7 @@ SIGMA = 0.8
 MAX_SESSIONS = 256  # petalsd's own default limit
 MESSAGE_TOKENS = 256
 ROUNDS = 3
-REFUSALS = (P2PHandlerError, P2PDaemonError, StopAsyncIteration, OSError)
+REFUSALS = (P2PHandlerError, P2PDaemonError, StopAsyncIteration, ConnectionError)
 
 
 def run(options: Options) -> list[Row]:

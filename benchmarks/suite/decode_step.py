@@ -11,15 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.local_model import LocalModel, ReferenceModel, available_bytes, formats, thread_counts
-from benchmarks.report import Row
+from benchmarks.local_model import (
+    REFERENCE_FORMATS,
+    LocalModel,
+    ReferenceModel,
+    available_bytes,
+    formats,
+    load_models,
+    thread_counts,
+)
+from benchmarks.report import OURS, TRANSFORMERS, Row
 from benchmarks.timing import Work, summarize, take_turns
 
 SESSIONS = (1, 8, 16, 32)
 CONTEXTS = (16, 256, 2048, 8192)
 MAIN_CONTEXT = 256
 GRID_FORMAT = "bfloat16"
-REFERENCE_FORMATS = ("float32", "bfloat16")
 
 # transformers concatenates its whole cache at each step: beyond this, one step takes seconds.
 _REFERENCE_KV_BYTES = 400 << 20
@@ -58,8 +65,7 @@ def cases(kind: str, options: Options) -> Iterator[Case]:
 def run(options: Options) -> list[Row]:
     rows = []
     for kind in formats():
-        model = LocalModel(options.model, kind)
-        reference = ReferenceModel(options.model, kind) if kind in REFERENCE_FORMATS else None
+        model, reference = load_models(options.model, kind)
         for case in cases(kind, options):
             what = " ".join(f"{name}={value}" for name, value in case.setting(kind).items())
             if options.has_time(what) and _fits(model, case, what, options):
@@ -70,11 +76,11 @@ def run(options: Options) -> list[Row]:
 
 def measure(model: LocalModel, reference: ReferenceModel | None, case: Case, options: Options) -> list[Row]:
     """Milliseconds of each provider's steps, taken in turns."""
-    works: dict[str, Work] = {"petalsd": model.step(case.sessions, case.context, 1, case.threads)}
+    works: dict[str, Work] = {OURS: model.step(case.sessions, case.context, 1, case.threads)}
     kv_bytes = model.kv_bytes(case.sessions, case.context)
     if reference is not None and case.with_reference:
         if kv_bytes <= _REFERENCE_KV_BYTES:
-            works["transformers"] = reference.step(case.sessions, case.context, 1, case.threads)
+            works[TRANSFORMERS] = reference.step(case.sessions, case.context, 1, case.threads)
         else:
             options.skip(f"transformers at {kv_bytes / 1e9:.1f} GB of keys and values", "seconds per step")
     nbytes = round(model.model_bytes) + kv_bytes

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.loads import clients
-from benchmarks.providers import DHT_PREFIX, PETALS, Fleet, Provider
-from benchmarks.report import Row
+from benchmarks.providers import DHT_PREFIX, Fleet, Provider
+from benchmarks.report import OURS, PETALS, Row
 from benchmarks.timing import summarize
 from petalsd.client.model import RemoteCausalLM
 
@@ -97,7 +97,7 @@ def stock_client(provider: Provider, fleet: Fleet) -> Iterator[Generate]:
 
 
 GENERATORS: dict[str, Callable[[Provider, Fleet], AbstractContextManager[Generate]]] = {
-    "petalsd": petalsd_client,
+    OURS: petalsd_client,
     PETALS: stock_client,
 }
 

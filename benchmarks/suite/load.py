@@ -12,22 +12,21 @@ import sys
 from typing import Any
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.local_model import formats
+from benchmarks.local_model import REFERENCE_FORMATS, formats
 from benchmarks.machine import ROOT
 from benchmarks.memory_probe import SESSION_TOKENS
-from benchmarks.report import Row
+from benchmarks.report import OURS, TRANSFORMERS, Row
 from benchmarks.timing import summarize
 
 SESSIONS = 32
-REFERENCE_FORMATS = ("float32", "bfloat16")
 PROBE_DEADLINE_S = 120.0
 
 
 def run(options: Options) -> list[Row]:
     rows = []
     for kind in formats()[:1] if options.smoke else formats():
-        for provider in ("petalsd", "transformers"):
-            is_known = provider == "petalsd" or kind in REFERENCE_FORMATS
+        for provider in (OURS, TRANSFORMERS):
+            is_known = provider == OURS or kind in REFERENCE_FORMATS
             if is_known and options.has_time(f"{provider} {kind}", 10.0):
                 rows += to_rows(provider, kind, probe(provider, kind, options))
     return rows
@@ -52,7 +51,7 @@ def to_rows(provider: str, kind: str, found: dict[str, Any]) -> list[Row]:
         Row(provider, setting, "load time", "s", summarize(found["load_s"])),
         Row(provider, setting, "resident weights", "MiB", summarize([resident / 2**20])),
     ]
-    if provider == "petalsd":
+    if provider == OURS:
         ratio = summarize([resident / found["model_bytes"]])
         rows.append(Row(provider, setting, "resident weights over the model's bytes", "x", ratio))
         of_session = {**setting, "context": SESSION_TOKENS}

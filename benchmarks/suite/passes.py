@@ -11,9 +11,9 @@ import time
 import torch
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.local_model import CPU, LocalModel, ReferenceModel, formats
+from benchmarks.local_model import CPU, LocalModel, ReferenceModel, formats, load_models
 from benchmarks.providers import DHT_PREFIX, Provider
-from benchmarks.report import Row
+from benchmarks.report import OURS, TRANSFORMERS, Row
 from benchmarks.timing import Work, summarize, take_turns
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
@@ -22,7 +22,6 @@ from petalsd.engine.step import PassRequest
 
 ROWS = 2
 TOKENS = 128
-REFERENCE_FORMATS = ("float32", "bfloat16")
 SERVER_ROUNDS = 3
 MAX_PASS_TOKENS = 2048
 
@@ -37,15 +36,14 @@ def run(options: Options) -> list[Row]:
 
 
 def measure_here(kind: str, tokens: int, options: Options) -> list[Row]:
-    model = LocalModel(options.model, kind)
-    reference = ReferenceModel(options.model, kind) if kind in REFERENCE_FORMATS else None
+    model, reference = load_models(options.model, kind)
     hidden = torch.randn(ROWS, tokens, model.config.hidden_size).to(model.dtype)
     torch.set_num_threads(options.threads)
     rows = []
     for is_backward in (False, True):
-        works: dict[str, Work] = {"petalsd": our_pass(model, hidden, is_backward)}
+        works: dict[str, Work] = {OURS: our_pass(model, hidden, is_backward)}
         if reference is not None:
-            works["transformers"] = their_pass(reference, hidden, is_backward)
+            works[TRANSFORMERS] = their_pass(reference, hidden, is_backward)
         samples = take_turns(works, options.pace)
         rows += pass_rows(samples, {"format": kind, "where": "process"}, tokens, is_backward, options)
     return rows

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.report import Row
+from benchmarks.report import OURS, Row
 from benchmarks.timing import summarize
 from petalsd._C import PagePool
 from petalsd.kvcache.sizing import pages_for
@@ -35,7 +35,7 @@ def run(options: Options) -> list[Row]:
     for _ in range(rounds):
         for name, operation in operations.items():
             samples.setdefault(name, []).append(_ns_per_call(operation, calls))
-    return [Row("petalsd", setting, name, "ns", summarize(values)) for name, values in samples.items()]
+    return [Row(OURS, setting, name, "ns", summarize(values)) for name, values in samples.items()]
 
 
 def make_operations() -> Mapping[str, Callable[[], object]]:

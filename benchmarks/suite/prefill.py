@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.local_model import LocalModel, ReferenceModel, formats, thread_counts
-from benchmarks.report import Row
+from benchmarks.local_model import formats, load_models, thread_counts
+from benchmarks.report import OURS, TRANSFORMERS, Row
 from benchmarks.timing import Work, summarize, take_turns
 
 PROMPTS = (256, 2048)
-REFERENCE_FORMATS = ("float32", "bfloat16")
 
 
 def run(options: Options) -> list[Row]:
     rows = []
     for kind in formats():
-        model = LocalModel(options.model, kind)
-        reference = ReferenceModel(options.model, kind) if kind in REFERENCE_FORMATS else None
+        model, reference = load_models(options.model, kind)
         for threads in [1] if options.smoke else thread_counts(options.threads):
             for tokens in (32,) if options.smoke else PROMPTS:
                 setting = {"format": kind, "tokens": tokens, "threads": threads}
                 if not options.has_time(f"{setting}"):
                     continue
-                works: dict[str, Work] = {"petalsd": model.step(1, 0, tokens, threads)}
+                works: dict[str, Work] = {OURS: model.step(1, 0, tokens, threads)}
                 if reference is not None:
-                    works["transformers"] = reference.step(1, 0, tokens, threads)
+                    works[TRANSFORMERS] = reference.step(1, 0, tokens, threads)
                 for name, samples in take_turns(works, options.pace).items():
                     milliseconds = summarize([1e3 * seconds for seconds in samples])
                     rows.append(Row(name, setting, "prefill", "ms", milliseconds))

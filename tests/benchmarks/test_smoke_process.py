@@ -11,6 +11,7 @@ from benchmarks.registry import find_benchmarks
 from tests.benchmarks.served import SERVED
 from tests.benchmarks.smoke import run_smoke
 
+pytestmark = pytest.mark.timeout(300)  # fresh processes import everything anew, on a busy machine too
 BENCHMARKS = find_benchmarks()
 
 

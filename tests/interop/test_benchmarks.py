@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.providers import PETALS, Fleet
+from benchmarks.providers import Fleet
 from benchmarks.registry import find_benchmarks
+from benchmarks.report import OURS, PETALS
 from tests.benchmarks.served import SERVED
 from tests.benchmarks.smoke import run_smoke
 from tests.interop.models import Model
@@ -27,6 +28,6 @@ def fleet() -> Iterator[Fleet]:
 def test_it_compares(name: str, tiny: Model, fleet: Fleet, tmp_path: Path) -> None:
     """Rows of both, and petalsd's have a ratio to those of stock Petals."""
     rows = run_smoke(find_benchmarks()[name], tiny.directory, fleet, tmp_path, compare=True)
-    ours = [row for row in rows if row["provider"] == "petalsd" and row["setting"].get("where") != "process"]
-    assert {row["provider"] for row in rows} >= {PETALS, "petalsd"}
+    ours = [row for row in rows if row["provider"] == OURS and row["setting"].get("where") != "process"]
+    assert {row["provider"] for row in rows} >= {PETALS, OURS}
     assert ours and all(row["reference"] == PETALS and row["ratio"] > 0 for row in ours)
