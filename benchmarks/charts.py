@@ -64,9 +64,8 @@ class BarPanel:
             left, middle = x + _LABEL_WIDTH, top + _BAR_HEIGHT / 2 + 4
             drawing.text(left - 8, middle, bar.label, "label", "end")
             drawing.rect(left, top, max(1.5, bar.value * scale), _BAR_HEIGHT, bar.kind, 2)
-            value = format_value(bar.value)
-            drawing.text(left + bar.value * scale + 7, middle, value, "value")
-            drawing.text(left + bar.value * scale + 15 + 7.5 * len(value), middle, bar.remark, "note")
+            end = left + bar.value * scale + 7
+            drawing.text(end, middle, format_value(bar.value), "value", remark=bar.remark)
 
 
 @dataclass(frozen=True, slots=True)

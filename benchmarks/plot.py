@@ -140,7 +140,7 @@ def interference(table: ResultsTable) -> Iterable[Panel | None]:
         rows = {"alone (median)": table.row("interference", "decode step, alone", name)}
         for work in ("a prompt of 2048", "a forward pass", "a backward pass"):
             row = table.row("interference", f"decode step, beside {work}", name)
-            rows[f"beside {work}"] = row and {**row, "median": row["p95"]}
+            rows[f"beside {work.removesuffix(' of 2048')}"] = row and {**row, "median": row["p95"]}
         yield named_bars(
             f"{NAMES[name]}: a step beside others' work", "ms, 95th percentile; less is better", rows
         )
@@ -164,7 +164,7 @@ PICTURE_LIST: Mapping[str, tuple[str, Callable[[ResultsTable], Iterable[Panel | 
     "decode": ("A decode step through all blocks, in process", decode_by_context, 2),
     "prefill": ("Prompts, in process", prompts, 2),
     "passes": ("Passes without a cache, in process", passes, 2),
-    "interference": ("Decoding beside another client's prompt", interference, 2),
+    "interference": ("What a decoding client feels of others", interference, 2),
     "memory": ("Loading a model", memory, 2),
 }
 

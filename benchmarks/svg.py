@@ -16,6 +16,7 @@ text { font-family: system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans
 .head, .title, .label, .value { fill: #1f2328 }
 .value { font-variant-numeric: tabular-nums; font-weight: 600 }
 .note { fill: #59636e; font-size: 11.5px }
+.remark { font-weight: 400 }
 .grid { stroke: #d8dee4; stroke-width: 1 }
 .axis { stroke: #8c959f; stroke-width: 1 }
 .ours { fill: #0969da; stroke: #0969da }
@@ -69,10 +70,13 @@ class Drawing:
     def dot(self, center: tuple[float, float], kind: str) -> None:
         self._add(f'<circle class="{kind}" cx="{center[0]:.1f}" cy="{center[1]:.1f}" r="3"/>')
 
-    def text(self, x: float, y: float, text: str, kind: str, anchor: Anchor = "start") -> None:
-        self._add(
-            f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-        )
+    def text(
+        self, x: float, y: float, text: str, kind: str, anchor: Anchor = "start", *, remark: str = ""
+    ) -> None:
+        """``remark`` stands behind the text, as a note."""
+        tail = f'<tspan class="note remark" dx="8">{escape(remark)}</tspan>' if remark else ""
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self._add(f'<text class="{kind}" {place}>{escape(text)}{tail}</text>')
 
     def render(self) -> str:
         size = f'width="{self._width:g}" height="{self._height:g}" viewBox="0 0 {self._width:g} {self._height:g}"'
