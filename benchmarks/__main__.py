@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks.plot import PICTURES, draw_all
 from benchmarks.registry import find_benchmarks
@@ -20,10 +21,11 @@ from benchmarks.summary import summarize_results
 
 DEMO_MODEL = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model"))
 CORES = len(os.sched_getaffinity(0))
+GRACE_S = 60.0  # for what was begun before the time was up
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended on the way out
+    signal.signal(signal.SIGTERM, _give_up)
     options = parse_arguments()
     if options.list:
         for benchmark in find_benchmarks().values():
@@ -33,15 +35,19 @@ def main() -> int:
         print(summarize_results(read_results(options.results)))
         return 0
     if not options.plot:
-        failed = run_suite(
-            SuiteOptions(options.model, options.results, options.threads, options.compare, options.smoke),
-            options.only,
-        )
-        if failed:
+        suite = SuiteOptions(options.model, options.results, options.threads, options.compare, options.smoke)
+        signal.signal(signal.SIGALRM, _give_up)
+        signal.alarm(round(suite.limit_s + GRACE_S))
+        if run_suite(suite, options.only):
             return 1
     if options.plot or not options.smoke:
         draw_all(read_results(options.results), options.pictures)
     return 0
+
+
+def _give_up(number: int, frame: object) -> NoReturn:
+    """An exception in the main thread, so that the servers are ended on the way out."""
+    sys.exit(f"benchmarks: ended by {signal.Signals(number).name}")
 
 
 def parse_arguments() -> argparse.Namespace:

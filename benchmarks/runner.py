@@ -40,7 +40,9 @@ class SuiteOptions:
     compare: bool = False
     smoke: bool = False
 
+    @property
     def limit_s(self) -> float:
+        """Seconds after which nothing new is begun."""
         return COMPARE_LIMIT_S if self.compare else LIMIT_S
 
 
@@ -52,8 +54,11 @@ def run_suite(suite: SuiteOptions, names: Sequence[str]) -> list[str]:
     say(f"memory: {bandwidth}")
     found, started, failed = find_benchmarks(), time.monotonic(), []
     for number, name in enumerate(names, 1):
-        left_s = suite.limit_s() - (time.monotonic() - started)
+        left_s = suite.limit_s - (time.monotonic() - started)
         say(f"[{number}/{len(names)}] {name}: {found[name].description}")
+        if left_s <= 0:
+            say("  skipped: no time left; what it found last time stays")
+            continue
         begun = time.monotonic()
         try:
             with Fleet() as fleet:

@@ -152,7 +152,8 @@ def _markdown(line: Line) -> str:
         name = line.other["provider"]
         if name == line.ours["provider"]:
             name = " ".join(f"{key} {value}" for key, value in setting.items() if key == "context") or "alone"
-        other, ratio = [name, _value(line.other)], _times(line.ours, line.other)
+        other = [name, _value(line.other)]
+        ratio = _times(line.ours, line.other) if line.other["provider"] != line.ours["provider"] else ""
     return f"| {line.work} | {other[0]} | {other[1]} | {_value(line.ours)} | {ratio} | {line.remark} |"
 
 

@@ -20,7 +20,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 
 from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 
-STEP_TIMEOUT_S = 30.0
+STEP_TIMEOUT_S = 120.0
 
 _NO_PROMPTS = serialize_torch_tensor(torch.empty(0))
 _NO_HYPO_IDS = serialize_torch_tensor(torch.empty(0, dtype=torch.int64))
