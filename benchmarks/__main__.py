@@ -1,7 +1,9 @@
-"""Runs the suite, one benchmark after the other, and writes results/.
+"""Runs the suite, one benchmark after the other, and writes results/ and the pictures of docs/.
 
-python -m benchmarks [--only NAME …] [--compare] [--smoke]
-python -m benchmarks --list | --summary | --plot
+    python -m benchmarks [--only NAME …] [--compare] [--smoke]
+    python -m benchmarks --list | --summary | --plot
+
+docs/benchmarks.md says what each measures and how to read it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from benchmarks.registry import find_benchmarks
 from benchmarks.report import RESULTS, read_results
 from benchmarks.runner import SuiteOptions, run_suite
 from benchmarks.summary import summarize_results
+from tests.interop import stock
 
 DEMO_MODEL = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model"))
 CORES = len(os.sched_getaffinity(0))
@@ -35,6 +38,7 @@ def main() -> int:
         print(summarize_results(read_results(options.results)))
         return 0
     if not options.plot:
+        check_inputs(options)
         suite = SuiteOptions(options.model, options.results, options.threads, options.compare, options.smoke)
         signal.signal(signal.SIGALRM, _give_up)
         signal.alarm(round(suite.limit_s + GRACE_S))
@@ -43,6 +47,14 @@ def main() -> int:
     if options.plot or not options.smoke:
         draw_all(read_results(options.results), options.pictures)
     return 0
+
+
+def check_inputs(options: argparse.Namespace) -> None:
+    """End with what to do when something that a run needs is not there."""
+    if not (options.model / "config.json").exists():
+        sys.exit(f"benchmarks: no model in {options.model}: run make demo-model, or name one with --model")
+    if options.compare and not stock.is_built():
+        sys.exit("benchmarks: --compare needs stock Petals in .venv-petals: make bench-compare builds it")
 
 
 def _give_up(number: int, frame: object) -> NoReturn:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.providers import Fleet, Job, Provider, whole_model
-from benchmarks.report import Row
+from benchmarks.report import OURS, PETALS, Row
 from benchmarks.timing import Pace
 from petalsd.types import BlockSpan
 
@@ -67,7 +67,7 @@ class Options:
     @property
     def servers(self) -> list[str]:
         """The providers of a comparison of servers."""
-        return ["petals", "petalsd"] if self.compare else ["petalsd"]
+        return [PETALS, OURS] if self.compare else [OURS]
 
     @property
     def remaining_s(self) -> float:

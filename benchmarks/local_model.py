@@ -107,7 +107,7 @@ class LocalModel:
             _fill(slab)
         return pool
 
-    def step(self, rows: int, context: int, tokens: int, threads: int, tier: str = "auto") -> Work:
+    def step(self, rows: int, context: int, tokens: int, threads: int) -> Work:
         """A step of ``tokens`` new tokens in each of ``rows`` rows behind ``context`` tokens, through all blocks.
 
         It writes the same places again whenever it is called.
@@ -122,7 +122,7 @@ class LocalModel:
             items.append(BatchItem(self.span, kv, 1, context, tokens, context + tokens, part))
         batch = build_batch(items, pool, CPU).ragged
         cos_sin = self.rope.cos_sin(batch.positions)
-        span, whole = paged_span(self.blocks, threads, tier), self.span
+        span, whole = paged_span(self.blocks, threads), self.span
 
         @torch.inference_mode()
         def work() -> None:

@@ -1,6 +1,6 @@
 """Loads a model in a process of its own, uses it, and says what that took: one line of JSON.
 
-    python -m benchmarks.memory_probe --model DIR --provider petalsd|transformers --format bfloat16
+    python -m benchmarks.memory_probe --model DIR --provider petalsd|transformers --format bfloat16 --sessions 32
 
 A fresh process is the only one whose resident memory says what weights cost: an allocator keeps what others freed.
 """
@@ -63,11 +63,11 @@ async def probe_petalsd(path: Path, kind: str, num_sessions: int) -> dict[str, A
     await engine.start()
     try:
         await engine.load_span(model.blocks, pool, model.rope)
-        await open_session(engine, model)
+        await open_session(engine, model, "first")
         our_pass(model, torch.zeros(1, PASS_TOKENS, model.config.hidden_size, dtype=model.dtype), True)()
         loaded = resident_bytes()
-        for _ in range(num_sessions):
-            await open_session(engine, model)
+        for number in range(num_sessions):
+            await open_session(engine, model, f"peer {number}")
         session_bytes = (resident_bytes() - loaded) / num_sessions
     finally:
         await engine.stop(deadline_s=10.0)
@@ -80,9 +80,9 @@ async def probe_petalsd(path: Path, kind: str, num_sessions: int) -> dict[str, A
     }
 
 
-async def open_session(engine: Engine, model: LocalModel) -> Session:
+async def open_session(engine: Engine, model: LocalModel, peer: str) -> Session:
     """A session that holds SESSION_TOKENS tokens, the last of them decoded."""
-    session = await engine.open_session(SessionSpec(model.span, 1, SESSION_TOKENS, "benchmark"))
+    session = await engine.open_session(SessionSpec(model.span, 1, SESSION_TOKENS, peer))
     await session.step(Step(torch.zeros(1, SESSION_TOKENS - 1, model.config.hidden_size), 0))
     await session.step(Step(torch.zeros(1, 1, model.config.hidden_size), SESSION_TOKENS - 1))
     return session

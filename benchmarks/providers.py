@@ -98,8 +98,8 @@ def petalsd(job: Job, directory: Path) -> Iterator[Provider]:
 
 PROVIDERS: dict[str, Callable[[Job, Path], AbstractContextManager[Provider]]] = {
     "echo": echo,
-    "petals": petals,
-    "petalsd": petalsd,
+    PETALS: petals,
+    OURS: petalsd,
 }
 
 

@@ -29,6 +29,11 @@ _SIZE_UNITS = ("MiB", "KiB", "B", "x")
 _DIGITS = 5
 
 
+def describe_setting(setting: Setting) -> str:
+    """Such as ``format=bfloat16 sessions=8``."""
+    return " ".join(f"{name}={value}" for name, value in setting.items())
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One figure.
@@ -47,7 +52,7 @@ class Row:
 
     @property
     def setting_text(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.setting.items())
+        return describe_setting(self.setting)
 
     @property
     def is_lower_better(self) -> bool:
@@ -95,7 +100,7 @@ def publish(benchmark: str, rows: Sequence[Row], run: Run, directory: Path = RES
     with (directory / f"{benchmark}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*flat[0], *run.machine])
         writer.writeheader()
-        writer.writerows({**row, "setting": _text(row["setting"]), **run.machine} for row in flat)
+        writer.writerows({**row, "setting": describe_setting(row["setting"]), **run.machine} for row in flat)
     document = {
         "benchmark": benchmark,
         "machine": dict(run.machine),
@@ -146,10 +151,6 @@ def _round(value: float | None) -> float | None:
     return None if value is None else round(value, _DIGITS)
 
 
-def _text(setting: Setting) -> str:
-    return " ".join(f"{name}={value}" for name, value in setting.items())
-
-
 def _print(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
     names = ("provider", "setting", "metric", "median", "p5", "p95", "n", "unit", "ratio", "GB/s", "of peak")
     table = Table(*names, title=benchmark)
@@ -158,7 +159,7 @@ def _print(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
         share = "" if row["bandwidth_share"] is None else f"{100 * row['bandwidth_share']:.0f} %"
         speed = "" if row["gb_per_s"] is None else f"{row['gb_per_s']:.1f}"
         numbers = [f"{row[name]:.3f}" for name in ("median", "p5", "p95")]
-        words = [row["provider"], _text(row["setting"]), row["metric"]]
+        words = [row["provider"], describe_setting(row["setting"]), row["metric"]]
         table.add_row(*words, *numbers, str(row["count"]), row["unit"], ratio, speed, share)
     console = Console()
     console.width = max(console.width, 170)  # a log file has no width of its own

@@ -63,7 +63,7 @@ def run_suite(suite: SuiteOptions, names: Sequence[str]) -> list[str]:
         try:
             with Fleet() as fleet:
                 rows, skipped = run_one(found[name], suite, fleet, left_s)
-            publish(name, rows, Run(machine.describe(), bandwidth, skipped), suite.results)
+                publish(name, rows, Run(machine.describe(), bandwidth, skipped), suite.results)
         except Exception:
             traceback.print_exc()
             failed.append(name)

@@ -20,7 +20,7 @@ from benchmarks.local_model import (
     load_models,
     thread_counts,
 )
-from benchmarks.report import OURS, TRANSFORMERS, Row
+from benchmarks.report import OURS, TRANSFORMERS, Row, describe_setting
 from benchmarks.timing import Work, summarize, take_turns
 
 SESSIONS = (1, 8, 16, 32)
@@ -67,7 +67,7 @@ def run(options: Options) -> list[Row]:
     for kind in formats():
         model, reference = load_models(options.model, kind)
         for case in cases(kind, options):
-            what = " ".join(f"{name}={value}" for name, value in case.setting(kind).items())
+            what = describe_setting(case.setting(kind))
             if options.has_time(what) and _fits(model, case, what, options):
                 rows += measure(model, reference, case, options)
             gc.collect()  # a cache of gigabytes must be gone before the next one
@@ -83,17 +83,11 @@ def measure(model: LocalModel, reference: ReferenceModel | None, case: Case, opt
             works[TRANSFORMERS] = reference.step(case.sessions, case.context, 1, case.threads)
         else:
             options.skip(f"transformers at {kv_bytes / 1e9:.1f} GB of keys and values", "seconds per step")
+    setting = case.setting(model.format)
     nbytes = round(model.model_bytes) + kv_bytes
     return [
-        Row(
-            name,
-            case.setting(model.format),
-            "decode step",
-            "ms",
-            summarize([1e3 * s for s in samples]),
-            nbytes,
-        )
-        for name, samples in take_turns(works, options.pace).items()
+        Row(name, setting, "decode step", "ms", summarize([1e3 * each for each in seconds]), nbytes)
+        for name, seconds in take_turns(works, options.pace).items()
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.local_model import formats, load_models, thread_counts
-from benchmarks.report import OURS, TRANSFORMERS, Row
+from benchmarks.report import OURS, TRANSFORMERS, Row, describe_setting
 from benchmarks.timing import Work, summarize, take_turns
 
 PROMPTS = (256, 2048)
@@ -17,7 +17,7 @@ def run(options: Options) -> list[Row]:
         for threads in [1] if options.smoke else thread_counts(options.threads):
             for tokens in (32,) if options.smoke else PROMPTS:
                 setting = {"format": kind, "tokens": tokens, "threads": threads}
-                if not options.has_time(f"{setting}"):
+                if not options.has_time(describe_setting(setting)):
                     continue
                 works: dict[str, Work] = {OURS: model.step(1, 0, tokens, threads)}
                 if reference is not None:
