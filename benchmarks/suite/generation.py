@@ -34,6 +34,8 @@ Generate: TypeAlias = Callable[[int], float]
 def run(options: Options) -> list[Row]:
     rows = []
     for kind in FORMATS[:1] if options.smoke else FORMATS:
+        if not options.has_time(f"servers in {kind}", 20.0):
+            continue
         providers = options.serve(kind)
         for client in clients(with_stock=options.compare):
             if client in GENERATORS and options.has_time(f"client {client} in {kind}"):

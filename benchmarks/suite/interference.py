@@ -25,7 +25,7 @@ from benchmarks.timing import summarize
 from benchmarks.wire import Connection, StepStream, connect, time_step
 from petalsd.client.swarm_client import SwarmClient
 
-ROUNDS = 4
+ROUNDS = 3
 ALONE_STEPS = 25
 # Steps that a session may take beside others' work; stock Petals reserves them all, out of 16384 tokens.
 MAX_STEPS = 4096
