@@ -81,7 +81,7 @@ class Speed:
 
     async def _measure(self) -> BlockRates:
         plan = self._plan
-        log.info("measuring_throughput", device=str(plan.device), weights=plan.weights_name)
+        log.info("measuring_throughput", device=str(plan.device), form=plan.weights_name)
         block, angles = random_block(plan)
         return await measure({0: block}, angles, plan.device, self._num_threads)
 
