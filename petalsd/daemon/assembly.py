@@ -139,7 +139,7 @@ def _spill_area(config: Config, plan: ServingPlan, paths: InstancePaths, num_blo
     except (ConfigError, OSError) as error:
         log.error("kv_spill_unavailable", error=str(error))
         return None
-    log.info("kv_spill_planned", text=spill.text)
+    log.info("kv_spill_planned", plan=spill.summary)
     return spill.area
 
 

@@ -116,7 +116,7 @@ def _check_spill(plan: ServingPlan, config: Config, paths: InstancePaths) -> str
     spill = plan_spill(config.engine, plan, paths, num_blocks)
     if spill.area is not None:
         _check_writable(spill.area.directory)
-    return spill.text
+    return spill.summary
 
 
 def _describe_swarm(config: Config) -> str:

@@ -25,10 +25,10 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True, slots=True)
 class SpillPlan:
-    """What a span would get of the disk. ``area`` is None where its cache stays in memory; ``text`` says why."""
+    """What a span would get of the disk. ``area`` is None where its cache stays in memory; ``summary`` says why."""
 
     area: SpillArea | None
-    text: str
+    summary: str
 
 
 def plan_spill(engine: EngineSection, plan: ServingPlan, paths: InstancePaths, num_blocks: int) -> SpillPlan:

@@ -219,8 +219,8 @@ async def _end(child: asyncio.subprocess.Process) -> None:
         if child.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            # One that was stopped obeys only when it goes on. First this: a signal to a process that has just ended
-            # would take its exit status from whoever waits for it.
+            # One that was stopped obeys only when it goes on. First this: a signal to a process that has just
+            # ended would take its exit status from whoever waits for it.
             child.send_signal(signal.SIGCONT)
             stop()
         with contextlib.suppress(TimeoutError):

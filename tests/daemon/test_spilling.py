@@ -92,7 +92,7 @@ def test_memory_is_not_spilled_to_memory(
     monkeypatch.setattr(spilling, "is_in_memory", lambda directory: True)
     spill = plan_spill(configured(model_dir).engine, plan, paths, 2)
     assert spill.area is None
-    assert "in memory itself" in spill.text
+    assert "in memory itself" in spill.summary
     assert plan_spill(configured(model_dir, "engine.kv_spill_bytes=1MB").engine, plan, paths, 2).area
 
 

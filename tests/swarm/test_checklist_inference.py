@@ -9,7 +9,7 @@ import torch
 from hivemind.p2p import P2PHandlerError
 
 from petalsd.swarm.node import Node
-from tests.engine.rig import states
+from tests.engine.rig import PAGE_TOKENS, states
 from tests.numeric import assert_close
 from tests.swarm.servers import PREFIX, Server
 from tests.swarm.stock import DUMMY, DUMMY_INT64, TIMEOUT_S, StockSession
@@ -198,7 +198,7 @@ async def test_a_session_may_use_a_sub_range(tiny: Server, client: Node) -> None
     session = await tiny.stock_session(client)
     uid = f"{PREFIX}.1 {PREFIX}.2"
     await session.step(uid, states(1, 2), max_length=64)
-    assert tiny.pool.stats().pages_reserved == 2 * 64 // 4
+    assert tiny.pool.stats().pages_reserved == 2 * 64 // PAGE_TOKENS
     assert await session.end()
 
 
