@@ -14,7 +14,7 @@ constexpr int kNumDTypes = 2;
 constexpr int kNumKVTypes = 3;
 
 // A linear layer over R rows: out[r, n] = (residual[r, n] +) bias[n] + sum_k in[r, k] * weight[n, k].
-// `in` are R operands (see LinearKernels), `in_stride` bytes apart; bias (or null) `[num_out]`, residual (or null; may be
+// `in` are R operands (see LinearKernels), `in_stride` bytes apart, with room for a multiple of kTileRows; bias (or null) `[num_out]`, residual (or null; may be
 // `out`) and out `[R, num_out]` are float32.
 struct LinearTask {
   PackedWeight weight;
@@ -101,6 +101,7 @@ struct Kernels {
   void (*silu_mul)(const float* gate, const float* up, float* out, std::int64_t count);
 };
 
+constexpr std::int64_t kTileRows = 16;  // that kernels may read at once, also where there are fewer
 constexpr std::int64_t kMaxHeadDim = 512;
 constexpr std::int64_t kMaxQueries = 24;  // that one pass over a sequence's pages serves
 
@@ -109,5 +110,7 @@ extern const Kernels kAvx2Kernels;        // needs AVX2 and FMA
 extern const Kernels kAvx512Kernels;      // needs AVX-512 F, BW, DQ and VL
 extern const Kernels kAvx512VnniKernels;  // needs AVX-512 VNNI besides
 extern const Kernels kAvx512Bf16Kernels;  // needs AVX-512 BF16 besides
+extern const Kernels kAmxKernels;         // needs AMX with BF16 and INT8 besides
+extern const Kernels kEmulatedAmxKernels;  // the same with tiles in memory: for tests, needs AVX-512 BF16
 
 }  // namespace petalsd

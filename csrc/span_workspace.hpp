@@ -35,9 +35,9 @@ class SpanWorkspace {
     const std::int64_t sizes[] = {shape.hidden_size, shape.hidden_size,   shape.qkv_size(), shape.attended_size(),
                                   shape.attended_size(), 2 * shape.intermediate_size};
     float** const parts[] = {&hidden, &normed, &qkv, &queries, &attended, &gate_up};
-    std::int64_t total = operand_bytes;
-    for (const std::int64_t size : sizes) total += float_bytes(size);
-    memory_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(max_rows * total), kAlignment)));
+    std::int64_t total = round_up(max_rows, kTileRows) * operand_bytes;
+    for (const std::int64_t size : sizes) total += max_rows * float_bytes(size);
+    memory_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(total), kAlignment)));
     char* at = memory_.get();
     for (std::size_t i = 0; i < std::size(sizes); ++i) {
       *parts[i] = reinterpret_cast<float*>(at);

@@ -13,6 +13,7 @@ struct Processor {
   bool has_avx512;       // F, BW, DQ and VL
   bool has_avx512_vnni;
   bool has_avx512_bf16;
+  bool has_amx;  // tiles of BF16 and INT8, which the system lets this process use
 
   static Processor here();
 };

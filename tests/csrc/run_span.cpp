@@ -237,8 +237,8 @@ bool is_refused(const char* what, const char* part_of_message, const Call& call)
 // Processors that lack something, whatever this one has.
 bool tiers_are_guarded() {
   using petalsd::choose_tier;
-  const Processor none{false, false, false, false}, old{true, false, false, false}, first{true, true, false, false},
-      recent{true, true, true, false};
+  const Processor none{false, false, false, false, false}, old{true, false, false, false, false},
+      first{true, true, false, false, false}, recent{true, true, true, false, false}, newer{true, true, true, true, false};
   const auto name = [](const Processor& processor) { return std::string(choose_tier("auto", processor).name); };
   if (name(none) != "baseline" || name(old) != "avx2" || name(first) != "avx512" || name(recent) != "avx512vnni") {
     std::fputs("another tier was chosen than the best one that the processor has\n", stderr);
@@ -249,6 +249,7 @@ bool tiers_are_guarded() {
          is_refused("avx512", "tier = avx512: this processor has no AVX-512", forced("avx512", old)) &&
          is_refused("avx512vnni", "has no AVX-512 with VNNI", forced("avx512vnni", first)) &&
          is_refused("avx512bf16", "has no AVX-512 with BF16", forced("avx512bf16", recent)) &&
+         is_refused("amx", "tier = amx: this processor has no AMX", forced("amx", newer)) &&
          is_refused("sse9", "tier = sse9: one of auto", forced("sse9", recent));
 }
 
@@ -297,8 +298,9 @@ int main() {
   if (!tiers_are_guarded() || !spans_are_guarded({shapes[0], WeightFormat::kFloat32, KVType::kFloat32, "baseline"})) {
     return EXIT_FAILURE;
   }
-  const std::vector<std::string> tiers = {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"};
+  std::vector<std::string> tiers = {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
   const std::string fastest = petalsd::choose_tier("auto").name;
+  if (fastest == "avx512bf16" || fastest == "amx") tiers.insert(tiers.begin(), "amx-emulated");
   for (const std::string& tier : tiers) {
     for (const Case& format : formats) {
       for (const BlockShape& shape : shapes) {
@@ -307,7 +309,7 @@ int main() {
       if (!is_a_layer_the_same_on_any_team(format.format, tier)) return EXIT_FAILURE;
     }
     std::printf("steps are the same on any team: %s\n", tier.c_str());
-    if (tier == fastest) break;  // the tiers are in ascending order
+    if (tier == fastest) break;  // they are in ascending order
   }
   return EXIT_SUCCESS;
 }

@@ -163,7 +163,7 @@ class Run:
             return by.forward_paged(HERE, self.new, self.rows.kv, batch, cos_sin)
 
 
-TIERS = ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+TIERS = ["amx-emulated", "baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
 LENGTHS = [0, 1, 7, 8, 15, 16, 63, 64, 65, 130]
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -348,7 +348,7 @@ def test_what_cannot_be_native_stays_as_it_is() -> None:
 def test_an_unknown_tier_is_refused() -> None:
     """The message names the value and the choices."""
     with pytest.raises(
-        KVPoolError, match="tier = sse9: one of auto, avx512bf16, avx512vnni, avx512, avx2, baseline"
+        KVPoolError, match="tier = sse9: one of auto, amx, avx512bf16, avx512vnni, avx512, avx2, baseline, amx-emulated"
     ):
         make_native(make_block(), tier="sse9")
 
