@@ -25,7 +25,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True, slots=True)
 class SpillPlan:
-    """What a span would get of the disk. ``area`` is None where its cache stays in memory; ``summary`` says why."""
+    """What a span would get of the disk; ``area`` is None where its cache stays in memory."""
 
     area: SpillArea | None
     summary: str
