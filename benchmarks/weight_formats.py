@@ -1,8 +1,8 @@
-"""What the forms of weights cost in accuracy on the demo model: the tables of docs/quantization.md.
+"""What the forms of weights and cache cost in accuracy on the demo model: the tables of docs/quantization.md.
 
     python -m benchmarks.weight_formats [--tier auto]
 
-Perplexity over the whole text, then the errors of single blocks. Some ten seconds for each form and table.
+Perplexity over the whole text, then the errors of single blocks. Some seconds for each form and table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tests.models.demo_numerics import FLOAT32, FORMS, DemoNumerics
+from tests.models.demo_numerics import BFLOAT16, FLOAT32, FORMS, INT4, INT8, INT8_KV, DemoNumerics
 
 DEMO_MODEL = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model"))
 
@@ -29,14 +29,14 @@ def main() -> None:
 def print_perplexities(numerics: DemoNumerics) -> None:
     expected = numerics.perplexity(FLOAT32)
     print(f"Perplexity over {len(numerics.ids)} tokens, float32 {expected:.3f}\n")
-    print("| weights, dtype | perplexity | against float32 |\n|---|---|---|")
+    print("| weights, dtype, cache | perplexity | against float32 |\n|---|---|---|")
     for form in FORMS[1:]:
         perplexity = numerics.perplexity(form)
         print(f"| {form} | {perplexity:.3f} | {100 * (perplexity / expected - 1):+.2f} % |", flush=True)
 
 
 def print_block_errors(numerics: DemoNumerics) -> None:
-    forms = FORMS[1:]
+    forms = (BFLOAT16, INT8, INT4, INT8_KV)
     errors = [numerics.block_errors(form) for form in forms]
     print("\nErrors in % of a block's output, and of what it adds to its input\n")
     print("| block |", " | ".join(map(str, forms)), "|")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -23,6 +24,15 @@ def logging_of_its_own() -> Iterator[None]:
     structlog.reset_defaults()
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The directory of real weights."""
+    path = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model")).resolve()
+    if not (path / "config.json").exists():
+        pytest.skip(f"the demo model is missing: {path} (make demo-model)")
+    return path
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

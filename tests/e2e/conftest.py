@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +20,6 @@ MEASURE_NOTHING = {"PETALSD_SWARM__THROUGHPUT": "10"}
 IN_MEMORY_ONLY = {"PETALSD_ENGINE__KV_SPILL_BYTES": "0"}
 FIRST_HALF = BlockSpan(0, NUM_BLOCKS // 2)
 SECOND_HALF = BlockSpan(NUM_BLOCKS // 2, NUM_BLOCKS)
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
-    path = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model")).resolve()
-    if not (path / "config.json").exists():
-        pytest.skip(f"the demo model is missing: {path} (make demo-model)")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,25 @@
-"""How far the forms of weights are from float32 on the demo model: per block, and as perplexity on a text."""
+"""How far what is served is from float32 on the demo model: per block, and as perplexity on a text.
+
+Everything runs as the engine runs it: in C++ over packed weights, and over pages in the kernels' order.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional
 from transformers import AutoTokenizer
 
 from petalsd.config import Quantization
-from petalsd.models.block import TransformerBlock
+from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.models.block_config import BlockConfig
-from petalsd.models.native_span import paged_span
-from petalsd.models.paged_span import PagedSpan
+from petalsd.models.native_span import NativeSpan, paged_span
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import load_block, load_head
@@ -26,29 +29,37 @@ from tests.paged_rows import PagedRows
 
 CPU = torch.device("cpu")
 TEXT = Path(__file__).with_name("plain_english.txt")
-CHUNK_TOKENS = 1024
-PAGE_TOKENS = 16
+CHUNK_TOKENS = 512
+PAGE_TOKENS = 32
 BLOCK_TOKENS = 512  # of the text, that the errors of single blocks are taken over
-NUM_THREADS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A configuration: ``model.dtype`` and ``model.quantization``."""
+    """A configuration: ``model.dtype``, ``model.quantization`` and ``engine.kv_dtype``."""
 
     dtype: torch.dtype
     quantization: Quantization = "none"
+    kv_dtype: Literal["auto", "int8"] = "auto"
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return name if self.quantization == "none" else f"{self.quantization}, {name}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        weights = [] if self.quantization == "none" else [self.quantization]
+        return ", ".join([*weights, dtype, *(["int8 KV"] if self.kv_dtype == "int8" else [])])
 
 
 FLOAT32 = Form(torch.float32)
 BFLOAT16 = Form(torch.bfloat16)
 INT8 = Form(torch.float32, "int8")
 INT4 = Form(torch.float32, "int4")
-FORMS = (FLOAT32, BFLOAT16, INT8, Form(torch.bfloat16, "int8"), INT4, Form(torch.bfloat16, "int4"))
+INT8_KV = Form(torch.float32, kv_dtype="int8")
+FORMS = tuple(
+    Form(dtype, quantization, kv_dtype)
+    for quantization in ("none", "int8", "int4")
+    for dtype in (torch.float32, torch.bfloat16)
+    for kv_dtype in ("auto", "int8")
+)
+"""All that are served on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +71,44 @@ class BlockError:
 
 
 class DemoNumerics:
-    """The demo model over the whole text, in one sequence."""
+    """The demo model over the text, in one sequence."""
 
-    def __init__(self, directory: Path, tier: str = "auto") -> None:
-        """``tier`` as in ``paged_span``."""
+    def __init__(self, directory: Path, tier: str = "auto", num_tokens: int | None = None) -> None:
+        """``tier`` as in ``paged_span``; ``num_tokens`` is how much of the text is read, by default all."""
         self._source = ModelSource(str(directory))
         self._tier = tier
+        self._spans: dict[tuple[torch.dtype, Quantization], NativeSpan] = {}
         self.config = BlockConfig.from_hf(self._source.config())
         self._head = load_head(self._source, self.config, torch.float32)
         paragraphs = TEXT.read_text(encoding="utf-8").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        self.ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0, :num_tokens]
+
+    @property
+    def whole(self) -> BlockSpan:
+        """All blocks."""
+        return BlockSpan(0, self.config.num_blocks)
+
+    @cached_property
+    def embedded(self) -> torch.Tensor:
+        """What enters the first block; float32 ``[n, M]``."""
+        return self._head.embed_tokens[self.ids]
 
     @cached_property
     def states(self) -> list[torch.Tensor]:
         """What enters each block and what leaves the last one, in float32; ``[BLOCK_TOKENS, M]`` each."""
-        states = [self._head.embed_tokens[self.ids[:BLOCK_TOKENS]]]
-        for span in self._single_spans(FLOAT32):
-            states.append(self._run(span, len(states) - 1, states[-1]))
+        states = [self.embedded[:BLOCK_TOKENS]]
+        for index in self.whole:
+            states.append(self.run(FLOAT32, states[-1], BlockSpan(index, index + 1)))
         return states
 
     def block_errors(self, form: Form) -> list[BlockError]:
         """Of each block, when what float32 computes enters it."""
         errors = []
-        for index, span in enumerate(self._single_spans(form)):
+        for index in self.whole:
             entering, leaving = self.states[index : index + 2]
-            error = (self._run(span, index, entering.to(form.dtype)).float() - leaving).norm()
+            error = (self.run(form, entering, BlockSpan(index, index + 1)) - leaving).norm()
             errors.append(
                 BlockError(float(error / leaving.norm()), float(error / (leaving - entering).norm()))
             )
@@ -94,38 +116,62 @@ class DemoNumerics:
 
     def perplexity(self, form: Form) -> float:
         """exp of the mean negative log-likelihood of each token after the first; norm and head in float32."""
-        hidden = self._head.embed_tokens[self.ids].to(form.dtype)
-        span = paged_span(dict(enumerate(self._blocks(form))), NUM_THREADS, self._tier)
-        hidden = self._run(span, 0, hidden, self.config.num_blocks).float()
-        normed = rms_norm(hidden, self._head.norm, self.config.norm_eps)
+        normed = rms_norm(self.run(form, self.embedded), self._head.norm, self.config.norm_eps)
         loss = functional.cross_entropy(functional.linear(normed[:-1], self._head.lm_head), self.ids[1:])
         return math.exp(loss)
 
-    def _blocks(self, form: Form) -> Iterator[TransformerBlock]:
-        rope = Rope(self.config, form.dtype, CPU)
-        for index in range(self.config.num_blocks):
-            yield load_block(
-                self._source, self.config, index, form.dtype, CPU, rope=rope, quantization=form.quantization
-            )
+    def span(self, form: Form) -> NativeSpan:
+        """All blocks of this form, as the engine computes them; loaded once."""
+        key = form.dtype, form.quantization
+        if key not in self._spans:
+            rope = Rope(self.config, form.dtype, CPU)
+            blocks = {
+                index: load_block(
+                    self._source,
+                    self.config,
+                    index,
+                    form.dtype,
+                    CPU,
+                    rope=rope,
+                    quantization=form.quantization,
+                )
+                for index in self.whole
+            }
+            span = paged_span(blocks, torch.get_num_threads(), self._tier)
+            assert isinstance(span, NativeSpan), "the demo model is computed in C++"
+            self._spans[key] = span
+        return self._spans[key]
 
-    def _single_spans(self, form: Form) -> Iterator[PagedSpan]:
-        for block in self._blocks(form):
-            yield paged_span({block.index: block}, NUM_THREADS, self._tier)
+    def run(self, form: Form, hidden: torch.Tensor, blocks: BlockSpan | None = None) -> torch.Tensor:
+        """``hidden`` ``[n, M]`` as one session's prefill in chunks through ``blocks``; float32 ``[n, M]``."""
+        session = DemoSession(self, form, [len(hidden)], blocks)
+        return torch.cat([session.step([chunk]) for chunk in hidden.split(CHUNK_TOKENS)])
+
+
+class DemoSession:
+    """Rows of the demo model, in pages as the engine makes them."""
+
+    def __init__(
+        self, model: DemoNumerics, form: Form, row_tokens: Sequence[int], blocks: BlockSpan | None = None
+    ) -> None:
+        """Rows of at most so many tokens each, through ``blocks``, by default all."""
+        config = model.config
+        is_int8 = form.kv_dtype == "int8"
+        geometry = cache_geometry(config, PAGE_TOKENS, form.dtype, CPU, is_int8)
+        assert geometry.is_head_major, "the kernels read these pages"
+        self._form, self._span, self._blocks = form, model.span(form), blocks or model.whole
+        self._rope = Rope(config, form.dtype, CPU)
+        num_runs = sum(map(geometry.tokens_to_pages, row_tokens))
+        num_blocks = len(self._blocks)
+        self._rows = PagedRows(
+            num_blocks, config.num_kv_heads, config.head_dim, PAGE_TOKENS, num_runs, form.dtype
+        ).in_head_major(torch.int8 if is_int8 else None)
+        self._rows.first_block = self._blocks.start
+        self._ids = [self._rows.add_row() for _ in row_tokens]
 
     @torch.inference_mode()
-    def _run(self, span: PagedSpan, start: int, hidden: torch.Tensor, num_blocks: int = 1) -> torch.Tensor:
-        """``hidden`` ``[n, M]`` as one session's prefill in chunks through the blocks from ``start``."""
-        config, blocks = self.config, BlockSpan(start, start + num_blocks)
-        rope = Rope(config, hidden.dtype, CPU)
-        num_runs = -(-len(hidden) // PAGE_TOKENS)
-        rows = PagedRows(
-            num_blocks, config.num_kv_heads, config.head_dim, PAGE_TOKENS, num_runs, hidden.dtype
-        )
-        rows.first_block = start
-        row = rows.add_row()
-        answers = []
-        for chunk in hidden.split(CHUNK_TOKENS):
-            batch = rows.extend({row: len(chunk)})
-            cos_sin = rope.cos_sin(batch.positions)
-            answers.append(span.forward_paged(blocks, chunk, rows.kv, batch, cos_sin))
-        return torch.cat(answers)
+    def step(self, new: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The next tokens' states ``[n, M]`` of each row, in one batch; float32, one row after the other."""
+        batch = self._rows.extend({row: len(states) for row, states in zip(self._ids, new, strict=True)})
+        hidden, cos_sin = torch.cat(list(new)).to(self._form.dtype), self._rope.cos_sin(batch.positions)
+        return self._span.forward_paged(self._blocks, hidden, self._rows.kv, batch, cos_sin).float()
