@@ -348,7 +348,8 @@ def test_what_cannot_be_native_stays_as_it_is() -> None:
 def test_an_unknown_tier_is_refused() -> None:
     """The message names the value and the choices."""
     with pytest.raises(
-        KVPoolError, match="tier = sse9: one of auto, amx, avx512bf16, avx512vnni, avx512, avx2, baseline, amx-emulated"
+        KVPoolError,
+        match="tier = sse9: one of auto, amx, avx512bf16, avx512vnni, avx512, avx2, baseline, amx-emulated",
     ):
         make_native(make_block(), tier="sse9")
 
