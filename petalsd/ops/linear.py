@@ -21,18 +21,22 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     has no gradient itself, nor has a bias beside it.
     """
     if isinstance(weight, PackedWeight):
-        product: torch.Tensor = _PackedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return product
+        rows = x.reshape(-1, weight.num_in)
+        product: torch.Tensor = _PackedLinear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+        return product.view(*x.shape[:-1], weight.num_out)
     return _dense_linear(x, weight, bias)
 
 
 class _PackedLinear(torch.autograd.Function):
-    """Keeps the packed weight for the backward pass: autograd would keep what was unpacked, of all blocks."""
+    """Keeps the packed weight for the backward pass: autograd would keep what was unpacked, of all blocks.
+
+    For rows ``[R, in]``, whose product is no view: nobody could change one in place that comes from here.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return _dense_linear(x, weight.unpack(x.dtype), bias)
+        return functional.linear(x, weight.unpack(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:

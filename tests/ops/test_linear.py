@@ -31,7 +31,20 @@ def test_a_packed_weight_is_its_unpacked_one(
     bias = _random(40, seed=2).to(dtype) if has_bias else None
     product = linear(x, weight, bias)
     assert product.dtype == dtype
-    assert torch.equal(product, linear(x, weight.unpack(dtype), bias))
+    assert_close(product, linear(x, weight.unpack(dtype), bias), 1e-5, 1e-5, format)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 150), (2, 5, 150)], ids=str)
+def test_a_product_with_a_gradient_can_be_changed_in_place(shape: tuple[int, ...], has_bias: bool) -> None:
+    """As some layers of transformers do to what a linear module returns."""
+    x = _random(*shape).requires_grad_()
+    weight = pack_weight(_random(40, 150), WeightFormat.INT8)
+    product = linear(x, weight, _random(40, seed=2) if has_bias else None)
+    product += 1.0
+    product.sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, weight.unpack(torch.float32).sum(dim=0).expand(shape), 1e-4, 1e-5, "gradient")
 
 
 @pytest.mark.parametrize("format", WeightFormat)
