@@ -26,20 +26,25 @@ void multiply(const LinearTask& task, const LinearKernels& kernels, ThreadTeam& 
   });
 }
 
-void PackedLinear::run(const float* in, float* out, std::int64_t num_rows, ThreadTeam& team) {
+void LinearTeam::run(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows) {
   PETALSD_CHECK(num_rows > 0, "num_rows = ", num_rows);
-  const LinearKernels& kernels = tier_.kernels.linear[static_cast<int>(weight_.format)];
-  const std::int64_t stride = kernels.operand_bytes(weight_.num_in);
-  if (operands_ == nullptr) {
-    operands_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(kRowsAtOnce * stride), kAlignment)));
-  }
+  const LinearKernels& kernels = tier_.kernels.linear[static_cast<int>(weight.format)];
+  const std::int64_t stride = kernels.operand_bytes(weight.num_in);
+  const std::lock_guard lock(mutex_);
+  reserve(std::min(kRowsAtOnce, num_rows) * stride);
   for (std::int64_t row = 0; row < num_rows; row += kRowsAtOnce) {
     const std::int64_t count = std::min(kRowsAtOnce, num_rows - row);
-    team.run(count, [&](std::int64_t i) {
-      kernels.prepare(in + (row + i) * weight_.num_in, operands_.get() + i * stride, weight_.num_in);
+    team_.run(count, [&](std::int64_t i) {
+      kernels.prepare(in + (row + i) * weight.num_in, operands_.get() + i * stride, weight.num_in);
     });
-    multiply({weight_, nullptr, operands_.get(), stride, nullptr, out + row * weight_.num_out, count}, kernels, team);
+    multiply({weight, nullptr, operands_.get(), stride, nullptr, out + row * weight.num_out, count}, kernels, team_);
   }
+}
+
+void LinearTeam::reserve(std::int64_t bytes) {
+  if (bytes <= operands_bytes_) return;
+  operands_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(bytes), kAlignment)));
+  operands_bytes_ = bytes;
 }
 
 }  // namespace petalsd

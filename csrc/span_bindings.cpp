@@ -115,19 +115,19 @@ void register_span(py::module_& module) {
             span.run(rows, first, count, team);
           },
           py::arg("rows"), py::arg("first"), py::arg("count"), py::arg("hidden"), py::arg("out"), py::arg("team"));
-  py::class_<PackedLinear>(module, "PackedLinear")
-      .def(py::init([](const PackedWeight& weight, const std::string& tier) {
-             return std::make_unique<PackedLinear>(weight, choose_tier(tier));
+  py::class_<LinearTeam>(module, "LinearTeam")
+      .def(py::init([](int num_threads, const std::string& tier) {
+             return std::make_unique<LinearTeam>(num_threads, choose_tier(tier));
            }),
-           py::arg("weight"), py::arg("tier"))
-      .def_property_readonly("tier", [](const PackedLinear& linear) { return linear.tier().name; })
+           py::arg("num_threads"), py::arg("tier"))
+      .def_property_readonly("tier", [](const LinearTeam& team) { return team.tier().name; })
       .def(
           "run",
-          [](PackedLinear& linear, Address in, Address out, std::int64_t num_rows, ThreadTeam& team) {
+          [](LinearTeam& team, const PackedWeight& weight, Address in, Address out, std::int64_t num_rows) {
             const py::gil_scoped_release no_gil;
-            linear.run(pointer<const float>(in), pointer<float>(out), num_rows, team);
+            team.run(weight, pointer<const float>(in), pointer<float>(out), num_rows);
           },
-          py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("team"));
+          py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"));
 }
 
 }  // namespace petalsd

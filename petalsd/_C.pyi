@@ -205,12 +205,13 @@ class Span:
         """Write K and V of the new tokens in ``count`` blocks from number ``first``, and ``[R, M]`` to ``out``;
         hidden and out are addresses, of tensors in the rows' dtype."""
 
-class PackedLinear:
-    """One linear layer; one call at a time."""
+class LinearTeam:
+    """A few threads that compute linear layers by themselves; a call waits for one that is running."""
 
-    def __init__(self, weight: PackedWeight, tier: str) -> None: ...
+    def __init__(self, num_threads: int, tier: str) -> None:
+        """``num_threads`` counts the caller."""
     @property
     def tier(self) -> str:
         """Whose kernels it runs."""
-    def run(self, inputs: int, outputs: int, num_rows: int, team: ThreadTeam) -> None:
+    def run(self, weight: PackedWeight, inputs: int, outputs: int, num_rows: int) -> None:
         """Inputs ``[R, num_in]`` times the weight to outputs ``[R, num_out]``: addresses of float32 tensors."""

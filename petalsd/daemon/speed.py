@@ -82,15 +82,15 @@ class Speed:
     async def _measure(self) -> BlockRates:
         plan = self._plan
         log.info("measuring_throughput", device=str(plan.device), form=plan.weights_name)
-        block, angles = random_block(plan)
+        block, angles = random_block(plan, self._num_threads)
         return await measure({0: block}, angles, plan.device, self._num_threads)
 
 
-def random_block(plan: ServingPlan) -> tuple[Block, Angles]:
+def random_block(plan: ServingPlan, num_threads: int) -> tuple[Block, Angles]:
     """A block with the shapes of the plan's model: speed does not depend on the weights, so none are fetched."""
     fused = plan.architecture.fused
     if fused is None:
-        ladder = Ladder(plan.architecture, plan.source, plan.storage)
+        ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads)
         return ladder.random_layer(0), ladder.angles
     rope = Rope(fused, plan.dtype, plan.device)
     return _random_fused_block(plan, fused, rope), rope

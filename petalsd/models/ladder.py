@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import structlog
 import torch
 from torch import nn
 
+from petalsd import _C
 from petalsd.errors import ModelError
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Angles, Block
@@ -24,7 +26,8 @@ from petalsd.models.source import ModelSource
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import load_block
-from petalsd.ops.packed_product import can_pack
+from petalsd.ops.packed_product import PackedProduct
+from petalsd.ops.weight_packing import pack_weight
 
 log = structlog.get_logger(__name__)
 
@@ -70,7 +73,7 @@ class Choice:
 class Ladder:
     """Loads the blocks of one model. ``choices``, by kind of block, fill as the first block of a kind is loaded.
 
-    num_threads  of the processor, for the kernels that are tried
+    num_threads  of the processor, for the kernels that are tried and for the products of packed layers
     """
 
     def __init__(
@@ -125,14 +128,14 @@ class Ladder:
     def random_layer(self, index: int) -> Block:
         """As block ``index`` is computed where nothing is fused, with weights that mean nothing."""
         layer = self.architecture.layers.random(index, self.storage.dtype, self.storage.device)
-        if can_pack(self.storage.format):
+        if self.storage.format is not None:
             self._pack(layer)
         return self._as_block(layer, index)
 
     def candidates(self) -> list[Rung]:
         """What can be tried here, the best first. A plain layer would take more memory than quantized weights."""
         fused = [Rung.FUSED] if self.architecture.fused is not None else []
-        packed = [Rung.PACKED] if can_pack(self.storage.format) else []
+        packed = [] if self.storage.format is None else [Rung.PACKED]
         plain = [] if self._is_quantized else [Rung.PLAIN]
         return [*fused, *packed, *plain]
 
@@ -140,9 +143,17 @@ class Ladder:
     def _is_quantized(self) -> bool:
         return self.storage.format is not None and self.storage.format.is_quantized
 
+    @cached_property
+    def _team(self) -> _C.LinearTeam:
+        """Of all packed layers: they compute one after the other."""
+        return _C.LinearTeam(self._num_threads, "auto")
+
     def _pack(self, layer: nn.Module) -> None:
+        pack_layer(layer, self.architecture.layers.family.experts, self._make_product)
+
+    def _make_product(self, weight: torch.Tensor) -> PackedProduct:
         assert self.storage.format is not None
-        pack_layer(layer, self.architecture.layers.family.experts, self.storage.format)
+        return PackedProduct(pack_weight(weight, self.storage.format), self._team)
 
     def _as_block(self, layer: nn.Module, index: int) -> LayerBlock:
         angles, part = self.angles, slice(0, 2)
@@ -202,7 +213,7 @@ class Ladder:
 
     def _kernels(self, rung: Rung, block: Block) -> str:
         if rung is Rung.PACKED:
-            return "torch" if self._is_quantized else "onednn"
+            return self._team.tier
         span = paged_span({block.index: block}, self._num_threads)
         return span.tier if isinstance(span, NativeSpan) else "torch"
 

@@ -17,6 +17,7 @@ from petalsd import _C
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.paged_span import BlockByBlock, ChainedSpans, CosSin, PagedBlock, PagedSpan
 from petalsd.ops.head_major import HeadMajorKV
+from petalsd.ops.native_weight import native_weight
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.types import BlockSpan
@@ -24,7 +25,6 @@ from petalsd.types import BlockSpan
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ACTIVATIONS = ("silu", "swish")
 _MAX_HEAD_DIM = 512
-_NO_TENSOR = 0
 
 
 def paged_span(blocks: Mapping[int, PagedBlock], num_threads: int, tier: str = "auto") -> PagedSpan:
@@ -115,12 +115,6 @@ def _matrices(weights: BlockWeights) -> list[PackedWeight]:
     if len(packed) < len(matrices):
         raise ValueError("the matrices of a native block must be packed")
     return packed
-
-
-def native_weight(weight: PackedWeight) -> _C.PackedWeight:
-    """The C++ view of a weight, which must outlive it."""
-    scales = _NO_TENSOR if weight.scales is None else weight.scales.data_ptr()
-    return _C.PackedWeight(weight.format.value, weight.num_out, weight.num_in, weight.data.data_ptr(), scales)
 
 
 def step_rows(dtype: torch.dtype, kv: HeadMajorKV, batch: RaggedBatch, cos_sin: CosSin) -> _C.StepRows:

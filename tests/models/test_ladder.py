@@ -11,6 +11,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from petalsd import _C
 from petalsd.config import Quantization
 from petalsd.errors import ModelError
 from petalsd.models import ladder as ladder_module
@@ -49,15 +50,12 @@ def test_the_best_rung_is_taken(family: str, dtype: torch.dtype, tmp_path: Path)
     assert rungs(ladder) == [(best, True)]
     taken = ladder.choices["uniform"].taken
     assert 0 < taken.error < taken.tolerance / 2
-    assert (taken.kernels == "onednn") == (best is Rung.PACKED)
+    assert taken.kernels == _C.LinearTeam(1, "auto").tier
 
 
-def test_without_packed_weights_the_plain_layer_serves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, or on a processor that oneDNN does not know."""
-    monkeypatch.setattr(ladder_module, "can_pack", lambda format: False)
-    ladder = make_ladder(tmp_path, "gemma")
+def test_without_packed_weights_the_plain_layer_serves(tmp_path: Path) -> None:
+    """As on a GPU, or in a dtype that has no packed format."""
+    ladder = make_ladder(tmp_path, "gemma", torch.float16)
     ladder.load(0)
     assert rungs(ladder) == [(Rung.PLAIN, True)]
     assert ladder.random_layer(0).nbytes == ladder.load(1).nbytes
@@ -188,7 +186,10 @@ def test_what_is_tolerated_follows_transformers_own_error(
 def test_quantized_weights_are_compared_by_their_values(
     variant: str, quantization: Quantization, tmp_path: Path
 ) -> None:
-    """The rounding of the weights is wanted, so the reference has it too; unquantized ones are no way out."""
+    """The rounding of the weights is wanted, so the reference has it too; unquantized ones are no way out.
+
+    What remains is the rounding of activations, of a few percent.
+    """
     family, overrides = LAYER_VARIANTS.get(variant, (variant, {}))
     make_tiny(family, tmp_path, **overrides)
     source = ModelSource(str(tmp_path))
@@ -198,5 +199,5 @@ def test_quantized_weights_are_compared_by_their_values(
     plain = Ladder(ladder.architecture, source, WeightStorage.choose(torch.float32, CPU)).load(0)
     assert block.nbytes < plain.nbytes / 2.5
     assert rungs(ladder) == [(Rung.FUSED if family == "llama" else Rung.PACKED, True)]
-    assert ladder.choices["uniform"].taken.error < (0.05 if family == "llama" else 1e-5)
+    assert 0.001 < ladder.choices["uniform"].taken.error < (0.08 if family == "gemma" else 0.05)
     assert Rung.PLAIN not in ladder.candidates()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from petalsd.config import Quantization
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
 from petalsd.models.hf.families import FAMILIES
@@ -134,3 +135,20 @@ def test_gradients_equal_transformers(case: Case) -> None:
     (expected,) = torch.autograd.grad((states * weights).sum(), theirs)
     scale = float(expected.abs().max())
     assert_close(gradient, expected, 1e-4 * max(1.0, scale), 1e-4, "gradient of the input")
+
+
+@pytest.mark.parametrize(
+    "case", [(variant, Rung.PACKED) for variant in sorted(VARIANTS)], ids="-".join, indirect=True
+)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_layers_round_activations_little(case: Case, quantization: Quantization) -> None:
+    """Beside what a block adds; with a gradient, which there is too, nothing is rounded but the weights."""
+    storage = WeightStorage.choose(torch.float32, CPU, quantization)
+    ladder = Ladder(case.ladder.architecture, case.source, storage, num_threads=1)
+    for index in range(case.config.num_blocks):
+        block, inputs = ladder.build(Rung.PACKED, index), case.inputs.clone().requires_grad_()
+        exact = block.forward_dense(inputs)
+        (gradient,) = torch.autograd.grad(exact.sum(), inputs)
+        assert torch.isfinite(gradient).all()
+        rounded = block.forward_dense(inputs.detach())
+        assert 0.001 < (rounded - exact).norm() / (exact - inputs).norm() < 0.05, f"block {index}"

@@ -7,9 +7,16 @@ import weakref
 import torch
 from torch import nn
 
+from petalsd import _C
 from petalsd.models.hf.family import ExpertNames
 from petalsd.models.hf.packing import layer_nbytes, pack_layer
+from petalsd.models.weight_storage import WeightStorage
+from petalsd.ops.packed_product import PackedProduct
 from petalsd.ops.packed_weight import WeightFormat
+from petalsd.ops.weight_packing import pack_weight
+
+CPU = torch.device("cpu")
+MATRICES = [(40, 24), (8, 40), *[(32, 24)] * 3, *[(24, 16)] * 3]
 
 
 class Experts(nn.Module):
@@ -21,16 +28,18 @@ class Experts(nn.Module):
 
 
 def test_a_layers_plain_weights_go_when_they_are_packed() -> None:
-    """Nothing holds them any more, wherever in the layer they were; the bytes stay the same."""
+    """Nothing holds them any more, wherever in the layer they were; packed ones take what was planned."""
     layer = nn.Sequential(
         nn.Linear(24, 40), nn.ModuleDict({"inner": nn.Linear(40, 8, bias=False)}), nn.LayerNorm(8)
     )
     layer.add_module("mlp", nn.ModuleDict({"experts": Experts()}))
     layer.requires_grad_(False)
-    before = sum(parameter.nbytes for parameter in layer.parameters())
     weights = [weakref.ref(parameter) for parameter in layer.parameters() if parameter.dim() > 1]
     assert len(weights) == 4
-    pack_layer(layer, ExpertNames(), WeightFormat.FLOAT32)
+    team, storage = _C.LinearTeam(1, "auto"), WeightStorage.choose(torch.float32, CPU)
+    pack_layer(
+        layer, ExpertNames(), lambda weight: PackedProduct(pack_weight(weight, WeightFormat.FLOAT32), team)
+    )
     assert [weight() for weight in weights] == [None] * 4
-    assert layer_nbytes(layer) == before
+    assert layer_nbytes(layer) == storage.nbytes([*MATRICES, (40,), (8,), (8,)])
     assert {name for name, _ in layer.named_parameters()} == {"0.bias", "2.weight", "2.bias"}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from petalsd.models.hf.family import ExpertNames
-from petalsd.ops.packed_product import make_product
+from petalsd.ops.packed_product import PackedProduct
 from petalsd.ops.packed_weight import WeightFormat
 from petalsd.ops.weight_packing import pack_weight
+
+MakeProduct: TypeAlias = Callable[[torch.Tensor], PackedProduct]
+"""Packs a weight ``[out, in]``, which it does not keep."""
 
 
 class PackedLinear(nn.Module):
     """Stands for an ``nn.Linear``."""
 
-    def __init__(self, linear: nn.Linear, format: WeightFormat) -> None:
+    def __init__(self, linear: nn.Linear, make_product: MakeProduct) -> None:
         super().__init__()
-        self.product = make_product(linear.weight, format)
+        self.product = make_product(linear.weight)
         self.bias = linear.bias
 
     @property
@@ -32,11 +36,11 @@ class PackedLinear(nn.Module):
 class PackedExperts(nn.Module):
     """Stands for the gated experts of a sparse MLP, which transformers holds as one tensor for all of them."""
 
-    def __init__(self, experts: Any, format: WeightFormat) -> None:
+    def __init__(self, experts: Any, make_product: MakeProduct) -> None:
         super().__init__()
         self.activation = experts.act_fn
-        self.gate_up = [make_product(weight, format) for weight in experts.gate_up_proj]
-        self.down = [make_product(weight, format) for weight in experts.down_proj]
+        self.gate_up = [make_product(weight) for weight in experts.gate_up_proj]
+        self.down = [make_product(weight) for weight in experts.down_proj]
 
     @property
     def nbytes(self) -> int:
@@ -56,14 +60,14 @@ class PackedExperts(nn.Module):
         return out
 
 
-def pack_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
+def pack_layer(layer: nn.Module, names: ExpertNames | None, make_product: MakeProduct) -> None:
     """Pack what can be packed, in place. Norms, routers and biases stay."""
     if (experts := _experts(layer, names)) is not None and names is not None:
-        layer.set_submodule(names.module, PackedExperts(experts, format))
+        layer.set_submodule(names.module, PackedExperts(experts, make_product))
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child, format))
+                setattr(module, name, PackedLinear(child, make_product))
 
 
 def round_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
