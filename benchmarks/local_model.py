@@ -7,18 +7,18 @@ quantized formats.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.timing import Work
+from petalsd.config import EngineSection, Quantization
 from petalsd.engine.batch import BatchItem, build_batch
+from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.sizing import KVGeometry, pages_for
@@ -31,19 +31,18 @@ from petalsd.models.weights import block_tensors, load_block
 from petalsd.types import BlockSpan
 
 CPU = torch.device("cpu")
-PAGE_TOKENS = 16
+PAGE_TOKENS = EngineSection().page_tokens
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFERENCE_FORMATS = tuple(_DTYPES)
-_QUANTIZED = ("int8", "int4")
+_QUANTIZED: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
 # int8 has a scale for each row, which is next to nothing; int4 a scale of 2 bytes for each group of 64.
 _PARAMETER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}
 _PATTERN_ELEMENTS = 1 << 20
 
 
 def formats() -> list[str]:
-    """Those that this version of petalsd can load."""
-    can_quantize = "quantization" in inspect.signature(load_block).parameters
-    return [*_DTYPES, *(_QUANTIZED if can_quantize else ())]
+    """All that petalsd loads."""
+    return [*_DTYPES, *_QUANTIZED]
 
 
 def dtype_of(kind: str) -> torch.dtype:
@@ -68,9 +67,9 @@ class LocalModel:
         self.dtype = dtype_of(kind)
         self.config = BlockConfig.from_hf(source.config())
         self.rope = Rope(self.config, self.dtype, CPU)
-        how: dict[str, Any] = {"quantization": kind} if kind in _QUANTIZED else {}
+        how: Quantization = _QUANTIZED.get(kind, "none")
         self.blocks: dict[int, TransformerBlock] = {
-            index: load_block(source, self.config, index, self.dtype, CPU, rope=self.rope, **how)
+            index: load_block(source, self.config, index, self.dtype, CPU, rope=self.rope, quantization=how)
             for index in range(self.config.num_blocks)
         }
 
@@ -86,8 +85,8 @@ class LocalModel:
 
     @property
     def geometry(self) -> KVGeometry:
-        config = self.config
-        return KVGeometry(PAGE_TOKENS, config.num_kv_heads, config.head_dim, self.dtype.itemsize)
+        """Pages as a server has them, so that steps take the way that they take there."""
+        return cache_geometry(self.config, PAGE_TOKENS, self.dtype, CPU)
 
     def kv_bytes(self, rows: int, context: int) -> int:
         """Keys and values of ``context`` tokens in each of ``rows`` rows, in all blocks."""
@@ -103,7 +102,7 @@ class LocalModel:
     def filled_pool(self, kv_tokens: int) -> KVPool:
         """The same, full of random values of unit variance."""
         pool = self.empty_pool(kv_tokens)
-        for slab in (pool.kv.k, pool.kv.v):
+        for slab in pool.kv.slabs:
             _fill(slab)
         return pool
 

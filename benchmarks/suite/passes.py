@@ -17,6 +17,8 @@ from benchmarks.report import OURS, TRANSFORMERS, Row
 from benchmarks.timing import Work, summarize, take_turns
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
+from petalsd.engine.block_units import Pace
+from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.passes import PassRunner
 from petalsd.engine.step import PassRequest
 
@@ -51,10 +53,11 @@ def measure_here(kind: str, tokens: int, options: Options) -> list[Row]:
 
 def our_pass(model: LocalModel, hidden: torch.Tensor, is_backward: bool) -> Work:
     runner = PassRunner(model.blocks, model.dtype, CPU, MAX_PASS_TOKENS)
+    pace = Pace(AttentionShare.of(model.config), MAX_PASS_TOKENS)  # nothing waits: units as large as can be
     request = PassRequest(model.span, hidden, "benchmark", grad_output=hidden if is_backward else None)
 
     def work() -> None:
-        for _ in runner.start(request):
+        for _ in runner.start(request, pace):
             pass
 
     return work

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from benchmarks.benchmark import Benchmark, Options
+from benchmarks.local_model import PAGE_TOKENS
 from benchmarks.report import OURS, Row
 from benchmarks.timing import summarize
 from petalsd._C import PagePool
 from petalsd.kvcache.sizing import pages_for
 
 NUM_BLOCKS = 30
-PAGE_TOKENS = 16
 KV_TOKENS = 16384
 SESSIONS = 32
 CONTEXT = 256
