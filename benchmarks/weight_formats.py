@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from benchmarks.quiet import quiet_libraries
 from tests.models.demo_numerics import BFLOAT16, FLOAT32, FORMS, INT4, INT8, INT8_KV, DemoNumerics
 
 DEMO_MODEL = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model"))
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--tier", default="auto", help="kernels of petalsd, see petalsd/_C.pyi")
     options = parser.parse_args()
+    quiet_libraries()
     numerics = DemoNumerics(options.model.resolve(), options.tier)
     print_perplexities(numerics)
     print_block_errors(numerics)

@@ -2,7 +2,8 @@
 
 Each session asks for 2048 tokens and then really uses a length drawn from a realistic mix: log-normal, 200 on
 average, a few long ones. Four clients open sessions in turns, which stay, until one is refused. Both servers
-have their default cache of 16384 tokens for each block, and hold one block of the model.
+have their default cache of 16384 tokens for each block, and hold one block of the model. petalsd also promises
+room in its spill file, as it does by default on a disk. The count is a promise, not a speed: one round is enough.
 """
 
 from __future__ import annotations
@@ -27,26 +28,18 @@ SIGMA = 0.8
 MAX_SESSIONS = 256  # petalsd's own default limit
 MESSAGE_TOKENS = 256
 CLIENTS = 4  # a server may bound what one peer gets
-ROUNDS = 3
 REFUSALS = (P2PHandlerError, P2PDaemonError, StopAsyncIteration, ConnectionError)
 
 
 def run(options: Options) -> list[Row]:
     setting = {"asked": ASKED_TOKENS, "used_mean": MEAN_TOKENS, "threads": options.threads}
-    limit = 2 if options.smoke else MAX_SESSIONS
-    samples: dict[str, list[float]] = {}
-    providers = options.serve_block(options.model, options.servers)
-    for round_number in range(1 if options.smoke else ROUNDS):
-        lengths = draw_lengths(limit, random.Random(round_number))
-        for provider in providers:
-            if round_number == 0 or options.has_time(f"round {round_number + 1} of {provider.name}", 5.0):
-                count = uvloop.run(count_admitted(provider, lengths))
-                samples.setdefault(provider.name, []).append(count)
-                say(f"  {provider.name} admits {count}")
-    return [
-        Row(name, setting, "sessions admitted", "sessions", summarize(counts))
-        for name, counts in samples.items()
-    ]
+    lengths = draw_lengths(2 if options.smoke else MAX_SESSIONS, random.Random(0))
+    rows = []
+    for provider in options.serve_block(options.model, options.servers):
+        count = uvloop.run(count_admitted(provider, lengths))
+        say(f"  {provider.name} admits {count}")
+        rows.append(Row(provider.name, setting, "sessions admitted", "sessions", summarize([count])))
+    return rows
 
 
 def draw_lengths(count: int, source: random.Random) -> list[int]:
@@ -75,5 +68,5 @@ async def fill(stream: StepStream, length: int, hidden_size: int) -> None:
 
 
 BENCHMARK = Benchmark(
-    "admission", "sessions open at once in the default cache, asking for 2048 tokens and using 200", run, 30.0
+    "admission", "sessions open at once in the default cache, asking for 2048 tokens and using 200", run, 20.0
 )
