@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.local_model import (
@@ -48,29 +49,33 @@ class Case:
         }  # fmt: skip
 
 
-def cases(kind: str, options: Options) -> Iterator[Case]:
-    """The whole grid in one format, by one thread; the middle context in the others; and by all threads."""
+def plan(options: Options) -> Iterator[tuple[str, Case]]:
+    """Formats and cases, those first that must not be missed when time is short.
+
+    The middle context in every format, then the other contexts in one of them, and last all threads.
+    """
     if options.smoke:
-        yield Case(2, 16, 1, kind in REFERENCE_FORMATS)
+        yield from ((kind, Case(2, 16, 1, kind in REFERENCE_FORMATS)) for kind in formats())
         return
-    for context in CONTEXTS if kind == GRID_FORMAT else (MAIN_CONTEXT,):
-        for sessions in SESSIONS:
-            is_compared = kind in REFERENCE_FORMATS and (context == MAIN_CONTEXT or options.compare)
-            yield Case(sessions, context, 1, is_compared)
+    kinds = sorted(formats(), key=lambda kind: kind != GRID_FORMAT)
+    for kind, sessions in product(kinds, SESSIONS):
+        yield kind, Case(sessions, MAIN_CONTEXT, 1, kind in REFERENCE_FORMATS)
+    for sessions, context in product(SESSIONS, CONTEXTS):
+        if context != MAIN_CONTEXT:
+            yield GRID_FORMAT, Case(sessions, context, 1, options.compare)
     for threads in list(thread_counts(options.threads))[1:]:
-        for sessions in (1, SESSIONS[-1]):
-            yield Case(sessions, MAIN_CONTEXT, threads, kind in REFERENCE_FORMATS)
+        for kind, sessions in product(kinds, (1, SESSIONS[-1])):
+            yield kind, Case(sessions, MAIN_CONTEXT, threads, kind in REFERENCE_FORMATS)
 
 
 def run(options: Options) -> list[Row]:
+    models = {kind: load_models(options.model, kind) for kind in formats()}
     rows = []
-    for kind in formats():
-        model, reference = load_models(options.model, kind)
-        for case in cases(kind, options):
-            what = describe_setting(case.setting(kind))
-            if options.has_time(what) and _fits(model, case, what, options):
-                rows += measure(model, reference, case, options)
-            gc.collect()  # a cache of gigabytes must be gone before the next one
+    for kind, case in plan(options):
+        what = describe_setting(case.setting(kind))
+        if options.has_time(what) and _fits(models[kind][0], case, what, options):
+            rows += measure(*models[kind], case, options)
+        gc.collect()  # a cache of gigabytes must be gone before the next one
     return rows
 
 
