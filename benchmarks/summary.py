@@ -41,80 +41,70 @@ def summarize_results(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _lines(table: ResultsTable) -> Iterator[Line]:
-    step = "decode step of one block"
-    yield Line(
-        "one-block decode step over loopback p2p", table.row("step_latency", step, OURS),
-        table.row("step_latency", step, PETALS) or table.row("step_latency", step, "echo"),
-    )  # fmt: skip
+    yield _block_line(table)
     yield from _runner_lines(table)
     yield from _served_lines(table)
     yield from _prefill_lines(table)
     yield _context_line(table)
-    yield _compared(table, "sessions admitted to the same cache", "admission", "sessions admitted")
+    admitted = [table.row("admission", "sessions admitted", provider) for provider in (OURS, PETALS)]
+    yield Line("sessions admitted to the same cache, asking for 2048 tokens and using 200", *admitted)
     yield from _interference_lines(table)
-    yield from _pass_lines(table)
-    for kind in ("float32", "bfloat16", "int8", "int4"):
-        yield Line(f"loading, {kind}", table.row("load", "load time", OURS, format=kind),
-                   table.row("load", "load time", TRANSFORMERS, format=kind))  # fmt: skip
-        over = table.row("load", "resident weights over the model's bytes", OURS, format=kind)
-        yield Line(f"resident weights over the model's bytes, {kind}", over)
+
+
+def _block_line(table: ResultsTable) -> Line:
+    ours, stock, echo = (
+        table.row("step_latency", "decode step of one block", provider) for provider in (OURS, PETALS, "echo")
+    )
+    remark = f"a bare echo takes {_value(echo)}" if echo and stock else ""
+    return Line("one-block decode step over loopback p2p", ours, stock or echo, remark)
 
 
 def _runner_lines(table: ResultsTable) -> Iterator[Line]:
-    for kind in ("float32", "bfloat16", "int8", "int4"):
-        for sessions in (1, 8, 16, 32):
-            which = {**_RUNNER, "format": kind, "sessions": sessions}
-            ours = table.row("decode_step", "decode step", OURS, **which)
-            plain = {**which, "format": kind if kind in ("float32", "bfloat16") else "bfloat16"}
-            other = table.row("decode_step", "decode step", TRANSFORMERS, **plain)
-            share = ours and ours["bandwidth_share"]
-            remark = (
-                f"{ours['gb_per_s']:.1f} GB/s, {100 * share:.0f} % of the memory" if ours and share else ""
-            )
-            yield Line(
-                f"decode step of all blocks, {kind}, {sessions} session(s), 1 thread", ours, other, remark
-            )
+    """Beside transformers' step in the same format, or in bfloat16 where it has no such format."""
+    for kind, sessions in (*product(("bfloat16",), (1, 8, 32)), ("int8", 1), ("int4", 1)):
+        which = {**_RUNNER, "sessions": sessions}
+        ours = table.row("decode_step", "decode step", OURS, format=kind, **which)
+        other = table.row("decode_step", "decode step", TRANSFORMERS, format="bfloat16", **which)
+        share = ours and ours["bandwidth_share"]
+        remark = f"{ours['gb_per_s']:.1f} GB/s, {100 * share:.0f} % of the memory" if ours and share else ""
+        work = f"decode step of all blocks, {kind}, {sessions} session(s), context 256, 1 thread"
+        yield Line(work, ours, other, remark)
 
 
 def _served_lines(table: ResultsTable) -> Iterator[Line]:
+    """Each server in the format that it is faster in; stock Petals' with its own client, as its users run it."""
     for work, benchmark, metric, which in (
-        ("one client generates 64 tokens", "generation", "generation", {}),
+        ("one client generates 64 tokens", "generation", "generation", {"tokens": 64}),
         ("8 clients decode at once", "aggregate_decode", "aggregate decode", {"sessions": 8}),
     ):
-        # All are compared with stock Petals as a whole, server and client, in the format that it is faster in.
         stock = table.best(benchmark, metric, PETALS, client=PETALS, **which)
-        for client, kind in product((PETALS, OURS), ("float32", "bfloat16")):
-            ours = table.row(benchmark, metric, OURS, client=client, format=kind, **which)
-            same = table.row(benchmark, metric, PETALS, client=client, format=kind, **which)
-            remark = (
-                f"{_times(ours, same)} with the same client" if ours and same and client != PETALS else ""
-            )
-            yield Line(f"{work}, client {client}, {kind}", ours, stock, remark)
+        for client in (PETALS, OURS):
+            ours = table.best(benchmark, metric, OURS, client=client, **which)
+            formats = [row["setting"]["format"] for row in (ours, stock) if row]
+            yield Line(f"{work}, client {client}", ours, stock, " against ".join(formats))
 
 
 def _prefill_lines(table: ResultsTable) -> Iterator[Line]:
-    for kind in ("float32", "bfloat16", "int8", "int4"):
-        for tokens in (256, 2048):
-            which: dict[str, int | str] = {"tokens": tokens, "threads": 1}
-            plain = kind if kind in ("float32", "bfloat16") else "bfloat16"
-            yield Line(
-                f"prefill of {tokens} tokens, {kind}, 1 thread",
-                table.row("prefill", "prefill", OURS, format=kind, **which),
-                table.row("prefill", "prefill", TRANSFORMERS, format=plain, **which),
-            )
+    for kind in ("float32", "bfloat16"):
+        which: dict[str, int | str] = {"format": kind, "tokens": 256, "threads": 1}
+        ours, other = (
+            table.row("prefill", "prefill", provider, **which) for provider in (OURS, TRANSFORMERS)
+        )
+        yield Line(f"prefill of 256 tokens through all blocks, {kind}, 1 thread", ours, other)
 
 
 def _context_line(table: ResultsTable) -> Line:
-    """Growth of a step from context 16 to 8192, beside the time in which the memory gives the longer cache."""
+    """Growth of a step from context 16 to 8192, beside the time that the longer cache takes at the speed of the
+    weights: the bytes per second of the step that reads next to nothing else."""
     which: dict[str, int | str] = {"format": "bfloat16", "sessions": 1, "threads": 1}
     short = table.row("decode_step", "decode step", OURS, context=16, **which)
     long = table.row("decode_step", "decode step", OURS, context=8192, **which)
     if short is None or long is None:
         return Line("decode step at context 8192", None)
-    read = [row["gb_per_s"] * row["median"] for row in (short, long)]
-    floor_ms = (read[1] - read[0]) / long["bandwidth_gb_per_s"]
+    megabytes = [row["gb_per_s"] * row["median"] for row in (short, long)]
+    floor_ms = (megabytes[1] - megabytes[0]) / short["gb_per_s"]
     grown = (long["median"] - short["median"]) / floor_ms
-    remark = f"{grown:.2f} x the floor of its keys and values ({format_value(floor_ms)} ms)"
+    remark = f"growth {grown:.2f} x the floor of its keys and values ({format_value(floor_ms)} ms)"
     return Line("decode step at context 8192 against context 16, 1 session, bfloat16", long, short, remark)
 
 
@@ -126,22 +116,6 @@ def _interference_lines(table: ResultsTable) -> Iterator[Line]:
             times = f"{beside['p95'] / alone['median']:.1f} x the median alone"
             remark = f"p95 {format_value(beside['p95'])} ms is {times}"
             yield Line(f"decode step beside a 2048-token prefill, {provider}", beside, alone, remark)
-    metric = "time to first token of 128, 7 decode"
-    yield _compared(table, "time to first token, 128 tokens, 7 others decode", "interference", metric)
-
-
-def _pass_lines(table: ResultsTable) -> Iterator[Line]:
-    for metric in ("forward pass", "backward pass"):
-        yield Line(f"{metric} through a server", table.row("passes", metric, OURS, where="server"),
-                   table.row("passes", metric, PETALS, where="server"))  # fmt: skip
-        for kind in ("float32", "bfloat16", "int8", "int4"):
-            which = {"format": kind, "where": "process"}
-            yield Line(f"{metric} in process, {kind}", table.row("passes", metric, OURS, **which),
-                       table.row("passes", metric, TRANSFORMERS, **which))  # fmt: skip
-
-
-def _compared(table: ResultsTable, work: str, benchmark: str, metric: str) -> Line:
-    return Line(work, table.row(benchmark, metric, OURS), table.row(benchmark, metric, PETALS))
 
 
 def _markdown(line: Line) -> str:
