@@ -53,6 +53,19 @@ def test_the_summary_compares(results: Path) -> None:
     assert "admitted" not in text
 
 
+def test_growth_is_held_against_the_speed_of_the_weights(tmp_path: Path) -> None:
+    """200 MB in 10 ms make 5 ms of the 100 MB more; what the memory could give does not count."""
+    steps = [
+        Row("petalsd", which, "decode step", "ms", summarize([milliseconds]), nbytes)
+        for context, milliseconds, nbytes in ((16, 10.0, 200_000_000), (8192, 20.0, 300_000_000))
+        for which in [{"format": "bfloat16", "sessions": 1, "context": context, "threads": 1}]
+    ]
+    publish("decode_step", steps, Run(MACHINE, Bandwidth({1: 40.0}, 1 << 28)), tmp_path)
+    text = summarize_results(read_results(tmp_path))
+    assert "| context 16 | 10.0 ms | 20.0 ms |  | growth 2.00 x the floor" in text
+    assert "(5.00 ms)" in text
+
+
 def test_no_results_make_no_rows_and_no_pictures(tmp_path: Path) -> None:
     assert len(summarize_results({}).splitlines()) == 2
     assert draw_all({}, tmp_path / "pictures") == []
