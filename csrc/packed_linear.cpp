@@ -31,7 +31,7 @@ void LinearTeam::run(const PackedWeight& weight, const float* in, float* out, st
   const LinearKernels& kernels = tier_.kernels.linear[static_cast<int>(weight.format)];
   const std::int64_t stride = kernels.operand_bytes(weight.num_in);
   const std::lock_guard lock(mutex_);
-  reserve(std::min(kRowsAtOnce, num_rows) * stride);
+  reserve(round_up(std::min(kRowsAtOnce, num_rows), kTileRows) * stride);
   for (std::int64_t row = 0; row < num_rows; row += kRowsAtOnce) {
     const std::int64_t count = std::min(kRowsAtOnce, num_rows - row);
     team_.run(count, [&](std::int64_t i) {
