@@ -6,6 +6,7 @@
 #include <unistd.h>
 #endif
 
+#include "amx_check.hpp"
 #include "check.hpp"
 
 namespace petalsd {
@@ -47,7 +48,9 @@ bool find_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // BF16, tiles, INT8
-  return (edx & kNeeded) == kNeeded && may_use_tiles();
+  if ((edx & kNeeded) != kNeeded || __builtin_cpu_supports("avx512bf16") == 0 || !may_use_tiles()) return false;
+  static const bool is_right = amx_computes_rightly();
+  return is_right;
 }
 #endif
 
