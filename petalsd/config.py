@@ -157,7 +157,8 @@ class EngineSection(Section):
         0.75, "share of the attention cache that the sessions of one peer may reserve; 1: all of it"
     )
     kv_dtype: Literal["auto", "int8"] = _restart(
-        "auto", "the attention cache's precision; auto: the model's; int8: half as many bytes, on a CPU"
+        "auto",
+        "the attention cache's precision; auto: the model's; int8: about half of bfloat16's bytes, on a CPU",
     )
     page_tokens: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = _restart(
         32, "tokens per page of the attention cache, a multiple of 16"

@@ -84,8 +84,3 @@ class RaggedBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_bounds[-1]
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every row has exactly one new token."""
-        return self.num_tokens == self.num_rows
