@@ -215,14 +215,14 @@ async def _read_line(output: asyncio.StreamReader) -> bytes:
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
-    for stop in (child.terminate, child.kill):
+    for stop in (signal.SIGTERM, signal.SIGKILL):
         if child.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            # One that was stopped obeys only when it goes on. First this: a signal to a process that has just
-            # ended would take its exit status from whoever waits for it.
-            child.send_signal(signal.SIGCONT)
-            stop()
+            # Not by the child's own methods: they look whether it has ended and take its exit status from asyncio,
+            # which then complains on a client's terminal. One that was stopped obeys only when it goes on.
+            os.kill(child.pid, stop)
+            os.kill(child.pid, signal.SIGCONT)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
                 await child.wait()
