@@ -13,6 +13,10 @@ import structlog
 # threads only wait for each other, and take the cores from the tests beside.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Read when a kernel is defined: it then runs in Triton's interpreter. Compiling kernels, or running them on a GPU,
+# takes a process without it.
+os.environ["TRITON_INTERPRET"] = "1"
+
 
 # A property of tests that measure: a line for the end of the run. It travels with the report, from workers too.
 FIGURE = "figure"

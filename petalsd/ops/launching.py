@@ -1,0 +1,166 @@
+"""How every kernel is started: the checks of its tensors, the launch itself, and a record of launches for tests.
+
+A kernel that is compiled for whole 16-byte loads and stores reads and writes wrong places with other strides, or
+is compiled again without them and spills. So tensors whose rows do not start at multiples of 16 elements are
+refused here, before they reach a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from petalsd.errors import EngineError
+
+ALIGNED_ELEMENTS = 16
+_ALIGNED_BYTES = 16
+
+Argument: TypeAlias = torch.Tensor | int | float | None
+Constant: TypeAlias = int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a kernel is compiled for a multiprocessor."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of ``kernel``, a function decorated by ``triton.jit``.
+
+    grid       up to three numbers of programs
+    arguments  in the kernel's order, before its constants; None where the kernel goes without the tensor
+    constants  its ``constexpr`` parameters by name
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Argument, ...]
+    constants: Mapping[str, Constant]
+    options: Options
+
+    @property
+    def device(self) -> torch.device:
+        return next(argument.device for argument in self.arguments if isinstance(argument, torch.Tensor))
+
+    def run(self) -> None:
+        """EngineError where kernels cannot run."""
+        device = self.device
+        if isinstance(self.kernel, InterpretedFunction):
+            self._refuse_bfloat16()
+            self._start()
+        elif device.type == "cuda":
+            with torch.cuda.device(device):
+                self._start()
+        else:
+            raise EngineError(
+                f"{self.kernel.__name__} cannot run on {device}: kernels need a CUDA device",
+                hint="tests set TRITON_INTERPRET=1 before the kernels are imported",
+            )
+
+    def _refuse_bfloat16(self) -> None:
+        """The interpreter computes with the raw bits of bfloat16 values, and nothing would tell."""
+        tensors = (argument for argument in self.arguments if isinstance(argument, torch.Tensor))
+        if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            raise EngineError(
+                f"{self.kernel.__name__}: Triton's interpreter cannot compute with bfloat16",
+                hint="use float16 or float32 in tests",
+            )
+
+    def _start(self) -> None:
+        self.kernel[self.grid](
+            *self.arguments,
+            **self.constants,
+            num_warps=self.options.num_warps,
+            num_stages=self.options.num_stages,
+        )
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Notes every launch of this context in the list. Those on tensors of the device "meta" end there."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Argument],
+    constants: Mapping[str, Constant],
+    options: Options,
+) -> None:
+    """Start a kernel; ``Launch`` has the arguments. Nothing is started for an empty grid.
+
+    EngineError where kernels cannot run.
+    """
+    if 0 in grid:
+        return
+    started = Launch(kernel, grid, tuple(arguments), constants, options)
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(started)
+    if recorded is None or started.device.type != "meta":
+        started.run()
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: Sequence[int | None], dtype: torch.dtype | None = None
+) -> None:
+    """ValueError unless the tensor has this shape (None: any size) and dtype, and strides that kernels can use.
+
+    They can when the last dimension is contiguous, and all others start at multiples of 16 elements, in memory
+    that begins at 16 bytes.
+    """
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(
+        want not in (None, size) for size, want in zip(sizes, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(sizes)}: it must be [{wanted}]")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}: it must be {dtype}")
+    outer = [stride for size, stride in zip(sizes[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    is_contiguous = not sizes or sizes[-1] == 1 or tensor.stride(-1) == 1
+    if not is_contiguous or any(stride % ALIGNED_ELEMENTS for stride in outer):
+        raise ValueError(
+            f"{name} of shape {list(sizes)} has strides {list(tensor.stride())}: the last must be 1, the others "
+            f"multiples of {ALIGNED_ELEMENTS}"
+        )
+    if tensor.data_ptr() % _ALIGNED_BYTES:
+        raise ValueError(f"{name} starts at an address that is no multiple of {_ALIGNED_BYTES} bytes")
+
+
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of all dimensions but the last, as kernels want them.
+
+    A dimension of one element may have any stride in torch; it gets what it had if it were longer, so that one
+    compiled kernel serves all sizes.
+    """
+    found: list[int] = []
+    inner = tensor.shape[-1]
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        found.append(stride if size > 1 else inner)
+        inner = found[-1] * size
+    return tuple(reversed(found))
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest that is not below ``count``: the sizes of a kernel's tiles."""
+    return 1 << max(0, count - 1).bit_length()
