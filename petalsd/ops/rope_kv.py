@@ -13,7 +13,7 @@ from petalsd.ops.launching import Options, check_tensor, launch, next_power_of_2
 from petalsd.ops.ragged import PagedKV
 
 _HEADS_BLOCK = 4
-_VALUES_PER_WARP = 256
+_VALUES_PER_WARP = 512
 
 
 class WritePlaces(Protocol):
