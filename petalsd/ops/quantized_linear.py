@@ -1,0 +1,121 @@
+"""Products with int8 and int4 weights on a GPU, in one launch each, over the CPU's own storage of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from petalsd.kernels.quantized_linear import quantized_linear_kernel
+from petalsd.ops.launching import Options, check_tensor, launch, strides
+from petalsd.ops.packed_weight import GROUP_INPUTS, PackedWeight, WeightFormat
+
+_BITS = {WeightFormat.INT8: 8, WeightFormat.INT4: 4}
+_OUT_BLOCK = 64
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+_MIN_PIECES_PER_SPLIT = 4
+_MAX_SPLITS = 16
+_MAX_SPLIT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """What a program computes: rows and outputs at once, and how many inputs a step of its loop takes in int8."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    options: Options
+
+
+# The first one with enough rows; the last one repeats. All stay within 99 KB of shared memory, and none spills.
+_TILES = (
+    _Tile(16, _OUT_BLOCK, 128, Options(num_warps=4, num_stages=4)),
+    _Tile(32, _OUT_BLOCK, 128, Options(num_warps=4, num_stages=4)),
+    _Tile(_MAX_SPLIT_ROWS, _OUT_BLOCK, 64, Options(num_warps=4, num_stages=4)),
+    _Tile(128, 128, 64, Options(num_warps=8, num_stages=3)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitWorkspace:
+    """Where the programs that share a tile of few rows add up their parts; for products one after the other.
+
+    partials             float32 ``[programs, 64 * 64]``
+    arrivals             int32 ``[programs]``, zeros between launches
+    num_multiprocessors  of the device: how many programs are wanted follows from it
+    """
+
+    partials: torch.Tensor
+    arrivals: torch.Tensor
+    num_multiprocessors: int
+
+    @classmethod
+    def allocate(cls, device: torch.device, num_multiprocessors: int) -> SplitWorkspace:
+        """64 KB for each multiprocessor."""
+        programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
+        partials = torch.empty(programs, _MAX_SPLIT_ROWS * _OUT_BLOCK, device=device)
+        return cls(partials, torch.zeros(programs, dtype=torch.int32, device=device), num_multiprocessors)
+
+    def num_splits(self, num_tiles: int, num_pieces: int) -> int:
+        """Into how many programs the inputs of each tile are split: a power of two, so that few kernels exist."""
+        wanted = min(
+            _MAX_SPLITS,
+            _PROGRAMS_PER_MULTIPROCESSOR * self.num_multiprocessors // num_tiles,
+            num_pieces // _MIN_PIECES_PER_SPLIT,
+        )
+        return 1 << max(0, wanted.bit_length() - 1)
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: SplitWorkspace,
+) -> None:
+    """``out = x @ weight.T + bias``; sums are float32, and rounded once.
+
+    x       ``[R, num_in]``
+    weight  int8 or int4, on x's device
+    bias    ``[num_out]``
+    out     ``[R, num_out]``
+
+    ValueError for tensors that don't fit, and other formats.
+    """
+    rows = x.shape[0]
+    if weight.format not in _BITS or weight.scales is None:
+        raise ValueError(f"the weight's format is {weight.format}: it must be int8 or int4")
+    check_tensor("x", x, (None, weight.num_in))
+    check_tensor("out", out, (rows, weight.num_out))
+    if bias is not None:
+        check_tensor("bias", bias, (weight.num_out,))
+    bits = _BITS[weight.format]
+    tile = next((tile for tile in _TILES if rows <= tile.rows), _TILES[-1])
+    inputs = tile.inputs if bits == 8 else GROUP_INPUTS
+    grid = (-(-rows // tile.rows), -(-weight.num_out // tile.outputs))
+    num_splits = 1
+    if rows <= _MAX_SPLIT_ROWS:
+        num_splits = workspace.num_splits(grid[1], -(-weight.num_in // inputs))
+    launch(
+        quantized_linear_kernel,
+        (*grid, num_splits),
+        (
+            x, weight.words, weight.scales if bits == 8 else weight.scales.view(torch.int32), bias, out,
+            workspace.partials if num_splits > 1 else None, workspace.arrivals if num_splits > 1 else None,
+            strides(x)[0], strides(out)[0], rows, weight.num_in, weight.num_out,
+        ),
+        {
+            "BITS": bits, "ROWS_BLOCK": tile.rows, "OUT_BLOCK": tile.outputs, "IN_BLOCK": inputs,
+            "NUM_SPLITS": num_splits, "NUM_STAGES": tile.options.num_stages,
+        },
+        tile.options,
+    )  # fmt: skip
+
+
+def reference_quantized_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The product in float32 ``[R, num_out]``, in plain torch over the unpacked weight."""
+    product = x.float() @ weight.unpack(torch.float32).t()
+    return product if bias is None else product + bias.float()
