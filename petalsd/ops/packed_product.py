@@ -1,6 +1,8 @@
-"""Matrix products over packed weights, one at a time: for layers that are not computed as a whole in C++."""
+"""Matrix products over packed weights, one at a time: for layers that are not computed as a whole."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
@@ -10,10 +12,23 @@ from petalsd.ops.native_weight import native_weight
 from petalsd.ops.packed_weight import PackedWeight
 
 
-class PackedProduct:
-    """Products of one weight by the kernels of ``team``, which many products share; from any thread.
+class Product(Protocol):
+    """Products of one packed weight. With a gradient they are those of ``ops.linear``."""
 
-    With a gradient they are those of ``ops.linear``: the kernels round activations beside weights of a few bits.
+    @property
+    def nbytes(self) -> int: ...
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x @ weight.T + bias``; x ``[..., in]``, bias ``[out]``; differentiable with respect to ``x``.
+
+        Sums are float32, and rounded to the dtype of x once. ValueError for an x of another width.
+        """
+
+
+class PackedProduct:
+    """By the CPU's kernels on ``team``, which many products share; from any thread.
+
+    The kernels round activations beside weights of a few bits, so what has a gradient does without them.
     """
 
     def __init__(self, weight: PackedWeight, team: _C.LinearTeam) -> None:
@@ -26,10 +41,7 @@ class PackedProduct:
         return self._weight.nbytes
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x @ weight.T + bias``; x ``[..., in]``, bias ``[out]``; differentiable with respect to ``x``.
-
-        Sums are float32, and rounded to the dtype of x once. ValueError for an x of another width.
-        """
+        """``Product`` has the contract."""
         if x.shape[-1] != self._weight.num_in:
             raise ValueError(f"x has {x.shape[-1]} inputs, the weight has {self._weight.num_in}")
         if torch.is_grad_enabled() and x.requires_grad:

@@ -31,7 +31,9 @@ GROUP_INPUTS = 64
 INT8_ZERO = 128
 INT4_ZERO = 8
 
-_UNPACKED_AT_ONCE = 1 << 16  # values: in float32 they stay in a core's cache
+# Values: in float32 they stay in a core's cache, and fill a GPU.
+_UNPACKED_AT_ONCE = 1 << 16
+_UNPACKED_AT_ONCE_BY_GPU = 1 << 23
 
 Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
@@ -117,7 +119,7 @@ class PackedLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """A ``[num_out, num_in]`` weight on the CPU; module docstring for ``data`` and ``scales``."""
+    """A ``[num_out, num_in]`` weight; module docstring for ``data`` and ``scales``, which are on one device."""
 
     format: WeightFormat
     num_out: int
@@ -134,6 +136,15 @@ class PackedWeight:
         make = allocate or _allocate
         scales = None if layout.scales is None else make(*layout.scales)
         return cls(format, num_out, num_in, make(*layout.data), scales)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The weight on ``device``, a copy unless it is there."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return PackedWeight(self.format, self.num_out, self.num_in, self.data.to(device), scales)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
 
     @property
     def layout(self) -> PackedLayout:
@@ -158,8 +169,10 @@ class PackedWeight:
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[num_out, num_in]`` as a new tensor, row-major; rows may be longer in memory."""
         layout = self.layout
-        rows = torch.empty(layout.num_tiles * TILE_OUTPUTS, layout.padded_in, dtype=dtype)
-        for tiles in self.tile_chunks(_UNPACKED_AT_ONCE):
+        rows = torch.empty(layout.num_tiles * TILE_OUTPUTS, layout.padded_in, dtype=dtype, device=self.device)
+        for tiles in self.tile_chunks(
+            _UNPACKED_AT_ONCE if self.device.type == "cpu" else _UNPACKED_AT_ONCE_BY_GPU
+        ):
             rows[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = self._values(tiles)
         return rows[: self.num_out, : self.num_in]
 

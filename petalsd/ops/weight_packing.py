@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
 from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat, pack_nibbles
 from petalsd.ops.weight_rounding import SERIAL_VALUES, round_int4, round_int8
+
+Copy: TypeAlias = Callable[[torch.Tensor, torch.Tensor], object]
+"""Fills the first with the second, which has the same shape and dtype."""
 
 
 def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
@@ -17,12 +21,19 @@ def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
     return packed
 
 
-def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight) -> None:
+def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight, copy: Copy = torch.Tensor.copy_) -> None:
     """Fill ``packed`` with these finite weights ``[n, num_in]``, one below the other.
 
-    Besides it there is never more than some hundred KB in memory, or a few times a tile. ValueError when shapes
-    don't fit.
+    On the CPU there is never more than some hundred KB in memory besides it, or a few times a tile. For another
+    device it is packed here first, and then copied by ``copy``. ValueError when shapes don't fit.
     """
+    if packed.device.type != "cpu":
+        here = PackedWeight.empty(packed.format, packed.num_out, packed.num_in)
+        pack_rows(parts, here)
+        copy(packed.data, here.data)
+        if packed.scales is not None and here.scales is not None:
+            copy(packed.scales, here.scales)
+        return
     num_out = sum(len(part) for part in parts)
     if num_out != packed.num_out or any(part.shape[1:] != (packed.num_in,) for part in parts):
         shapes = [tuple(part.shape) for part in parts]

@@ -199,3 +199,19 @@ def test_the_reference_product(format: str, tolerance: float, size: tuple[int, i
     expected = x.double() @ weight.double().t()
     product = reference_linear(x, pack_weight(weight, WeightFormat(format)))
     assert (product - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_weight_for_another_device_is_packed_here_and_copied_whole(format: WeightFormat) -> None:
+    """Packing needs memory of the host; what is copied is what it would have been here."""
+    weight, copied = _weight(40, 100), []
+    there = PackedWeight.empty(format, 40, 100).to(torch.device("meta"))
+    pack_rows([weight[:24], weight[24:]], there, lambda target, source: copied.append((target, source)))
+    expected = pack_weight(weight, format)
+    assert expected.scales is not None
+    assert [target is part for (target, _), part in zip(copied, (there.data, there.scales), strict=True)] == [
+        True,
+        True,
+    ]
+    assert torch.equal(copied[0][1], expected.data) and torch.equal(copied[1][1], expected.scales)
+    assert there.unpack(torch.float16).device.type == "meta"

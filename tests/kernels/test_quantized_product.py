@@ -1,0 +1,54 @@
+"""A layer over packed weights as a GPU computes it: its own products in place of linear modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from petalsd.models.hf.packing import pack_layer, round_layer
+from petalsd.ops.linear import linear
+from petalsd.ops.packed_weight import WeightFormat
+from petalsd.ops.quantized_linear import SplitWorkspace
+from petalsd.ops.quantized_product import QuantizedProduct
+from petalsd.ops.weight_packing import pack_weight
+from tests.numeric import assert_close
+
+FORMATS = [WeightFormat.INT8, WeightFormat.INT4]
+WORKSPACE = SplitWorkspace.allocate(torch.device("cpu"), 8)
+
+
+def product_of(weight: torch.Tensor, format: WeightFormat) -> QuantizedProduct:
+    return QuantizedProduct(pack_weight(weight, format), WORKSPACE)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_layer_is_the_one_with_rounded_weights(format: WeightFormat) -> None:
+    """Its linear modules are replaced, and give what they would with the values of their packed weights."""
+    layer = nn.Sequential(nn.Linear(96, 160), nn.SiLU(), nn.Linear(160, 48, bias=False)).requires_grad_(False)
+    rounded = nn.Sequential(nn.Linear(96, 160), nn.SiLU(), nn.Linear(160, 48, bias=False)).requires_grad_(
+        False
+    )
+    rounded.load_state_dict(layer.state_dict())
+    round_layer(rounded, None, format)
+    pack_layer(layer, None, lambda weight: product_of(weight, format))
+    x = torch.randn(2, 3, 96)
+    assert_close(layer(x), rounded(x), 1e-5, 1e-5, format)
+    assert not any(isinstance(module, nn.Linear) for module in layer.modules())
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 0, 64), (3, 64)], ids=str)
+def test_any_shape_of_rows(shape: tuple[int, ...]) -> None:
+    """A single row and none, too."""
+    packed = pack_weight(torch.randn(32, 64), WeightFormat.INT8)
+    x = torch.randn(shape)
+    assert_close(QuantizedProduct(packed, WORKSPACE).multiply(x), linear(x, packed), 1e-4, 1e-4, "product")
+
+
+def test_a_gradient_goes_through_the_unpacked_weight() -> None:
+    """Kernels have none; the layer can be trained through all the same."""
+    packed = pack_weight(torch.randn(32, 64), WeightFormat.INT4)
+    x = torch.randn(3, 64, requires_grad=True)
+    QuantizedProduct(packed, WORKSPACE).multiply(x).sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, packed.unpack(torch.float32).sum(0).expand(3, -1), 1e-4, 1e-4, "gradient")
