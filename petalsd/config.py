@@ -94,7 +94,7 @@ class ModelSection(Section):
         "auto", "dtype of weights, cache and answers; auto: the model's own, bfloat16 where that is float32"
     )
     quantization: Annotated[Quantization, BeforeValidator(_without_nf4)] = _restart(
-        "none", "how the weights of linear layers are kept: as dtype says, in 8 bits, or in 4; CPU only"
+        "none", "how the weights of linear layers are kept: as dtype says, in 8 bits, or in 4"
     )
     adapters: Texts = _restart((), "LoRA repositories served beside the model")
     dht_prefix: str | None = _restart(None, "name of the model in the swarm; derived from source if unset")

@@ -29,8 +29,8 @@ KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 class BlockWeights:
     """All on one device, none requires grad; I is the intermediate size.
 
-    Tensors are of the block's dtype, as norms and biases always are. The projections are packed on the CPU, and
-    may then be of a lower precision than what is computed with them.
+    Tensors are of the block's dtype, as norms and biases always are. The projections may be packed, and
+    then of a lower precision than what is computed with them.
 
     qkv      ``[(H + 2*Hkv) * D, M]`` q, k and v one below the other
     gate_up  ``[2*I, M]`` gate above up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -26,7 +26,8 @@ from petalsd.models.source import ModelSource
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import load_block
-from petalsd.ops.packed_product import PackedProduct
+from petalsd.ops.packed_product import PackedProduct, Product
+from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.weight_packing import pack_weight
 
 log = structlog.get_logger(__name__)
@@ -144,16 +145,20 @@ class Ladder:
         return self.storage.format is not None and self.storage.format.is_quantized
 
     @cached_property
-    def _team(self) -> _C.LinearTeam:
-        """Of all packed layers: they compute one after the other."""
-        return _C.LinearTeam(self._num_threads, "auto")
+    def _products(self) -> tuple[str, Callable[[PackedWeight], Product]]:
+        """What computes with the weights of packed layers, one after the other, and products by it."""
+        if self.storage.device.type == "cpu":
+            team = _C.LinearTeam(self._num_threads, "auto")
+            return team.tier, lambda weight: PackedProduct(weight, team)
+        return "triton", gpu_products(self.storage.device)
 
     def _pack(self, layer: nn.Module) -> None:
         pack_layer(layer, self.architecture.layers.family.experts, self._make_product)
 
-    def _make_product(self, weight: torch.Tensor) -> PackedProduct:
+    def _make_product(self, weight: torch.Tensor) -> Product:
         assert self.storage.format is not None
-        return PackedProduct(pack_weight(weight, self.storage.format), self._team)
+        make = self._products[1]
+        return make(pack_weight(weight.cpu(), self.storage.format).to(self.storage.device))
 
     def _as_block(self, layer: nn.Module, index: int) -> LayerBlock:
         angles, part = self.angles, slice(0, 2)
@@ -213,9 +218,19 @@ class Ladder:
 
     def _kernels(self, rung: Rung, block: Block) -> str:
         if rung is Rung.PACKED:
-            return self._team.tier
+            return self._products[0]
         span = paged_span({block.index: block}, self._num_threads)
         return span.tier if isinstance(span, NativeSpan) else "torch"
+
+
+def gpu_products(device: torch.device) -> Callable[[PackedWeight], Product]:
+    """Products by the kernels of a GPU, which a machine without one does not even import."""
+    from petalsd.ops.quantized_linear import SplitWorkspace
+    from petalsd.ops.quantized_product import QuantizedProduct
+
+    num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    workspace = SplitWorkspace.allocate(device, num_multiprocessors)
+    return lambda weight: QuantizedProduct(weight, workspace)
 
 
 def make_angles(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Angles:

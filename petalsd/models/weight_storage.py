@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from petalsd.config import Quantization
-from petalsd.errors import ConfigError
 from petalsd.ops.packed_weight import PackedLayout, WeightFormat
 
 _PACKED_DTYPES = {torch.float32: WeightFormat.FLOAT32, torch.bfloat16: WeightFormat.BFLOAT16}
@@ -31,15 +30,9 @@ class WeightStorage:
     def choose(
         cls, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none"
     ) -> WeightStorage:
-        """Packed on the CPU wherever there is a format for it. ConfigError for what the device cannot compute."""
-        if device.type == "cpu":
+        """Packed when quantized, and on the CPU wherever there is a format for the dtype."""
+        if device.type == "cpu" or quantization in _QUANTIZED:
             return cls(dtype, device, _QUANTIZED.get(quantization, _PACKED_DTYPES.get(dtype)))
-        if quantization != "none":
-            raise ConfigError(
-                f"model.quantization = {quantization!r}: this version computes with quantized weights on the "
-                f"CPU only, not on {device}",
-                hint='remove the key, or set engine.device = "cpu"',
-            )
         return cls(dtype, device, None)
 
     @property

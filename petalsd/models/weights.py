@@ -107,8 +107,7 @@ def load_block(
 ) -> TransformerBlock:
     """Read block ``index``, cast to ``dtype``, on ``device``; fetches its files first where they are missing.
 
-    ``rope`` is what the model's blocks share; a block that is loaded alone gets its own. Raises WeightsError, and
-    ConfigError for a quantization that is not computed on the device.
+    ``rope`` is what the model's blocks share; a block that is loaded alone gets its own. Raises WeightsError.
     """
     storage = WeightStorage.choose(dtype, device, quantization)
     tensors = read_tensors(source, block_tensors(config, index))

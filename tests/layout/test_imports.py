@@ -37,6 +37,7 @@ RESERVED = {
         {"ops", "kernels", "kvcache", "models", "engine", "swarm", "client", "daemon", "cli", "demo"},
         "the leaves and the command line's start must stay light",
     ),
+    "triton": ({"ops", "kernels"}, "a server on a CPU has none"),
     "aiohttp": ({"control"}, "one layer knows the HTTP library"),
     "prometheus_client": ({"metrics"}, "one leaf knows how figures are exposed"),
     "sdnotify": ({"systemd"}, "one leaf speaks to systemd"),

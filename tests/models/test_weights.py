@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from petalsd.config import Quantization
-from petalsd.errors import ConfigError, WeightsError
+from petalsd.errors import WeightsError
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.source import INDEX_FILE, SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
@@ -194,10 +194,14 @@ def test_float16_stays_in_plain_tensors(directory: Path) -> None:
     assert block.forward_dense(torch.zeros(1, 2, HIDDEN_SIZE, dtype=torch.float16)).dtype == torch.float16
 
 
-def test_quantization_is_refused_where_nothing_computes_it() -> None:
-    """The error names the key, its value and the device."""
-    with pytest.raises(ConfigError, match=r"model\.quantization = 'int4': .* CPU only, not on cuda:0"):
-        WeightStorage.choose(torch.bfloat16, torch.device("cuda:0"), "int4")
+def test_what_a_gpu_keeps_packed() -> None:
+    """Quantized weights, as on the CPU; plain ones are tensors there."""
+    gpu = torch.device("cuda:0")
+    chosen = [
+        WeightStorage.choose(torch.bfloat16, gpu, quantization) for quantization in ("none", "int8", "int4")
+    ]
+    assert [storage.format for storage in chosen] == [None, WeightFormat.INT8, WeightFormat.INT4]
+    assert [storage.quantization for storage in chosen] == ["none", "int8", "int4"]
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 5, 3000])

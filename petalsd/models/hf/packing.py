@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from petalsd.models.hf.family import ExpertNames
-from petalsd.ops.packed_product import PackedProduct
+from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import WeightFormat
 from petalsd.ops.weight_packing import pack_weight
 
-MakeProduct: TypeAlias = Callable[[torch.Tensor], PackedProduct]
+MakeProduct: TypeAlias = Callable[[torch.Tensor], Product]
 """Packs a weight ``[out, in]``, which it does not keep."""
 
 
