@@ -1,0 +1,45 @@
+"""Variants of products over packed weights: all tiles, split and not. Sizes are arguments of these kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks.gpu.variants import Limits, Matrix, Variant, meta
+from petalsd.ops.packed_weight import PackedWeight, WeightFormat
+from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear
+
+_NUM_OUT, _NUM_IN = 4096, 14336
+_MANY_MULTIPROCESSORS = 128  # so that products of few rows are split
+# By rows of a tile; the scales of int4 come in pairs of 4 bytes.
+_LIMITS = {
+    16: Limits(128, Matrix.FEW_ROWS, is_async=True),
+    32: Limits(128, Matrix.FEW_ROWS, is_async=True),
+    64: Limits(168, Matrix.MANY_ROWS, is_async=True),
+    128: Limits(248, Matrix.MANY_ROWS, is_async=True),
+}
+_SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 4}
+
+
+def variants() -> Iterator[Variant]:
+    for format, scale_copies in _SCALE_COPIES.items():
+        for rows, limits in _LIMITS.items():
+            allowed = replace(limits, narrow_copies=scale_copies)
+            is_split = rows < max(_LIMITS)
+            name = f"{format} product, {rows} rows{', split' if is_split else ''}"
+            yield Variant(name, partial(_product, format, rows, is_split), allowed)
+        whole = partial(_product, format, 16, False, has_bias=True)
+        yield Variant(
+            f"{format} product, 16 rows, bias", whole, replace(_LIMITS[16], narrow_copies=scale_copies)
+        )
+
+
+def _product(format: WeightFormat, rows: int, is_split: bool, has_bias: bool = False) -> None:
+    here = torch.device("meta")
+    weight = PackedWeight.empty(format, _NUM_OUT, _NUM_IN, lambda shape, dtype: meta(*shape, dtype=dtype))
+    workspace = SplitWorkspace.allocate(here, _MANY_MULTIPROCESSORS if is_split else 1)
+    bias = meta(_NUM_OUT) if has_bias else None
+    quantized_linear(meta(rows, _NUM_IN), weight, bias, meta(rows, _NUM_OUT), workspace)

@@ -1,0 +1,128 @@
+"""Every kernel that a supported model can ask for, compiled for all targets: its code stays within limits.
+
+Its figures are those of compiled.json, which ``python -m benchmarks.gpu.compilation --write`` makes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import triton
+
+from benchmarks.gpu.compilation import compile_launch, launches_of
+from benchmarks.gpu.compiled_table import Table, differences, read_table, write_table
+from benchmarks.gpu.sass import Figures, count_instructions
+from benchmarks.gpu.variants import TARGETS, Limits, Matrix, all_variants
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "compiled.json"
+COMPILING_S = 600
+FINE = Figures(64, 0, 0, 32768, 900, 8, 0, 4, 0, {"HMMA.BF16": 32})
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """Of a process whose kernels are not interpreted."""
+    path = tmp_path_factory.mktemp("compiled") / "table.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.compilation", "--write", path],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True, text=True, timeout=COMPILING_S, check=False,
+    )  # fmt: skip
+    assert result.returncode in (0, 1), result.stdout[-2000:] + result.stderr[-2000:]
+    return read_table(path)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILING_S + 10)
+def test_the_code_of_every_kernel_is_within_its_limits(compiled: Table) -> None:
+    """On all targets: no spill, no stack, registers, shared memory, asynchronous loads, matrix instructions."""
+    problems = []
+    for variant in all_variants().values():
+        for name in launches_of(variant):
+            assert set(compiled[name]) == {str(target) for target in variant.targets}
+            for target, figures in compiled[name].items():
+                found = variant.limits.violations(figures, int(target))
+                problems += [f"{name}, sm_{target}: {problem}" for problem in found]
+    assert problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(COMPILING_S + 10)
+def test_figures_are_those_that_were_accepted(compiled: Table) -> None:
+    """Within a tenth, for the version of Triton that they were taken with."""
+    version, golden = read_table(GOLDEN)
+    if version != triton.__version__:
+        pytest.skip(f"the figures are of triton {version}, this is {triton.__version__}")
+    assert list(differences(golden, compiled)) == []
+
+
+@pytest.mark.parametrize(
+    ("worse", "problem"),
+    [
+        (replace(FINE, registers=129), "129 registers, 128 are allowed"),
+        (replace(FINE, spills=2), "2 loads and stores of spilled registers"),
+        (replace(FINE, stack_bytes=16), "16 bytes of stack"),
+        (replace(FINE, shared_bytes=(99 << 10) + 1), "101376 are there"),
+        (replace(FINE, matrix={"HMMA.BF16": 16, "HMMA": 16}), "expected HMMA.BF16"),
+        (replace(FINE, matrix={}), "expected HMMA.BF16"),
+        (replace(FINE, async_wide_loads=0), "no asynchronous copies of 16 bytes"),
+        (replace(FINE, async_narrow_loads=1), "1 asynchronous copies of less than 8 bytes"),
+    ],
+)
+def test_what_exceeds_a_limit_is_named(worse: Figures, problem: str) -> None:
+    """Each limit finds what it is there for, and nothing in code that is fine."""
+    limits = Limits(128, Matrix.FEW_ROWS, is_async=True)
+    assert limits.violations(FINE, 86) == []
+    assert [problem in found for found in limits.violations(worse, 86)] == [True]
+
+
+def test_large_products_need_the_instructions_of_their_target() -> None:
+    """Warp groups' on sm_90, tensor memory's on sm_100, and none at all in what multiplies no matrices."""
+    kinds = {80: "HMMA.BF16", 86: "HMMA.BF16", 89: "HMMA.BF16", 90: "HGMMA.BF16", 100: "UTCHMMA"}
+    assert {target: Matrix.MANY_ROWS.expected(target) for target in TARGETS} == kinds
+    assert Limits().violations(replace(FINE, matrix={}), 80) == []
+    assert len(Limits().violations(FINE, 80)) == 1
+
+
+def test_instructions_are_told_apart_by_their_modifiers() -> None:
+    """Widths of loads, and types of matrix operands."""
+    code = [
+        "LDG.E.128.CONSTANT", "LDG.E.64", "LDG.E.U16", "LDG.E", "LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.E.LTC128B",
+        "LDGSTS.E.64", "STL.64", "LDL", "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HGMMA.64x128x16.F32.BF16",
+        "UTCHMMA", "IMAD.MOV.U32",
+    ]  # fmt: skip
+    assert count_instructions(code, 40, 8, 100) == Figures(
+        40, 8, 2, 100, 14, 1, 1, 2, 2, {"HGMMA.BF16": 1, "HMMA": 1, "HMMA.BF16": 1, "UTCHMMA": 1}
+    )
+
+
+def test_tables_differ_where_figures_do(tmp_path: Path) -> None:
+    """By more than a tenth, small numbers by more than 4; and where only one has a kernel or a target."""
+    write_table(tmp_path / "table.json", {"norm": {"80": FINE, "90": FINE}, "rope": {"80": FINE}})
+    version, table = read_table(tmp_path / "table.json")
+    assert version == triton.__version__ and list(differences(table, table)) == []
+    near = replace(FINE, registers=70, instructions=985, wide_loads=0)
+    assert list(differences(table, {**table, "norm": {"80": FINE, "90": near}})) == []
+    far = replace(FINE, registers=71, matrix={"HMMA": 32})
+    assert list(differences(table, {"norm": {"80": far}, "silu": {"80": FINE}})) == [
+        "norm, sm_90: only expected",
+        "norm, sm_80: HMMA 0 -> 32",
+        "norm, sm_80: HMMA.BF16 32 -> 0",
+        "norm, sm_80: registers 64 -> 71",
+        "rope, sm_80: only expected",
+        "silu, sm_80: only found",
+    ]
+
+
+def test_an_interpreted_kernel_is_not_compiled() -> None:
+    """In this process kernels are interpreted; the error says so."""
+    (launch,) = launches_of(all_variants()["norm 4096"]).values()
+    with pytest.raises(TypeError, match="add_norm_kernel is interpreted here: unset TRITON_INTERPRET"):
+        compile_launch(launch, 80)
