@@ -52,6 +52,12 @@ class OfflineDriver:
         return 0
 
 
+def prepare_cache() -> None:
+    """Before anything is compiled."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE.resolve()))
+
+
 def compile_launch(launch: Launch, target: int) -> Any:
     """The compiled kernel that this launch would start on a device of that compute capability.
 
@@ -112,8 +118,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the shapes of all models")
     parser.add_argument("--write", type=Path, help="the figures as JSON")
     options = parser.parse_args()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE.resolve()))
+    prepare_cache()
     chosen = {name: one for name, one in all_variants(options.full).items() if options.only in name}
     table: Table = {}
     problems = 0

@@ -27,16 +27,21 @@ FINE = Figures(64, 0, 0, 32768, 900, 8, 0, 4, 0, {"HMMA.BF16": 32})
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Of a process whose kernels are not interpreted."""
     path = tmp_path_factory.mktemp("compiled") / "table.json"
+    run_compiling("-m", "benchmarks.gpu.compilation", "--write", str(path))
+    return read_table(path)[1]
+
+
+def run_compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process whose kernels are not interpreted."""
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.compilation", "--write", path],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True, text=True, timeout=COMPILING_S, check=False,
     )  # fmt: skip
     assert result.returncode in (0, 1), result.stdout[-2000:] + result.stderr[-2000:]
-    return read_table(path)[1]
+    return result
 
 
 @pytest.mark.slow
@@ -119,6 +124,23 @@ def test_tables_differ_where_figures_do(tmp_path: Path) -> None:
         "rope, sm_80: only expected",
         "silu, sm_80: only found",
     ]
+
+
+@pytest.mark.timeout(COMPILING_S + 10)
+def test_what_is_compiled_follows_from_the_arguments() -> None:
+    """A stride that is no multiple of 16 costs the wide loads: which is why launchers refuse it."""
+    code = """
+from dataclasses import replace
+from benchmarks.gpu.compilation import launches_of, figures_of, prepare_cache
+from benchmarks.gpu.variants import all_variants
+prepare_cache()
+(launch,) = launches_of(all_variants()["norm 4096"]).values()
+arguments = [4100 if isinstance(value, int) else value for value in launch.arguments]
+odd = replace(launch, arguments=tuple(arguments))
+print([(figures.wide_loads, figures.narrow_loads > 8) for figures in (figures_of(launch, 80), figures_of(odd, 80))])
+"""
+    result = run_compiling("-c", code)
+    assert result.stdout.strip() == "[(4, False), (2, True)]", result.stderr
 
 
 def test_an_interpreted_kernel_is_not_compiled() -> None:
