@@ -50,6 +50,37 @@ def _join_heads(
 
 
 @triton.jit
+def _is_finite(part):
+    return tl.abs(part) < float("inf")
+
+
+@triton.jit
+def _greatest(part):
+    """Of each head, over what is finite."""
+    return tl.max(tl.where(_is_finite(part), tl.abs(part), 0.0), 1)
+
+
+@triton.jit
+def _head_scales(left, right, tail):
+    """What takes each head's greatest value to 127; NaN for heads that are not finite."""
+    greatest = tl.maximum(tl.maximum(_greatest(left), _greatest(right)), _greatest(tail))
+    finite = tl.sum(_is_finite(left).to(tl.int32), 1) + tl.sum(_is_finite(right).to(tl.int32), 1)
+    finite += tl.sum(_is_finite(tail).to(tl.int32), 1)
+    return tl.where(finite == 2 * left.shape[1] + tail.shape[1], greatest / 127.0, float("nan"))
+
+
+@triton.jit
+def _whole(part, scale):
+    """A part of heads as the nearest whole numbers of scales, ties to the even one; zeros without a scale."""
+    rounder: tl.constexpr = (
+        12582912.0  # 1.5 * 2^23: of a smaller number, adding it leaves the nearest whole one
+    )
+    inverse = 1.0 / tl.where(scale > 0, scale, 1.0)
+    finite = tl.where((scale > 0)[:, None], part, 0.0)
+    return (finite * inverse[:, None] + rounder) - rounder
+
+
+@triton.jit
 def _weigh(x, scale, q_weights, k_weights, is_q, columns, inside, OFFSET: tl.constexpr, dtype: tl.constexpr):
     """A part of normed heads times the weights of q or k; rounded where transformers rounds."""
     normed = x * scale[:, None]
@@ -61,7 +92,7 @@ def _weigh(x, scale, q_weights, k_weights, is_q, columns, inside, OFFSET: tl.con
     return weighed.to(dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["block"])
+@triton.jit(do_not_specialize=["block", "scale_page_stride", "scale_token_stride"])
 def rope_kv_kernel(
     qkv,
     angles,
@@ -71,6 +102,8 @@ def rope_kv_kernel(
     q_out,
     k_pages,
     v_pages,
+    k_scales,
+    v_scales,
     write_origins,
     write_offsets,
     qkv_stride,
@@ -82,6 +115,8 @@ def rope_kv_kernel(
     v_page_stride,
     v_token_stride,
     v_head_stride,
+    scale_page_stride,
+    scale_token_stride,
     block,
     eps,
     NUM_HEADS: tl.constexpr,
@@ -144,6 +179,12 @@ def rope_kv_kernel(
         HEAD_DIM, ROTARY, INTERLEAVED, HALF_BLOCK, REST_BLOCK,
     )  # fmt: skip
     page = tl.load(write_origins + token).to(tl.int64) + block
+    if k_scales is not None:
+        scale = _head_scales(left, right, tail)
+        left, right, tail = _whole(left, scale), _whole(right, scale), _whole(tail, scale)
+        place = page * scale_page_stride + offset * scale_token_stride + head - NUM_HEADS
+        tl.store(k_scales + place, scale, mask=is_k)
+        tl.store(v_scales + place - NUM_KV_HEADS, scale, mask=is_v)
     _join_heads(
         k_pages + page * k_page_stride + offset * k_token_stride, (head - NUM_HEADS) * k_head_stride,
         is_k, left, right, tail, HEAD_DIM, ROTARY, INTERLEAVED, HALF_BLOCK, REST_BLOCK,

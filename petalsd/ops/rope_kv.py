@@ -71,7 +71,8 @@ def rope_and_write(
 
     qkv       ``[T, (H + 2*Hkv) * D]``, the heads of q, k and v one behind the other
     q_out     ``[T, H, D]``; rows of padding stay as they are
-    kv        the slab; its dtype may differ from qkv's
+    kv        the slab. Slabs beside k and v are their scales, ``[N, P, Hkv]`` float32: what is stored is then the
+              nearest of -127..127 times the scale of its token and head
     rotation  None: positions are not embedded
 
     Computed in float32. ValueError for tensors that don't fit.
@@ -85,6 +86,7 @@ def rope_and_write(
         check_tensor(name, slab, (None, kv.page_tokens, num_kv_heads, head_dim))
     for name in ("positions", "write_origins", "write_offsets"):
         check_tensor(name, getattr(batch, name), (tokens,), torch.int32)
+    scales = _scales_of(kv)
     rotary = _check_rotation(rotation, tokens, head_dim)
     if norms is not None:
         check_tensor("q_weight", norms.q_weight, (head_dim,))
@@ -100,9 +102,9 @@ def rope_and_write(
             None if rotation is None else batch.positions if rotation.rows is None else rotation.rows,
             None if norms is None else norms.q_weight,
             None if norms is None else norms.k_weight,
-            q_out, kv.k, kv.v, batch.write_origins, batch.write_offsets,
+            q_out, kv.k, kv.v, *scales, batch.write_origins, batch.write_offsets,
             *strides(qkv), *strides(q_out), *strides(kv.k), *strides(kv.v),
-            block, 0.0 if norms is None else norms.eps,
+            kv.page_tokens * num_kv_heads, num_kv_heads, block, 0.0 if norms is None else norms.eps,
         ),
         {
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "ROTARY": rotary,
@@ -112,6 +114,20 @@ def rope_and_write(
         },
         Options(num_warps=max(1, _HEADS_BLOCK * next_power_of_2(head_dim) // _VALUES_PER_WARP), num_stages=1),
     )  # fmt: skip
+
+
+def _scales_of(kv: PagedKV) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    _, _, *scales = kv.slabs
+    if not scales:
+        if not kv.k.is_floating_point():
+            raise ValueError(f"k is {kv.k.dtype}, and the slab has no scales")
+        return None, None
+    for name, tensor in zip(("k_scales", "v_scales"), scales, strict=True):
+        if tensor.shape != kv.k.shape[:-1] or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} {list(tensor.shape)} {tensor.dtype} must be contiguous {list(kv.k.shape[:-1])} float32"
+            )
+    return scales[0], scales[1]
 
 
 def _check_rotation(rotation: Rotation | None, tokens: int, head_dim: int) -> int:
@@ -141,7 +157,7 @@ def reference_rope_and_write(
     rotation: Rotation | None,
     norms: HeadNorms | None = None,
 ) -> torch.Tensor:
-    """``rope_and_write`` in plain torch: writes the slab, and returns q ``[T, H, D]`` in float32.
+    """``rope_and_write`` in plain torch, by the slab's own write; returns q ``[T, H, D]`` in float32.
 
     The q of padding is there, and means nothing.
     """
@@ -156,7 +172,7 @@ def reference_rope_and_write(
         q, k = (_rotate(x, angles, rotation.is_interleaved) for x in (q, k))
     written = batch.write_offsets >= 0
     slots = (batch.write_origins.long() + block) * kv.page_tokens + batch.write_offsets.long()
-    kv.write(slots[written], k[written].to(kv.k.dtype), v[written].to(kv.v.dtype))
+    kv.write(slots[written], k[written].to(qkv.dtype), v[written].to(qkv.dtype))
     return q
 
 

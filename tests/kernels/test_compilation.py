@@ -137,7 +137,8 @@ prepare_cache()
 (launch,) = launches_of(all_variants()["norm 4096"]).values()
 arguments = [4100 if isinstance(value, int) else value for value in launch.arguments]
 odd = replace(launch, arguments=tuple(arguments))
-print([(figures.wide_loads, figures.narrow_loads > 8) for figures in (figures_of(launch, 80), figures_of(odd, 80))])
+found = [figures_of(one, 80) for one in (launch, odd)]
+print([(figures.wide_loads, figures.narrow_loads > 8) for figures in found])
 """
     result = run_compiling("-c", code)
     assert result.stdout.strip() == "[(4, False), (2, True)]", result.stderr

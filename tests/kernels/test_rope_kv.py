@@ -126,6 +126,45 @@ def test_it_rotates_as_transformers_does(interleaved: bool, rotate: object, dtyp
     assert torch.equal(values, qkv.view(5, 8, 64)[:, 6:])
 
 
+@dataclass(slots=True)
+class ScaledKV(PagedKV):
+    """A slab of whole numbers with a scale for each token and head."""
+
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+
+    @property
+    def slabs(self) -> tuple[torch.Tensor, ...]:
+        return self.k, self.v, self.k_scales, self.v_scales
+
+
+@pytest.mark.parametrize(
+    "case", [CASES["halves"], CASES["partial, interleaved"], CASES["no rotation"]], ids=str
+)
+def test_keys_and_values_are_rounded_where_the_slab_has_scales(case: Case) -> None:
+    """The nearest whole numbers times the scale of their token and head; NaN where a head is not finite."""
+    qkv, rotation, _ = inputs(case, torch.float32)
+    plain, q = poisoned(case, torch.float32), torch.zeros(5, case.heads, case.head_dim)
+    qkv[3, -1] = float("inf")
+    rope_and_write(qkv, q, plain, places(), BLOCK, rotation)
+    shape = plain.k.shape
+    whole, scales = torch.full(shape, 77, dtype=torch.int8), torch.full(shape[:-1], 7.0)
+    rounded = ScaledKV(whole, whole.clone(), scales, scales.clone())
+    rope_and_write(qkv, torch.zeros_like(q), rounded, places(), BLOCK, rotation)
+    stored = [(plain.k, rounded.k, rounded.k_scales), (plain.v, rounded.v, rounded.v_scales)]
+    for exact, numbers, factors in stored:
+        is_written = ~exact.isnan().all(-1)
+        assert int(is_written.sum()) == 4 * case.kv_heads
+        assert (factors[~is_written] == 7).all() and (numbers[~is_written] == 77).all()
+        is_finite = is_written & exact.isfinite().all(-1)
+        expected = exact[is_finite].abs().amax(-1) / 127
+        assert_close(factors[is_finite], expected, 0, 1e-6, "scales")
+        errors = numbers[is_finite] * factors[is_finite][:, None] - exact[is_finite]
+        assert (errors.abs() <= expected[:, None] * 0.501).all()
+        assert factors[is_written & ~is_finite].isnan().all()
+    assert int(rounded.v_scales.isnan().sum()) == 1, "only the one head that is not finite"
+
+
 def test_angles_may_be_those_of_the_tokens() -> None:
     """Rows of the angles chosen by token give what the table gives for its position."""
     qkv, rotation, _ = inputs(Case(), torch.float32)
@@ -151,6 +190,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         rope_and_write(torch.zeros(5, 704), q, kv, batch, BLOCK, rotation)
     with pytest.raises(ValueError, match=r"angles \[64, 2, 48\] must be"):
         rope_and_write(qkv, q, kv, batch, BLOCK, Rotation(torch.zeros(64, 2, 48)))
+    whole = PagedKV(kv.k.char(), kv.v.char())
+    with pytest.raises(ValueError, match=r"k is torch.int8, and the slab has no scales"):
+        rope_and_write(qkv, q, whole, batch, BLOCK, rotation)
     batch.write_offsets = batch.write_offsets.long()
     with pytest.raises(ValueError, match=r"write_offsets is torch.int64: it must be torch.int32"):
         rope_and_write(qkv, q, kv, batch, BLOCK, rotation)
