@@ -128,23 +128,35 @@ def check_tensor(
     They can when the last dimension is contiguous, and all others start at multiples of 16 elements, in memory
     that begins at 16 bytes.
     """
-    sizes = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(
-        want not in (None, size) for size, want in zip(sizes, shape, strict=True)
-    ):
+    if not _fits(tensor.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(sizes)}: it must be [{wanted}]")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: it must be [{wanted}]")
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}: it must be {dtype}")
-    outer = [stride for size, stride in zip(sizes[:-1], tensor.stride()[:-1], strict=True) if size > 1]
-    is_contiguous = not sizes or sizes[-1] == 1 or tensor.stride(-1) == 1
-    if not is_contiguous or any(stride % ALIGNED_ELEMENTS for stride in outer):
+    if not _is_aligned(tensor):
         raise ValueError(
-            f"{name} of shape {list(sizes)} has strides {list(tensor.stride())}: the last must be 1, the others "
-            f"multiples of {ALIGNED_ELEMENTS}"
+            f"{name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}: the last must be 1, the "
+            f"others multiples of {ALIGNED_ELEMENTS}"
         )
     if tensor.data_ptr() % _ALIGNED_BYTES:
         raise ValueError(f"{name} starts at an address that is no multiple of {_ALIGNED_BYTES} bytes")
+
+
+def _fits(sizes: torch.Size, shape: Sequence[int | None]) -> bool:
+    if len(sizes) != len(shape):
+        return False
+    return not [1 for size, wanted in zip(sizes, shape, strict=True) if wanted is not None and wanted != size]
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    sizes = tensor.shape
+    if not sizes or (sizes[-1] % ALIGNED_ELEMENTS == 0 and tensor.is_contiguous()):
+        return True
+    *outer, last = tensor.stride()
+    is_contiguous = sizes[-1] == 1 or last == 1
+    return is_contiguous and not any(
+        stride % ALIGNED_ELEMENTS for size, stride in zip(sizes, outer, strict=False) if size > 1
+    )
 
 
 def strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -153,12 +165,11 @@ def strides(tensor: torch.Tensor) -> tuple[int, ...]:
     A dimension of one element may have any stride in torch; it gets what it had if it were longer, so that one
     compiled kernel serves all sizes.
     """
-    found: list[int] = []
-    inner = tensor.shape[-1]
-    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
-        found.append(stride if size > 1 else inner)
-        inner = found[-1] * size
-    return tuple(reversed(found))
+    sizes, found = tensor.shape, list(tensor.stride()[:-1])
+    for dim in range(len(found) - 1, -1, -1):
+        if sizes[dim] == 1:
+            found[dim] = sizes[-1] if dim == len(found) - 1 else found[dim + 1] * sizes[dim + 1]
+    return tuple(found)
 
 
 def next_power_of_2(count: int) -> int:

@@ -134,16 +134,12 @@ def _check_rotation(rotation: Rotation | None, tokens: int, head_dim: int) -> in
     """How many values of a head are rotated."""
     if rotation is None:
         return 0
-    check_tensor("angles", rotation.angles.flatten(1), (None, None), torch.float32)
-    rotary = 2 * rotation.angles.shape[-1]
-    if (
-        rotation.angles.shape[1:] != (2, rotary // 2)
-        or rotary > head_dim
-        or not rotation.angles.is_contiguous()
-    ):
-        raise ValueError(
-            f"angles {list(rotation.angles.shape)} must be contiguous [any, 2, at most {head_dim // 2}]"
-        )
+    angles = rotation.angles
+    rotary = 2 * angles.shape[-1]
+    if angles.shape[1:] != (2, rotary // 2) or rotary > head_dim or not angles.is_contiguous():
+        raise ValueError(f"angles {list(angles.shape)} must be contiguous [any, 2, at most {head_dim // 2}]")
+    if angles.dtype != torch.float32:
+        raise ValueError(f"angles are {angles.dtype}: they must be torch.float32")
     if rotation.rows is not None:
         check_tensor("rows", rotation.rows, (tokens,), torch.int32)
     return rotary
