@@ -17,7 +17,10 @@ import json
 import os
 import sys
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from petalsd.ops.launching import Launch, record_launches
 
 CACHE = Path(".cache/kernels")
 READER = hashlib.sha256(Path(sass.__file__).read_bytes()).hexdigest()[:16]
+_READERS = 2
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -77,8 +81,11 @@ def compile_launch(launch: Launch, target: int) -> Any:
 
 
 def figures_of(launch: Launch, target: int) -> Figures:
-    """Compiled, or from the cache."""
-    compiled = compile_launch(launch, target)
+    return figures_of_kernel(compile_launch(launch, target))
+
+
+def figures_of_kernel(compiled: Any) -> Figures:
+    """From its machine code, or from the cache."""
     kept = CACHE / f"{compiled.hash}-{READER}.json"
     if kept.exists():
         return Figures(**json.loads(kept.read_text()))
@@ -86,9 +93,9 @@ def figures_of(launch: Launch, target: int) -> Figures:
         cubin = Path(directory, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         figures = read_figures(cubin, TOOLS, compiled.metadata.shared)
-    whole = kept.with_suffix(f".{os.getpid()}")
-    whole.write_text(json.dumps(dataclasses.asdict(figures)))
-    whole.rename(kept)
+    unfinished = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    unfinished.write_text(json.dumps(dataclasses.asdict(figures)))
+    unfinished.rename(kept)
     return figures
 
 
@@ -104,11 +111,27 @@ def launches_of(variant: Variant) -> dict[str, Launch]:
 def compile_all(
     variants: Mapping[str, Variant], targets: tuple[int, ...]
 ) -> Iterator[tuple[str, Variant, int, Figures]]:
-    for variant in variants.values():
-        for name, launch in launches_of(variant).items():
-            for target in targets:
-                if target in variant.targets:
-                    yield name, variant, target, figures_of(launch, target)
+    """Code is read, which another process does, while the next kernels are compiled."""
+    pending: deque[tuple[str, Variant, int, Future[Figures]]] = deque()
+    wanted = (
+        (name, variant, launch, target)
+        for variant in variants.values()
+        for name, launch in launches_of(variant).items()
+        for target in targets
+        if target in variant.targets
+    )
+    with ThreadPoolExecutor(_READERS) as readers:
+        for name, variant, launch, target in wanted:
+            compiled = compile_launch(launch, target)
+            pending.append((name, variant, target, readers.submit(figures_of_kernel, compiled)))
+            if len(pending) > _READERS:
+                yield _read(pending.popleft())
+        yield from map(_read, pending)
+
+
+def _read(pending: tuple[str, Variant, int, Future[Figures]]) -> tuple[str, Variant, int, Figures]:
+    *what, figures = pending
+    return (*what, figures.result())
 
 
 def main() -> int:
