@@ -15,6 +15,7 @@ PetalsdError
 ├── DeadlineExceeded     a wait reached its deadline
 ├── EngineError          computing failed on our side; the session is lost, the daemon goes on
 │   └── SpillError           the disk failed under the attention cache of idle sessions
+├── DeviceLost           the device answers nothing any more; only another process can use it: exit 74
 ├── KVPoolError          an invariant of the page pool is broken: a bug here
 └── SwarmError           the swarm cannot do what was asked
     ├── MissingBlocks        no server holds some blocks
@@ -106,6 +107,20 @@ class EngineError(PetalsdError):
 
 class SpillError(EngineError):
     code = "spill_error"
+
+
+class DeviceLost(PetalsdError):
+    """``error`` is the driver's name for it and ``number`` its number; ``text`` is what the driver says."""
+
+    code = "device_lost"
+
+    def __init__(self, error: str, number: int, text: str) -> None:
+        super().__init__(
+            f"{error} ({number}): {text}",
+            hint="the process starts anew; petalsctl doctor and the kernel's log (NVRM: Xid) have more",
+        )
+        self.error = error
+        self.number = number
 
 
 class KVPoolError(PetalsdError):

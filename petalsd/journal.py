@@ -32,6 +32,7 @@ MESSAGE_IDS = {
     "stopped": "fe80d6bf03174cf3902f4d474b0402c2",
     "failed": "ebc1899e98aa46a297f87fbca93fc97c",
     "engine_stuck": "2b2f3b95948246fda7f081c945af651c",
+    "device_lost": "3a8c421b49594d51b33990aae1665fee",
     "engine_failed": "3b6db5ff456c4748a727c33046a96667",
     "loop_stuck": "56ddaf4d56604139b7a7e0015e694639",
     "swarm_lost": "4642d56808e341578973ae07e97a397c",

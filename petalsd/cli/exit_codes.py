@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from petalsd.errors import ConfigError, DeadlineExceeded, ModelError, PetalsdError, SwarmError, WeightsError
+from petalsd.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    DeviceLost,
+    ModelError,
+    PetalsdError,
+    SwarmError,
+    WeightsError,
+)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_DEVICE_LOST = 74  # EX_IOERR: another process may get the device back
 EXIT_TEMPORARY = 75  # EX_TEMPFAIL: a restart may help
 EXIT_BAD_CONFIG = 78  # EX_CONFIG: a restart cannot help (RestartPreventExitStatus= in a unit)
 EXIT_INTERRUPTED = 130
@@ -13,6 +22,8 @@ EXIT_INTERRUPTED = 130
 
 def exit_code_of(error: PetalsdError) -> int:
     """Weights, peers and time may come back; a configuration or a model that cannot be served will not."""
+    if isinstance(error, DeviceLost):
+        return EXIT_DEVICE_LOST
     if isinstance(error, WeightsError | SwarmError | DeadlineExceeded):
         return EXIT_TEMPORARY
     return EXIT_BAD_CONFIG if isinstance(error, ConfigError | ModelError) else EXIT_FAILED

@@ -24,6 +24,7 @@ from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Cause, Departure, Supervisor
 from petalsd.daemon.warnings import WarningBoard
+from petalsd.engine.device_faults import device_loss
 from petalsd.errors import Conflict, DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.metrics import Metrics
@@ -105,13 +106,15 @@ class Daemon:
         """Serve until a stop is asked for; raises what made serving impossible, after leaving the swarm."""
         serving = asyncio.create_task(self._serve(), name="serve")
         stop = asyncio.create_task(self._signals.stop.wait(), name="stop")
+        loss = asyncio.create_task(self._parts.engine.until_lost(), name="device-loss")
+        tasks = (loss, serving, stop)
         try:
-            await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (serving, stop):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(serving, stop, return_exceptions=True)
-            failure = None if serving.cancelled() else serving.exception()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            failure = _failure_among(results)
             await self._stop(failure)
         if failure is not None:
             raise failure
@@ -378,6 +381,13 @@ class Daemon:
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
             raise error
         return Departure(cause, str(error))
+
+
+def _failure_among(results: Sequence[object]) -> BaseException | None:
+    """The first; a lost device is told as that wherever it was noticed."""
+    failures = (one for one in results if isinstance(one, BaseException))
+    failure = next((one for one in failures if not isinstance(one, asyncio.CancelledError)), None)
+    return device_loss(failure) or failure
 
 
 def _reason_of(failure: BaseException | None) -> str:

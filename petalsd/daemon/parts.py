@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from petalsd.engine.engine import EngineStats
 from petalsd.engine.handle import SessionInfo
+from petalsd.errors import DeviceLost
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
 from petalsd.swarm.announcer import Announcement
@@ -39,6 +40,11 @@ class ServingEngine(Protocol):
 
     @property
     def pool(self) -> KVPool | None: ...
+
+    @property
+    def device_loss(self) -> DeviceLost | None: ...
+
+    async def until_lost(self) -> NoReturn: ...
 
     async def start(self) -> None: ...
 

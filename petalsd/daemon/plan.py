@@ -16,7 +16,7 @@ from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.sizing import MemoryNeed, kv_tokens_for, max_session_tokens_for, memory_need
 from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.limits import EngineLimits
-from petalsd.errors import ConfigError
+from petalsd.errors import ConfigError, DeviceLost
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
@@ -152,12 +152,17 @@ def demand_for(plan: ServingPlan, blocks: BlocksSection) -> Demand:
 
 
 def choose_device(setting: str) -> torch.device:
-    """``auto`` is the GPU if torch sees one; ConfigError for a GPU that is not there."""
+    """``auto`` is the GPU if torch sees one. For a GPU that is not there ConfigError, DeviceLost when none is.
+
+    One that fell off its bus may be back at the next start.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if setting == "auto":
         return torch.device("cuda:0" if count else "cpu")
     device = torch.device("cuda:0" if setting == "cuda" else setting)
     if device.type == "cuda" and (device.index or 0) >= count:
+        if count == 0 and torch.version.cuda is not None:
+            raise DeviceLost("cudaErrorNoDevice", 100, "no CUDA-capable device is detected")
         raise ConfigError(
             f"engine.device = {setting!r}: torch {torch.__version__} sees {count} CUDA devices",
             hint="check the driver and that this torch was built for CUDA, or use cpu",

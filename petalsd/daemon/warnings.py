@@ -31,6 +31,11 @@ KINDS = {
         "the engine failed its self-test", "critical",
         "it is being started anew; the journal has the error",
     ),
+    "device_lost": Kind(
+        "the device is lost to this process", "critical",
+        "under systemd the daemon is started anew by itself; if it comes again, petalsctl doctor reads the "
+        "driver's errors",
+    ),
     "loop_stuck": Kind(
         "the daemon's main loop was blocked within the last ten minutes", "critical",
         "the journal (loop_stuck) has the place where it hung; report it with that",

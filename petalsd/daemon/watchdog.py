@@ -49,6 +49,10 @@ class Watchdog:
         """Look four times per interval at least; two may fail to be made in time before a ping is late."""
         while True:
             stuck = await self._look()
+            if (loss := self._engine.device_loss) is not None:
+                # The process ends by itself; if it hangs at that, systemd ends it for want of a ping.
+                self._board.set("device_lost", loss.message)
+                return
             if stuck is None:
                 self._notifier.watchdog()
             else:

@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from petalsd.engine.batch import BatchItem
+from petalsd.engine.device_faults import raise_if_lost
 from petalsd.engine.fair_queue import Job
 from petalsd.engine.gathering import Gathering
 from petalsd.engine.iteration_cost import AttentionShare
@@ -276,6 +277,7 @@ class EngineCore:
             with self._inference_mode:
                 return list(self._runner.run(items))
         except Exception as error:
+            raise_if_lost(error)
             if len(items) == 1:
                 return [error]
             log.warning("batch_failed", num_sessions=len(items), error=repr(error), then="each alone")
@@ -292,7 +294,11 @@ class EngineCore:
         self._outbox.put(job.answer, output)
 
     def _fail(self, session: EngineSession, error: Exception) -> None:
-        """Computing went wrong for this session: its pages are in doubt, so it is over."""
+        """Computing went wrong for this session: its pages are in doubt, so it is over.
+
+        DeviceLost when it went wrong for all of them.
+        """
+        raise_if_lost(error)
         log.error("session_failed", peer=session.spec.peer, span=str(session.spec.span), exc_info=error)
         job = session.job
         self.close_session(session)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import structlog
 import torch
@@ -30,6 +31,7 @@ from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import (
     BadRequest,
     DeadlineExceeded,
+    DeviceLost,
     Draining,
     EngineError,
     NotServed,
@@ -77,7 +79,7 @@ class EngineStats:
 class Engine:
     """Computes steps and passes on ``device``, with ``num_threads`` CPU threads (0: torch's own choice).
 
-    ``observer`` is told of what clients get.
+    ``observer`` is told of what clients get. ``device_loss`` is set when the device is lost to this process.
     """
 
     def __init__(
@@ -99,11 +101,13 @@ class Engine:
         self._num_rows = 0
         self._passes: dict[int, PassJob] = {}
         self._num_probes = 0
+        self.device_loss: DeviceLost | None = None
+        self._is_lost = asyncio.Event()
 
     async def start(self) -> None:
         """Start the engine thread; its answers come to the running loop."""
         self._progress = Progress()  # a thread that was left behind may still write to the old one
-        self._thread = EngineThread(Outbox(asyncio.get_running_loop()), self._num_threads)
+        self._thread = EngineThread(Outbox(asyncio.get_running_loop()), self._num_threads, self._note_loss)
         self._thread.start()
 
     async def stop(self, deadline_s: float) -> None:
@@ -259,6 +263,16 @@ class Engine:
             thread.post(partial(core.passes.close, job))
 
     # Health
+
+    async def until_lost(self) -> NoReturn:
+        """Raises DeviceLost once the device is lost to this process."""
+        await self._is_lost.wait()
+        assert self.device_loss is not None
+        raise self.device_loss
+
+    def _note_loss(self, error: DeviceLost) -> None:
+        self.device_loss = error
+        self._is_lost.set()
 
     def stats(self) -> EngineStats:
         progress = self._progress

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -22,6 +24,11 @@ class Outbox:
     def put(self, future: asyncio.Future[Any], result: object) -> None:
         """Resolve ``future`` with ``result``, raising it there when it is an exception, at the next flush."""
         self._answers.append((future, result))
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Have the loop call it, before it gets what was not flushed yet."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, *args)
 
     def flush(self) -> None:
         if self._answers:

@@ -8,6 +8,7 @@ import time
 import structlog
 
 from petalsd.engine.block_units import Pace, PassUnit
+from petalsd.engine.device_faults import raise_if_lost
 from petalsd.engine.iteration_cost import AttentionShare, CostModel
 from petalsd.engine.observer import EngineObserver, PassTiming
 from petalsd.engine.outbox import Outbox
@@ -112,6 +113,8 @@ class PassLane:
         self._timings.append(PassTiming(job.is_backward, tokens, queue_s, total_s))
 
     def _fail(self, job: PassJob, error: Exception) -> None:
+        """Its answer is EngineError; DeviceLost when no pass can be computed any more."""
+        raise_if_lost(error)
         log.error("pass_failed", peer=job.request.peer, span=str(job.request.span), exc_info=error)
         self.close(job)
         self._outbox.put(job.answer, EngineError(f"computing the pass failed: {type(error).__name__}"))

@@ -12,8 +12,9 @@ import structlog
 import torch
 
 from petalsd.engine.core import EngineCore
+from petalsd.engine.device_faults import device_loss
 from petalsd.engine.outbox import Outbox
-from petalsd.errors import EngineError
+from petalsd.errors import DeviceLost, EngineError
 
 log = structlog.get_logger(__name__)
 
@@ -24,13 +25,16 @@ class EngineThread:
     """Runs commands in the order they were posted, and iterates the core in between.
 
     ``num_threads`` is how many threads torch's operators use; 0 leaves torch's choice. ``failure`` is set when
-    a bug kept it from iterating: it still obeys commands, so that everything can be taken down, but computes
-    no more.
+    a bug kept it from iterating or the device is lost: it still obeys commands, so that everything can be taken
+    down, but computes no more. ``on_lost`` is called on the loop when the device is.
     """
 
-    def __init__(self, outbox: Outbox, num_threads: int) -> None:
+    def __init__(
+        self, outbox: Outbox, num_threads: int, on_lost: Callable[[DeviceLost], None] = lambda error: None
+    ) -> None:
         self.outbox = outbox
         self._num_threads = num_threads
+        self._on_lost = on_lost
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._core: EngineCore | None = None
         self._is_stopping = False
@@ -92,8 +96,12 @@ class EngineThread:
             self._iterate(self._core)
 
     def _give_up(self, error: Exception) -> None:
-        """A bug outside a batch would come back at every turn: end what is under way, and compute no more."""
-        log.exception("engine_failed")
+        """It would come back at every turn: end what is under way, and compute no more."""
+        if isinstance(error, DeviceLost):
+            log.critical("device_lost", error=error.error, number=error.number, exc_info=error)
+            self.outbox.call(self._on_lost, error)
+        else:
+            log.error("engine_failed", exc_info=error)
         core, self._core = self._core, None
         self.failure = error
         if core is not None:
@@ -116,14 +124,20 @@ class EngineThread:
     def _obey(self, command: Command) -> None:
         try:
             command()
-        except Exception:
-            log.exception("engine_command_failed")
+        except Exception as error:
+            if (loss := device_loss(error)) is not None:
+                self._give_up(loss)
+            else:
+                log.exception("engine_command_failed")
 
     def _iterate(self, core: EngineCore) -> None:
         """The top of the engine: a bug below ends what is under way, not the thread."""
         try:
             core.iterate()
         except Exception as error:
+            if (loss := device_loss(error)) is not None:
+                self._give_up(loss)
+                return
             log.exception("engine_iteration_failed")
             core.fail_all(error)
         self.outbox.flush()

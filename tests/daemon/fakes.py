@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from petalsd.config import Config
 from petalsd.config_loading import load_config
@@ -27,7 +27,7 @@ from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import EngineStats
 from petalsd.engine.handle import SessionInfo
-from petalsd.errors import ConfigError, SwarmError
+from petalsd.errors import ConfigError, DeviceLost, SwarmError
 from petalsd.kvcache.pool import KVPool
 from petalsd.metrics import Metrics
 from petalsd.models.ladder import Choice
@@ -142,6 +142,19 @@ class FakeEngine:
     busy_tokens: int = 0
     slowest_token_s: float = 0.0
     last_step_s: float = 0.0
+    device_loss: DeviceLost | None = None
+    is_lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def lose_device(self) -> None:
+        self.device_loss = DeviceLost(
+            "cudaErrorIllegalAddress", 700, "an illegal memory access was encountered"
+        )
+        self.is_lost.set()
+
+    async def until_lost(self) -> NoReturn:
+        await self.is_lost.wait()
+        assert self.device_loss is not None
+        raise self.device_loss
 
     async def start(self) -> None:
         self.calls.append("engine starts")

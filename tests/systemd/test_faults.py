@@ -105,6 +105,18 @@ def test_an_interpreter_that_is_stuck_in_foreign_code(victim: Instance, figure: 
 
 
 @pytest.mark.usefixtures("serves_again")
+def test_a_lost_device(victim: Instance, figure: Figure) -> None:
+    """The error of the driver is named with its number, no session goes on, and a new process takes over."""
+    pid, since_s = victim.pid, victim.signal("SIGRTMIN+2")
+    lost = victim.event("device_lost", since_s)
+    noticed(figure, "lost device", lost, since_s)
+    assert (lost["error"], lost["number"]) == ("cudaErrorECCUncorrectable", "214")
+    victim.text("status=74", since_s)
+    victim.online(since_s)
+    assert victim.pid != pid
+
+
+@pytest.mark.usefixtures("serves_again")
 @pytest.mark.parametrize(
     ("blow", "reason"),
     [("KILL", "the libp2p daemon exited"), ("STOP", "the libp2p daemon did not answer within 5 s")],
