@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from petalsd.cli.petalsctl.findings import Check, Finding
+from petalsd.cli.petalsctl.gpu_checks import NVIDIA_DRIVER, gpu_checks
 from petalsd.cli.petalsctl.units import count, size
 
 _MIN_PYTHON = (3, 11)
 _MIN_OPEN_FILES = 4096
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _NVIDIA_DEVICE = Path("/dev/nvidiactl")
 _CLOCK_UNSYNCHRONIZED = 0x0040  # STA_UNSYNC of <linux/timex.h>
 _STATUS_OFFSET = 40  # of `status` in struct timex on 64-bit Linux
@@ -34,6 +34,7 @@ def machine_checks() -> list[tuple[str, Check]]:
         ("extension", check_extension),
         ("GPU driver", check_driver),
         ("CUDA", check_cuda),
+        *gpu_checks(),
         ("Triton", check_triton),
         ("p2pd", check_p2pd),
         ("open files", check_open_files),
@@ -84,12 +85,12 @@ def check_extension() -> Finding:
 
 def check_driver() -> Finding:
     """The kernel's side of CUDA: module loaded, device files there and allowed."""
-    if not _NVIDIA_DRIVER.exists():
+    if not NVIDIA_DRIVER.exists():
         if _has_nvidia_card():
             fix = "install the driver: apt install nvidia-driver, or your distribution's package"
             return Finding("GPU driver", "warn", "there is an NVIDIA card, but no driver is loaded", fix)
         return Finding("GPU driver", "ok", "no NVIDIA card: blocks are served from the CPU")
-    found = re.search(r"(\d+\.\d+(?:\.\d+)?)", _NVIDIA_DRIVER.read_text())
+    found = re.search(r"(\d+\.\d+(?:\.\d+)?)", NVIDIA_DRIVER.read_text())
     version = f"NVIDIA {found[1]}" if found else "NVIDIA"
     if not os.access(_NVIDIA_DEVICE, os.R_OK | os.W_OK):
         fix = f"check the permissions of {_NVIDIA_DEVICE}; run nvidia-modprobe as root if it is missing"
@@ -177,7 +178,7 @@ def _kernel_clock_status() -> int | None:
 
 
 def _no_cuda(torch: Any) -> Finding:
-    if not _NVIDIA_DRIVER.exists():
+    if not NVIDIA_DRIVER.exists():
         return Finding("CUDA", "ok", "not used")
     if torch.version.cuda is None:
         fix = "install a torch built for CUDA, see docs/install.md"

@@ -178,7 +178,7 @@ def test_a_driver_without_its_device_file(monkeypatch: pytest.MonkeyPatch, tmp_p
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 2025\nGCC version:\n"
     )
     device = tmp_path / "nvidiactl"
-    monkeypatch.setattr(machine_checks, "_NVIDIA_DRIVER", version)
+    monkeypatch.setattr(machine_checks, "NVIDIA_DRIVER", version)
     monkeypatch.setattr(machine_checks, "_NVIDIA_DEVICE", device)
     found = machine_checks.check_driver()
     assert (found.level, found.text) == ("fail", f"NVIDIA 580.95.05, but {device} cannot be opened")
