@@ -24,7 +24,7 @@ from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Cause, Departure, Supervisor
 from petalsd.daemon.warnings import WarningBoard
-from petalsd.engine.device_faults import device_loss
+from petalsd.device_faults import device_loss
 from petalsd.errors import Conflict, DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.metrics import Metrics

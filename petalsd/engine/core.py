@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import structlog
 import torch
 
+from petalsd.device_faults import raise_if_lost
 from petalsd.engine.batch import BatchItem
-from petalsd.engine.device_faults import raise_if_lost
 from petalsd.engine.fair_queue import Job
 from petalsd.engine.gathering import Gathering
 from petalsd.engine.iteration_cost import AttentionShare

@@ -7,8 +7,8 @@ import time
 
 import structlog
 
+from petalsd.device_faults import raise_if_lost
 from petalsd.engine.block_units import Pace, PassUnit
-from petalsd.engine.device_faults import raise_if_lost
 from petalsd.engine.iteration_cost import AttentionShare, CostModel
 from petalsd.engine.observer import EngineObserver, PassTiming
 from petalsd.engine.outbox import Outbox

@@ -11,8 +11,8 @@ from functools import partial
 import structlog
 import torch
 
+from petalsd.device_faults import device_loss
 from petalsd.engine.core import EngineCore
-from petalsd.engine.device_faults import device_loss
 from petalsd.engine.outbox import Outbox
 from petalsd.errors import DeviceLost, EngineError
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from petalsd import _C
+from petalsd.device_faults import raise_if_lost
 from petalsd.errors import ModelError
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Angles, Block
@@ -210,7 +211,10 @@ class Ladder:
                 tokens.through_passes(block),
             )
             error = max(reference.error_of(output) for output in outputs)
+        except torch.OutOfMemoryError:  # says nothing about the rung
+            raise
         except Exception as reason:
+            raise_if_lost(reason)
             log.warning("block_path_failed", block=block.index, path=rung.value, exc_info=reason)
             error = math.inf
         duration_s = time.monotonic() - started

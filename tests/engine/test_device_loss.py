@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from petalsd.engine.device_faults import device_loss
+from petalsd.device_faults import device_loss
 from petalsd.engine.step import PassRequest, Step
 from petalsd.errors import DeviceLost, EngineError, SessionClosed
 from petalsd.types import BlockSpan
