@@ -25,6 +25,7 @@ from petalsd.models.weight_storage import WeightStorage
 from petalsd.ops.linear import Weight
 from petalsd.ops.memory import Arena
 from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.staging import Copy, copying_to
 from petalsd.ops.weight_packing import pack_rows
 
 log = structlog.get_logger(__name__)
@@ -120,8 +121,12 @@ def assemble_block(
     tensor: Callable[[str], torch.Tensor], config: BlockConfig, index: int, storage: WeightStorage
 ) -> BlockWeights:
     """A block from the tensors of ``block_tensors``, each asked for once by name, copied into its own memory."""
-    shapes = block_tensors(config, index)
-    place = _Placement(tensor, f"model.layers.{index}.", storage, shapes.values())
+    shapes = block_tensors(config, index).values()
+    with copying_to(storage.device) as copy:
+        return _place_block(config, _Placement(tensor, f"model.layers.{index}.", storage, shapes, copy))
+
+
+def _place_block(config: BlockConfig, place: _Placement) -> BlockWeights:
     qkv = [f"self_attn.{part}_proj" for part in "qkv"]
     gate_up = ["mlp.gate_proj", "mlp.up_proj"]
     return BlockWeights(
@@ -160,11 +165,13 @@ class _Placement:
         prefix: str,
         storage: WeightStorage,
         shapes: Collection[tuple[int, ...]],
+        copy: Copy = torch.Tensor.copy_,
     ) -> None:
         """``shapes`` are those of all tensors that will be placed."""
         self._tensor = tensor
         self._prefix = prefix
         self._storage = storage
+        self._copy = copy
         # A packed weight may have scales beside it.
         self._arena = Arena(storage.nbytes(shapes), 2 * len(shapes), storage.device)
 
@@ -187,7 +194,7 @@ class _Placement:
         fused = self._arena.empty((rows, *parts[0].shape[1:]), self._storage.dtype)
         start = 0
         for part in parts:
-            fused[start : start + len(part)].copy_(part)
+            self._copy(fused[start : start + len(part)], part)
             start += len(part)
         return fused
 

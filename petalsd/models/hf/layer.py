@@ -16,6 +16,7 @@ from petalsd.models.hf.family import ExpertNames, Family
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import read_tensors
 from petalsd.ops.memory import empty
+from petalsd.ops.staging import Copy, copying_to
 
 _EAGER = "eager"
 """transformers' own way to compute attention, and experts."""
@@ -72,10 +73,11 @@ class Layers:
             source, {name: part.shape for group in parts.values() for part in group for name in part.names}
         )
         state = {}
-        for name, parameter in layer.named_parameters():
-            state[name] = empty(parameter.shape, dtype, device)
-            for part in parts[name]:
-                part.copy_to(state[name], mapped)
+        with copying_to(device) as copy_weight:
+            for name, parameter in layer.named_parameters():
+                state[name] = empty(parameter.shape, dtype, device)
+                for part in parts[name]:
+                    part.copy_to(state[name], mapped, copy_weight)
         layer.load_state_dict(state, strict=True, assign=True)
         return _finished(layer)
 
@@ -124,11 +126,11 @@ class _Part:
     shape: tuple[int, ...]
     at: int | None
 
-    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor]) -> None:
+    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
         place = whole if self.at is None else whole[self.at]
         rows = self.shape[0]
         for number, name in enumerate(self.names):
-            place[number * rows : (number + 1) * rows].copy_(mapped[name])
+            copy(place[number * rows : (number + 1) * rows], mapped[name])
 
 
 def _expert_parts(experts: ExpertNames, prefix: str, name: str, parameter: nn.Parameter) -> list[_Part]:
