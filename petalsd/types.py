@@ -53,6 +53,10 @@ class BlockSpan:
     def covers(self, other: BlockSpan) -> bool:
         return self.start <= other.start and other.end <= self.end
 
+    def first(self, most: int | None) -> BlockSpan:
+        """The first ``most`` blocks, or all of them."""
+        return self if most is None else BlockSpan(self.start, min(self.end, self.start + most))
+
     def intersect(self, other: BlockSpan) -> BlockSpan | None:
         """The common blocks, or None when there are none."""
         start, end = max(self.start, other.start), min(self.end, other.end)

@@ -15,6 +15,7 @@ from petalsd.daemon.attendants import Attendants
 from petalsd.daemon.daemon import Daemon, Parts
 from petalsd.daemon.detached import run_detached
 from petalsd.daemon.membership import Membership, node_options
+from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.recording import (
@@ -26,6 +27,7 @@ from petalsd.daemon.recording import (
 )
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
+from petalsd.daemon.span_limit import SpanLimit
 from petalsd.daemon.span_loader import ProgressLog, ProgressSink, SpanLoader, both
 from petalsd.daemon.speed import Speed
 from petalsd.daemon.spilling import plan_spill
@@ -86,6 +88,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     _warn_of_tight_memory(plan, demand_for(plan, config.blocks), board)
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
+    limit = SpanLimit(plan.need, lambda: device_memory_bytes(plan.device), board)
     engine = Engine(plan.limits, plan.device, config.engine.threads, EngineRecorder(metrics))
     ladder = Ladder(plan.architecture, plan.source, plan.storage, config.engine.threads)
     speed = Speed(plan, config, paths)
@@ -105,7 +108,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
 
     def demand() -> Demand:
-        return demand_for(plan, settings.config.blocks)
+        return demand_for(plan, settings.config.blocks, limit.most)
 
     async def hand_over(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
         num_pages = pages_for(plan.kv_tokens, len(span), plan.geometry.page_tokens)
@@ -124,6 +127,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         prepare=speed.find_out,
         hand_over=hand_over,
         demand=demand,
+        limit=limit,
         rates=lambda: speed.rates,
         choices=lambda: list(ladder.choices.values()),
         board=board,

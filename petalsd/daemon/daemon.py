@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
+import torch
 
 from petalsd.daemon.activity import Activity
 from petalsd.daemon.backoff import Backoff, retry
@@ -20,6 +21,7 @@ from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
+from petalsd.daemon.span_limit import SpanLimit
 from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Cause, Departure, Supervisor
@@ -53,6 +55,7 @@ class Parts:
     prepare    what has to be known before the first announcement (the measured throughput)
     hand_over  gives loaded blocks and a fresh KV pool to the engine
     demand     which blocks the configuration in force asks for
+    limit      is lowered when they do not fit the device
     rates      how fast we say we are, as far as that is known
     choices    how each kind of blocks that was loaded is computed
     """
@@ -66,6 +69,7 @@ class Parts:
     prepare: Callable[[], Awaitable[None]]
     hand_over: HandOver
     demand: Callable[[], Demand]
+    limit: SpanLimit
     rates: Callable[[], Rates]
     choices: Callable[[], Sequence[Choice]]
     board: WarningBoard
@@ -114,7 +118,8 @@ class Daemon:
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
-            failure = _failure_among(results)
+            failure = next((one for one in results if isinstance(one, Exception)), None)
+            failure = device_loss(failure) or failure  # wherever it was noticed
             await self._stop(failure)
         if failure is not None:
             raise failure
@@ -182,6 +187,8 @@ class Daemon:
                 await self._take(span)
                 self._failed_rounds = 0
                 departure = await self._until_departure(span)
+            except torch.OutOfMemoryError as error:
+                departure = self._parts.limit.lower(span, error)
             except (SwarmError, DeadlineExceeded) as error:
                 departure = self._failed_round(Cause.MEMBER_BROKEN, error)
             except EngineError as error:
@@ -381,13 +388,6 @@ class Daemon:
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
             raise error
         return Departure(cause, str(error))
-
-
-def _failure_among(results: Sequence[object]) -> BaseException | None:
-    """The first; a lost device is told as that wherever it was noticed."""
-    failures = (one for one in results if isinstance(one, BaseException))
-    failure = next((one for one in failures if not isinstance(one, asyncio.CancelledError)), None)
-    return device_loss(failure) or failure
 
 
 def _reason_of(failure: BaseException | None) -> str:

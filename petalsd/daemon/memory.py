@@ -1,4 +1,4 @@
-"""How much memory the device has for us: the machine's, the control group's, or the GPU's."""
+"""How much memory the device has for us now: the machine's, the control group's, or the GPU's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def device_memory_bytes(device: torch.device) -> int:
-    """A GPU's whole memory; on a CPU what is available now, bounded by our control groups."""
+    """What is available now: on a CPU bounded by our control groups, on a GPU with what this process holds.
+
+    Others, a desktop among them, may have a part of a GPU, and so has the driver for each process.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device)
     own_group = _cgroup_of_self(_CGROUP_MEMBERSHIP)
     return min(available_bytes(_MEMINFO), cgroup_left_bytes(_CGROUP_ROOT, own_group))
 

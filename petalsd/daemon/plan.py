@@ -13,7 +13,14 @@ import torch
 
 from petalsd.config import BlocksSection, Config, EngineSection, ModelSection
 from petalsd.daemon.memory import device_memory_bytes
-from petalsd.daemon.sizing import MemoryNeed, kv_tokens_for, max_session_tokens_for, memory_need
+from petalsd.daemon.sizing import (
+    ESTIMATED_GRAPHS,
+    GraphMemory,
+    MemoryNeed,
+    kv_tokens_for,
+    max_session_tokens_for,
+    memory_need,
+)
 from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.limits import EngineLimits
 from petalsd.errors import ConfigError, DeviceLost
@@ -31,8 +38,8 @@ from petalsd.types import BlockSpan
 
 _HUB_URL = "https://huggingface.co/"
 _CREDENTIAL = "credential:"
-# Of the memory that is available at start; the rest is left to the system and to what others do meanwhile. A GPU
-# is ours alone, and what else it needs is counted in the reserve.
+# Of the memory that is available at start; the rest is left to the system and to what others do meanwhile. What
+# else a GPU needs is counted in the reserve.
 _CPU_MEMORY_SHARE = 0.7
 
 
@@ -114,7 +121,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         storage=storage,
         geometry=geometry,
         kv_tokens=kv_tokens,
-        need=memory_need(architecture, storage, geometry, kv_tokens),
+        need=memory_need(architecture, storage, geometry, kv_tokens, _graph_memory(config.engine, device)),
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
     )
@@ -132,16 +139,25 @@ def _geometry(
     return cache_geometry(model, engine.page_tokens, dtype, device, is_int8)
 
 
-def demand_for(plan: ServingPlan, blocks: BlocksSection) -> Demand:
-    """ConfigError when the span is not inside the model, or when not even one block fits."""
+def _graph_memory(engine: EngineSection, device: torch.device) -> GraphMemory:
+    return ESTIMATED_GRAPHS if device.type == "cuda" and engine.graphs != "off" else GraphMemory()
+
+
+def demand_for(plan: ServingPlan, blocks: BlocksSection, most: int | None = None) -> Demand:
+    """At most ``most`` blocks; of a span that the configuration names these are the first ones.
+
+    ConfigError when the span is not inside the model, or when not even one block fits.
+    """
     total = plan.model.num_blocks
     if blocks.span is not None:
         if not BlockSpan(0, total).covers(blocks.span):
             raise ConfigError(f"blocks.span = {blocks.span}: {plan.source.name} has the blocks 0:{total}")
-        return Demand(len(blocks.span), blocks.span)
+        span = blocks.span.first(most)
+        return Demand(len(span), span)
+    allowed = total if most is None else min(most, total)
     if blocks.count != "auto":
-        return _whole_or_free(min(blocks.count, total), total)
-    fitting = plan.need.fitting_blocks(plan.memory_bytes, total)
+        return _whole_or_free(min(blocks.count, allowed), total)
+    fitting = plan.need.fitting_blocks(plan.memory_bytes, allowed)
     if fitting == 0:
         raise ConfigError(
             f"blocks.count = auto: one block takes {gib(plan.need.of_blocks(1))}, "

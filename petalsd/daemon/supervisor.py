@@ -39,6 +39,7 @@ class Cause(enum.Enum):
     RECONFIGURED = "reconfigured"
     ENGINE_BROKEN = "engine_broken"
     MEMBER_BROKEN = "member_broken"
+    OUT_OF_MEMORY = "out_of_memory"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,10 @@ KINDS = {
         "the blocks need more memory than there is for them", "warning",
         "lower blocks.count or engine.kv_tokens",
     ),
+    "span_reduced": Kind(
+        "fewer blocks are served than planned, the device ran out of memory", "warning",
+        "end what else uses the device or lower engine.kv_tokens, then restart",
+    ),
     "record_missing": Kind(
         "our entry was missing from the swarm's directory", "warning",
         "it was stored again; if it comes again, check the clock of this machine",

@@ -21,6 +21,8 @@ from petalsd.daemon.reloading import Reloader
 from petalsd.daemon.service import Service
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
+from petalsd.daemon.sizing import MemoryNeed
+from petalsd.daemon.span_limit import SpanLimit
 from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Supervisor
@@ -200,6 +202,7 @@ class FakeEngine:
 class FakeReader:
     calls: list[str]
     failures: list[Exception] = field(default_factory=list)
+    failing_blocks: dict[int, Exception] = field(default_factory=dict)
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         if self.failures:
@@ -207,6 +210,8 @@ class FakeReader:
 
     def load_block(self, index: int) -> Any:
         self.calls.append(f"load {index}")
+        if index in self.failing_blocks:
+            raise self.failing_blocks[index]
         return object()
 
 
@@ -225,6 +230,8 @@ class Stage:
         self.settings = Settings(self._read(), self._read, self._demand)
         self.board = WarningBoard()
         self.metrics = Metrics()
+        self.available_bytes = NUM_BLOCKS
+        self.limit = SpanLimit(MemoryNeed(1, 0), lambda: self.available_bytes, self.board)
         rng = random.Random(0)
         rebalancer = Rebalancer(self.member, rng)
         self.supervisor = Supervisor(
@@ -244,6 +251,7 @@ class Stage:
                 prepare=self._prepare,
                 hand_over=self._hand_over,
                 demand=self.demand,
+                limit=self.limit,
                 rates=lambda: Rates(throughput=1.0),
                 choices=lambda: self.choices,
                 board=self.board,
@@ -284,12 +292,13 @@ class Stage:
         return load_config(None, {}, self.overrides).config
 
     def _demand(self, config: Config) -> Demand:
-        blocks = config.blocks
+        blocks, most = config.blocks, self.limit.most or NUM_BLOCKS
         if blocks.span is not None:
             if blocks.span.end > NUM_BLOCKS:
                 raise ConfigError(f"blocks.span = {blocks.span}: outside the model")
-            return Demand(len(blocks.span), blocks.span)
-        return Demand(4 if blocks.count == "auto" else blocks.count, None)
+            span = blocks.span.first(most)
+            return Demand(len(span), span)
+        return Demand(min(most, 4 if blocks.count == "auto" else blocks.count), None)
 
     async def _prepare(self) -> None:
         self.calls.append("prepare")

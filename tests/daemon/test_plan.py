@@ -11,6 +11,7 @@ import torch
 from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.daemon.membership import node_options
+from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.plan import (
     Demand,
     ModelReader,
@@ -81,6 +82,24 @@ def test_blocks_are_read_for_the_plan(plan: ServingPlan) -> None:
     reader.fetch(BlockSpan(1, 3), lambda file, done, total: None)
     block = reader.load_block(2)
     assert (block.index, block.dtype) == (2, torch.bfloat16)
+
+
+def test_fewer_blocks_after_they_did_not_fit(model_dir: Path, paths: InstancePaths) -> None:
+    """Of a named span the first ones; all blocks of a model become a part that may lie anywhere."""
+    plan = make_plan(configured(model_dir), paths)
+    total = plan.model.num_blocks
+    demands = [
+        demand_for(plan, configured(model_dir, f"blocks.{override}").blocks, most=1)
+        for override in ("span=1:3", f"count={total}", "count=auto")
+    ]
+    assert demands == [Demand(1, BlockSpan(1, 2)), Demand(1, None), Demand(1, None)]
+
+
+def test_what_a_gpu_has_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its whole memory: others may hold some of it, and what this process holds is ours again."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
+    assert device_memory_bytes(torch.device("cuda:0")) == 21 << 30
 
 
 def test_quantization_makes_room_for_more_blocks(model_dir: Path, paths: InstancePaths) -> None:

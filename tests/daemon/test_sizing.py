@@ -11,6 +11,7 @@ import torch
 from petalsd.config import Quantization
 from petalsd.daemon.memory import available_bytes, cgroup_left_bytes
 from petalsd.daemon.sizing import (
+    GraphMemory,
     MemoryNeed,
     announced_throughput,
     kv_tokens_for,
@@ -59,6 +60,9 @@ def test_memory_need_adds_weights_and_cache() -> None:
     need = memory_need(ARCHITECTURE, PLAIN, GEOMETRY, kv_tokens=16384)
     assert need.block_bytes == int(PARAMETERS * 2 * 1.01) + 2 * 16384 * 8 * 128 * 2
     assert need.reserve_bytes == (2 << 30) * 8192 // 14336
+    graphs = GraphMemory(reserve_bytes=1000, block_bytes=10)
+    more = memory_need(ARCHITECTURE, PLAIN, GEOMETRY, kv_tokens=16384, graphs=graphs)
+    assert (more.reserve_bytes - need.reserve_bytes, more.block_bytes - need.block_bytes) == (1000, 10)
 
 
 @pytest.mark.parametrize(
