@@ -86,10 +86,13 @@ SpillFile::SpillFile(std::string directory, std::int64_t max_bytes, std::int64_t
 
 SpillFile::~SpillFile() { close(); }
 
-void SpillFile::open(std::int64_t page_bytes) {
+void SpillFile::open(std::int64_t page_bytes, std::int64_t pages_elsewhere) {
   const std::lock_guard lock(mutex_);
   PETALSD_CHECK(page_bytes >= 1, "page_bytes = ", page_bytes, ": a page holds something");
+  PETALSD_CHECK(pages_elsewhere >= 0, "pages_elsewhere = ", pages_elsewhere, ": it is a number of pages");
   PETALSD_CHECK(fd_ < 0, "the spill file is open");
+  pages_elsewhere_ = pages_elsewhere;
+  if (max_bytes_ == 0) return;
   fd_ = open_unnamed(directory_);
   if (fd_ < 0) fail("the spill file cannot be made", errno);
   page_bytes_ = page_bytes;
@@ -98,18 +101,18 @@ void SpillFile::open(std::int64_t page_bytes) {
 std::int64_t SpillFile::grow_to(std::int64_t pages) {
   const std::lock_guard lock(mutex_);
   const std::int64_t most = max_bytes_ / page_bytes_ * page_bytes_;
-  const std::int64_t needed = pages * page_bytes_;
-  if (fd_ < 0 || needed > most) return allocated_bytes_ / page_bytes_;
+  const std::int64_t needed = std::max<std::int64_t>(pages - pages_elsewhere_, 0) * page_bytes_;
+  if (fd_ < 0 || needed > most) return pages_elsewhere_ + allocated_bytes_ / page_bytes_;
   if (needed > allocated_bytes_) {
     is_refused_ = !allocate(std::min(most, std::max(needed, allocated_bytes_ + kGrowthBytes))) && !allocate(needed);
   }
-  return allocated_bytes_ / page_bytes_;
+  return pages_elsewhere_ + allocated_bytes_ / page_bytes_;
 }
 
 std::int64_t SpillFile::limit() const {
   const std::lock_guard lock(mutex_);
-  if (fd_ < 0) return 0;
-  return (is_refused_ ? allocated_bytes_ : max_bytes_) / page_bytes_;
+  if (fd_ < 0) return pages_elsewhere_;
+  return pages_elsewhere_ + (is_refused_ ? allocated_bytes_ : max_bytes_) / page_bytes_;
 }
 
 bool SpillFile::allocate(std::int64_t bytes) {
@@ -156,6 +159,7 @@ void SpillFile::close() {
   if (fd_ >= 0) ::close(fd_);
   fd_ = -1;
   allocated_bytes_ = 0;
+  pages_elsewhere_ = 0;
 }
 
 }  // namespace petalsd

@@ -41,8 +41,9 @@ class SpillFile final : public CreditBacking {
   SpillFile(const SpillFile&) = delete;
   SpillFile& operator=(const SpillFile&) = delete;
 
-  // Makes the file, of slots of `page_bytes`.
-  void open(std::int64_t page_bytes);
+  // Makes the file, of slots of `page_bytes`; none where it may have no bytes. The first `pages_elsewhere` pages that
+  // are promised lie in other memory, from now on and even if the file cannot be made.
+  void open(std::int64_t page_bytes, std::int64_t pages_elsewhere = 0);
 
   std::int64_t grow_to(std::int64_t pages) override;
   std::int64_t limit() const override;
@@ -66,6 +67,7 @@ class SpillFile final : public CreditBacking {
   mutable std::mutex mutex_;  // for what follows; the thread that reads and writes relies on `fd_` alone
   int fd_ = -1;
   std::int64_t page_bytes_ = 1;
+  std::int64_t pages_elsewhere_ = 0;
   std::int64_t allocated_bytes_ = 0;
   bool is_refused_ = false;  // the file system did not give what was asked for last
 };

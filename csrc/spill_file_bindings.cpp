@@ -48,7 +48,7 @@ void register_spill_file(py::module_& module) {
   py::class_<SpillFile, std::shared_ptr<SpillFile>>(module, "SpillFile")
       .def(py::init<std::string, std::int64_t, std::int64_t>(), py::arg("directory"), py::arg("max_bytes"),
            py::arg("keep_free_bytes"))
-      .def("open", &SpillFile::open, py::arg("page_bytes"), NoGil())
+      .def("open", &SpillFile::open, py::arg("page_bytes"), py::arg("pages_elsewhere") = 0, NoGil())
       .def("write", &move_pages<&SpillFile::write>, py::arg("transfers"), py::arg("slabs"))
       .def("read", &move_pages<&SpillFile::read>, py::arg("transfers"), py::arg("slabs"))
       .def("grow_to", &SpillFile::grow_to, py::arg("pages"), NoGil())

@@ -69,8 +69,9 @@ class SpillFile:
 
     def __init__(self, directory: str, max_bytes: int, keep_free_bytes: int) -> None:
         """At most ``max_bytes``, and only as long as the file system keeps ``keep_free_bytes`` beside it."""
-    def open(self, page_bytes: int) -> None:
-        """Make the file, of slots of ``page_bytes``."""
+    def open(self, page_bytes: int, pages_elsewhere: int = 0) -> None:
+        """Make the file, of slots of ``page_bytes``; none where it may have no bytes. The first
+        ``pages_elsewhere`` pages that are promised lie in other memory, even if the file cannot be made."""
     def write(self, transfers: bytearray, slabs: Sequence[tuple[int, int]]) -> None: ...
     def read(self, transfers: bytearray, slabs: Sequence[tuple[int, int]]) -> None: ...
     def grow_to(self, pages: int) -> int:

@@ -153,6 +153,11 @@ class EngineSection(Section):
         "disk space for the attention cache of idle sessions, so that more are admitted than memory holds; bytes "
         'or text as in "20GB"; auto: 12 times the cache, at most half of what is free; 0: none',
     )
+    kv_host_bytes: AutoSizeBytes = _restart(
+        "auto",
+        "page-locked host memory for the attention cache of idle sessions on a GPU, before the disk is used; "
+        'bytes or text as in "8GB"; auto: twice the cache, at most a quarter of what is available; 0: none',
+    )
     max_peer_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = _restart(
         0.75, "share of the attention cache that the sessions of one peer may reserve; 1: all of it"
     )

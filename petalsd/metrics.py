@@ -124,6 +124,7 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _gauge("kv_tail_tokens", "Places for a token in a block that are held and empty: ends of last pages"),
         _gauge("kv_page_tokens", "Tokens of one sequence in one block that a page holds"),
         _gauge("kv_spill_file_bytes", "Disk space that the spill file takes"),
+        _gauge("kv_spill_host_bytes", "Page-locked memory that pages of idle sessions of a GPU take"),
         _gauge("waiting_sessions", "Sessions that wait for pages"),
         _gauge("waiting_session_age_seconds", "How long the first of them has waited; 0: nobody does"),
         _counter(

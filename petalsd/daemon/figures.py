@@ -98,6 +98,7 @@ class Figures:
         for name, attribute in _POOL_GAUGES.items():
             yield Reading(name, getattr(stats, attribute) if stats else 0)
         yield Reading("kv_spill_file_bytes", pool.spill_bytes if pool else 0)
+        yield Reading("kv_spill_host_bytes", pool.spill_host_bytes if pool else 0)
         yield Reading("kv_page_tokens", self._plan.geometry.page_tokens)
 
     def _presence(self) -> Iterator[Reading]:

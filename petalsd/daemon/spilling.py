@@ -1,13 +1,16 @@
-"""How much disk the attention cache of idle sessions may take, and where."""
+"""How much host memory and disk the attention cache of idle sessions may take, and where."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from petalsd.config import EngineSection
+from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.plan import ServingPlan
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import pages_for
@@ -17,6 +20,7 @@ from petalsd.paths import InstancePaths, existing_part
 # Clients ask for ten times what they use. Twelve caches promise a single peer, which may hold three quarters of
 # them, more than eight times what a server that reserves memory for the whole of a session could.
 AUTO_CACHES = 12
+AUTO_HOST_CACHES = 2
 # The rest of the disk belongs to weights, logs and others. The daemon warns of a full disk at a quarter of this.
 KEEP_FREE_BYTES = 1 << 30
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
@@ -25,14 +29,48 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True, slots=True)
 class SpillPlan:
-    """What a span would get of the disk; ``area`` is None where its cache stays in memory."""
+    """What a span would get; ``area`` is None where its cache stays where it is."""
 
     area: SpillArea | None
     summary: str
 
 
 def plan_spill(engine: EngineSection, plan: ServingPlan, paths: InstancePaths, num_blocks: int) -> SpillPlan:
-    """For a span of ``num_blocks``. ConfigError when the disk has less than was asked for; OSError."""
+    """For a span of ``num_blocks``. ConfigError when there is less than was asked for; OSError."""
+    file = _plan_file(engine, plan, paths, num_blocks)
+    host_bytes = _host_bytes(engine, plan, num_blocks)
+    if host_bytes == 0:
+        return file
+    area = file.area or SpillArea(paths.cache_dir, 0, KEEP_FREE_BYTES)
+    summary = f"up to {host_bytes / 2**30:.1f} GiB of page-locked memory; on the disk: {file.summary}"
+    return SpillPlan(replace(area, host_bytes=host_bytes), summary)
+
+
+def auto_host_bytes(cache_bytes: int, available_bytes: int) -> int:
+    """Twice the cache, but at most a quarter of the memory: what is page-locked cannot be swapped or reclaimed."""
+    return min(AUTO_HOST_CACHES * cache_bytes, available_bytes // 4)
+
+
+def _host_bytes(engine: EngineSection, plan: ServingPlan, num_blocks: int) -> int:
+    """None on a CPU, whose cache is in the same memory."""
+    if plan.device.type == "cpu":
+        return 0
+    available_bytes = device_memory_bytes(torch.device("cpu"))
+    if engine.kv_host_bytes == "auto":
+        return auto_host_bytes(_cache_bytes(plan, num_blocks), available_bytes)
+    if engine.kv_host_bytes > available_bytes:
+        raise ConfigError(
+            f"engine.kv_host_bytes = {engine.kv_host_bytes}: {available_bytes} bytes of memory are available",
+            hint="lower it; 0: idle sessions go to the disk",
+        )
+    return engine.kv_host_bytes
+
+
+def _cache_bytes(plan: ServingPlan, num_blocks: int) -> int:
+    return pages_for(plan.kv_tokens, num_blocks, plan.geometry.page_tokens) * plan.geometry.page_bytes
+
+
+def _plan_file(engine: EngineSection, plan: ServingPlan, paths: InstancePaths, num_blocks: int) -> SpillPlan:
     directory, setting = paths.cache_dir, engine.kv_spill_bytes
     if setting == 0:
         return SpillPlan(None, "off")
@@ -40,8 +78,7 @@ def plan_spill(engine: EngineSection, plan: ServingPlan, paths: InstancePaths, n
     if setting == "auto":
         if is_in_memory(directory):
             return SpillPlan(None, f"none: {directory} is in memory itself")
-        num_pages = pages_for(plan.kv_tokens, num_blocks, plan.geometry.page_tokens)
-        max_bytes = auto_spill_bytes(num_pages * plan.geometry.page_bytes, free_bytes)
+        max_bytes = auto_spill_bytes(_cache_bytes(plan, num_blocks), free_bytes)
     else:
         max_bytes = setting
     if max_bytes > free_bytes:

@@ -117,6 +117,11 @@ class KVPool:
         return None if self._spill is None else self._spill.area
 
     @property
+    def spill_host_bytes(self) -> int:
+        """Page-locked memory that idle sessions' pages take now."""
+        return 0 if self._spill is None else self._spill.host_bytes
+
+    @property
     def spill_bytes(self) -> int:
         """Disk space that the spill file takes now."""
         return 0 if self._spill is None else self._spill.file.allocated_bytes()

@@ -131,6 +131,7 @@ async def test_the_pages_of_the_cache(stage: MeasuredStage) -> None:
     assert stage.value("petalsd_kv_page_tokens") == tokens
     assert stage.value("petalsd_kv_tail_tokens") == 2 * (tokens - 3)
     assert stage.value("petalsd_kv_spill_file_bytes") == 0
+    assert stage.value("petalsd_kv_spill_host_bytes") == 0
     waiting = asyncio.create_task(pool.reserve(KVRequest(0, 2, 20, tokens), 60))
     await asyncio.sleep(0)
     assert stage.value("petalsd_waiting_sessions") == 1

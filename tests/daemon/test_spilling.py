@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from petalsd.daemon import spilling
 from petalsd.daemon.plan import ServingPlan
-from petalsd.daemon.spilling import KEEP_FREE_BYTES, auto_spill_bytes, is_in_memory, plan_spill
+from petalsd.daemon.spilling import (
+    KEEP_FREE_BYTES,
+    auto_host_bytes,
+    auto_spill_bytes,
+    is_in_memory,
+    plan_spill,
+)
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import pages_for
 from petalsd.paths import InstancePaths
@@ -94,6 +102,33 @@ def test_memory_is_not_spilled_to_memory(
     assert spill.area is None
     assert "in memory itself" in spill.summary
     assert plan_spill(configured(model_dir, "engine.kv_spill_bytes=1MB").engine, plan, paths, 2).area
+
+
+def on_a_gpu(plan: ServingPlan) -> ServingPlan:
+    return replace(plan, storage=replace(plan.storage, device=torch.device("cuda:0")))
+
+
+def test_pages_of_a_gpu_go_to_host_memory_first(
+    model_dir: Path, plan: ServingPlan, paths: InstancePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the cache or a quarter of the memory, beside the file or without one; on a CPU none."""
+    with_free_disk(monkeypatch, 1000 * GIB)
+    monkeypatch.setattr(spilling, "device_memory_bytes", lambda device: 100 * GIB)
+    engine, gpu = configured(model_dir).engine, on_a_gpu(plan)
+    both, memory, file = (
+        plan_spill(configured(model_dir, *override).engine, gpu, paths, 2).area
+        for override in ((), ("engine.kv_spill_bytes=0",), ("engine.kv_host_bytes=0",))
+    )
+    assert both is not None and memory is not None and file is not None
+    assert (both.host_bytes, both.max_bytes) == (2 * cache_bytes(plan, 2), 12 * cache_bytes(plan, 2))
+    assert (memory.host_bytes, memory.max_bytes) == (2 * cache_bytes(plan, 2), 0)
+    assert (file.host_bytes, file.max_bytes) == (0, 12 * cache_bytes(plan, 2))
+    on_cpu = plan_spill(engine, plan, paths, 2).area
+    assert on_cpu is not None
+    assert on_cpu.host_bytes == 0
+    assert auto_host_bytes(100, 40) == 10
+    with pytest.raises(ConfigError, match=r"kv_host_bytes = .* are available"):
+        plan_spill(configured(model_dir, "engine.kv_host_bytes=200GiB").engine, gpu, paths, 2)
 
 
 def test_file_systems_in_memory_are_known(tmp_path: Path) -> None:
