@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from petalsd import _C
+from petalsd.ops.kv_rounding import quantize_states
 from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
 
@@ -21,7 +22,6 @@ STRIP_TOKENS = 16
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 _PAIRS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 1}
-_INT8_MAX = 127
 
 
 @dataclass(slots=True)
@@ -89,8 +89,8 @@ class HeadMajorKV(PagedKV):
         pages, offsets = self._places(slots)
         pair = self.k.shape[5]
         if self.k_scales is not None and self.v_scales is not None:
-            k, self.k_scales[pages, :, offsets] = _quantize(k)
-            v, self.v_scales[pages, :, offsets] = _quantize(v)
+            k, self.k_scales[pages, :, offsets] = quantize_states(k)
+            v, self.v_scales[pages, :, offsets] = quantize_states(v)
         self.k[pages, :, offsets // STRIP_TOKENS, :, offsets % STRIP_TOKENS] = k.view(*k.shape[:2], -1, pair)
         self.v[pages, :, offsets // pair, :, offsets % pair] = v
 
@@ -107,12 +107,3 @@ class HeadMajorKV(PagedKV):
     def _places(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pages = slots.div(self.page_tokens, rounding_mode="floor")
         return pages, slots - pages * self.page_tokens
-
-
-def _quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[T, Hkv, D]`` to int8 and its scales ``[T, Hkv]``; what is not finite gets a scale of NaN."""
-    states = states.float()
-    greatest = states.abs().amax(-1)
-    scales = torch.where(greatest.isfinite(), greatest / _INT8_MAX, torch.nan)
-    inverse = torch.where(scales > 0, 1 / scales, 0.0).unsqueeze(-1)
-    return (states * inverse).nan_to_num_(0.0).round_().to(torch.int8), scales

@@ -1,0 +1,149 @@
+"""Attention of one new token per row over pages, its context cut into splits; and the combination of the splits.
+
+The query heads of a KV head are the rows of one matrix product, so keys and values are read once for all of them.
+Lengths and pages are read on the device and the grid depends on neither: a launch can be captured in a graph.
+"""
+
+import triton
+import triton.language as tl
+
+from petalsd.kernels.attention_tile import (
+    LOG2E,
+    NO_ALIBI,
+    attention_biases,
+    softmax_step,
+    tile_scores,
+    tile_slots,
+)
+
+
+@triton.jit(do_not_specialize=["block"])
+def paged_decode(
+    q, k, v, k_scales, v_scales, out,
+    part_acc, part_greatest, part_total,
+    origins, context_lens, slopes, sinks,
+    block, scale, softcap, alibi_factor,
+    q_row_stride, out_row_stride, origins_stride,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, MIN_TILES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, Hkv * ceil(G / BM), SPLITS).
+
+    q, out         ``[B, H, D]``, of contiguous rows; out is written when SPLITS is 1, else the partial results
+    part_acc       float32 ``[B, H, SPLITS, D]``; part_greatest, part_total: float32 ``[B, H, SPLITS]``
+    k, v           ``[N, PAGE, Hkv, D]``; k_scales, v_scales: float32 ``[N, PAGE, Hkv]``, with SCALED; contiguous
+    origins        int32 ``[B, …]``; context_lens: int32 ``[B]``, 0 gives zeros
+    slopes, sinks  float32 ``[H]``, with ALIBI and SINKS
+    WINDOW         tokens that a query sees, itself included; 0: all
+    """
+    row = tl.program_id(0)
+    HEAD_PARTS: tl.constexpr = (G + BM - 1) // BM
+    kv_head = tl.program_id(1) // HEAD_PARTS
+    split = tl.program_id(2)
+    context = tl.load(context_lens + row)
+
+    in_group = (tl.program_id(1) % HEAD_PARTS) * BM + tl.arange(0, BM)
+    is_head = in_group < G
+    head = kv_head * G + in_group
+    dims = tl.arange(0, DP)
+    is_dim = dims < D
+    is_element = is_head[:, None] & is_dim[None, :]
+
+    first = 0
+    if WINDOW > 0:
+        # Tiles start at multiples of BN whatever the window, so that no tile reads before the context.
+        first = tl.maximum(context - WINDOW, 0) // BN * BN
+    num_tiles = tl.cdiv(context - first, BN)
+    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, SPLITS), MIN_TILES)
+    begin = split * tiles_per_split
+    end = tl.minimum(begin + tiles_per_split, num_tiles)
+
+    part = (row * (HKV * G) + head) * SPLITS + split
+    if SPLITS > 1:  # noqa: SIM102 - a constant, and a number of the device
+        if begin >= end:
+            tl.store(part_greatest + part, float("-inf"), mask=is_head)
+            tl.store(part_total + part, 0.0, mask=is_head)
+            return
+
+    elements = head[:, None] * D + dims[None, :]
+    queries = tl.load(q + row.to(tl.int64) * q_row_stride + elements, mask=is_element, other=0.0)
+    greatest = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    if SINKS:  # noqa: SIM102 - likewise
+        if split == 0:  # else every split would count it
+            greatest = tl.load(sinks + head, mask=is_head, other=float("-inf")) * LOG2E
+            total = tl.where(is_head, 1.0, 0.0)
+    if ALIBI != NO_ALIBI:
+        head_slopes = tl.load(slopes + head, mask=is_head, other=0.0)
+        positions = tl.full([BM], 0, tl.int32) + (context - 1)
+
+    row_origins = origins + row.to(tl.int64) * origins_stride
+    k_head = k + kv_head * D + dims[:, None]
+    v_head = v + kv_head * D + dims[None, :]
+    for tile in range(begin, end):
+        keys = first + tile * BN + tl.arange(0, BN)
+        is_seen = keys < context
+        if WINDOW > 0:
+            is_seen = is_seen & (keys >= context - WINDOW)
+        slots = tile_slots(row_origins, block, keys, is_seen, PAGE, True)
+        k_tile = tl.load(
+            k_head + slots[None, :] * (HKV * D), mask=is_dim[:, None] & is_seen[None, :], other=0.0
+        )
+        v_tile = tl.load(
+            v_head + slots[:, None] * (HKV * D), mask=is_seen[:, None] & is_dim[None, :], other=0.0
+        )
+        k_factor = scale  # not used
+        v_factor = scale
+        if SCALED:
+            k_factor = tl.load(k_scales + slots * HKV + kv_head, mask=is_seen, other=0.0)
+            v_factor = tl.load(v_scales + slots * HKV + kv_head, mask=is_seen, other=0.0)
+        scores = tile_scores(queries, k_tile, k_factor, scale, softcap, SOFTCAP, SCALED)
+        if ALIBI != NO_ALIBI:
+            scores += attention_biases(head_slopes, alibi_factor, keys, positions, ALIBI) * LOG2E
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        greatest, total, acc = softmax_step(
+            scores, v_tile, v_factor, greatest, total, acc, queries.dtype, SCALED
+        )
+
+    if SPLITS == 1:
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]
+        out_row = out + row.to(tl.int64) * out_row_stride
+        tl.store(out_row + elements, result.to(out.dtype.element_ty), mask=is_element)
+    else:
+        tl.store(part_greatest + part, greatest, mask=is_head)
+        tl.store(part_total + part, total, mask=is_head)
+        tl.store(part_acc + part[:, None].to(tl.int64) * D + dims[None, :], acc, mask=is_element)
+
+
+@triton.jit
+def combine_splits(
+    part_acc, part_greatest, part_total, out, out_row_stride,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, H): the result ``[B, H, D]`` of what `paged_decode` left; CHUNK splits are held at once.
+
+    A row of which no split has seen a token, a padding row, gets zeros.
+    """
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    dims = tl.arange(0, DP)
+    is_dim = dims < D
+    base = (row * H + head) * SPLITS
+    highest = tl.max(tl.load(part_greatest + base + tl.arange(0, SPLITS)), 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    acc = tl.zeros([DP], tl.float32)
+    total = 0.0
+    for start in range(0, SPLITS, CHUNK):
+        part = base + start + tl.arange(0, CHUNK)
+        part_sums = tl.load(part_total + part)
+        weights = tl.exp2(tl.load(part_greatest + part) - highest)
+        # What an empty split left in part_acc is undefined, NaN perhaps: it is not read.
+        is_read = (part_sums > 0)[:, None] & is_dim[None, :]
+        values = tl.load(part_acc + part[:, None].to(tl.int64) * D + dims[None, :], mask=is_read, other=0.0)
+        total += tl.sum(part_sums * weights, 0)
+        acc += tl.sum(values * weights[:, None], 0)
+    result = acc / tl.where(total == 0, 1.0, total)
+    place = out + row.to(tl.int64) * out_row_stride + head * D + dims
+    tl.store(place, result.to(out.dtype.element_ty), mask=is_dim)

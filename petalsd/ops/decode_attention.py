@@ -1,0 +1,139 @@
+"""Attention of one new token per row over pages on a GPU; for captured graphs, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from petalsd.kernels.paged_decode import combine_splits, paged_decode
+from petalsd.ops.attention_checks import check_pages, check_queries, check_rows, scales_of
+from petalsd.ops.attention_rule import AttentionRule
+from petalsd.ops.decode_batch import DecodeBatch
+from petalsd.ops.eight_bit_kv import Int8KV
+from petalsd.ops.launching import Options, launch, next_power_of_2, strides
+from petalsd.ops.ragged import PagedKV
+
+MAX_SPLITS = 64
+MIN_TILES = 4
+"""Tiles of keys that a split takes at least: below, a second split costs more than it saves."""
+
+_MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
+_MAX_BLOCK_M = 32
+_PROGRAMS_PER_SM = 2
+_SPLITS_AT_ONCE = 16  # that the combination holds in registers
+_OPTIONS = Options(num_warps=4, num_stages=3)  # the third stage fetches page ids ahead of keys and values
+
+
+def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -> int:
+    """Into how many parts contexts are cut, a power of two: enough programs to fill the device twice.
+
+    num_rows, num_kv_heads  each pair has programs of its own
+    num_sms                 multiprocessors of the device
+    max_tiles               tiles of the longest context that there can be
+
+    Static for a shape: the kernel reads on the device how long a row is and leaves splits idle.
+    """
+    wanted = _PROGRAMS_PER_SM * num_sms // max(1, num_rows * num_kv_heads)
+    useful = min(wanted, max_tiles // MIN_TILES, MAX_SPLITS)
+    return 1 << (max(1, useful).bit_length() - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How batches of one size are attended to: made once, so that tensors and constants never change.
+
+    block_m, block_n  query heads and tokens of a tile
+    num_splits        parts of a context that are attended to side by side
+    part_acc          float32 ``[B, H, num_splits, D]``, and
+    part_greatest, part_total
+                      float32 ``[B, H, num_splits]``: what the parts leave to be combined; None for one part.
+                      Nothing in them outlives a call, so blocks share a plan
+    """
+
+    block_m: int
+    block_n: int
+    num_splits: int
+    part_acc: torch.Tensor | None = None
+    part_greatest: torch.Tensor | None = None
+    part_total: torch.Tensor | None = None
+
+    @classmethod
+    def create(cls, num_rows: int, num_heads: int, kv: PagedKV, num_sms: int, max_context: int) -> DecodePlan:
+        """For batches of ``num_rows`` rows, padding included.
+
+        num_sms      multiprocessors of the device
+        max_context  tokens that a row can attend to at most; of blocks with a window, the window
+        """
+        num_kv_heads, head_dim = kv.k.shape[2:]
+        group = num_heads // num_kv_heads
+        block_m = min(max(_MIN_BLOCK_M, next_power_of_2(group)), _MAX_BLOCK_M)
+        block_n = 32 if head_dim > 128 else 64
+        programs = num_kv_heads * -(-group // block_m)
+        # A window that begins within a tile reaches into one more.
+        splits = num_splits(num_rows, programs, num_sms, -(-max_context // block_n) + 1)
+        if splits == 1:
+            return cls(block_m, block_n, 1)
+        parts = (num_rows, num_heads, splits)
+        part_acc, part_greatest, part_total = (
+            torch.empty(shape, dtype=torch.float32, device=kv.k.device)
+            for shape in ((*parts, head_dim), parts, parts)
+        )
+        return cls(block_m, block_n, splits, part_acc, part_greatest, part_total)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    kv: PagedKV,
+    batch: DecodeBatch,
+    block: int,
+    rule: AttentionRule,
+    plan: DecodePlan,
+    out: torch.Tensor,
+) -> None:
+    """Each row's new token attends to its context, itself included, whose keys and values are in the pages.
+
+    q      ``[B, H, D]`` rotated; H is a multiple of the slab's Hkv, head h reads KV head ``h // (H / Hkv)``
+    block  index of the block, which selects the page within each run
+    out    ``[B, H, D]`` in q's dtype; zeros for rows whose ``context_lens`` is 0
+
+    One launch, or two with more than one split. ValueError for tensors that don't fit.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = kv.k.shape[2]
+    check_pages(kv, q.dtype)
+    check_queries("q", q, kv, q)
+    check_queries("out", out, kv, q)
+    check_rows(num_rows, batch.context_lens, batch.origins)
+    if plan.part_acc is not None and plan.part_acc.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"the plan is for {list(plan.part_acc.shape[:2])} rows and heads, q has {list(q.shape[:2])}"
+        )
+    group = num_heads // num_kv_heads
+    parts = (plan.part_acc, plan.part_greatest, plan.part_total)
+    padded = next_power_of_2(head_dim)
+    launch(
+        paged_decode,
+        (num_rows, num_kv_heads * -(-group // plan.block_m), plan.num_splits),
+        (
+            q, kv.k, kv.v, *scales_of(kv), out, *parts, batch.origins, batch.context_lens, rule.slopes, rule.sinks,
+            block, *rule.numbers, strides(q)[0], strides(out)[0], batch.origins.stride(0),
+        ),
+        {
+            "HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded, "PAGE": kv.page_tokens,
+            "BM": plan.block_m, "BN": plan.block_n, "SPLITS": plan.num_splits, "MIN_TILES": MIN_TILES,
+            "SCALED": isinstance(kv, Int8KV), **rule.constants,
+        },
+        _OPTIONS,
+    )  # fmt: skip
+    if plan.num_splits > 1:
+        launch(
+            combine_splits,
+            (num_rows, num_heads),
+            (*parts, out, strides(out)[0]),
+            {
+                "H": num_heads, "D": head_dim, "DP": padded,
+                "SPLITS": plan.num_splits, "CHUNK": min(plan.num_splits, _SPLITS_AT_ONCE),
+            },
+            Options(num_warps=4, num_stages=1),
+        )  # fmt: skip
