@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml 
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench bench-compare deb docs promtool clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench bench-compare bench-gpu deb docs promtool clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most;
 bench-compare: $(DEMO_MODEL)/config.json ## the same beside stock Petals and transformers, in twenty minutes at most
 	@$(BIN)/python tests/interop/environment/build.py
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks --compare $(ARGS)
+
+bench-gpu: $(STAMP) ## measure this machine's GPU, and compare with what was accepted of its kind; exit 3 without one
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 deb: ## build/deb/petalsd_*.deb; TORCH=cpu or cuda says which torch goes in
 	@packaging/deb/build.sh

@@ -22,8 +22,9 @@ Setting: TypeAlias = Mapping[str, int | str]
 OURS = "petalsd"
 PETALS = "petals-2.2"
 TRANSFORMERS = "transformers"
+TORCH = "torch"
 # Whom the others are compared with: the first of these that a benchmark has measured.
-REFERENCES = (PETALS, TRANSFORMERS)
+REFERENCES = (PETALS, TRANSFORMERS, TORCH)
 _TIME_UNITS = ("s", "ms", "us", "ns")
 _SIZE_UNITS = ("MiB", "KiB", "B", "x")
 _DIGITS = 5

@@ -184,7 +184,7 @@ class _Placement:
         parts = [self._tensor(self._prefix + name) for name in names]
         num_out = sum(len(part) for part in parts)
         packed = PackedWeight.empty(format, num_out, parts[0].shape[1], self._arena.empty)
-        pack_rows(parts, packed)
+        pack_rows(parts, packed, self._copy)
         return packed
 
     def fuse(self, names: list[str]) -> torch.Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.gpu.others import petals_seconds
 from benchmarks.providers import Fleet
 from benchmarks.registry import find_benchmarks
 from benchmarks.report import OURS, PETALS
+from tests.benchmarks.gpu.doubles import SITE, TINY
 from tests.benchmarks.served import SERVED
 from tests.benchmarks.smoke import run_smoke
 from tests.interop.models import Model
@@ -22,6 +26,13 @@ def fleet() -> Iterator[Fleet]:
     """Servers of the tiny model, one of each kind, for all benchmarks."""
     with Fleet() as fleet:
         yield fleet
+
+
+def test_petals_block_is_measured_in_its_own_environment() -> None:
+    """On a processor here, as on a GPU."""
+    seconds = petals_seconds(replace(SITE, dtype=torch.float32), TINY, 2, 40)
+    assert len(seconds) == SITE.samples
+    assert all(each > 0 for each in seconds)
 
 
 @pytest.mark.parametrize("name", SERVED)
