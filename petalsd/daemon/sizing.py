@@ -37,17 +37,28 @@ _NO_GRAPHS = GraphMemory()
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes that serving takes: ``reserve_bytes`` once, ``block_bytes`` (weights, cache, graphs) for a block."""
+    """Bytes that serving takes: ``reserve_bytes`` (passes) once, ``block_bytes`` (weights and cache) for a block,
+    and ``graphs``.
+    """
 
     block_bytes: int
     reserve_bytes: int
+    graphs: GraphMemory = _NO_GRAPHS
 
     def of_blocks(self, num_blocks: int) -> int:
-        return self.reserve_bytes + num_blocks * self.block_bytes
+        return self._once_bytes + num_blocks * self._each_bytes
 
     def fitting_blocks(self, memory_bytes: int, limit: int) -> int:
         """The most blocks that fit, at most ``limit``; 0 when not even one does."""
-        return max(0, min(limit, (memory_bytes - self.reserve_bytes) // self.block_bytes))
+        return max(0, min(limit, (memory_bytes - self._once_bytes) // self._each_bytes))
+
+    @property
+    def _once_bytes(self) -> int:
+        return self.reserve_bytes + self.graphs.reserve_bytes
+
+    @property
+    def _each_bytes(self) -> int:
+        return self.block_bytes + self.graphs.block_bytes
 
 
 def kv_tokens_for(setting: int | str, config: ModelConfig) -> int:
@@ -79,7 +90,7 @@ def memory_need(
     cache_bytes = (pages_for(kv_tokens, 1, geometry.page_tokens) - 1) * geometry.page_bytes
     weights_bytes = int(storage.nbytes(architecture.largest_block()) * _WEIGHTS_OVERHEAD)
     pass_bytes = int(architecture.config.hidden_size * _PASS_BYTES_PER_HIDDEN)
-    return MemoryNeed(weights_bytes + cache_bytes + graphs.block_bytes, pass_bytes + graphs.reserve_bytes)
+    return MemoryNeed(weights_bytes + cache_bytes, pass_bytes, graphs)
 
 
 def network_rps(network_mbps: float, hidden_size: int) -> float:

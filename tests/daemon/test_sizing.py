@@ -62,7 +62,9 @@ def test_memory_need_adds_weights_and_cache() -> None:
     assert need.reserve_bytes == (2 << 30) * 8192 // 14336
     graphs = GraphMemory(reserve_bytes=1000, block_bytes=10)
     more = memory_need(ARCHITECTURE, PLAIN, GEOMETRY, kv_tokens=16384, graphs=graphs)
-    assert (more.reserve_bytes - need.reserve_bytes, more.block_bytes - need.block_bytes) == (1000, 10)
+    assert more.of_blocks(3) - need.of_blocks(3) == 1030
+    assert more.fitting_blocks(need.of_blocks(3) + 1029, 80) == 2
+    assert more.fitting_blocks(need.of_blocks(3) + 1030, 80) == 3
 
 
 @pytest.mark.parametrize(
