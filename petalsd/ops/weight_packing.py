@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 
 from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat, pack_nibbles
+from petalsd.ops.staging import Copy
 from petalsd.ops.weight_rounding import SERIAL_VALUES, round_int4, round_int8
-
-Copy: TypeAlias = Callable[[torch.Tensor, torch.Tensor], object]
-"""Fills the first with the second, which has the same shape and dtype."""
 
 
 def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
