@@ -13,5 +13,5 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv: PagedKV, batch: RaggedBatch, 
     k, v   ``[T, Hkv, D]`` in the slab's dtype, k rotated
     block  index of the block, which selects the page within each token's run
     """
-    slots = (batch.write_origins + block).mul_(kv.page_tokens).add_(batch.write_offsets)
+    slots = (batch.write_origins.long() + block).mul_(kv.page_tokens).add_(batch.write_offsets)
     kv.write(slots, k, v)

@@ -23,6 +23,7 @@ import torch
 
 if TYPE_CHECKING:
     from petalsd.ops.attention_plan import AttentionPlan
+    from petalsd.ops.decode_batch import KernelRows
 
 
 @dataclass(slots=True)
@@ -60,11 +61,12 @@ class RaggedBatch:
 
     token_bounds   R+1 host ints; row i's new tokens are ``token_bounds[i]:token_bounds[i+1]`` of the batch
     context_lens   R host ints; tokens that row i attends to, its new tokens included
-    positions      ``[T]`` int64; absolute position of each new token
+    positions      ``[T]`` int64, on a GPU int32; absolute position of each new token
     origins        ``[R, max_runs]`` int32; see the module docstring; entries past the row's runs are undefined
-    write_origins  ``[T]`` int64; origin of the run that each new token is written to
-    write_offsets  ``[T]`` int64; its place within that page, ``0 .. P-1``
+    write_origins  ``[T]`` as positions; origin of the run that each new token is written to
+    write_offsets  ``[T]`` as positions; its place within that page, ``0 .. P-1``
     plans          what ``ops`` derived from the above, by window; so a batch is not changed once it is built
+    kernel_rows    the same as GPU kernels take it; None until somebody asks, or has staged it
     """
 
     token_bounds: Sequence[int]
@@ -76,6 +78,7 @@ class RaggedBatch:
     plans: dict[int | None, AttentionPlan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    kernel_rows: KernelRows | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
@@ -84,3 +87,8 @@ class RaggedBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_bounds[-1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; its last token's position and one."""
+        return max(self.context_lens)

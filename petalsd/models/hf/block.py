@@ -41,7 +41,7 @@ class LayerBlock:
     ) -> torch.Tensor:
         """As ``contract.Block``."""
         call = PagedCall(kv, batch, self.index, self._window)
-        return self._call(hidden.unsqueeze(0), cos_sin[self._part], call, batch.positions).squeeze(0)
+        return self._call(hidden.unsqueeze(0), cos_sin[self._part], call, batch.positions.long()).squeeze(0)
 
     def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
         """As ``contract.Block``."""
