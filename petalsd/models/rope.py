@@ -88,20 +88,28 @@ class Rope:
             return cos[end - 1 : end], sin[end - 1 : end]
         return cos.index_select(0, positions), sin.index_select(0, positions)
 
+    def table(self, end: int) -> torch.Tensor:
+        """``[end, 2, D/2]`` float32 of positions below ``end``: cosines, then sines, for rows that are short."""
+        cos, sin = self._wide_angles(torch.arange(end, device=self.device), [0])
+        return torch.stack((cos, sin), dim=1)
+
     def _grow_table(self, end: int) -> None:
         """Cover positions below ``end`` for rows of regime 0, doubling so that growing stays rare."""
         size = max(end, 2 * len(self._table[0]), _FIRST_TABLE_POSITIONS)
         self._table = self._angles(torch.arange(size, device=self.device), [0])
 
     def _angles(self, positions: torch.Tensor, regimes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``regimes``: one for all tokens, or one per token."""
+        """Two ``[T, D]`` in the model's dtype. ``regimes``: one for all tokens, or one per token."""
+        cos, sin = (torch.cat((half, half), dim=-1) for half in self._wide_angles(positions, regimes))
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _wide_angles(self, positions: torch.Tensor, regimes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likewise, two ``[T, D/2]`` float32."""
         frequencies, attention_scaling = self._frequencies(regimes[0])
         if len(set(regimes)) > 1:
             frequencies = torch.stack([self._frequencies(regime)[0] for regime in regimes])
-        half = positions[:, None].float() * frequencies
-        angles = torch.cat((half, half), dim=-1)
-        cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
-        return cos.to(self.dtype), sin.to(self.dtype)
+        angles = positions[:, None].float() * frequencies
+        return angles.cos() * attention_scaling, angles.sin() * attention_scaling
 
     def _seq_len(self, regime: int) -> int | torch.Tensor | None:
         """As transformers hands it over: a tensor where the base is computed from it, which rounds differently."""

@@ -1,0 +1,233 @@
+"""Steps of consecutive blocks on a GPU by fused kernels: at most ten launches for each block in decode.
+
+Nothing here reads from the device, and all memory is the caller's, so that whatever is computed can be captured as
+a graph and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from petalsd.models.block import TransformerBlock
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.paged_span import CosSin
+from petalsd.ops.add_norm import Norm, add_norm
+from petalsd.ops.attention_rule import AttentionRule
+from petalsd.ops.decode_attention import DecodePlan, decode_attention
+from petalsd.ops.decode_batch import KernelRows, kernel_rows
+from petalsd.ops.gated_activation import gated_activation
+from petalsd.ops.linear import Weight
+from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.prefill_attention import prefill_attention
+from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear
+from petalsd.ops.ragged import PagedKV, RaggedBatch
+from petalsd.ops.rope_kv import HeadNorms, Rotation, rope_and_write
+from petalsd.types import BlockSpan
+
+_FIRST_POSITIONS = 1024  # of the table of angles, which grows
+
+
+@dataclass(slots=True)
+class StepStates:
+    """What T tokens leave between the launches of a block. Every block uses the same memory.
+
+    residual, delta  ``[T, M]``: their sum is what enters a block, and what leaves it
+    normed           ``[T, M]``
+    qkv              ``[T, (H + 2*Hkv) * D]``
+    q, attended      ``[T, H, D]``
+    gate_up          ``[T, 2*I]``
+    activated        ``[T, I]``
+    """
+
+    residual: torch.Tensor
+    delta: torch.Tensor
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    q: torch.Tensor
+    attended: torch.Tensor
+    gate_up: torch.Tensor
+    activated: torch.Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, config: BlockConfig, dtype: torch.dtype, device: torch.device) -> StepStates:
+        hidden, heads = (config.hidden_size,), (config.num_heads, config.head_dim)
+        fused = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        inner = config.intermediate_size
+        shapes = (hidden, hidden, hidden, (fused,), heads, heads, (2 * inner,), (inner,))
+        return cls(*(torch.empty(tokens, *shape, dtype=dtype, device=device) for shape in shapes))
+
+    def first(self, tokens: int) -> StepStates:
+        """Those of the first tokens, views."""
+        return StepStates(*(getattr(self, field.name)[:tokens] for field in fields(self)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    def clear(self) -> None:
+        """Zeros everywhere."""
+        for field in fields(self):
+            getattr(self, field.name).zero_()
+
+    def enter(self, hidden: torch.Tensor) -> None:
+        """``hidden`` ``[n, M]`` of the first n tokens is what enters the next block."""
+        self.residual[: len(hidden)].copy_(hidden)
+        self.delta[: len(hidden)].zero_()
+
+    def leave(self, tokens: int) -> torch.Tensor:
+        """What left the last block for the first tokens: ``[tokens, M]``, a new tensor."""
+        return self.residual[:tokens] + self.delta[:tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step needs beside its rows, and other steps of its size too; the tensors never move.
+
+    decode  by the window of a block; empty where no row has a single token
+    """
+
+    rotation: Rotation
+    decode: Mapping[int | None, DecodePlan]
+
+
+class KernelSpan:
+    """``PagedSpan`` of consecutive blocks that ``can_use_kernels`` permits. One call at a time.
+
+    num_sms  multiprocessors of the device; None: asks it
+    """
+
+    def __init__(self, blocks: Mapping[int, TransformerBlock], num_sms: int | None = None) -> None:
+        first = next(iter(blocks.values()))
+        self.span = BlockSpan(min(blocks), max(blocks) + 1)
+        self.config, self.dtype, self.device = first.config, first.dtype, first.device
+        self._num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
+        is_packed = any(isinstance(block.weights.qkv, PackedWeight) for block in blocks.values())
+        workspace = SplitWorkspace.allocate(self.device, self._num_sms) if is_packed else None
+        self._blocks = {index: KernelBlock(block, workspace) for index, block in blocks.items()}
+        self._windows = {block.window for block in blocks.values()}
+        self._rope = first.rope
+        self._angles = torch.empty(0)
+
+    @property
+    def is_length_dependent(self) -> bool:
+        """Whether a token's angles depend on the length of its row, so that ``cos_sin`` is needed."""
+        return self._rope.is_length_dependent
+
+    def forward_paged(
+        self, blocks: BlockSpan, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
+    ) -> torch.Tensor:
+        """As ``PagedSpan``. Rows of one token cost least where they come first.
+
+        ``cos_sin`` may be empty unless ``is_length_dependent``.
+        """
+        rows, states = kernel_rows(batch), self.make_states(len(hidden))
+        rotation = self._rotation_of(cos_sin) if self.is_length_dependent else self._rotation(batch.longest)
+        num_decodes = 0 if rows.decode is None else len(rows.decode.context_lens)
+        states.enter(hidden)
+        plan = StepPlan(rotation, self._decode_plans(num_decodes, kv))
+        self.compute(blocks, states, rows, kv, plan)
+        return states.leave(len(hidden))
+
+    def make_states(self, tokens: int) -> StepStates:
+        return StepStates.empty(tokens, self.config, self.dtype, self.device)
+
+    def plan_decode(self, num_rows: int, kv: PagedKV, end: int) -> StepPlan:
+        """For steps of ``num_rows`` rows of one token, padding included, at positions below ``end``.
+
+        Not where angles depend on the length of a row.
+        """
+        return StepPlan(self._rotation(end), self._decode_plans(num_rows, kv))
+
+    def compute(
+        self, blocks: BlockSpan, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan
+    ) -> None:
+        """The states through ``blocks``, in place; keys and values of the new tokens into their pages."""
+        for index in blocks:
+            self._blocks[index].compute(states, rows, kv, plan)
+
+    def _decode_plans(self, num_rows: int, kv: PagedKV) -> Mapping[int | None, DecodePlan]:
+        """They do not depend on lengths, or kernels would be compiled for new ones in the middle of serving."""
+        if not num_rows:
+            return {}
+        num_heads, longest = self.config.num_heads, self.config.max_positions
+        return {
+            window: DecodePlan.create(num_rows, num_heads, kv, self._num_sms, min(longest, window or longest))
+            for window in self._windows
+        }
+
+    def _rotation(self, end: int) -> Rotation:
+        """For positions below ``end``."""
+        if len(self._angles) < end:
+            self._angles = self._rope.table(max(end, _FIRST_POSITIONS, 2 * len(self._angles)))
+        return Rotation(self._angles)
+
+    def _rotation_of(self, cos_sin: CosSin) -> Rotation:
+        """Of tokens whose angles these are, ``[T, D]`` each with both halves the same."""
+        half = self.config.head_dim // 2
+        angles = torch.stack([part[:, :half].float() for part in cos_sin], dim=1)
+        return Rotation(angles, torch.arange(len(angles), dtype=torch.int32, device=self.device))
+
+
+class KernelBlock:
+    """One block as a sequence of launches. Blocks share ``workspace``, which packed weights need."""
+
+    def __init__(self, block: TransformerBlock, workspace: SplitWorkspace | None) -> None:
+        config, weights = block.config, block.weights
+        self.index = block.index
+        self._window = block.window
+        self._rule = AttentionRule(config.head_dim**-0.5, block.window)
+        self._activation = config.activation
+        self._input_norm = Norm(weights.input_norm, config.norm_eps)
+        self._mlp_norm = Norm(weights.mlp_norm, config.norm_eps)
+        self._head_norms = (
+            None
+            if weights.q_norm is None or weights.k_norm is None
+            else HeadNorms(weights.q_norm, weights.k_norm, config.norm_eps)
+        )
+        self._qkv = Projection(weights.qkv, weights.qkv_bias, workspace)
+        self._output = Projection(weights.output, weights.output_bias, workspace)
+        self._gate_up = Projection(weights.gate_up, weights.gate_up_bias, workspace)
+        self._down = Projection(weights.down, weights.down_bias, workspace)
+
+    def compute(self, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan) -> None:
+        """As ``KernelSpan.compute``."""
+        add_norm(states.delta, states.residual, self._input_norm, states.normed)
+        self._qkv.multiply(states.normed, states.qkv)
+        rope_and_write(states.qkv, states.q, kv, rows.places, self.index, plan.rotation, self._head_norms)
+        self._attend(states, rows, kv, plan)
+        self._output.multiply(states.attended.flatten(1), states.delta)
+        add_norm(states.delta, states.residual, self._mlp_norm, states.normed)
+        self._gate_up.multiply(states.normed, states.gate_up)
+        gated_activation(states.gate_up, states.activated, self._activation)
+        self._down.multiply(states.activated, states.delta)
+
+    def _attend(self, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan) -> None:
+        q, out, first = states.q, states.attended, 0
+        if rows.decode is not None:
+            first = len(rows.decode.context_lens)
+            decode = plan.decode[self._window]
+            decode_attention(q[:first], kv, rows.decode, self.index, self._rule, decode, out[:first])
+        if rows.prefill is not None:
+            prefill_attention(q[first:], kv, rows.prefill, self.index, self._rule, out[first:])
+
+
+class Projection:
+    """The product with one weight, and its bias, in one launch. ``workspace``: for a packed weight."""
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, workspace: SplitWorkspace | None) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._workspace = workspace
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = x @ weight.T + bias``; x ``[T, in]``, out ``[T, out]``."""
+        if isinstance(self._weight, PackedWeight):
+            assert self._workspace is not None
+            quantized_linear(x, self._weight, self._bias, out, self._workspace)
+        elif self._bias is None:
+            torch.mm(x, self._weight.t(), out=out)
+        else:
+            torch.addmm(self._bias, x, self._weight.t(), out=out)
