@@ -119,7 +119,7 @@ class LocalModel:
             kv = asyncio.run(pool.reserve(KVRequest(0, self.config.num_blocks, 1, row_tokens), 0.0))
             kv.extend(context + tokens)
             items.append(BatchItem(self.span, kv, 1, context, tokens, context + tokens, part))
-        batch = build_batch(items, pool, CPU).ragged
+        batch = build_batch(items, pool).ragged
         cos_sin = self.rope.cos_sin(batch.positions)
         span, whole = paged_span(self.blocks, threads), self.span
 

@@ -35,9 +35,9 @@ class BatchItem:
     start    position of the first new token, the same in every row
     tokens   new tokens in each row
     step_end position after the whole step, of which this may be a chunk: ``>= start + tokens``
-    hidden   ``[rows * tokens, M]`` in the model's dtype on the device, row after row
-    prompts  None, or ``[len(span), rows or 1, prefix, M]`` with prefix <= tokens, likewise: slice k is added to
-             each row's first ``prefix`` tokens at the input of the span's block k
+    hidden   ``[rows * tokens, M]`` in the model's dtype on the CPU, row after row
+    prompts  None, or ``[len(span), rows or 1, prefix, M]`` with prefix <= tokens, on the device: slice k is added
+             to each row's first ``prefix`` tokens at the input of the span's block k
     """
 
     span: BlockSpan
@@ -63,19 +63,16 @@ class ItemBatch:
     item_rows: list[slice]
 
 
-def build_batch(items: Sequence[BatchItem], pool: KVPool, device: torch.device) -> ItemBatch:
-    """Lay the items out and look up their pages. The pool's copies must have been applied."""
-    starts = [item.start for item in items for _ in range(item.rows)]
-    lengths = [item.tokens for item in items for _ in range(item.rows)]
+def build_batch(items: Sequence[BatchItem], pool: KVPool) -> ItemBatch:
+    """Lay the items out on the CPU and look up their pages. The pool's copies must have been applied."""
+    starts, lengths = row_shapes(items)
     contexts = [start + length for start, length in zip(starts, lengths, strict=True)]
     page_tokens = pool.kv.page_tokens
     origins = np.empty((len(starts), -(-max(contexts) // page_tokens)), dtype=np.int32)
     origins_table = torch.from_numpy(origins)
     pool.fill_origins([item.kv for item in items], origins_table)
-    index = _index_decode if max(lengths) == 1 else _index_tokens
+    index = index_decode if max(lengths) == 1 else index_tokens
     indices = torch.from_numpy(index(starts, lengths, origins, page_tokens))
-    if device.type != "cpu":
-        indices, origins_table = indices.to(device), origins_table.to(device)
     positions, write_origins, write_offsets = indices.unbind()
     ragged = RaggedBatch(
         token_bounds=list(accumulate(lengths, initial=0)),
@@ -85,10 +82,16 @@ def build_batch(items: Sequence[BatchItem], pool: KVPool, device: torch.device) 
         write_origins=write_origins,
         write_offsets=write_offsets,
     )
-    return ItemBatch(ragged, *_item_bounds(items))
+    return ItemBatch(ragged, *item_bounds(items))
 
 
-def _index_tokens(
+def row_shapes(items: Sequence[BatchItem]) -> tuple[list[int], list[int]]:
+    """Of each row: the position of its first new token, and how many there are."""
+    starts = [item.start for item in items for _ in range(item.rows)]
+    return starts, [item.tokens for item in items for _ in range(item.rows)]
+
+
+def index_tokens(
     starts: list[int], lengths: list[int], origins: npt.NDArray[np.int32], page_tokens: int
 ) -> npt.NDArray[np.int64]:
     """``[3, T]``: positions, write origins and write offsets of all tokens, from the rows' figures."""
@@ -99,10 +102,10 @@ def _index_tokens(
     return np.stack((positions, origins[rows, runs], positions - runs * page_tokens))
 
 
-def _index_decode(
+def index_decode(
     starts: list[int], lengths: list[int], origins: npt.NDArray[np.int32], page_tokens: int
 ) -> npt.NDArray[np.int64]:
-    """``_index_tokens`` where each row has one token. A few rows in plain Python cost less than array calls."""
+    """``index_tokens`` where each row has one token. A few rows in plain Python cost less than array calls."""
     places = [divmod(start, page_tokens) for start in starts]
     write_origins = [origins.item(row, run) for row, (run, _) in enumerate(places)]
     return np.array([starts, write_origins, [offset for _, offset in places]])
@@ -115,7 +118,8 @@ def step_ends(items: Sequence[BatchItem]) -> torch.Tensor:
     )
 
 
-def _item_bounds(items: Sequence[BatchItem]) -> tuple[list[slice], list[slice]]:
+def item_bounds(items: Sequence[BatchItem]) -> tuple[list[slice], list[slice]]:
+    """The slices of ``ItemBatch``: each item's tokens, and its rows."""
     tokens, rows = [], []
     token = row = 0
     for item in items:
@@ -124,11 +128,16 @@ def _item_bounds(items: Sequence[BatchItem]) -> tuple[list[slice], list[slice]]:
     return tokens, rows
 
 
+def selected_tokens(item_tokens: Sequence[slice], chosen: Sequence[int]) -> npt.NDArray[np.int64]:
+    """``[T']``: the tokens of the chosen items, whose slices ``item_tokens`` has, in the whole batch."""
+    tokens: npt.NDArray[np.int64] = np.r_[*(item_tokens[i] for i in chosen)]
+    return tokens
+
+
 def select_items(batch: ItemBatch, chosen: Sequence[int]) -> tuple[RaggedBatch, torch.Tensor]:
-    """The batch of some of the items, and ``[T']`` int64: which tokens of the whole batch its tokens are."""
+    """The batch on the CPU of some of the items, and ``[T']`` int64: which tokens of the whole its tokens are."""
     whole = batch.ragged
-    device = whole.positions.device
-    tokens = torch.from_numpy(np.r_[*(batch.item_tokens[i] for i in chosen)]).to(device)
+    tokens = torch.from_numpy(selected_tokens(batch.item_tokens, chosen))
     rows = np.r_[*(batch.item_rows[i] for i in chosen)].tolist()
     bounds = [0]
     for row in rows:
@@ -137,7 +146,7 @@ def select_items(batch: ItemBatch, chosen: Sequence[int]) -> tuple[RaggedBatch, 
         token_bounds=bounds,
         context_lens=[whole.context_lens[row] for row in rows],
         positions=whole.positions[tokens],
-        origins=whole.origins[torch.tensor(rows, device=device)],
+        origins=whole.origins[torch.tensor(rows)],
         write_origins=whole.write_origins[tokens],
         write_offsets=whole.write_offsets[tokens],
     )

@@ -26,6 +26,7 @@ from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.session import EngineSession
+from petalsd.engine.staging import InPlace, Staged
 from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import (
@@ -148,7 +149,8 @@ class Engine:
         served = ServedSpan.of(blocks, pool, rope)
         await self.drop_span(f"blocks {served.span} are served instead")
         span = paged_span(blocks, self._num_threads or torch.get_num_threads())
-        runner = SpanRunner(span, pool, rope, self.device)
+        staging = InPlace() if self.device.type == "cpu" else Staged(self.device, max_runs=0)
+        runner = SpanRunner(span, pool, rope, staging)
         core = EngineCore(
             served, runner, self.limits, self.device, thread.outbox, self._progress, self._observer
         )

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import torch
 
-from petalsd.engine.batch import BatchItem, ItemBatch, build_batch, select_items, step_ends
+from petalsd.engine.batch import BatchItem, step_ends
+from petalsd.engine.staging import Part, Staging
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles
 from petalsd.models.paged_span import CosSin, PagedSpan
@@ -42,11 +43,11 @@ def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
 class SpanRunner:
     """Computes batches over the blocks of one loaded span. Lives on the engine thread."""
 
-    def __init__(self, span: PagedSpan, pool: KVPool, rope: Angles, device: torch.device) -> None:
+    def __init__(self, span: PagedSpan, pool: KVPool, rope: Angles, staging: Staging) -> None:
         self._span = span
         self._pool = pool
         self._rope = rope
-        self._device = device
+        self._staging = staging
 
     def run(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
         """Compute the items; one ``[rows * tokens, M]`` CPU tensor in the model's dtype for each.
@@ -54,37 +55,43 @@ class SpanRunner:
         Writes the keys and values of the new tokens. Raises what computing raises; running the same items again
         then is safe, because the same places are written.
         """
-        batch = build_batch(items, self._pool, self._device)
+        # Kernels take single tokens together when they come first.
+        order = sorted(range(len(items)), key=lambda index: items[index].tokens > 1)
+        answers = self._run_ordered([items[index] for index in order])
+        by_index = dict(zip(order, answers, strict=True))
+        return [by_index[index] for index in range(len(items))]
+
+    def _run_ordered(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
+        segments = split_segments([item.span for item in items])
+        parts = [segment.items for segment in segments if len(segment.items) < len(items)]
+        batch, staged_parts = self._staging.build(items, self._pool, parts)
         seq_lens = step_ends(items) if self._rope.is_length_dependent else None
-        cos_sin = self._rope.cos_sin(batch.ragged.positions, seq_lens, max(batch.ragged.context_lens))
-        hidden = items[0].hidden if len(items) == 1 else torch.cat([item.hidden for item in items])
+        cos_sin = self._rope.cos_sin(batch.ragged.positions, seq_lens, batch.ragged.longest)
+        hidden = self._staging.bring([item.hidden for item in items])
         if any(item.prompts is not None for item in items):
             hidden = hidden.clone()  # prompts are added in place, and these may be the client's own states
-        span = items[0].span
-        if len(items) == 1 or all(item.span == span for item in items):
-            hidden = self._walk(span, items, hidden, batch.ragged, cos_sin)
-        else:
-            for segment in split_segments([item.span for item in items]):
-                hidden = self._run_segment(segment, items, batch, hidden, cos_sin)
-        answer = hidden.cpu().contiguous()
+        remaining = iter(staged_parts)
+        for segment in segments:
+            if len(segment.items) == len(items):
+                hidden = self._walk(segment.blocks, items, hidden, batch.ragged, cos_sin)
+            else:
+                active = [items[index] for index in segment.items]
+                hidden = self._walk_part(segment.blocks, active, hidden, next(remaining), cos_sin)
+        answer = self._staging.fetch(hidden)
         return [answer[tokens] for tokens in batch.item_tokens] if len(items) > 1 else [answer]
 
-    def _run_segment(
+    def _walk_part(
         self,
-        segment: Segment,
+        blocks: BlockSpan,
         items: Sequence[BatchItem],
-        batch: ItemBatch,
         hidden: torch.Tensor,
+        part: Part,
         cos_sin: CosSin,
     ) -> torch.Tensor:
-        """Take the segment's items through its blocks; the states of the others pass unchanged."""
-        active = [items[i] for i in segment.items]
-        if len(active) == len(items):
-            return self._walk(segment.blocks, active, hidden, batch.ragged, cos_sin)
-        part, tokens = select_items(batch, segment.items)
-        chosen = tuple(of_all[tokens] for of_all in cos_sin)
-        states = self._walk(segment.blocks, active, hidden[tokens], part, chosen)
-        return hidden.index_copy(0, tokens, states)
+        """Take some items through blocks; the states of the others in ``hidden`` pass unchanged."""
+        chosen = tuple(of_all[part.tokens] for of_all in cos_sin)
+        states = self._walk(blocks, items, hidden[part.tokens], part.ragged, chosen)
+        return hidden.index_copy(0, part.tokens, states)
 
     def _walk(
         self,

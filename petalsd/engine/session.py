@@ -19,8 +19,8 @@ class StepJob:
 
     arrived_at  when it was handed in (``time.monotonic``)
     begun_at    when its first token's turn came, likewise
-    hidden      ``[B, n, M]``, once loaded in the model's dtype on the device
-    prompts     None, or ``[len(span), B or 1, prefix, M]``, likewise
+    hidden      ``[B, n, M]``, once loaded in the model's dtype, on the CPU
+    prompts     None, or ``[len(span), B or 1, prefix, M]``, likewise, on the device
     num_tokens  n
     num_done    tokens of each row computed so far
     output      ``[B, n, M]`` on the CPU, filled as chunks come; None while nothing is
@@ -43,8 +43,8 @@ class StepJob:
         return cls(step, answer, time.monotonic(), step.hidden, prompts, step.hidden.shape[1])
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Cast and move the tensors."""
-        self.hidden = self.hidden.to(device, dtype)
+        """Cast the tensors, and move the prompts; the states go to the device with those of their batch."""
+        self.hidden = self.hidden.to(dtype)
         if self.prompts is not None:
             self.prompts = self.prompts.to(device, dtype)
 

@@ -63,7 +63,7 @@ async def test_tokens_are_written_where_the_page_table_says(shapes: list[tuple[i
     pool = KVPool(KVGeometry(4, 1, 8, 4), 400, torch.float32, CPU)
     pool.allocate()
     items = await make_items(pool, shapes)
-    batch = build_batch(items, pool, CPU)
+    batch = build_batch(items, pool)
     ragged = batch.ragged
     rows = [(start, tokens) for rows, start, tokens in shapes for _ in range(rows)]
     assert ragged.context_lens == [start + tokens for start, tokens in rows]
@@ -85,8 +85,8 @@ async def test_selecting_items_gives_their_own_batch() -> None:
     pool = KVPool(KVGeometry(4, 1, 8, 4), 400, torch.float32, CPU)
     pool.allocate()
     items = await make_items(pool, [(2, 3, 6), (1, 0, 1), (1, 5, 9), (2, 12, 1)])
-    part, tokens = select_items(build_batch(items, pool, CPU), [1, 3])
-    alone = build_batch([items[1], items[3]], pool, CPU).ragged
+    part, tokens = select_items(build_batch(items, pool), [1, 3])
+    alone = build_batch([items[1], items[3]], pool).ragged
     assert tokens.tolist() == [12, 22, 23]
     assert (part.token_bounds, part.context_lens) == (alone.token_bounds, alone.context_lens)
     for name in ("positions", "write_origins", "write_offsets"):
