@@ -93,6 +93,15 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
             "prefill_chunk_tokens", "Tokens of prefill that a batch took along beside decode", _POWERS_OF_TWO
         ),
     ),
+    "Captured graphs": (
+        _gauge("graphs", "Captured steps of blocks, over all sizes of batches; 0 where steps are not captured"),
+        _gauge("graph_memory_bytes", "Memory of the device that they take"),
+        _counter(
+            "graph_runs_total",
+            "Runs of blocks in steps, by whether graphs were replayed or their kernels launched one by one",
+            "outcome",
+        ),
+    ),
     "Latency": (
         _histogram("batch_seconds", "What the device took for one batch of steps", _LATENCY_S),
         _histogram("step_seconds", "From handing a step to the engine to its answer", _LATENCY_S, "phase"),

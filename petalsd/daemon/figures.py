@@ -92,6 +92,9 @@ class Figures:
         yield Reading("session_rows_limit", self._plan.limits.max_sessions)
         yield Reading("queued_passes", stats.queued_passes)
 
+        yield Reading("graphs", stats.graphs)
+        yield Reading("graph_memory_bytes", stats.graph_bytes)
+
     def _cache(self) -> Iterator[Reading]:
         pool = self._parts.engine.pool
         stats = None if pool is None else pool.stats()

@@ -26,6 +26,8 @@ class EngineRecorder:
         self._forward = _Direction(metrics, "forward")
         self._backward = _Direction(metrics, "backward")
         self._admission_seconds = metrics.histogram("session_admission_seconds")
+        runs = metrics.counter("graph_runs_total")
+        self._graph_runs = {True: runs.labels("replayed"), False: runs.labels("launched")}
 
     def batch_done(self, report: BatchReport) -> None:
         self._batch_seconds.observe(report.duration_s)
@@ -47,6 +49,9 @@ class EngineRecorder:
         direction.tokens.inc(timing.tokens)
         direction.queue_seconds.observe(timing.queue_s)
         direction.seconds.observe(timing.total_s)
+
+    def span_computed(self, *, is_replayed: bool) -> None:
+        self._graph_runs[is_replayed].inc()
 
     def session_admitted(self, wait_s: float) -> None:
         self._admission_seconds.observe(wait_s)

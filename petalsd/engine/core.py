@@ -16,6 +16,7 @@ from petalsd.device_faults import raise_if_lost
 from petalsd.engine.batch import BatchItem
 from petalsd.engine.fair_queue import Job
 from petalsd.engine.gathering import Gathering
+from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import BatchReport, EngineObserver, StepTiming
@@ -128,6 +129,11 @@ class EngineCore:
         self._inference_mode = torch.inference_mode()
         passes = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
         self.passes = PassLane(passes, attention, outbox)
+
+    @property
+    def graphs(self) -> GraphedSpan | None:
+        """Captured steps of the span; None where nothing is captured."""
+        return self._runner.graphs
 
     @property
     def has_work(self) -> bool:

@@ -19,14 +19,14 @@ import torch
 
 from petalsd.engine.checks import check_pass, check_session, check_span
 from petalsd.engine.core import EngineCore, Progress, ServedSpan
+from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.handle import Session, SessionInfo
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver, NullObserver
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
-from petalsd.engine.runner import SpanRunner
+from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.session import EngineSession
-from petalsd.engine.staging import InPlace, Staged
 from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import (
@@ -43,7 +43,6 @@ from petalsd.errors import (
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.models.contract import Angles, Block
-from petalsd.models.native_span import paged_span
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -63,6 +62,7 @@ class EngineStats:
     busy_since_monotonic_s  since when the device has been at what it does now; None while it is idle
     busy_tokens             tokens of what it does now, or did last
     slowest_token_s         seconds per token of the slowest batches so far
+    graphs, graph_bytes     captured steps, and the device memory that they take
     """
 
     sessions: int
@@ -75,12 +75,15 @@ class EngineStats:
     busy_since_monotonic_s: float | None
     busy_tokens: int
     slowest_token_s: float
+    graphs: int = 0
+    graph_bytes: int = 0
 
 
 class Engine:
     """Computes steps and passes on ``device``, with ``num_threads`` CPU threads (0: torch's own choice).
 
-    ``observer`` is told of what clients get. ``device_loss`` is set when the device is lost to this process.
+    ``observer`` is told of what clients get; ``runners`` make what computes, by default without captured graphs.
+    ``device_loss`` is set when the device is lost to this process.
     """
 
     def __init__(
@@ -89,11 +92,13 @@ class Engine:
         device: torch.device,
         num_threads: int = 0,
         observer: EngineObserver | None = None,
+        runners: RunnerFactory | None = None,
     ) -> None:
         self.limits = limits
         self.device = device
         self._num_threads = num_threads
         self._observer = observer or NullObserver()
+        self._runners = runners or RunnerFactory(device, num_threads, limits, self._observer)
         self._progress = Progress()
         self._keys = itertools.count()
         self._thread: EngineThread | None = None
@@ -143,14 +148,21 @@ class Engine:
     def hidden_size(self) -> int | None:
         return self._core.served.hidden_size if self._core else None
 
+    @property
+    def graphs(self) -> GraphedSpan | None:
+        """Captured steps of what is served; None where none were wanted."""
+        return self._core.graphs if self._core else None
+
+    async def measure_graphs(self, blocks: Mapping[int, Block], pool: KVPool) -> int:
+        """Device memory that captured steps of these blocks take, whatever the size of ``pool``; may be 0."""
+        return await self._runners.measure_graphs(blocks, pool.kv, self._running_thread())
+
     async def load_span(self, blocks: Mapping[int, Block], pool: KVPool, rope: Angles) -> None:
         """Serve these blocks, which are consecutive, with the pages of ``pool``, instead of those before."""
         thread = self._running_thread()
         served = ServedSpan.of(blocks, pool, rope)
         await self.drop_span(f"blocks {served.span} are served instead")
-        span = paged_span(blocks, self._num_threads or torch.get_num_threads())
-        staging = InPlace() if self.device.type == "cpu" else Staged(self.device, max_runs=0)
-        runner = SpanRunner(span, pool, rope, staging)
+        runner = await self._runners.make(served, thread)
         core = EngineCore(
             served, runner, self.limits, self.device, thread.outbox, self._progress, self._observer
         )
@@ -277,7 +289,7 @@ class Engine:
         self._is_lost.set()
 
     def stats(self) -> EngineStats:
-        progress = self._progress
+        progress, graphs = self._progress, self.graphs
         return EngineStats(
             sessions=sum(session.spec.peer != CANARY_PEER for session in self._sessions),
             rows=self._num_rows,
@@ -289,6 +301,8 @@ class Engine:
             busy_since_monotonic_s=progress.busy_since_monotonic_s,
             busy_tokens=progress.busy_tokens,
             slowest_token_s=progress.slowest_token_s,
+            graphs=0 if graphs is None else graphs.num_graphs,
+            graph_bytes=0 if graphs is None else graphs.nbytes,
         )
 
     def open_sessions(self) -> list[SessionInfo]:

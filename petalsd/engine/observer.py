@@ -46,6 +46,9 @@ class EngineObserver(Protocol):
     def pass_done(self, timing: PassTiming) -> None:
         """On the engine thread."""
 
+    def span_computed(self, *, is_replayed: bool) -> None:
+        """On the engine thread, where steps are captured: blocks were computed in a step, by graphs or without."""
+
     def session_admitted(self, wait_s: float) -> None:
         """On the loop: a session got its pages, after waiting for them."""
 
@@ -57,6 +60,9 @@ class NullObserver:
         pass
 
     def pass_done(self, timing: PassTiming) -> None:
+        pass
+
+    def span_computed(self, *, is_replayed: bool) -> None:
         pass
 
     def session_admitted(self, wait_s: float) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 
 from petalsd.engine.batch import BatchItem, step_ends
+from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.staging import Part, Staging
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles
@@ -48,6 +49,11 @@ class SpanRunner:
         self._pool = pool
         self._rope = rope
         self._staging = staging
+
+    @property
+    def graphs(self) -> GraphedSpan | None:
+        """To be captured on the engine thread before the first batch; None where nothing is."""
+        return self._span if isinstance(self._span, GraphedSpan) else None
 
     def run(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
         """Compute the items; one ``[rows * tokens, M]`` CPU tensor in the model's dtype for each.

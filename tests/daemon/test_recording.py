@@ -49,6 +49,15 @@ def test_a_chunk_is_what_goes_beside_decode() -> None:
     assert value(metrics, "petalsd_prefill_chunk_tokens_count") == 0
 
 
+def test_replayed_and_launched_runs_of_blocks() -> None:
+    """Both series are there from the start."""
+    metrics = Metrics()
+    recorder = EngineRecorder(metrics)
+    recorder.span_computed(is_replayed=True)
+    assert value(metrics, "petalsd_graph_runs_total", outcome="replayed") == 1
+    assert value(metrics, "petalsd_graph_runs_total", outcome="launched") == 0
+
+
 def test_passes_by_direction() -> None:
     metrics = Metrics()
     recorder = EngineRecorder(metrics)

@@ -1,0 +1,120 @@
+"""Run by ``test_gpu_graphs`` in a process without Triton's interpreter: captured steps on a real GPU, in bfloat16.
+
+Prints one JSON object: what a step launches, and how far replays are from steps that are launched anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petalsd.engine.batch import BatchItem
+from petalsd.engine.graphed_span import GraphedSpan, GraphLimits
+from petalsd.engine.graphs import CudaGraphs
+from petalsd.engine.observer import NullObserver
+from petalsd.engine.staging import Staged
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.session import KVRequest
+from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.block_config import BlockConfig
+from petalsd.models.kernel_span import KernelSpan
+from petalsd.models.rope import Rope
+from petalsd.models.source import ModelSource
+from petalsd.models.weights import load_block
+from petalsd.types import BlockSpan
+from tests.tiny_models import make_tiny
+
+DEVICE, DTYPE = torch.device("cuda:0"), torch.bfloat16
+LIMITS = GraphLimits(max_rows=8, max_runs=16, max_tokens=256)
+SPAN = BlockSpan(0, 2)
+PAGE_TOKENS = 32
+STARTS = [40, 3, 0, 150, 9]
+
+
+class KeptGraphs(CudaGraphs):
+    """Keeps what it captures, to be looked into."""
+
+    def __init__(self) -> None:
+        super().__init__(DEVICE, is_inspected=True)
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+
+    def capture(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        self.graphs.append(super().capture(compute))
+        return self.graphs[-1]
+
+
+def load(path: Path) -> KernelSpan:
+    make_tiny("llama", path, num_hidden_layers=len(SPAN), head_dim=64, hidden_size=256)
+    source = ModelSource(str(path))
+    config = BlockConfig.from_hf(source.config())
+    rope = Rope(config, DTYPE, DEVICE)
+    return KernelSpan({index: load_block(source, config, index, DTYPE, DEVICE, rope=rope) for index in SPAN})
+
+
+def make_pool(span: KernelSpan) -> KVPool:
+    """Full of random keys and values."""
+    geometry = KVGeometry(PAGE_TOKENS, span.config.num_kv_heads, span.config.head_dim, DTYPE.itemsize)
+    pool = KVPool(geometry, 100, DTYPE, DEVICE)
+    for slab in pool.allocate().slabs:
+        slab.normal_()
+    return pool
+
+
+async def make_items(pool: KVPool, hidden: torch.Tensor) -> list[BatchItem]:
+    """A row with a new token at each of ``STARTS``."""
+    items = []
+    for start, states in zip(STARTS, hidden.split(1), strict=True):
+        kv = await pool.reserve(KVRequest(0, len(SPAN), 1, start + 1), timeout_s=0)
+        kv.extend(start + 1)
+        items.append(BatchItem(SPAN, kv, 1, start, 1, start + 1, states))
+    return items
+
+
+def kernels_of(graph: torch.cuda.CUDAGraph) -> list[str] | None:
+    """Their names; None where the driver or its bindings are too old to tell."""
+    try:
+        nodes: list[dict[str, Any]] = graph.get_graph_data()["nodes"]
+    except RuntimeError:
+        return None
+    return [node["kernel_name"] or node["node_type"] for node in nodes]
+
+
+@torch.inference_mode()
+def compare(span: KernelSpan) -> dict[str, object]:
+    pool, staging, graphs = make_pool(span), Staged(DEVICE, LIMITS.max_runs), KeptGraphs()
+    items = asyncio.run(make_items(pool, torch.randn(len(STARTS), span.config.hidden_size, dtype=DTYPE)))
+    batch = staging.build(items, pool, [])[0].ragged
+    hidden = staging.bring([item.hidden for item in items])
+    eager = span.forward_paged(SPAN, hidden, pool.kv, batch, ())
+    graphed = GraphedSpan(span, pool.kv, LIMITS, graphs, NullObserver())
+    graphed.capture()
+    whole = graphed.forward_paged(SPAN, hidden, pool.kv, batch, ())
+    chain = hidden
+    for block in SPAN:
+        chain = graphed.forward_paged(BlockSpan(block, block + 1), chain, pool.kv, batch, ())
+    return {
+        "failure": graphed.failure,
+        "num_graphs": graphed.num_graphs,
+        "bytes": graphed.nbytes,
+        "kernels": kernels_of(graphs.graphs[0]) if graphs.graphs else None,
+        "error": float((whole - eager).float().abs().max() / eager.float().abs().max()),
+        "error_of_a_chain": float((chain - whole).float().abs().max() / whole.float().abs().max()),
+        "arrives": bool(staging.fetch(whole).isfinite().all()),
+    }
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        json.dump(compare(load(Path(directory))), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

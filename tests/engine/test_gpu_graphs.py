@@ -1,0 +1,50 @@
+"""Captured steps on a real GPU; what ``recorded_graphs`` stands for elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+BFLOAT16_STEP = 2.0**-7  # a product of another size may be summed in another order
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What ``gpu_graphs`` prints; it needs compiled kernels, and this process interprets them."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.engine.gpu_graphs"],
+        env=environment, capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_steps_are_captured(found: Any) -> None:
+    """Every block and the whole span for every bucket, and none of it reads memory that is gone."""
+    assert found["failure"] is None
+    assert found["num_graphs"] == 4 * 3
+    assert found["bytes"] > 0
+
+
+def test_a_replay_equals_a_step_that_is_launched(found: Any) -> None:
+    """Up to what the padding changes in the products; and the answer reaches the host."""
+    assert found["error"] <= BFLOAT16_STEP
+    assert found["error_of_a_chain"] <= BFLOAT16_STEP
+    assert found["arrives"]
+
+
+def test_a_block_is_at_most_ten_launches(found: Any) -> None:
+    """Counted in the captured graph."""
+    if found["kernels"] is None:
+        pytest.skip("the driver or its bindings cannot list a graph")
+    assert len(found["kernels"]) <= 10

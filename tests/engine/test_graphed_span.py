@@ -1,0 +1,255 @@
+"""Captured decode steps on the CPU: Triton's interpreter computes, ``recorded_graphs`` stands for CUDA's.
+
+What this cannot show is said there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalsd.engine.batch import BatchItem
+from petalsd.engine.graphed_span import GraphedSpan, GraphLimits, StepMemory
+from petalsd.engine.graphs import GraphBackend
+from petalsd.engine.observer import EngineObserver, NullObserver
+from petalsd.engine.staging import Staged
+from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.session import KVRequest, KVSession
+from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.paged_span import PagedSpan
+from petalsd.ops.decode_batch import DECODE_BUCKETS, bucket_of
+from petalsd.ops.launching import Launch
+from petalsd.ops.ragged import RaggedBatch
+from petalsd.types import BlockSpan
+from tests.engine.recorded_graphs import LaunchedGraphs, RecordedGraph, RecordedGraphs, recording
+from tests.models.kernel_blocks import kernel_span
+from tests.models.test_block import CPU, Case
+from tests.numeric import assert_close
+
+LIMITS = GraphLimits(max_rows=4, max_runs=16, max_tokens=256)
+WHOLE = BlockSpan(0, 2)
+SINGLES = [BlockSpan(block, block + 1) for block in WHOLE]
+PAGE_TOKENS = 16
+STARTS = [20, 3, 0]
+
+
+class Counter(NullObserver):
+    """Counts what is replayed and what is not."""
+
+    def __init__(self) -> None:
+        self.runs = {True: 0, False: 0}
+
+    def span_computed(self, *, is_replayed: bool) -> None:
+        self.runs[is_replayed] += 1
+
+
+class Scene:
+    """Two blocks, pages full of NaN, and rows at different places whose contexts are random."""
+
+    def __init__(self, case: Case, starts: list[int]) -> None:
+        self.span = kernel_span(case.blocks[: len(WHOLE)])
+        self.staging = Staged(CPU, LIMITS.max_runs)
+        geometry = KVGeometry(PAGE_TOKENS, case.config.num_kv_heads, case.config.head_dim, 4)
+        self.pool = KVPool(geometry, 64, torch.float32, CPU)
+        self.pool.allocate()
+        hidden = torch.randn(len(starts), case.config.hidden_size, generator=torch.Generator().manual_seed(3))
+        self.items = [
+            BatchItem(WHOLE, asyncio.run(self._reserve(start)), 1, start, 1, start + 1, states)
+            for start, states in zip(starts, hidden.split(1), strict=True)
+        ]
+
+    async def _reserve(self, start: int) -> KVSession:
+        kv = await self.pool.reserve(KVRequest(0, len(WHOLE), 1, 64), timeout_s=0)
+        kv.extend(start + 1)
+        return kv
+
+    def batch(self) -> RaggedBatch:
+        """Of the new tokens, whose contexts are the same each time; all else in the pages is NaN."""
+        batch, _ = self.staging.build(self.items, self.pool, [])
+        generator = torch.Generator().manual_seed(4)
+        for slab in self.pool.kv.slabs:
+            slab.fill_(torch.nan)
+            for row, item in enumerate(self.items):
+                for position in range(item.start):
+                    origin = int(batch.ragged.origins[row, position // PAGE_TOKENS])
+                    for block in WHOLE:
+                        place = slab[origin + block, position % PAGE_TOKENS]
+                        place.copy_(torch.randn(place.shape, generator=generator))
+        return batch.ragged
+
+    @torch.inference_mode()
+    def step(self, span: PagedSpan, runs: Sequence[BlockSpan] = (WHOLE,)) -> torch.Tensor:
+        """The new tokens through ``runs``."""
+        batch, hidden = self.batch(), self.staging.bring([item.hidden for item in self.items])
+        for run in runs:
+            hidden = span.forward_paged(run, hidden, self.pool.kv, batch, ())
+        return hidden
+
+    def capture(self, graphs: GraphBackend, observer: EngineObserver | None = None) -> GraphedSpan:
+        graphed = GraphedSpan(self.span, self.pool.kv, LIMITS, graphs, observer or NullObserver())
+        graphed.capture()
+        return graphed
+
+
+class Captured(Scene):
+    """With its steps captured."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, STARTS)
+        self.counter, self.graphs = Counter(), RecordedGraphs()
+        self.graphed = self.capture(self.graphs, self.counter)
+        assert self.graphed.failure is None
+
+    @property
+    def memory(self) -> StepMemory:
+        assert self.graphed._memory is not None
+        return self.graphed._memory
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("model"), "llama", {"num_hidden_layers": 2})
+
+
+@pytest.fixture(scope="module")
+def captured(case: Case) -> Captured:
+    return Captured(case)
+
+
+@given(st.integers(1, 80))
+def test_a_bucket_is_the_smallest_that_holds_the_rows(rows: int) -> None:
+    """And there is none above the largest."""
+    bucket = bucket_of(rows)
+    if bucket is None:
+        assert rows > DECODE_BUCKETS[-1]
+    else:
+        assert bucket in DECODE_BUCKETS and bucket >= rows
+        assert all(smaller < rows for smaller in DECODE_BUCKETS if smaller < bucket)
+
+
+@pytest.mark.parametrize(("rows", "largest"), [(1, 1), (5, 8), (64, 64), (256, 64)])
+def test_graphs_are_captured_for_no_more_rows_than_there_can_be(rows: int, largest: int) -> None:
+    assert GraphLimits(rows, 16, 256).buckets[-1] == largest
+
+
+def test_there_is_a_graph_for_each_block_and_bucket_and_one_for_the_whole(captured: Captured) -> None:
+    """The largest bucket is captured first."""
+    assert captured.graphed.num_graphs == len(captured.graphs.graphs) == 3 * (len(WHOLE) + 1)
+    rows = [graph.launches[0].grid[0] for graph in captured.graphs.graphs]
+    assert rows == sorted(rows, reverse=True) and set(rows) == {1, 2, 4}
+
+
+@pytest.mark.parametrize("runs", [[WHOLE], SINGLES], ids=["one graph", "a chain"])
+def test_a_replay_by_the_double_equals_the_step_bit_for_bit(
+    captured: Captured, runs: list[BlockSpan]
+) -> None:
+    """With NaN in pages that nobody wrote, in padding rows and in whatever is between the launches."""
+    plain = captured.step(captured.span)
+    expected = captured.step(captured.capture(LaunchedGraphs()))
+    pages = [slab.clone() for slab in captured.pool.kv.slabs]
+    assert_close(expected, plain, 1e-5, 1e-5, "the step beside padding rows")
+    captured.counter.runs = {True: 0, False: 0}
+    with torch.inference_mode():
+        for field in fields(captured.memory.states):
+            getattr(captured.memory.states, field.name).fill_(torch.nan)
+        captured.memory.integers.fill_(2**31 - 1)
+    assert torch.equal(captured.step(captured.graphed, runs), expected)
+    for slab, page in zip(captured.pool.kv.slabs, pages, strict=True):
+        assert torch.equal(slab.nan_to_num(), page.nan_to_num())
+    assert captured.counter.runs == {True: len(runs), False: 0}
+
+
+def test_static_memory_stays_where_it_is_and_answers_are_not_in_it(captured: Captured) -> None:
+    """A later step must not change the answer of an earlier one."""
+
+    def addresses() -> list[int]:
+        states = captured.memory.states
+        return [captured.memory.integers.data_ptr(), states.residual.data_ptr(), states.delta.data_ptr()]
+
+    before, first = addresses(), captured.step(captured.graphed)
+    kept = first.clone()
+    second = captured.step(captured.graphed, SINGLES[:1])
+    assert addresses() == before
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+
+
+def test_launches_of_a_bucket_depend_on_no_length(captured: Captured) -> None:
+    """Grids, constants and addresses are those of the capture, whichever rows there are; ten a block at most."""
+    launched = []
+    for is_padding in (False, True):
+        captured.step(captured.graphed)  # leaves its rows in the static memory
+        if is_padding:
+            with torch.inference_mode():
+                captured.memory.pad(4)
+        with torch.inference_mode(), recording() as tape:
+            captured.graphed._compute(SINGLES[0], 4, captured.memory)
+        assert RecordedGraph(tape).num_kernels <= 10
+        launched.append([_described(launch) for launch in RecordedGraph(tape).launches])
+    assert launched[0] == launched[1]
+    assert launched[0] == [_described(launch) for launch in captured.graphs.graphs[0].launches]
+
+
+def _described(launch: Launch) -> tuple[object, ...]:
+    addresses = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in launch.arguments]
+    return launch.kernel.__name__, launch.grid, dict(launch.constants), addresses
+
+
+def test_steps_that_were_not_captured_are_computed_all_the_same(case: Case, captured: Captured) -> None:
+    """Five rows are above the largest bucket; other pages are not those of the graphs."""
+    scene = Scene(case, [1, 2, 3, 4, 5])
+    captured.counter.runs = {True: 0, False: 0}
+    assert torch.equal(scene.step(captured.graphed), scene.step(captured.span))
+    scene.items = scene.items[:1]
+    assert torch.equal(scene.step(captured.graphed), scene.step(captured.span))
+    assert captured.counter.runs == {True: 0, False: 2}
+
+
+@pytest.mark.parametrize("fail_at", [0, 1])
+def test_after_a_failed_capture_steps_are_launched(case: Case, fail_at: int) -> None:
+    """The reason is kept, no graph is, and the answers are the same."""
+    scene, counter = Scene(case, [0]), Counter()
+    graphed = scene.capture(RecordedGraphs(fail_at), counter)
+    assert graphed.failure == "RuntimeError: operation not permitted when stream is capturing"
+    assert (graphed.num_graphs, graphed.nbytes) == (0, 0)
+    assert torch.equal(scene.step(graphed), scene.step(scene.span))
+    assert counter.runs == {True: 0, False: 1}
+
+
+def _read_a_value(x: torch.Tensor) -> None:
+    x.mul_(x.sum().item())
+
+
+def _shape_by_values(x: torch.Tensor) -> None:
+    x.nonzero()
+
+
+def _tensor_of_the_host(x: torch.Tensor) -> None:
+    x.add_(torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("compute", [_read_a_value, _shape_by_values, _tensor_of_the_host])
+def test_the_double_refuses_what_a_graph_cannot_hold(compute: Callable[[torch.Tensor], None]) -> None:
+    x = torch.randn(4)
+    with pytest.raises(RuntimeError, match="not capturable"):
+        RecordedGraphs().capture(lambda: compute(x))
+
+
+def test_the_double_shows_an_input_that_was_not_copied() -> None:
+    """A replay computes on what lies in the captured memory, not on what a caller holds."""
+    x, out = torch.ones(2), torch.empty(2)
+
+    def double() -> None:
+        torch.mul(x, 2, out=out)
+
+    graph = RecordedGraphs().capture(double)
+    graph.replay()
+    assert out.tolist() == [2, 2]
+    x.copy_(torch.full((2,), 3.0))
+    graph.replay()
+    assert out.tolist() == [6, 6]
