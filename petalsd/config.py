@@ -178,7 +178,11 @@ class EngineSection(Section):
     request_timeout_s: Seconds = _restart(180.0, "limit of one forward or backward request")
     step_timeout_s: Seconds = _restart(300.0, "how long a session may wait for its client's next step")
     session_timeout_s: Seconds = _restart(1800.0, "limit of a whole session")
-    graphs: Literal["auto", "on", "off"] = _restart("auto", "captured CUDA graphs for decoding")
+    graphs: Literal["auto", "on", "off"] = _restart(
+        "auto",
+        "captured CUDA graphs for decoding; auto: on GPUs; where capturing fails, steps are launched without, and "
+        "a warning says so",
+    )
     threads: Annotated[int, Field(ge=0)] = _restart(0, "CPU threads of the engine; 0: torch's own choice")
 
 

@@ -26,7 +26,6 @@ DEFAULT_ORIGIN = "default"
 _NOT_YET = {
     "model.adapters": ((), "this version serves no adapters"),
     "swarm.allowed_peers": ((), "this version serves every peer of its swarm; bound that by a private swarm"),
-    "engine.graphs": (("auto", "off"), "this version captures no CUDA graphs"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import structlog
 
@@ -12,6 +13,7 @@ from petalsd.config import Config
 from petalsd.daemon.activity import Activity
 from petalsd.daemon.announcement import VERSION, RecordWriter
 from petalsd.daemon.attendants import Attendants
+from petalsd.daemon.cache_room import cache_pages
 from petalsd.daemon.daemon import Daemon, Parts
 from petalsd.daemon.detached import run_detached
 from petalsd.daemon.membership import Membership, node_options
@@ -34,9 +36,10 @@ from petalsd.daemon.spilling import plan_spill
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import Engine
+from petalsd.engine.graphs import CudaGraphs
+from petalsd.engine.runners import RunnerFactory
 from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
-from petalsd.kvcache.sizing import pages_for
 from petalsd.kvcache.spill import SpillArea
 from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.log import adopt_loggers
@@ -89,7 +92,10 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
     limit = SpanLimit(plan.need, lambda: device_memory_bytes(plan.device), board)
-    engine = Engine(plan.limits, plan.device, config.engine.threads, EngineRecorder(metrics))
+    recorder = EngineRecorder(metrics)
+    engine = Engine(
+        plan.limits, plan.device, config.engine.threads, recorder, _runners(config, plan, recorder)
+    )
     ladder = Ladder(plan.architecture, plan.source, plan.storage, config.engine.threads)
     speed = Speed(plan, config, paths)
     member = Membership(
@@ -111,11 +117,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         return demand_for(plan, settings.config.blocks, limit.most)
 
     async def hand_over(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
-        num_pages = pages_for(plan.kv_tokens, len(span), plan.geometry.page_tokens)
+        num_pages = await cache_pages(plan, engine, blocks)
         spill = _spill_area(config, plan, paths, len(span))
         pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device, cache_rules, spill, cache_recorder)
         pool.allocate()
         await engine.load_span(blocks, pool, ladder.angles)
+        _report_graphs(engine, board)
 
     return Parts(
         engine=engine,
@@ -134,6 +141,18 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         metrics=metrics,
         activity=activity,
     )
+
+
+def _runners(config: Config, plan: ServingPlan, recorder: EngineRecorder) -> RunnerFactory:
+    make_graphs = partial(CudaGraphs, plan.device) if plan.has_graphs else None
+    return RunnerFactory(plan.device, config.engine.threads, plan.limits, recorder, make_graphs)
+
+
+def _report_graphs(engine: Engine, board: WarningBoard) -> None:
+    if engine.graphs is not None and engine.graphs.failure is not None:
+        board.set("graphs_failed", engine.graphs.failure)
+    else:
+        board.clear("graphs_failed")
 
 
 def _spill_area(config: Config, plan: ServingPlan, paths: InstancePaths, num_blocks: int) -> SpillArea | None:

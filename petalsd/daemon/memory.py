@@ -44,6 +44,12 @@ def cgroup_left_bytes(root: Path, group: str) -> int:
     return left
 
 
+def free_bytes(device: torch.device) -> int:
+    """What of a GPU nobody uses now, this process's own reserves counted as free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def _cgroup_of_self(membership: Path) -> str:
     """The path in the unified hierarchy, the line that starts with ``0::``."""
     try:

@@ -51,6 +51,7 @@ class ServingPlan:
     storage       how weights are kept, and the dtype and device of all that is computed
     kv_tokens     tokens of cache per block
     memory_bytes  what serving may take
+    has_graphs    decode steps are captured
     """
 
     source: ModelSource
@@ -63,6 +64,7 @@ class ServingPlan:
     need: MemoryNeed
     memory_bytes: int
     limits: EngineLimits
+    has_graphs: bool
 
     @property
     def model(self) -> ModelConfig:
@@ -124,7 +126,17 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         need=memory_need(architecture, storage, geometry, kv_tokens, _graph_memory(config.engine, device)),
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
+        has_graphs=_has_graphs(config.engine, device),
     )
+
+
+def _has_graphs(engine: EngineSection, device: torch.device) -> bool:
+    if engine.graphs == "on" and device.type == "cpu":
+        raise ConfigError(
+            "engine.graphs = 'on': there are CUDA graphs on a GPU only, not on the CPU",
+            hint="set engine.graphs to auto, or engine.device to a GPU",
+        )
+    return engine.graphs != "off" and device.type != "cpu"
 
 
 def _geometry(

@@ -65,6 +65,10 @@ KINDS = {
         "fewer blocks are served than planned, the device ran out of memory", "warning",
         "end what else uses the device or lower engine.kv_tokens, then restart",
     ),
+    "graphs_failed": Kind(
+        "decode steps are launched without captured graphs", "warning",
+        "everything works, steps take longer; the journal (graph_capture_failed) has the error",
+    ),
     "record_missing": Kind(
         "our entry was missing from the swarm's directory", "warning",
         "it was stored again; if it comes again, check the clock of this machine",

@@ -10,6 +10,7 @@ import torch
 
 from petalsd.config import Config
 from petalsd.config_loading import load_config
+from petalsd.daemon.cache_room import cache_tokens
 from petalsd.daemon.membership import node_options
 from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.plan import (
@@ -116,6 +117,23 @@ def test_quantization_makes_room_for_more_blocks(model_dir: Path, paths: Instanc
         assert isinstance(block.weights.down, PackedWeight)
         assert block.weights.down.format == plan.storage.format
     assert fitting == {"none": 2, "int8": 3, "int4": 4}
+
+
+def test_graphs_are_for_gpus(model_dir: Path, paths: InstancePaths) -> None:
+    """To ask for them on the CPU is an error; auto does without."""
+    assert not make_plan(configured(model_dir), paths).has_graphs
+    with pytest.raises(ConfigError, match=r"engine\.graphs = 'on': there are CUDA graphs on a GPU only"):
+        make_plan(configured(model_dir, "engine.graphs=on"), paths)
+
+
+def test_the_cache_leaves_room_for_graphs_and_passes(plan: ServingPlan) -> None:
+    """It is as large as planned where that fits, and never too small for the longest session."""
+    plan = replace(plan, need=MemoryNeed(block_bytes=0, reserve_bytes=1 << 20))
+    block_bytes = plan.kv_tokens // plan.geometry.page_tokens * plan.geometry.page_bytes
+    page_0 = plan.geometry.page_bytes
+    assert cache_tokens(plan, 2, 2 * block_bytes + page_0 + (1 << 20)) == plan.kv_tokens
+    assert cache_tokens(plan, 2, 2 * block_bytes + (1 << 20)) == plan.kv_tokens - plan.geometry.page_tokens
+    assert cache_tokens(plan, 2, 0) == plan.limits.max_session_tokens
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
