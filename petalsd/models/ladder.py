@@ -22,6 +22,7 @@ from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.packing import pack_layer, round_layer
 from petalsd.models.native_span import NativeSpan, paged_span
+from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.trial import Reference, Tokens
@@ -224,7 +225,9 @@ class Ladder:
         if rung is Rung.PACKED:
             return self._products[0]
         span = paged_span({block.index: block}, self._num_threads)
-        return span.tier if isinstance(span, NativeSpan) else "torch"
+        if isinstance(span, NativeSpan):
+            return span.tier
+        return "torch" if isinstance(span, BlockByBlock) else "triton"
 
 
 def gpu_products(device: torch.device) -> Callable[[PackedWeight], Product]:
