@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -46,6 +47,9 @@ class RunnerFactory:
         span = self.make_span(served.blocks)
         if not self.is_staged:
             return SpanRunner(span, served.pool, served.rope, InPlace())
+        if self._device.type == "cuda":
+            # Else pinned memory would open a context on the first GPU, too.
+            thread.post(partial(torch.cuda.set_device, self._device))
         staging = Staged(self._device, self._graph_limits(served.pool.kv).max_runs)
         if not isinstance(span, CapturableSpan) or span.is_length_dependent:
             return SpanRunner(span, served.pool, served.rope, staging)

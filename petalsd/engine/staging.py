@@ -122,7 +122,7 @@ class Staged:
         host.copy_(hidden, non_blocking=True)
         if self._device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
+            done.record(torch.cuda.current_stream(self._device))
             done.synchronize()  # of this copy, not of the device
         return host
 

@@ -159,6 +159,23 @@ async def test_rows_that_were_reordered_and_rolled_back_go_on_as_they_should(tmp
     assert counter.runs[True] == 6
 
 
+async def test_prompts_are_added_before_the_blocks_compute(tmp_path: Path) -> None:
+    """Block by block then, in prefill and in a captured step."""
+    model, span = TinyModel(tmp_path, num_hidden_layers=2), BlockSpan(0, 2)
+    hidden, prompts = states(1, 4), torch.randn(2, 2, 1, 1, 64, generator=torch.Generator().manual_seed(9))
+    counter = Counter()
+    async with serving(model, counter, RecordedGraphs()) as engine, opened(engine) as session:
+        first = await session.step(Step(hidden[:, :3], 0, prompts=prompts[0]))
+        second = await session.step(Step(hidden[:, 3:], 3, prompts=prompts[1]))
+    expected = hidden.clone()
+    for block in span:
+        expected[:, :1] += prompts[0, block]
+        expected[:, 3:] += prompts[1, block]
+        expected = model.expected(expected, BlockSpan(block, block + 1)).detach()
+    assert_close(torch.cat((first, second), dim=1), expected, 1e-4, 1e-4, "states with prompts")
+    assert counter.runs == {True: len(span), False: len(span)}
+
+
 @pytest.mark.parametrize("family", ["opt", "bloom"])
 async def test_layers_of_transformers_take_staged_batches(family: str, tmp_path: Path) -> None:
     """Integers of 32 bits are as good to them."""
