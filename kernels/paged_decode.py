@@ -73,8 +73,8 @@ def paged_decode(
     acc = tl.zeros([BM, DP], tl.float32)
     if SINKS:  # noqa: SIM102 - likewise
         if split == 0:  # else every split would count it
-            greatest = tl.load(sinks + head, mask=is_head, other=float("-inf")) * LOG2E
-            total = tl.where(is_head, 1.0, 0.0)
+            greatest = tl.load(sinks + head, mask=is_head, other=0.0) * LOG2E
+            total += 1.0
     if ALIBI != NO_ALIBI:
         head_slopes = tl.load(slopes + head, mask=is_head, other=0.0)
         positions = tl.full([BM], 0, tl.int32) + (context - 1)
@@ -84,24 +84,25 @@ def paged_decode(
     v_head = v + kv_head * D + dims[None, :]
     for tile in range(begin, end):
         keys = first + tile * BN + tl.arange(0, BN)
-        is_seen = keys < context
-        if WINDOW > 0:
-            is_seen = is_seen & (keys >= context - WINDOW)
-        slots = tile_slots(row_origins, block, keys, is_seen, PAGE, True)
+        is_inside = keys < context
+        slots = tile_slots(row_origins, block, keys, is_inside, PAGE, True)
         k_tile = tl.load(
-            k_head + slots[None, :] * (HKV * D), mask=is_dim[:, None] & is_seen[None, :], other=0.0
+            k_head + slots[None, :] * (HKV * D), mask=is_dim[:, None] & is_inside[None, :], other=0.0
         )
         v_tile = tl.load(
-            v_head + slots[:, None] * (HKV * D), mask=is_seen[:, None] & is_dim[None, :], other=0.0
+            v_head + slots[:, None] * (HKV * D), mask=is_inside[:, None] & is_dim[None, :], other=0.0
         )
         k_factor = scale  # not used
         v_factor = scale
         if SCALED:
-            k_factor = tl.load(k_scales + slots * HKV + kv_head, mask=is_seen, other=0.0)
-            v_factor = tl.load(v_scales + slots * HKV + kv_head, mask=is_seen, other=0.0)
+            k_factor = tl.load(k_scales + slots * HKV + kv_head, mask=is_inside, other=0.0)
+            v_factor = tl.load(v_scales + slots * HKV + kv_head, mask=is_inside, other=0.0)
         scores = tile_scores(queries, k_tile, k_factor, scale, softcap, SOFTCAP, SCALED)
         if ALIBI != NO_ALIBI:
             scores += attention_biases(head_slopes, alibi_factor, keys, positions, ALIBI) * LOG2E
+        is_seen = is_inside
+        if WINDOW > 0:
+            is_seen = is_seen & (keys >= context - WINDOW)
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
         greatest, total, acc = softmax_step(
             scores, v_tile, v_factor, greatest, total, acc, queries.dtype, SCALED

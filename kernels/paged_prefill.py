@@ -126,29 +126,20 @@ def paged_prefill(
     oldest_query = context - num_queries + first_query
     last = tl.minimum(oldest_query + BQ, context) - 1
     begin = 0
-    unmasked_begin = 0
     unmasked_end = (oldest_query + 1) // BN * BN  # up to here even the first query sees every key
     if WINDOW > 0:
         begin = tl.maximum(oldest_query + 1 - WINDOW, 0) // BN * BN
-        # From here on even the last query sees every key.
-        unmasked_begin = tl.cdiv(tl.maximum(last + 1 - WINDOW, 0), BN) * BN
-        unmasked_end = tl.maximum(unmasked_end, unmasked_begin)
+        unmasked_end = begin  # a window leaves few tiles that need no mask
     row_origins = origins + row.to(tl.int64) * origins_stride
     k_head = k + kv_head * D + dims[:, None]
     v_head = v + kv_head * D + dims[None, :]
-    if WINDOW > 0:
+    if WINDOW == 0:
         greatest, total, acc = attend_tiles(
-            begin, tl.minimum(unmasked_begin, last + 1), queries, greatest, total, acc,
+            begin, unmasked_end, queries, greatest, total, acc,
             k_head, v_head, k_scales, v_scales, row_origins, head_slopes, positions, last,
             kv_head, block, scale, softcap, alibi_factor,
-            HKV, D, DP, PAGE, BN, WINDOW, SOFTCAP, ALIBI, SCALED, True,
+            HKV, D, DP, PAGE, BN, WINDOW, SOFTCAP, ALIBI, SCALED, False,
         )  # fmt: skip
-    greatest, total, acc = attend_tiles(
-        unmasked_begin, unmasked_end, queries, greatest, total, acc,
-        k_head, v_head, k_scales, v_scales, row_origins, head_slopes, positions, last,
-        kv_head, block, scale, softcap, alibi_factor,
-        HKV, D, DP, PAGE, BN, WINDOW, SOFTCAP, ALIBI, SCALED, False,
-    )  # fmt: skip
     greatest, total, acc = attend_tiles(
         unmasked_end, last + 1, queries, greatest, total, acc,
         k_head, v_head, k_scales, v_scales, row_origins, head_slopes, positions, last,

@@ -10,7 +10,7 @@ from petalsd.kernels.paged_decode import combine_splits, paged_decode
 from petalsd.ops.attention_checks import check_pages, check_queries, check_rows, scales_of
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_batch import DecodeBatch
-from petalsd.ops.eight_bit_kv import Int8KV
+from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.launching import Options, launch, next_power_of_2, strides
 from petalsd.ops.ragged import PagedKV
 
@@ -22,7 +22,7 @@ _MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
 _MAX_BLOCK_M = 32
 _PROGRAMS_PER_SM = 2
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
-_OPTIONS = Options(num_warps=4, num_stages=3)  # the third stage fetches page ids ahead of keys and values
+_NUM_STAGES = 3  # the third fetches page ids ahead of keys and values
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -> int:
@@ -39,11 +39,28 @@ def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -
     return 1 << (max(1, useful).bit_length() - 1)
 
 
+def decode_tile(group: int, head_dim: int, is_eight_bit: bool) -> tuple[int, int, int]:
+    """Query heads and tokens of a tile, and warps that share it: what no compiled variant spills with.
+
+    Tiles of 8 bits pass through registers, to be raised to the dtype of the queries, so they hold fewer tokens.
+    """
+    block_m = min(max(_MIN_BLOCK_M, next_power_of_2(group)), _MAX_BLOCK_M)
+    is_padded = head_dim != next_power_of_2(head_dim)
+    block_n = 64 if head_dim <= 128 else 32
+    num_warps = 4 if head_dim <= 64 and block_m == _MIN_BLOCK_M else 8
+    if is_eight_bit:
+        block_n = 32 if head_dim <= 128 and not is_padded else 16
+        if is_padded and head_dim <= 128 and block_m == _MIN_BLOCK_M:
+            num_warps = 4
+    return block_m, block_n, num_warps
+
+
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """How batches of one size are attended to: made once, so that tensors and constants never change.
 
     block_m, block_n  query heads and tokens of a tile
+    num_warps         that share a tile
     num_splits        parts of a context that are attended to side by side
     part_acc          float32 ``[B, H, num_splits, D]``, and
     part_greatest, part_total
@@ -53,6 +70,7 @@ class DecodePlan:
 
     block_m: int
     block_n: int
+    num_warps: int
     num_splits: int
     part_acc: torch.Tensor | None = None
     part_greatest: torch.Tensor | None = None
@@ -67,19 +85,18 @@ class DecodePlan:
         """
         num_kv_heads, head_dim = kv.k.shape[2:]
         group = num_heads // num_kv_heads
-        block_m = min(max(_MIN_BLOCK_M, next_power_of_2(group)), _MAX_BLOCK_M)
-        block_n = 32 if head_dim > 128 else 64
+        block_m, block_n, num_warps = decode_tile(group, head_dim, isinstance(kv, Int8KV | Float8KV))
         programs = num_kv_heads * -(-group // block_m)
         # A window that begins within a tile reaches into one more.
         splits = num_splits(num_rows, programs, num_sms, -(-max_context // block_n) + 1)
         if splits == 1:
-            return cls(block_m, block_n, 1)
+            return cls(block_m, block_n, num_warps, 1)
         parts = (num_rows, num_heads, splits)
         part_acc, part_greatest, part_total = (
             torch.empty(shape, dtype=torch.float32, device=kv.k.device)
             for shape in ((*parts, head_dim), parts, parts)
         )
-        return cls(block_m, block_n, splits, part_acc, part_greatest, part_total)
+        return cls(block_m, block_n, num_warps, splits, part_acc, part_greatest, part_total)
 
 
 def decode_attention(
@@ -124,7 +141,7 @@ def decode_attention(
             "BM": plan.block_m, "BN": plan.block_n, "SPLITS": plan.num_splits, "MIN_TILES": MIN_TILES,
             "SCALED": isinstance(kv, Int8KV), **rule.constants,
         },
-        _OPTIONS,
+        Options(plan.num_warps, _NUM_STAGES),
     )  # fmt: skip
     if plan.num_splits > 1:
         launch(

@@ -10,7 +10,7 @@ import torch
 
 from petalsd.ops.attention_reference import reference_attention
 from petalsd.ops.attention_rule import AttentionRule
-from petalsd.ops.decode_attention import DecodePlan, decode_attention
+from petalsd.ops.decode_attention import DecodePlan, decode_attention, decode_tile
 from petalsd.ops.decode_batch import ORIGINS_MULTIPLE, DecodeBatch, PrefillBatch
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.kv import write_kv
@@ -85,9 +85,11 @@ class AttentionRows:
     def plan(self, num_rows: int, splits: int) -> DecodePlan:
         """A plan of exactly this many splits."""
         kv = self.rows.kv
-        one = DecodePlan.create(num_rows, self.num_heads, kv, 1, 1 << 15)
-        programs = num_rows * kv.k.shape[2] * -(-self.num_heads // kv.k.shape[2] // one.block_m)
-        plan = DecodePlan.create(num_rows, self.num_heads, kv, splits * programs // 2 + 1, 1 << 15)
+        num_kv_heads, head_dim = kv.k.shape[2:]
+        block_m, _, _ = decode_tile(self.num_heads // num_kv_heads, head_dim, False)
+        programs = num_rows * num_kv_heads * -(-self.num_heads // num_kv_heads // block_m)
+        num_sms = 0 if splits == 1 else -(-splits * programs // 2)
+        plan = DecodePlan.create(num_rows, self.num_heads, kv, num_sms, 1 << 15)
         assert plan.num_splits == splits
         return plan
 
