@@ -10,10 +10,12 @@ import torch
 from petalsd._C import PagePool, PoolStats
 from petalsd.errors import KVPoolError, PetalsdError, SpillError
 from petalsd.kvcache.observer import NullPoolObserver, PoolObserver
+from petalsd.kvcache.page_copies import page_copier
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.kvcache.spill import Spill, SpillArea
 from petalsd.kvcache.waiting import AdmissionRules, WaitingRoom
+from petalsd.ops.eight_bit_kv import Int8KV
 from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
@@ -73,6 +75,7 @@ class KVPool:
         )
         self._waiting_room = WaitingRoom(self._pages, rules.max_waiters)
         self._copy_limit = max(1, _COPY_BUFFER_BYTES // geometry.slab_page_bytes)
+        self._copy = page_copier(device)
         self._known_copies = (0, 0)  # that made room, and on write: what the observer was told
         self._kv: PagedKV | None = None
 
@@ -85,6 +88,8 @@ class KVPool:
         if geometry.is_head_major:
             stored = torch.int8 if geometry.is_int8 else self.dtype
             self._kv = HeadMajorKV.allocate(shape, self.dtype, stored)
+        elif geometry.is_int8:
+            self._kv = Int8KV.allocate(shape, self.dtype, self.device)
         else:
             k, v = (empty(shape, self.dtype, self.device) for _ in range(2))
             self._kv = PagedKV(k, v)
@@ -192,10 +197,7 @@ class KVPool:
         has_copied = False
         while pairs := self._pages.take_copies(self._copy_limit):
             has_copied = True
-            copies = torch.frombuffer(pairs, dtype=torch.int32).view(-1, 2).to(self.device, torch.int64)
-            sources, targets = copies.unbind(1)
-            for slab in self.kv.slabs:
-                slab.index_copy_(0, targets, slab.index_select(0, sources))
+            self._copy(self.kv, torch.frombuffer(pairs, dtype=torch.int32).view(-1, 2))
         if has_copied:
             self._report_copies()
 

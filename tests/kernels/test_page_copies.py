@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petalsd.kvcache.page_copies import copy_by_kernel, copy_by_torch, page_copier
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.launching import record_launches
 from petalsd.ops.page_copies import copy_pages, independent_copies
@@ -72,3 +73,16 @@ def test_independent_copies_in_any_order_are_all_copies_in_order(pairs: list[tup
 def test_copies_of_a_beam_are_one_part() -> None:
     """What copy-on-write asks for, one source and many targets, is not cut."""
     assert len(list(independent_copies([(1, target) for target in range(2, 40)]))) == 1
+
+
+def test_a_pool_copies_by_the_kernel_as_by_torch() -> None:
+    """A run that moves down onto itself, and a page that is written after it was read."""
+    pairs = torch.tensor([[5, 4], [6, 5], [7, 6], [1, 9], [2, 1]], dtype=torch.int32)
+    by_torch = slabs("int8")
+    by_kernel = Int8KV(*(slab.clone() for slab in by_torch.slabs), torch.float32)
+    copy_by_torch(by_torch, pairs)
+    copy_by_kernel(by_kernel, pairs)
+    for mine, its in zip(by_kernel.slabs, by_torch.slabs, strict=True):
+        assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
+    assert page_copier(torch.device("cuda")) is copy_by_kernel
+    assert page_copier(CPU) is copy_by_torch
