@@ -163,7 +163,7 @@ class EngineSection(Section):
     )
     kv_dtype: Literal["auto", "int8"] = _restart(
         "auto",
-        "the attention cache's precision; auto: the model's; int8: about half of bfloat16's bytes, on a CPU",
+        "the attention cache's precision; auto: the model's; int8: about half of bfloat16's bytes",
     )
     page_tokens: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = _restart(
         32, "tokens per page of the attention cache, a multiple of 16"

@@ -110,9 +110,13 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
     storage = WeightStorage.choose(dtype, device, config.model.quantization)
-    geometry = _geometry(config.engine, model, dtype, device)
+    geometry = cache_geometry(
+        model, config.engine.page_tokens, dtype, device, is_int8=config.engine.kv_dtype == "int8"
+    )
     kv_tokens = kv_tokens_for(config.engine.kv_tokens, model)
     share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0
+    has_graphs = _has_graphs(config.engine, device)
+    graphs = ESTIMATED_GRAPHS if has_graphs else GraphMemory()
     return ServingPlan(
         source=source,
         architecture=architecture,
@@ -123,10 +127,10 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         storage=storage,
         geometry=geometry,
         kv_tokens=kv_tokens,
-        need=memory_need(architecture, storage, geometry, kv_tokens, _graph_memory(config.engine, device)),
+        need=memory_need(architecture, storage, geometry, kv_tokens, graphs),
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
-        has_graphs=_has_graphs(config.engine, device),
+        has_graphs=has_graphs,
     )
 
 
@@ -137,22 +141,6 @@ def _has_graphs(engine: EngineSection, device: torch.device) -> bool:
             hint="set engine.graphs to auto, or engine.device to a GPU",
         )
     return engine.graphs != "off" and device.type != "cpu"
-
-
-def _geometry(
-    engine: EngineSection, model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> KVGeometry:
-    is_int8 = engine.kv_dtype == "int8"
-    if is_int8 and device.type != "cpu":
-        raise ConfigError(
-            f"engine.kv_dtype = {engine.kv_dtype!r} is served on a CPU only, not on {device}",
-            hint="set engine.kv_dtype to auto",
-        )
-    return cache_geometry(model, engine.page_tokens, dtype, device, is_int8)
-
-
-def _graph_memory(engine: EngineSection, device: torch.device) -> GraphMemory:
-    return ESTIMATED_GRAPHS if device.type == "cuda" and engine.graphs != "off" else GraphMemory()
 
 
 def demand_for(plan: ServingPlan, blocks: BlocksSection, most: int | None = None) -> Demand:

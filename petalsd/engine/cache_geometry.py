@@ -15,12 +15,12 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 def cache_geometry(
     config: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device, is_int8: bool = False
 ) -> KVGeometry:
-    """Pages for blocks that compute in ``dtype``: in the kernels' order where kernels may read them.
+    """Pages for blocks that compute in ``dtype``: in the order of the CPU's kernels where these may read them.
 
     ``is_int8`` asks for 8 bits an element. ValueError where such pages are not served.
     """
     can_be_head_major = device.type == "cpu" and dtype in _NATIVE_DTYPES and page_tokens % STRIP_TOKENS == 0
-    if is_int8 and not can_be_head_major:
+    if is_int8 and device.type == "cpu" and not can_be_head_major:
         raise ValueError(f"no int8 pages of {page_tokens} tokens for {dtype} on {device}")
     return KVGeometry(
         page_tokens,

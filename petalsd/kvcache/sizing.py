@@ -14,7 +14,7 @@ class KVGeometry:
     dtype_bytes    of one element; 1: int8, with a float32 scale for each token and KV head
     is_head_major  in the order of the CPU kernels (``ops.head_major``) instead of token by token
 
-    Raises ValueError when a number is not positive, or for int8 in another order.
+    Raises ValueError when a number is not positive.
     """
 
     page_tokens: int
@@ -27,8 +27,6 @@ class KVGeometry:
         for name in ("page_tokens", "num_kv_heads", "head_dim", "dtype_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: a page needs at least 1")
-        if self.is_int8 and not self.is_head_major:
-            raise ValueError("dtype_bytes = 1: int8 pages are head-major")
 
     @property
     def is_int8(self) -> bool:

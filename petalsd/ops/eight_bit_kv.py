@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +27,10 @@ class Int8KV(PagedKV):
     dtype: torch.dtype
 
     @classmethod
-    def allocate(
-        cls,
-        pages: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        make: Callable[..., torch.Tensor] = empty,
-    ) -> Int8KV:
+    def allocate(cls, pages: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Int8KV:
         """Pages ``(N, P, Hkv, D)`` of undefined content."""
-        k, v = (make(pages, torch.int8, device) for _ in range(2))
-        k_scales, v_scales = (make(pages[:3], torch.float32, device) for _ in range(2))
+        k, v = (empty(pages, torch.int8, device) for _ in range(2))
+        k_scales, v_scales = (empty(pages[:3], torch.float32, device) for _ in range(2))
         return cls(k, v, k_scales, v_scales, dtype)
 
     @property
@@ -70,15 +63,9 @@ class Float8KV(PagedKV):
     dtype: torch.dtype
 
     @classmethod
-    def allocate(
-        cls,
-        pages: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        make: Callable[..., torch.Tensor] = empty,
-    ) -> Float8KV:
+    def allocate(cls, pages: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Float8KV:
         """Pages ``(N, P, Hkv, D)`` of undefined content."""
-        k, v = (make(pages, torch.float8_e4m3fn, device) for _ in range(2))
+        k, v = (empty(pages, torch.float8_e4m3fn, device) for _ in range(2))
         return cls(k, v, dtype)
 
     def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
