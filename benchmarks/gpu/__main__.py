@@ -37,8 +37,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(options: argparse.Namespace) -> int:
     # Late: these need Triton, which comes with torch for GPUs.
-    from petalsd.engine.graphs import CudaGraphs
-
     from benchmarks import machine
     from benchmarks.gpu.cards import Card
     from benchmarks.gpu.case import Site
@@ -46,6 +44,7 @@ def _measure(options: argparse.Namespace) -> int:
     from benchmarks.gpu.outcome import accept, conclude, summary
     from benchmarks.gpu.peaks import measure_peaks
     from benchmarks.gpu.suite import PARTS, Bench, run
+    from petalsd.engine.graphs import CudaGraphs
 
     device = torch.device("cuda:0")
     facts = torch.cuda.get_device_properties(device)

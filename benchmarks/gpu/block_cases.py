@@ -108,7 +108,6 @@ class DecodeStep:
 def make_step(site: Site, model: Model, num_rows: int, context: int) -> DecodeStep:
     """The step by the kernels that serve."""
     from petalsd.models.kernel_span import KernelSpan
-
     from petalsd.ops.decode_batch import KernelRows, Places
 
     shape, num_blocks = model.shape, len(model.blocks)

@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import structlog
 import torch
 
+from petalsd.device_faults import raise_if_lost
 from petalsd.engine.graphs import Graph, GraphBackend
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver
@@ -161,7 +162,8 @@ class GraphedSpan:
     def capture(self) -> None:
         """Capture everything, the largest steps first, since later ones fit into what those allocated.
 
-        On the engine thread, before the first step. Does not raise: ``failure`` has the reason.
+        On the engine thread, before the first step. ``failure`` has the reason if it went wrong; raises DeviceLost
+        only.
         """
         span = str(self._span.span)
         try:
@@ -171,6 +173,7 @@ class GraphedSpan:
                 graphs = self._capture_all(memory)
             self.nbytes = max(memory.nbytes, self._backend.used_bytes() - used)
         except Exception as error:
+            raise_if_lost(error)
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("graph_capture_failed", span=span, exc_info=error, then="launched one by one")
             return

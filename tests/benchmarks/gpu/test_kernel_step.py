@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks.gpu.block_cases import Model, make_step
@@ -10,8 +9,6 @@ from benchmarks.gpu.verdict import MAX_LAUNCHES
 from petalsd.ops.launching import record_launches
 from tests.benchmarks.gpu.doubles import SITE, TINY
 from tests.benchmarks.gpu.test_suite import capturing
-
-pytest.importorskip("petalsd.models.kernel_span")
 
 
 def test_a_step_by_the_kernels_that_serve() -> None:
