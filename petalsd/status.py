@@ -215,13 +215,14 @@ class PeerEntry(Document):
     is_relayed: bool
     ping_ms: float | None
     is_self: bool
+    is_ghost: bool = Field(description="its record is there, but it went without a goodbye")
 
 
 class Peers(Answer):
     """GET /v1/peers"""
 
     peers: list[PeerEntry]
-    uncovered: list[Span] = Field(description="blocks that no server serves")
+    uncovered: list[Span] = Field(description="blocks that no server serves; ghosts serve none")
 
 
 class Version(Answer):

@@ -75,7 +75,7 @@ class Administration:
             self._check_target(to, demand)
         elif demand.pinned is not None:
             return self._staying(current, _why_pinned(demand, self._num_blocks))
-        view = await self._parts.member.read_view()
+        view = await self._parts.member.read_live_view()
         shown = preview(view, self._parts.member.peer_id, current, to)
         if to is None and (reason := self._reason_to_stay(view, shown)):
             return self._staying(current, reason, shown)

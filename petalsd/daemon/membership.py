@@ -14,6 +14,7 @@ from petalsd.errors import SwarmError
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions
 from petalsd.swarm.directory import SwarmView, read_view
+from petalsd.swarm.ghosts import GhostFinder
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
 from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS, ServerState
@@ -25,6 +26,7 @@ from petalsd.types import BlockSpan
 log = structlog.get_logger(__name__)
 
 _LOADING = "this server is loading its blocks"
+_GHOST_PING_S = 3.0  # the placement waits for it
 
 # The record of a state and span as things are now; told whether others reach us through relays only.
 Describe = Callable[[ServerState, BlockSpan, bool], ServerRecord]
@@ -37,6 +39,7 @@ class _Connection:
     node: Node
     handler: TransformerConnectionHandler
     announcer: Announcer
+    ghosts: GhostFinder
     reachability: ReachabilityService | None
 
     async def open(self) -> None:
@@ -82,6 +85,7 @@ class Membership:
             node=node,
             handler=TransformerConnectionHandler(node, self._serving),
             announcer=Announcer(node, self._announcing, self._make_record, self._serving.observer),
+            ghosts=GhostFinder(lambda peer: node.ping(peer, _GHOST_PING_S), node.peer_id, node.is_in_touch),
             reachability=None if self.is_relayed else ReachabilityService(node),
         )
         try:
@@ -119,7 +123,13 @@ class Membership:
         self._serving.refuse(reason)
 
     async def read_view(self) -> SwarmView:
-        return await read_view(self._joined.node, self._announcing.prefix, self._announcing.num_blocks)
+        joined = self._joined
+        view = await read_view(joined.node, self._announcing.prefix, self._announcing.num_blocks)
+        return replace(view, ghosts=joined.ghosts.known)
+
+    async def read_live_view(self) -> SwarmView:
+        ghosts, view = self._joined.ghosts, await self.read_view()
+        return replace(view, ghosts=await ghosts.search(view)).without_ghosts()
 
     def stats(self) -> MemberStats:
         connection = self._connection

@@ -104,7 +104,10 @@ class SwarmMember(Protocol):
         """Answer new sessions and requests with Draining(reason); running sessions go on."""
 
     async def read_view(self) -> SwarmView:
-        """Who serves what now. SwarmError or DeadlineExceeded."""
+        """What the directory says now, with the ghosts that are known. SwarmError or DeadlineExceeded."""
+
+    async def read_live_view(self) -> SwarmView:
+        """Who serves what now, ghosts left out: takes pings, so some seconds. Errors as above."""
 
     def stats(self) -> MemberStats: ...
 

@@ -32,7 +32,7 @@ class Rebalancer:
         """
         if demand.pinned is None:
             await asyncio.sleep(self._rng.uniform(0.0, 2.0 * join_delay_s))
-        view = await self._member.read_view()
+        view = await self._member.read_live_view()
         await self._retract_old_records(view)
         if demand.pinned is not None:
             return demand.pinned

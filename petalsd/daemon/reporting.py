@@ -149,10 +149,11 @@ class Reporter:
                 is_relayed=bool(remote.record.using_relay),
                 ping_ms=_finite_ms(pings.get(remote.peer)),
                 is_self=remote.peer == own_peer,
+                is_ghost=remote.peer in view.ghosts,
             )
             for remote in view.spans(ServerState.JOINING)
         ]
-        return Peers(peers=entries, uncovered=_uncovered(view))
+        return Peers(peers=entries, uncovered=_uncovered(view.without_ghosts()))
 
     def loading(self) -> Loading | None:
         """None unless blocks are being loaded."""

@@ -132,7 +132,7 @@ class Supervisor:
         if len(span) != demand.num_blocks or demand.pinned not in (None, span):
             return Departure(Cause.RECONFIGURED, f"the configuration asks for {demand}")
         try:
-            view = await self._member.read_view()
+            view = await self._member.read_live_view()
             is_complete = await self._restore_record(span, view)
         except (SwarmError, DeadlineExceeded) as error:
             log.warning("check_failed", span=str(span), **error_fields(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -32,11 +32,15 @@ class RemoteSpan:
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
-    """One reading of the directory: for each block, the servers that have an entry there."""
+    """One reading of the directory: for each block, the servers that have an entry there.
+
+    ``ghosts``: who of them is thought to have gone without a goodbye.
+    """
 
     prefix: str
     num_blocks: int
     blocks: Sequence[Mapping[str, ServerRecord]]
+    ghosts: frozenset[str] = frozenset()
 
     def spans(self, min_state: ServerState = ServerState.ONLINE) -> list[RemoteSpan]:
         """Each server's span at ``min_state`` or better, in order of PeerID (protocol.md 2.5).
@@ -57,7 +61,11 @@ class SwarmView:
                     spans[peer] = replace(known, span=BlockSpan(known.span.start, block + 1))
         return [spans[peer] for peer in sorted(spans)]
 
-    def without(self, peers: set[str]) -> SwarmView:
+    def without_ghosts(self) -> SwarmView:
+        """What is there to build on: the view of servers that are thought to live."""
+        return self.without(self.ghosts) if self.ghosts else self
+
+    def without(self, peers: Collection[str]) -> SwarmView:
         """The same view with some servers left out."""
         blocks = [
             {peer: record for peer, record in records.items() if peer not in peers} for records in self.blocks
@@ -84,7 +92,7 @@ def parse_entries(uid: str, entries: Mapping[object, DHTEntry]) -> dict[str, Ser
         try:
             if not isinstance(peer, str) or not _is_peer_id(peer):
                 raise ValueError("the subkey is not a PeerID")
-            records[peer] = ServerRecord.from_wire(entry.value)
+            records[peer] = ServerRecord.from_wire(entry.value, entry.expiration)
         except Exception as error:  # one hostile entry must not hide the others
             log.debug("bad_record", uid=uid, peer=repr(peer)[:80], error=str(error)[:200])
     return records

@@ -26,6 +26,7 @@ class ServerRecord:
     *_rps              tokens/s: through the network, through one block in passes, through one block in decoding
     cache_tokens_left  K rows plus V rows that still fit, over all blocks (twice the free tokens)
     next_pings         round trips in seconds to servers of following blocks, ``inf`` for no answer
+    expiration         of a record that was read: Unix seconds; not a part of the record itself
     """
 
     state: ServerState
@@ -42,6 +43,7 @@ class ServerRecord:
     using_relay: bool | None = None
     cache_tokens_left: int | None = None
     next_pings: Mapping[str, float] | None = field(default=None, hash=False)
+    expiration: float = field(default=0.0, compare=False)
 
     def to_wire(self) -> tuple[int, float, dict[str, object]]:
         """The tuple that reference readers accept: real floats (an int drops the entry there), positive rates."""
@@ -71,8 +73,8 @@ class ServerRecord:
         return int(self.state), throughput, extra
 
     @classmethod
-    def from_wire(cls, value: object) -> ServerRecord:
-        """Read a record; ValueError says which field makes it unusable."""
+    def from_wire(cls, value: object, expiration: float = 0.0) -> ServerRecord:
+        """Read a record that lives until ``expiration``; ValueError says which field makes it unusable."""
         if not isinstance(value, tuple | list) or len(value) < 2:
             raise ValueError("a server record is (state, throughput, extra)")
         extra = value[2] if len(value) > 2 else {}
@@ -96,6 +98,7 @@ class ServerRecord:
             using_relay=None if extra.get("using_relay") is None else bool(extra["using_relay"]),
             cache_tokens_left=_index("cache_tokens_left", extra, limit=2**62),
             next_pings=_pings(extra.get("next_pings")),
+            expiration=expiration,
         )
 
 

@@ -51,6 +51,7 @@ class FakeSwarm:
 
     def __init__(self) -> None:
         self.blocks: list[dict[str, ServerRecord]] = [{} for _ in range(NUM_BLOCKS)]
+        self.ghosts: set[str] = set()
 
     def put(self, peer: str, state: ServerState, span: BlockSpan, throughput: float = 1.0) -> None:
         for block in span:
@@ -124,10 +125,14 @@ class FakeMember:
         self._call("look around")
         return self.is_swarm_there
 
+    async def read_live_view(self) -> SwarmView:
+        return (await self.read_view()).without_ghosts()
+
     async def read_view(self) -> SwarmView:
         if self.failures.get("read_view"):
             raise self.failures["read_view"].pop(0)
-        return SwarmView("prefix", NUM_BLOCKS, [dict(records) for records in self.swarm.blocks])
+        blocks = [dict(records) for records in self.swarm.blocks]
+        return SwarmView("prefix", NUM_BLOCKS, blocks, frozenset(self.swarm.ghosts))
 
 
 @dataclass

@@ -149,6 +149,11 @@ async def test_peers() -> None:
     assert known[PEER].is_self and not known[OTHER].is_self
     assert (known[OTHER].state, known[OTHER].ping_ms) == ("joining", 23.4)
     assert [(span.start, span.end) for span in document.uncovered] == [(2, 8)]
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(3, 5))
+    stage.swarm.ghosts.add(OTHER)
+    document = await administration.peers()
+    assert [entry.peer_id for entry in document.peers if entry.is_ghost] == [OTHER]
+    assert [(span.start, span.end) for span in document.uncovered] == [(2, 8)]
     stage.member.failures["read_view"] = [SwarmError("nobody answers")]
     with pytest.raises(SwarmError):
         await administration.peers()

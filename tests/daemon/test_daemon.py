@@ -53,6 +53,17 @@ async def test_a_free_span_goes_where_the_swarm_is_weakest() -> None:
     assert stage.swarm.states_of(PEER) == dict.fromkeys(range(4, 8), ServerState.OFFLINE)
 
 
+async def test_a_ghost_covers_nothing() -> None:
+    """Blocks that only a crashed server's records name are taken before those records expire."""
+    stage = Stage("blocks.count=4")
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(0, 4), throughput=9.0)
+    stage.swarm.put("Qm" + "c" * 44, ServerState.ONLINE, BlockSpan(4, 8))
+    stage.swarm.ghosts.add(OTHER)
+    running = await until_online(stage)
+    assert stage.daemon.span == BlockSpan(0, 4)
+    await stopped(stage, running)
+
+
 async def test_records_of_an_earlier_life_are_retracted_first() -> None:
     """A crash left ONLINE records elsewhere: they are declared OFFLINE before anything is announced."""
     stage = Stage("blocks.span=0:2")

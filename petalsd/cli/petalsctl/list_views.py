@@ -72,14 +72,15 @@ def _session_row(session: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _peer_row(peer: Mapping[str, Any]) -> list[Piece | str]:
-    state = peer["state"]
+    is_ghost = peer.get("is_ghost", False)
+    state = "ghost" if is_ghost else peer["state"]
     ping_ms, speed = peer["ping_ms"], peer["throughput"]
     name = peer["public_name"] or ""
     mark = "(this one)" if peer["is_self"] else "(relayed)" if peer["is_relayed"] else ""
     mark = f" {mark}" if name and mark else mark
     return [
         span_text(peer["span"]),
-        Piece(state, style_of_state(state)),
+        Piece(state, "bad" if is_ghost else style_of_state(state)),
         "" if speed is None else rate(speed),
         "" if ping_ms is None else f"{ping_ms:.0f} ms" if ping_ms >= 10 else f"{ping_ms:.1f} ms",
         Piece(_short_peer(peer["peer_id"]), "bold" if peer["is_self"] else ""),

@@ -111,6 +111,7 @@ PEERS: dict[str, Any] = {
             "is_relayed": True,
             "ping_ms": 23.4,
             "is_self": False,
+            "is_ghost": False,
         },
         {
             "peer_id": PEER,
@@ -122,6 +123,7 @@ PEERS: dict[str, Any] = {
             "is_relayed": False,
             "ping_ms": None,
             "is_self": True,
+            "is_ghost": False,
         },
     ],
     "uncovered": [{"start": 25, "end": 30}],

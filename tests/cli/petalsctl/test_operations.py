@@ -54,6 +54,8 @@ def test_peers(daemon: FakeDaemon, ctl: Ctl) -> None:
     assert ctl("peers") == (0, PEER_TABLE, "")
     daemon.answers["GET /v1/peers"] = document(PEERS, uncovered=[])
     assert ctl("peers")[1].endswith("\n2 servers, every block is served\n")
+    daemon.answers["GET /v1/peers"] = document(PEERS, peers=[PEERS["peers"][0] | {"is_ghost": True}])
+    assert ctl("peers")[1].splitlines()[1].startswith("15:25   ghost ")
 
 
 @pytest.mark.parametrize("verb", ["sessions", "peers"])
