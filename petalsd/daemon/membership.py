@@ -116,6 +116,9 @@ class Membership:
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
         await self._joined.announcer.announce(state, span)
 
+    async def renew(self) -> None:
+        await self._joined.announcer.renew()
+
     def admit(self) -> None:
         self._serving.serve()
 

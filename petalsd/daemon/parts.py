@@ -97,6 +97,9 @@ class SwarmMember(Protocol):
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
         """Returns when the records of all blocks of ``span`` are stored. SwarmError or DeadlineExceeded."""
 
+    async def renew(self) -> None:
+        """Write what was announced last once more, with fresh pings. SwarmError or DeadlineExceeded."""
+
     def admit(self) -> None:
         """Answer requests."""
 

@@ -45,7 +45,7 @@ class Surroundings:
             self._board.clear("disk_full")
 
     async def look_for_the_swarm(self) -> None:
-        """Dial the first peers again when nobody answers; announcements go on once somebody does."""
+        """Dial the first peers again when nobody answers; announce again once somebody does."""
         try:
             async with asyncio.timeout(_LOOK_S):
                 is_in_touch = await self._member.is_in_touch()
@@ -54,6 +54,7 @@ class Surroundings:
         if is_in_touch:
             if self._lost_for:
                 log.info("swarm_found", after_attempts=self._lost_for)
+                await self._tell_again()
             self._lost_for = 0
             self._board.clear("swarm_unreachable")
             return
@@ -61,6 +62,13 @@ class Surroundings:
             log.error("swarm_lost")
         self._lost_for += 1
         self._board.set("swarm_unreachable", f"{self._lost_for} attempts")
+
+    async def _tell_again(self) -> None:
+        """Nodes that were away may have forgotten us, and what we wrote meanwhile has reached nobody."""
+        try:
+            await self._member.renew()
+        except PetalsdError as error:  # the announcer goes on trying
+            log.warning("renewal_failed", error=str(error))
 
 
 def _trouble_of(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""Our entry in the directory: written on every change and renewed before it expires."""
+"""Our entry in the directory: written on every change, when it has news, and before it expires."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import structlog
 
 from petalsd.errors import PetalsdError, SwarmError
 from petalsd.swarm.directory import parse_entries
+from petalsd.swarm.news import is_news
 from petalsd.swarm.node import Node
 from petalsd.swarm.observer import NullObserver, SwarmObserver
 from petalsd.swarm.pings import PingTracker, choose_targets
@@ -26,7 +27,10 @@ _MIN_LIFETIME_S = 3.0
 _TICK_S = 0.01  # by how much a later entry outlives an earlier one at least
 _MAX_AHEAD_S = 3600.0
 _STORE_TIMEOUT_S = 30.0
-_RETRY_S = 10.0
+_FIRST_RENEWAL_S = 10.0  # the first pings come soon after the start
+_WATCH_S = 5.0
+_MIN_PAUSE_S = 15.0  # between two writings of news
+_FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
 
 # Makes the record of a state and span as things are now; the announcer adds the pings.
 RecordMaker = Callable[[ServerState, BlockSpan], ServerRecord]
@@ -44,6 +48,16 @@ class AnnouncerOptions:
     @property
     def lifetime_s(self) -> float:
         return max(2 * self.update_period_s, _MIN_LIFETIME_S)
+
+    @property
+    def min_pause_s(self) -> float:
+        """News that come sooner after the last writing wait."""
+        return min(_MIN_PAUSE_S, self.update_period_s / 4)
+
+    def retry_s(self, num_failures: int) -> float:
+        """How long to wait after so many failures in a row, before chance shortens it."""
+        longest = min(_LAST_RETRY_S, self.update_period_s)
+        return min(_FIRST_RETRY_S * 2.0 ** min(num_failures - 1, 16), longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +87,22 @@ class Announcer:
         self._lock = asyncio.Lock()
         self._current: tuple[ServerState, BlockSpan] | None = None
         self._expiration = 0.0
+        self._told: ServerRecord | None = None
         self.last_stored: Announcement | None = None
         self._renewal: asyncio.Task[None] | None = None
 
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
-        """Publish ``state`` for ``span`` now and keep renewing it. Another span's entry goes OFFLINE first.
+        """Publish ``state`` for ``span`` now and keep renewing it. Blocks of another span go OFFLINE first.
 
+        Those that are served all the while are not: from ONLINE to ONLINE only the blocks that are left are.
         SwarmError or DeadlineExceeded when it could not be stored; renewing goes on trying.
         """
         async with self._lock:
             old, self._current = self._current, (state, span)
             if old is not None and old[1] != span and old[0] != ServerState.OFFLINE:
-                await self._publish(ServerState.OFFLINE, old[1])
+                goes_on = old[0] == state == ServerState.ONLINE
+                if left := [block for block in old[1] if not (goes_on and block in span)]:
+                    await self._publish(ServerState.OFFLINE, old[1], left)
             await self._publish(state, span)
         log.info("announced", state=state.name, span=str(span))
 
@@ -105,12 +123,18 @@ class Announcer:
             if self._current is not None:
                 await self._publish(*self._current)
 
+    async def write_news(self) -> None:
+        """Publish the current entry again if it says something else by now, with the pings that are known."""
+        async with self._lock:
+            if self._current is not None and self._has_news():
+                await self._publish(*self._current)
+
     def pings(self) -> dict[str, float]:
         """Round trips in seconds to servers that a route may go to after us, ``inf`` for no answer."""
         return self._pings.averages()
 
     def start(self) -> None:
-        """Renew every update period from now on."""
+        """Renew every update period from now on, and write news in between."""
         if self._renewal is None:
             self._renewal = asyncio.create_task(self._renew_forever(), name="announcer")
 
@@ -122,26 +146,50 @@ class Announcer:
             self._renewal = None
 
     async def _renew_forever(self) -> None:
-        pause_s = min(_RETRY_S, self._options.update_period_s)  # the first pings soon after the start
+        options, num_failures = self._options, 0
+        pause_s = min(_FIRST_RENEWAL_S, options.update_period_s)
         while True:
-            await asyncio.sleep(pause_s)
             try:
+                if num_failures:
+                    await asyncio.sleep(pause_s)
+                else:
+                    await self._write_news_for(pause_s)
                 await self.renew()
-                pause_s = self._options.update_period_s
+                num_failures, pause_s = 0, options.update_period_s
             except PetalsdError as error:
-                log.warning("announcing_failed", error=str(error))
-                pause_s = min(_RETRY_S, self._options.update_period_s)
+                num_failures += 1
+                pause_s = options.retry_s(num_failures) * self._rng.uniform(0.5, 1.0)
+                log.warning("announcing_failed", error=str(error), retry_s=round(pause_s, 1))
 
-    async def _publish(self, state: ServerState, span: BlockSpan) -> None:
+    async def _write_news_for(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left_s := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, _WATCH_S, self._options.min_pause_s))
+            stored = self.last_stored
+            if stored is None or time.monotonic() - stored.at_monotonic_s >= self._options.min_pause_s:
+                await self.write_news()
+
+    def _has_news(self) -> bool:
+        if self._current is None or self._current[0] == ServerState.OFFLINE:
+            return False
+        return self._told is None or is_news(self._told, self._describe(*self._current))
+
+    def _describe(self, state: ServerState, span: BlockSpan) -> ServerRecord:
         pings = None if state == ServerState.OFFLINE else self._pings.averages()
-        record = replace(self._make_record(state, span), state=state, span=span, next_pings=pings)
+        return replace(self._make_record(state, span), state=state, span=span, next_pings=pings)
+
+    async def _publish(
+        self, state: ServerState, span: BlockSpan, blocks: Iterable[int] | None = None
+    ) -> None:
+        """Write the record of ``span`` under ``blocks``, by default all of its own."""
+        record, self._told = self._describe(state, span), None
         try:
-            await self._store([make_uid(self._options.prefix, block) for block in span], record)
+            await self._store([make_uid(self._options.prefix, block) for block in blocks or span], record)
         except PetalsdError:
             self._observer.announced(False)
             raise
         self._observer.announced(True)
-        self.last_stored = Announcement(state, time.monotonic())
+        self._told, self.last_stored = record, Announcement(state, time.monotonic())
         is_private = self._options.prefix.startswith(PRIVATE_PREFIX)
         if state != ServerState.OFFLINE and not is_private:
             await self._store_model()

@@ -113,6 +113,9 @@ class FakeMember:
         self.swarm.put(self.peer_id, state, span, self.throughput)
         self.announcement = Announcement(state, time.monotonic())
 
+    async def renew(self) -> None:
+        self._call("renew")
+
     def admit(self) -> None:
         self._call("admit")
         self.is_admitting = True

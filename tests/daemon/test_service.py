@@ -148,6 +148,7 @@ async def test_a_lost_swarm_is_warned_of_until_somebody_answers(monkeypatch: pyt
     stage.member.is_swarm_there = True
     await asyncio.wait_for(eventually(lambda: not board.active()), DEADLINE_S)
     looking.cancel()
+    assert stage.calls.count("renew") == 1  # what was told meanwhile may have reached nobody
 
 
 def test_a_full_disk_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

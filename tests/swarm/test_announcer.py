@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from petalsd.errors import SwarmError
-from petalsd.swarm.announcer import Announcer, AnnouncerOptions
-from petalsd.swarm.directory import parse_entries
-from petalsd.swarm.node import DHTEntry
+from petalsd.swarm.announcer import Announcer, AnnouncerOptions, RecordMaker
+from petalsd.swarm.directory import parse_entries, read_view
+from petalsd.swarm.node import DHTEntry, NodeOptions
 from petalsd.swarm.protocol import MODELS_KEY, ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
+from tests.swarm.servers import joining, node
+from tests.waiting import eventually
 
 OWN = "Qm" + "o" * 44
 NEXT = "Qm" + "n" * 44
@@ -28,6 +32,7 @@ class FakeDHT:
         self.entries: dict[str, dict[object, DHTEntry]] = {}
         self.writes: list[tuple[str, str, object, float]] = []
         self.is_reachable = True
+        self.num_refused = self.num_reads = 0
 
     async def store(
         self, keys: list[str], subkey: str, value: object, expiration: float, timeout_s: float
@@ -37,12 +42,14 @@ class FakeDHT:
             known = self.entries.setdefault(key, {})
             if not self.is_reachable or (subkey in known and known[subkey].expiration >= expiration):
                 refused.append(key)
+                self.num_refused += 1
                 continue
             known[subkey] = DHTEntry(value, expiration)
             self.writes.append((key, subkey, value, expiration))
         return refused
 
     async def get(self, keys: list[str], timeout_s: float) -> dict[str, dict[object, DHTEntry]]:
+        self.num_reads += 1
         return {key: dict(self.entries.get(key, {})) for key in keys}
 
     async def ping(self, peer: str) -> float:
@@ -60,9 +67,11 @@ def make_record(state: ServerState, span: BlockSpan) -> ServerRecord:
     return ServerRecord(state, 10, inference_rps=40, cache_tokens_left=2 * 512, version="0.1.0")
 
 
-def announcer(dht: FakeDHT, prefix: str = "m-hf", period_s: float = 120.0) -> Announcer:
+def announcer(
+    dht: FakeDHT, prefix: str = "m-hf", period_s: float = 120.0, make: RecordMaker = make_record
+) -> Announcer:
     options = AnnouncerOptions(prefix, 6, "https://huggingface.co/x/m", update_period_s=period_s)
-    return Announcer(dht, options, make_record)  # type: ignore[arg-type]
+    return Announcer(dht, options, make)  # type: ignore[arg-type]
 
 
 async def test_rows_2_to_6_one_exact_record_under_every_own_block() -> None:
@@ -93,6 +102,21 @@ async def test_row_5_old_blocks_go_offline_before_new_ones_are_declared() -> Non
         ("m-hf.2", JOINING),
     ]
     assert dht.record("m-hf.0").span == BlockSpan(0, 2)
+
+
+async def test_blocks_that_are_served_all_the_while_never_go_offline() -> None:
+    """From ONLINE to ONLINE only the blocks that are left are declared OFFLINE, before the new ones."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(0, 3))
+    await ours.announce(ONLINE, BlockSpan(1, 4))
+    await ours.announce(ONLINE, BlockSpan(0, 4))
+    assert dht.states()[3:] == [
+        ("m-hf.0", OFFLINE),
+        *((f"m-hf.{block}", ONLINE) for block in (1, 2, 3)),
+        *((f"m-hf.{block}", ONLINE) for block in (0, 1, 2, 3)),
+    ]
+    assert dht.record("m-hf.1").span == BlockSpan(0, 4)
 
 
 async def test_row_5_withdrawing_writes_offline_once() -> None:
@@ -178,3 +202,83 @@ async def test_nothing_is_renewed_before_it_is_announced() -> None:
     dht = FakeDHT()
     await announcer(dht).renew()
     assert dht.writes == []
+
+
+async def test_news_are_written_before_their_time() -> None:
+    """Between renewals a record is written again when it says something else, and only then."""
+    dht = FakeDHT()
+    left = [1000]
+    ours = announcer(dht, make=lambda state, span: ServerRecord(state, 10, cache_tokens_left=left[0]))
+    await ours.write_news()
+    await ours.announce(ONLINE, BlockSpan(0, 1))
+    left[0] = 800
+    await ours.write_news()
+    assert len(dht.states()) == 1
+    left[0] = 700
+    await ours.write_news()
+    await ours.write_news()
+    assert len(dht.states()) == 2 and dht.record("m-hf.0").cache_tokens_left == 700
+    await ours.announce(OFFLINE, BlockSpan(0, 1))
+    left[0] = 0
+    await ours.write_news()
+    assert len(dht.states()) == 3
+
+
+async def test_a_started_announcer_writes_news_by_itself_and_not_at_once() -> None:
+    """Long before the next renewal, but no sooner than a quarter of the period after the last writing."""
+    dht = FakeDHT()
+    rate = [10.0]
+    ours = announcer(dht, period_s=2.0, make=lambda state, span: ServerRecord(state, rate[0]))
+    await ours.announce(ONLINE, BlockSpan(0, 1))
+    begun = time.monotonic()
+    ours.start()
+    rate[0] = 20.0
+    await eventually(lambda: len(dht.states()) > 1)
+    await ours.stop()
+    assert dht.num_reads == 0, "that was a renewal, which looks for servers to ping first"
+    assert time.monotonic() - begun >= 0.5 and dht.record("m-hf.0").throughput == 20.0
+
+
+async def test_a_store_that_fails_is_tried_again_until_it_is_done() -> None:
+    """While the swarm is away the announcer goes on trying, with pauses that grow up to a minute."""
+    dht = FakeDHT()
+    ours = announcer(dht, period_s=0.05)
+    dht.is_reachable = False
+    with pytest.raises(SwarmError):
+        await ours.announce(ONLINE, BlockSpan(0, 1))
+    ours.start()
+    await eventually(lambda: dht.num_refused > 4)
+    dht.is_reachable = True
+    await eventually(lambda: dht.states() != [])
+    await ours.stop()
+    assert dht.record("m-hf.0").state == ONLINE
+    pauses = [AnnouncerOptions("m", 6).retry_s(number) for number in range(1, 9)]
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+
+
+@pytest.mark.swarm
+async def test_row_22_a_swarm_that_forgot_us_is_told_again(tmp_path: Path) -> None:
+    """Its only other node comes back without a memory: after a renewal it has our record, with us or without."""
+    options = NodeOptions(identity_path=tmp_path / "key")
+    async with node(options) as first, node(await joining(first)) as server:
+        (maddr,) = await first.visible_maddrs()
+        ours = Announcer(server, AnnouncerOptions("m-hf", 2), make_record)
+        await ours.announce(ONLINE, BlockSpan(0, 2))
+        await first.stop()
+        async with node(replace(options, host_maddrs=(maddr.partition("/p2p/")[0],))) as again:
+            assert (await read_view(again, "m-hf", 2)).spans() == []
+            await eventually(server.is_in_touch, timeout_s=30, interval_s=0.2)
+            await eventually(lambda: _renewed(ours), timeout_s=30, interval_s=0.2)
+            peer_id = server.peer_id
+            await server.stop()
+            (found,) = (await read_view(again, "m-hf", 2)).spans()
+        assert (found.peer, found.state, found.span) == (peer_id, ONLINE, BlockSpan(0, 2))
+
+
+async def _renewed(ours: Announcer) -> bool:
+    """The DHT leaves out a peer for seconds after it did not answer."""
+    try:
+        await ours.renew()
+    except SwarmError:
+        return False
+    return True
