@@ -135,8 +135,9 @@ class SwarmSection(Section):
     throughput: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
         "auto", "tokens/s announced to the swarm; auto measures this machine once and keeps the result"
     )
-    network_mbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
-        100.0, "Mbit/s of the slower direction of the network link"
+    network_mbps: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
+        "auto",
+        "Mbit/s of the slower direction of the network link; auto: what transfers show, 100 until they do",
     )
 
 

@@ -118,13 +118,22 @@ class SessionCounts(Document):
     waiting: int = Field(description="sessions that wait for room in the cache")
 
 
+# Where the announced rates come from: swarm.throughput, a measurement of a random block before any was loaded,
+# one of the served blocks, or their clients' steps and passes.
+RateSource = Literal["configured", "sample", "served", "live"]
+# swarm.network_mbps, transfers between peers, or neither yet.
+NetworkSource = Literal["configured", "measured", "assumed"]
+
+
 class Throughput(Document):
     """Tokens/s as announced to the swarm; null where only ``tokens_per_s`` is configured."""
 
     tokens_per_s: float
-    inference_rps: float | None
-    forward_rps: float | None
-    network_rps: float | None
+    inference_rps: float | None = Field(description="through one block, one token at a time")
+    forward_rps: float | None = Field(description="through one block, in passes of 1024 tokens")
+    network_rps: float | None = Field(description="through the network link")
+    source: RateSource = Field(description="of the rates through a block")
+    network_source: NetworkSource | None
 
 
 class LastMove(Document):

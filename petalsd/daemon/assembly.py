@@ -48,6 +48,7 @@ from petalsd.models.contract import Block
 from petalsd.models.ladder import Ladder
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import AnnouncerOptions
+from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
 from petalsd.systemd import Notifier
 from petalsd.types import BlockSpan
@@ -97,11 +98,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         plan.limits, plan.device, config.engine.threads, recorder, _runners(config, plan, recorder)
     )
     ladder = Ladder(plan.architecture, plan.source, plan.storage, config.engine.threads)
-    speed = Speed(plan, config, paths)
+    link = LinkMeter()
+    speed = Speed(plan, config, paths, link)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
-        Serving(engine, _served_model(plan), _handler_limits(config), SwarmRecorder(metrics)),
+        Serving(engine, _served_model(plan), _handler_limits(config), SwarmRecorder(metrics, link)),
         RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
     )
     rebalancer = Rebalancer(member, rng)

@@ -10,6 +10,7 @@ from petalsd.daemon.supervisor import Cause
 from petalsd.engine.observer import BatchReport, PassTiming
 from petalsd.metrics import Metrics
 from petalsd.swarm.faults import CODES
+from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.protocol import STREAM_METHODS, UNARY_METHODS
 
 
@@ -113,9 +114,10 @@ class _Direction:
 
 
 class SwarmRecorder:
-    """``swarm.observer.SwarmObserver``."""
+    """``swarm.observer.SwarmObserver``; what it hears of transfers goes on to ``link``."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, link: LinkMeter) -> None:
+        self._link = link
         methods = (*UNARY_METHODS, *STREAM_METHODS)
         calls, errors = metrics.counter("rpc_calls_total"), metrics.counter("rpc_errors_total")
         abandoned = metrics.counter("rpc_abandoned_total")
@@ -143,6 +145,12 @@ class SwarmRecorder:
 
     def sent(self, num_bytes: int) -> None:
         self._sent.inc(num_bytes)
+
+    def flowed(self, num_bytes: int, seconds: float, *, is_upload: bool) -> None:
+        self._link.flowed(num_bytes, seconds, is_upload=is_upload)
+
+    def acknowledged(self, peer: str, num_bytes: int, seconds: float) -> None:
+        self._link.acknowledged(peer, num_bytes, seconds)
 
     def first_answer(self, wait_s: float) -> None:
         self._first_answer.observe(wait_s)

@@ -236,6 +236,8 @@ class Reporter:
             inference_rps=rates.inference_rps,
             forward_rps=rates.forward_rps,
             network_rps=rates.network_rps,
+            source=rates.source,
+            network_source=rates.network_source,
         )
 
     def _balance(self) -> Balance:

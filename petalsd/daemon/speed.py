@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import structlog
@@ -18,12 +19,15 @@ from petalsd.models.ladder import Ladder
 from petalsd.models.rope import Rope
 from petalsd.models.weights import assemble_block, block_tensors
 from petalsd.paths import InstancePaths
+from petalsd.status import NetworkSource, RateSource
+from petalsd.swarm.link import LinkMeter
 
 log = structlog.get_logger(__name__)
 
 # Another process of this instance may be at its own measurement; one takes some ten seconds.
 _MEASURE_TIMEOUT_S = 120.0
 _WEIGHTS_SCALE = 0.02
+_NETWORK_CHANGE = 0.2  # transfers vary; less than this is no news
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Rates:
     inference_rps: float | None = None
     forward_rps: float | None = None
     network_rps: float | None = None
+    source: RateSource = "configured"
+    network_source: NetworkSource | None = None
 
     @property
     def are_known(self) -> bool:
@@ -54,30 +60,62 @@ class Rates:
         return announced_throughput(self.forward_rps, self.network_rps, num_blocks, is_relayed=is_relayed)
 
 
-class Speed:
-    """``rates`` are known once ``find_out`` has returned."""
+class _Steady:
+    """Holds a value until another one differs from it by a share of it."""
 
-    def __init__(self, plan: ServingPlan, config: Config, paths: InstancePaths) -> None:
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._held = math.nan
+
+    def __call__(self, value: float) -> float:
+        if not abs(value - self._held) <= self._share * self._held:
+            self._held = value
+        return self._held
+
+
+class Speed:
+    """``rates`` are known once ``find_out`` has returned, and follow what ``link`` sees from then on."""
+
+    def __init__(self, plan: ServingPlan, config: Config, paths: InstancePaths, link: LinkMeter) -> None:
         self._plan = plan
         self._section = config.swarm
         self._num_threads = config.engine.threads
         self._cache = RateCache(paths.throughput_file)
-        self.rates = Rates()
+        self._link = link
+        self._steady_mbps = _Steady(_NETWORK_CHANGE)
+        self._measured: BlockRates | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """As they are now; unknown before ``find_out``."""
+        if self._section.throughput != "auto":
+            return Rates(throughput=float(self._section.throughput))
+        if self._measured is None:
+            return Rates()
+        mbps, network_source = self._network()
+        return Rates(
+            inference_rps=self._measured.inference_rps,
+            forward_rps=self._measured.forward_rps,
+            network_rps=network_rps(mbps, self._plan.model.hidden_size),
+            source="sample",
+            network_source=network_source,
+        )
 
     async def find_out(self) -> None:
-        """Take the configured number, or measure one block, unless that was done before on this machine."""
+        """Measure one block, unless that was done before on this machine, or a number is configured."""
         if self._section.throughput != "auto":
-            self.rates = Rates(throughput=float(self._section.throughput))
             return
         plan = self._plan
         key = rate_key(plan.source.source, plan.weights_name, plan.device, self._num_threads)
-        measured = await self._cache.get_or_measure(key, self._measure, _MEASURE_TIMEOUT_S)
-        self.rates = Rates(
-            inference_rps=measured.inference_rps,
-            forward_rps=measured.forward_rps,
-            network_rps=network_rps(self._section.network_mbps, plan.model.hidden_size),
-        )
+        self._measured = await self._cache.get_or_measure(key, self._measure, _MEASURE_TIMEOUT_S)
         log.info("throughput_known", **asdict(self.rates))
+
+    def _network(self) -> tuple[float, NetworkSource]:
+        """Mbit/s."""
+        if self._section.network_mbps != "auto":
+            return float(self._section.network_mbps), "configured"
+        speed = self._link.speed()
+        return self._steady_mbps(speed.mbps), "measured" if speed.is_measured else "assumed"
 
     async def _measure(self) -> BlockRates:
         plan = self._plan

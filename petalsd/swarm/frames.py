@@ -9,6 +9,7 @@ payload. Here the transport's call completes the frame, and whoever is told of i
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -57,6 +58,9 @@ class FrameProtocol(asyncio.Protocol):
         self._writer = writer  # it closes the transport when nobody holds it any more
         self.transport = transport = cast(asyncio.Transport, writer.transport)
         self.on_arrival: Callable[[], None] | None = None
+        self.on_large: Callable[[int, float], None] | None = (
+            None  # how much of a frame came, in how many seconds
+        )
         self.has_ended = asyncio.Event()
         self._predecessor = transport.get_protocol()
         self._budget = budget
@@ -65,6 +69,7 @@ class FrameProtocol(asyncio.Protocol):
         self._end: Exception | None = None
         self._failure: Exception | None = None
         self._coming_bytes = self._taken_bytes = 0
+        self._coming_since = (0.0, 0)
         self._is_reading = True
         self._is_discarding = False
         self._may_write = asyncio.Event()
@@ -184,10 +189,15 @@ class FrameProtocol(asyncio.Protocol):
         self._check(marker, length)
         if length > _LARGE_BYTES:
             here = min(len(buffer), end) - HEADER_BYTES
+            if not self._coming_bytes:
+                self._coming_since = time.monotonic(), here
             self._budget.take(here - self._coming_bytes)
             self._coming_bytes = here
         if len(buffer) < end:
             return None
+        if length > _LARGE_BYTES and self.on_large is not None:
+            since, first_bytes = self._coming_since
+            self.on_large(length - first_bytes, time.monotonic() - since)
         if len(buffer) == end and length > _LARGE_BYTES:
             self._buffer = bytearray()
             return marker, memoryview(buffer)[HEADER_BYTES:]

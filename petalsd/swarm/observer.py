@@ -23,6 +23,12 @@ class SwarmObserver(Protocol):
     def sent(self, num_bytes: int) -> None:
         """A message was written."""
 
+    def flowed(self, num_bytes: int, seconds: float, *, is_upload: bool) -> None:
+        """So much of one large message passed in so long."""
+
+    def acknowledged(self, peer: str, num_bytes: int, seconds: float) -> None:
+        """Another server answered a message of ours that long after it was sent."""
+
     def first_answer(self, wait_s: float) -> None:
         """The first answer of a session was sent, that long after the session was asked for."""
 
@@ -49,6 +55,12 @@ class NullObserver:
         pass
 
     def sent(self, num_bytes: int) -> None:
+        pass
+
+    def flowed(self, num_bytes: int, seconds: float, *, is_upload: bool) -> None:
+        pass
+
+    def acknowledged(self, peer: str, num_bytes: int, seconds: float) -> None:
         pass
 
     def first_answer(self, wait_s: float) -> None:

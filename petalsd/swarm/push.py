@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -78,6 +79,7 @@ class Pusher:
         )
 
     async def _send(self, peer: str, request: runtime_pb2.ExpertRequest) -> None:
+        started = time.monotonic()
         try:
             await ServerStub(self._node, peer).push(request, self._timeout_s)
         except (PetalsdError, ValueError) as error:  # ValueError: not a PeerID
@@ -85,4 +87,6 @@ class Pusher:
             self._observer.pushed(False)
         else:
             self._observer.pushed(True)
-            self._observer.sent(request.ByteSize())
+            num_bytes = request.ByteSize()
+            self._observer.sent(num_bytes)
+            self._observer.acknowledged(peer, num_bytes, time.monotonic() - started)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -25,6 +27,7 @@ from petalsd.swarm.frames import ERROR, HEADER_BYTES, MESSAGE, FrameProtocol
 from petalsd.swarm.observer import NullObserver, SwarmObserver
 
 _LINGER_S = 1.0
+_ON_THE_WAY_BYTES = 4 * 2**20  # sockets and p2pd may hold so much that the peer has not got yet
 
 M = TypeVar("M", bound=Message)
 _CODES = frozenset(
@@ -57,6 +60,7 @@ class MessageStream:
         self._frames = frames
         self._send_timeout_s = send_timeout_s
         self._observer = observer or NullObserver()
+        frames.on_large = partial(self._observer.flowed, is_upload=False)
         self._waiter: asyncio.Future[None] | None = None
         self._patience = Alarm(self._lose_patience)
 
@@ -128,14 +132,19 @@ class MessageStream:
         try:
             num_bytes = self._frames.write(marker, payload)
             if not self._frames.may_write:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await self._frames.drain()
+                await self._drain(num_bytes)
         except TimeoutError:
             self._frames.transport.abort()  # what it has not read would wait in memory
             raise DeadlineExceeded(f"the peer did not read for {self._send_timeout_s:g} s") from None
         except (OSError, RuntimeError) as error:
             raise StreamEnded(self.peer, "closed the stream") from error
         self._observer.sent(num_bytes)
+
+    async def _drain(self, num_bytes: int) -> None:
+        started = time.monotonic()
+        async with asyncio.timeout(self._send_timeout_s):
+            await self._frames.drain()
+        self._observer.flowed(num_bytes - _ON_THE_WAY_BYTES, time.monotonic() - started, is_upload=True)
 
     async def _arrival(self, timeout_s: float | None) -> None:
         waiter = self._waiter = asyncio.get_running_loop().create_future()

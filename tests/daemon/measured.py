@@ -18,6 +18,7 @@ from petalsd.daemon.recording import (
 )
 from petalsd.metrics import Metrics
 from petalsd.paths import InstancePaths
+from petalsd.swarm.link import LinkMeter
 from petalsd.systemd import Notifier
 from tests.daemon.fakes import Stage
 
@@ -32,7 +33,7 @@ class MeasuredStage(Stage):
         declare_causes(self.metrics)
         self.engine_recorder = EngineRecorder(self.metrics)
         self.cache_recorder = CacheRecorder(self.metrics)
-        self.swarm_recorder = SwarmRecorder(self.metrics)
+        self.swarm_recorder = SwarmRecorder(self.metrics, LinkMeter())
         self.download_recorder = DownloadRecorder(self.metrics)
         figures = Figures(self.daemon, self.daemon._parts, self.plan, _paths(home), self.notifier)
         self.metrics.read_from(figures.read)

@@ -12,6 +12,7 @@ from petalsd.daemon.span_loader import LoadProgress
 from petalsd.engine.observer import BatchReport, PassTiming, StepTiming
 from petalsd.metrics import Metrics
 from petalsd.swarm.faults import CODES
+from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.protocol import STREAM_METHODS, UNARY_METHODS
 from tests.daemon.measured import read
 from tests.engine.rig import TinyModel, feed, opened, serving, states
@@ -72,7 +73,7 @@ def test_passes_by_direction() -> None:
 def test_every_method_and_code_has_its_series_from_the_start() -> None:
     """So that the first error is seen as a rise; what happens is counted where it belongs."""
     metrics = Metrics()
-    recorder = SwarmRecorder(metrics)
+    recorder = SwarmRecorder(metrics, LinkMeter())
     for method in (*UNARY_METHODS, *STREAM_METHODS):
         assert value(metrics, "petalsd_rpc_calls_total", method=method) == 0
         for code in CODES:
@@ -87,7 +88,7 @@ def test_every_method_and_code_has_its_series_from_the_start() -> None:
 
 def test_bytes_pushes_and_announcements() -> None:
     metrics = Metrics()
-    recorder = SwarmRecorder(metrics)
+    recorder = SwarmRecorder(metrics, LinkMeter())
     recorder.received(100)
     recorder.received(23)
     recorder.sent(7)

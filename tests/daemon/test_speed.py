@@ -13,16 +13,17 @@ from petalsd.daemon.plan import make_plan
 from petalsd.daemon.speed import Rates, Speed
 from petalsd.engine.engine import Engine
 from petalsd.paths import InstancePaths
+from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 
 
-def speed_of(model_dir: Path, tmp_path: Path, *overrides: str) -> Speed:
+def speed_of(model_dir: Path, tmp_path: Path, *overrides: str, link: LinkMeter | None = None) -> Speed:
     paths = InstancePaths("t", tmp_path, tmp_path)
     overrides = (f"model.source={model_dir}", "engine.device=cpu", "engine.threads=1", *overrides)
     config = load_config(None, {}, overrides).config
-    return Speed(make_plan(config, paths), config, paths)
+    return Speed(make_plan(config, paths), config, paths, link or LinkMeter())
 
 
 async def test_a_configured_throughput_stands_alone(model_dir: Path, tmp_path: Path) -> None:
@@ -48,6 +49,28 @@ async def test_a_measurement_is_made_once(variant: str, tmp_path: Path) -> None:
     assert first.rates.inference_rps is not None
     assert first.rates.inference_rps > 0
     assert first.rates.announced(4, is_relayed=False) <= first.rates.network_rps
+
+
+async def test_the_network_is_configured_or_measured_or_assumed(model_dir: Path, tmp_path: Path) -> None:
+    """A configured link wins; else transfers show it, held while it differs by little; until then 100 Mbit/s."""
+    link = LinkMeter()
+    speed = speed_of(model_dir, tmp_path, link=link)
+    assert speed.rates == Rates()
+    await speed.find_out()
+
+    def mbps() -> float:
+        assert speed.rates.network_rps is not None
+        return round(speed.rates.network_rps * 16 * 64 / 1e6, 3)
+
+    assert (mbps(), speed.rates.network_source) == (100.0, "assumed")
+    for rate_mbps, expected in ((40, 40.0), (44, 40.0), (64, 64.0)):
+        for _ in range(64):
+            link.flowed(rate_mbps * 125_000 * 10, 10.0, is_upload=True)
+        assert (mbps(), speed.rates.network_source) == (expected, "measured")
+    configured = speed_of(model_dir, tmp_path, "swarm.network_mbps=7", link=link)
+    await configured.find_out()
+    assert configured.rates.network_source == "configured"
+    assert configured.rates.network_rps == 7e6 / (16 * 64)
 
 
 async def test_each_form_of_the_weights_is_measured(model_dir: Path, tmp_path: Path) -> None:

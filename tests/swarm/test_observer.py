@@ -40,6 +40,8 @@ class Notes:
         self.abandoned: Counter[str] = Counter()
         self.received_bytes = 0
         self.sent_bytes = 0
+        self.flows: list[tuple[int, float, bool]] = []
+        self.acknowledgements: list[tuple[str, int, float]] = []
         self.first_answers: list[float] = []
         self.pushes: list[bool] = []
         self.announcements: list[bool] = []
@@ -58,6 +60,12 @@ class Notes:
 
     def sent(self, num_bytes: int) -> None:
         self.sent_bytes += num_bytes
+
+    def flowed(self, num_bytes: int, seconds: float, *, is_upload: bool) -> None:
+        self.flows.append((num_bytes, seconds, is_upload))
+
+    def acknowledged(self, peer: str, num_bytes: int, seconds: float) -> None:
+        self.acknowledgements.append((peer, num_bytes, seconds))
 
     def first_answer(self, wait_s: float) -> None:
         self.first_answers.append(wait_s)
@@ -122,6 +130,23 @@ async def test_passes_are_calls_whole_or_streamed(
     assert notes.calls == {"rpc_forward": 1, "rpc_backward": 1, "rpc_forward_stream": 1, "rpc_info": 1}
     assert notes.received_bytes > large.nbytes and notes.sent_bytes > large.nbytes
     assert notes.failures == {}
+
+
+async def test_large_messages_tell_how_long_they_took(
+    nodes: tuple[Node, Node], client: Node, model: TinyModel
+) -> None:
+    """Those that come with what came after their first piece, those that go less what may be on the way."""
+    large = states(64, 1200)
+    async with observed(nodes[0], model) as (tiny, notes):
+        stream = await tiny.stub(client).open_inference()
+        metadata = {"max_length": 1200, "alloc_timeout": TIMEOUT_S}
+        await stream.send(tiny.uid, [large, DUMMY, DUMMY_INT64], metadata)
+        with pytest.raises(RemoteFailure):
+            await stream.receive(TIMEOUT_S)
+        stream.abort()
+        await tiny.idle()
+    (num_bytes, seconds, is_upload), *_ = notes.flows
+    assert large.nbytes // 2 < num_bytes <= large.nbytes + 1000 and 0 < seconds < TIMEOUT_S and not is_upload
 
 
 async def test_errors_are_told_by_the_code_that_the_peer_gets(
@@ -204,7 +229,10 @@ async def test_pushes_are_told_by_their_outcome(
             async with asyncio.timeout(TIMEOUT_S):
                 await head.handler.pusher.wait()
         assert await session.end()
+        tail_peer = tail.node.peer_id
     assert notes.pushes == [True, False]
+    ((peer, num_bytes, seconds),) = notes.acknowledgements
+    assert peer == tail_peer and 64 * 4 < num_bytes < 2000 and 0 < seconds < TIMEOUT_S
     assert heard.calls == {"rpc_push": 1}
     assert heard.received_bytes > 64 * 4
 

@@ -17,6 +17,11 @@ _PATHS = {
     "packed": "packed layers",
     "plain": "plain layers",
 }
+_RATE_SOURCES = {
+    "sample": ", measured on a random one",
+    "served": ", measured on those served",
+    "live": ", as clients' requests show",
+}
 _SEVERITY_MARKS = {"critical": "✗", "warning": "!", "info": "i"}
 
 _Document = Mapping[str, Any]
@@ -177,16 +182,21 @@ def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
                 ),
             )
     if speed := document["throughput"]:
-        details = "  ".join(
-            f"{name} {rate(speed[key])}"
-            for name, key in (
-                ("decode", "inference_rps"),
-                ("passes", "forward_rps"),
-                ("network", "network_rps"),
-            )
-            if speed[key] is not None
-        )
-        yield "announced", line(f"{rate(speed['tokens_per_s'])} tokens/s", Piece(f"  {details}", "dim"))
+        yield from _speed_fields(speed)
+
+
+def _speed_fields(speed: Mapping[str, Any]) -> Iterable[tuple[str, Line | str]]:
+    """The figure that the swarm compares servers by, what it was made of, and where that comes from."""
+    total = f"{rate(speed['tokens_per_s'])} tokens/s"
+    if speed["inference_rps"] is None or speed["forward_rps"] is None:
+        yield "announced", line(total, Piece("  configured", "dim"))
+        return
+    network = "" if speed["network_rps"] is None else f"  network {rate(speed['network_rps'])}"
+    if network and speed.get("network_source"):
+        network += f", {speed['network_source']}"
+    yield "announced", line(total, Piece(network, "dim"))
+    blocks = f"decode {rate(speed['inference_rps'])}, passes {rate(speed['forward_rps'])} per block"
+    yield "", line(Piece(blocks + _RATE_SOURCES.get(speed.get("source", ""), ""), "dim"))
 
 
 def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:

@@ -63,6 +63,8 @@ STATUS: dict[str, Any] = {
         "inference_rps": 987.0,
         "forward_rps": 2345.6,
         "network_rps": 10850.0,
+        "source": "served",
+        "network_source": "assumed",
     },
     "balance": {"quality": 0.75, "next_check_s": 42.0, "last_move": None, "is_pinned": False},
     "drain": None,

@@ -24,7 +24,8 @@ ONLINE = """\
   sessions      3 of 256, 4 sequences
   cache         █████░░░░░░░░░░░░░░░ 23 %, room for 12,600 tokens  15,360 pages
   on disk       512 pages of idle sessions  64.0 MiB of 2.1 GiB taken
-  announced     123 tokens/s  decode 987  passes 2,346  network 10,850
+  announced     123 tokens/s  network 10,850, assumed
+                decode 987, passes 2,346 per block, measured on those served
   balance       next check in 42 s, quality 0.75
   watchdog      ping 12 s ago, limit 1 min; the engine's last step 0.4 s ago
   peer          12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK
