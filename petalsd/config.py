@@ -133,7 +133,8 @@ class SwarmSection(Section):
     update_period_s: Seconds = _restart(120.0, "period of announcements; records live for twice as long")
     allowed_peers: Texts = _restart((), "PeerIDs that may use this server; empty: everybody")
     throughput: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
-        "auto", "tokens/s announced to the swarm; auto measures this machine once and keeps the result"
+        "auto",
+        "tokens/s announced to the swarm; auto: measured once, kept, and then as clients' requests show",
     )
     network_mbps: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
         "auto",

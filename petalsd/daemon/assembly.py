@@ -37,6 +37,8 @@ from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import Engine
 from petalsd.engine.graphs import CudaGraphs
+from petalsd.engine.iteration_cost import AttentionShare
+from petalsd.engine.live_rates import LiveRates
 from petalsd.engine.runners import RunnerFactory
 from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
@@ -93,13 +95,14 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
     limit = SpanLimit(plan.need, lambda: device_memory_bytes(plan.device), board)
-    recorder = EngineRecorder(metrics)
+    live = LiveRates(AttentionShare.of(plan.model))
+    recorder = EngineRecorder(metrics, live)
     engine = Engine(
         plan.limits, plan.device, config.engine.threads, recorder, _runners(config, plan, recorder)
     )
     ladder = Ladder(plan.architecture, plan.source, plan.storage, config.engine.threads)
     link = LinkMeter()
-    speed = Speed(plan, config, paths, link)
+    speed = Speed(plan, config, paths, live, link)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
@@ -125,6 +128,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         pool.allocate()
         await engine.load_span(blocks, pool, ladder.angles)
         _report_graphs(engine, board)
+        await speed.find_out_of(engine)
 
     return Parts(
         engine=engine,

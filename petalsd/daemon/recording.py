@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from petalsd.daemon.span_loader import LoadProgress
 from petalsd.daemon.supervisor import Cause
+from petalsd.engine.live_rates import LiveRates
 from petalsd.engine.observer import BatchReport, PassTiming
 from petalsd.metrics import Metrics
 from petalsd.swarm.faults import CODES
@@ -15,9 +16,13 @@ from petalsd.swarm.protocol import STREAM_METHODS, UNARY_METHODS
 
 
 class EngineRecorder:
-    """``engine.observer.EngineObserver``. A few microseconds for each batch and each step of it."""
+    """``engine.observer.EngineObserver``. A few microseconds for each batch and each step of it.
 
-    def __init__(self, metrics: Metrics) -> None:
+    What it hears of batches and passes goes on to ``live``.
+    """
+
+    def __init__(self, metrics: Metrics, live: LiveRates) -> None:
+        self._live = live
         self._batch_seconds = metrics.histogram("batch_seconds")
         self._batch_rows = metrics.histogram("batch_rows")
         self._batch_tokens = metrics.histogram("batch_tokens")
@@ -31,6 +36,7 @@ class EngineRecorder:
         self._graph_runs = {True: runs.labels("replayed"), False: runs.labels("launched")}
 
     def batch_done(self, report: BatchReport) -> None:
+        self._live.batch_done(report)
         self._batch_seconds.observe(report.duration_s)
         self._batch_rows.observe(report.rows)
         self._batch_tokens.observe(report.prefill_tokens + report.decode_tokens)
@@ -45,6 +51,7 @@ class EngineRecorder:
         self._decode.add(len(report.steps) - num_prefills, report.decode_tokens)
 
     def pass_done(self, timing: PassTiming) -> None:
+        self._live.pass_done(timing)
         direction = self._backward if timing.is_backward else self._forward
         direction.passes.inc()
         direction.tokens.inc(timing.tokens)

@@ -1,4 +1,4 @@
-"""How fast we say we are: configured, or measured on this machine."""
+"""How fast we say we are: configured, or measured on this machine and followed from then on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 from petalsd.config import Config
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.sizing import announced_throughput, network_rps
-from petalsd.engine.throughput import BlockRates, RateCache, measure, rate_key
+from petalsd.engine.engine import Engine
+from petalsd.engine.live_rates import LiveRates
+from petalsd.engine.throughput import BlockRates, RateCache, measure, measure_served, rate_key
+from petalsd.errors import DeadlineExceeded, OutOfPages, Overloaded
+from petalsd.log import error_fields
 from petalsd.models.block import TransformerBlock
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.contract import Angles, Block
@@ -27,7 +31,8 @@ log = structlog.get_logger(__name__)
 # Another process of this instance may be at its own measurement; one takes some ten seconds.
 _MEASURE_TIMEOUT_S = 120.0
 _WEIGHTS_SCALE = 0.02
-_NETWORK_CHANGE = 0.2  # transfers vary; less than this is no news
+# Less than this is no news: what is learnt from requests and transfers varies.
+_RATE_CHANGE, _NETWORK_CHANGE = 0.05, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,41 +79,76 @@ class _Steady:
 
 
 class Speed:
-    """``rates`` are known once ``find_out`` has returned, and follow what ``link`` sees from then on."""
+    """``rates`` are known once ``find_out`` has returned, and follow what ``live`` and ``link`` see then."""
 
-    def __init__(self, plan: ServingPlan, config: Config, paths: InstancePaths, link: LinkMeter) -> None:
+    def __init__(
+        self, plan: ServingPlan, config: Config, paths: InstancePaths, live: LiveRates, link: LinkMeter
+    ) -> None:
         self._plan = plan
         self._section = config.swarm
         self._num_threads = config.engine.threads
         self._cache = RateCache(paths.throughput_file)
+        self._live = live
         self._link = link
         self._steady_mbps = _Steady(_NETWORK_CHANGE)
-        self._measured: BlockRates | None = None
+        self._steady_inference, self._steady_forward = _Steady(_RATE_CHANGE), _Steady(_RATE_CHANGE)
+        self._measured_on: RateSource | None = None
 
     @property
     def rates(self) -> Rates:
         """As they are now; unknown before ``find_out``."""
         if self._section.throughput != "auto":
             return Rates(throughput=float(self._section.throughput))
-        if self._measured is None:
+        if self._measured_on is None:
             return Rates()
-        mbps, network_source = self._network()
+        blocks, (mbps, network_source) = self._live.rates(), self._network()
         return Rates(
-            inference_rps=self._measured.inference_rps,
-            forward_rps=self._measured.forward_rps,
+            inference_rps=self._steady_inference(blocks.inference_rps),
+            forward_rps=self._steady_forward(blocks.forward_rps),
             network_rps=network_rps(mbps, self._plan.model.hidden_size),
-            source="sample",
+            source="live" if self._live.is_live else self._measured_on,
             network_source=network_source,
         )
 
     async def find_out(self) -> None:
-        """Measure one block, unless that was done before on this machine, or a number is configured."""
+        """What is known of blocks that were served before, else measure a random one; both is done once."""
         if self._section.throughput != "auto":
             return
-        plan = self._plan
-        key = rate_key(plan.source.source, plan.weights_name, plan.device, self._num_threads)
-        self._measured = await self._cache.get_or_measure(key, self._measure, _MEASURE_TIMEOUT_S)
+        if known := self._cache.get(self._key("served")):
+            self._begin(known, "served")
+            return
+        sample = await self._cache.get_or_measure(
+            self._key("sample"), self._measure_sample, _MEASURE_TIMEOUT_S
+        )
+        self._begin(sample, "sample")
+
+    async def find_out_of(self, engine: Engine) -> None:
+        """Measure the blocks that ``engine`` serves, unless that was done before, or clients are there already.
+
+        EngineError when they cannot compute.
+        """
+        if self._section.throughput != "auto" or self._measured_on == "served" or engine.stats().rows:
+            return
+        try:
+            measured = await self._cache.get_or_measure(
+                self._key("served"), lambda: measure_served(engine), _MEASURE_TIMEOUT_S
+            )
+        except (DeadlineExceeded, Overloaded, OutOfPages) as error:
+            log.warning("served_blocks_not_measured", **error_fields(error))
+        else:
+            self._begin(measured, "served")
+
+    def _begin(self, measured: BlockRates, measured_on: RateSource) -> None:
+        self._live.begin(measured)
+        self._measured_on = measured_on
         log.info("throughput_known", **asdict(self.rates))
+
+    def _key(self, measured_on: RateSource) -> str:
+        plan = self._plan
+        form = (
+            f"{plan.weights_name}{' with int8 cache' if plan.geometry.is_int8 else ''}, {measured_on} blocks"
+        )
+        return rate_key(plan.source.source, form, plan.device, self._num_threads)
 
     def _network(self) -> tuple[float, NetworkSource]:
         """Mbit/s."""
@@ -117,11 +157,12 @@ class Speed:
         speed = self._link.speed()
         return self._steady_mbps(speed.mbps), "measured" if speed.is_measured else "assumed"
 
-    async def _measure(self) -> BlockRates:
+    async def _measure_sample(self) -> BlockRates:
         plan = self._plan
         log.info("measuring_throughput", device=str(plan.device), form=plan.weights_name)
         block, angles = random_block(plan, self._num_threads)
-        return await measure({0: block}, angles, plan.device, self._num_threads)
+        is_int8 = plan.geometry.is_int8
+        return await measure({0: block}, angles, plan.device, self._num_threads, is_int8_cache=is_int8)
 
 
 def random_block(plan: ServingPlan, num_threads: int) -> tuple[Block, Angles]:

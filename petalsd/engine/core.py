@@ -199,7 +199,7 @@ class EngineCore:
             self._report.duration_s = now - start
             # Canaries are too small to learn from, and the rest of a plan is another batch than was planned.
             if is_whole and not deferred and self._report.rows:
-                self._scheduler.ran(now - start)
+                self._report.work = self._scheduler.ran(now - start)
             has_more = bool(self._scheduler or self._deferred)
             self._gathering.ran(self._scheduler.undisturbed_s, now, has_more)
         if plan.pass_s is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from petalsd.engine.iteration_cost import NO_WORK, Work
+
 
 class StepTiming(NamedTuple):
     """An answered step: from handing it in to its first token being computed, and to its answer."""
@@ -15,22 +17,29 @@ class StepTiming(NamedTuple):
 
 
 class PassTiming(NamedTuple):
-    """An answered pass of ``tokens`` tokens over all rows; the times as in StepTiming."""
+    """An answered pass of ``tokens`` tokens over all rows; the times as in StepTiming.
+
+    ``device_s`` is what its units took that did ``work``, without the waits between them.
+    """
 
     is_backward: bool
     tokens: int
     queue_s: float
     total_s: float
+    work: Work = NO_WORK
+    device_s: float = 0.0
 
 
 @dataclass(slots=True)
 class BatchReport:
     """One batch of steps, self-tests left out: what the device computed at once, and the steps this completed.
 
-    Tokens count over all rows; a chunk of a prefill is prefill whatever its size.
+    Tokens count over all rows; a chunk of a prefill is prefill whatever its size. ``work`` is what took that long;
+    nothing when the batch was another than planned.
     """
 
     duration_s: float = 0.0
+    work: Work = NO_WORK
     rows: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0

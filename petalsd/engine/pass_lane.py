@@ -9,7 +9,7 @@ import structlog
 
 from petalsd.device_faults import raise_if_lost
 from petalsd.engine.block_units import Pace, PassUnit
-from petalsd.engine.iteration_cost import AttentionShare, CostModel
+from petalsd.engine.iteration_cost import AttentionShare, CostModel, Work
 from petalsd.engine.observer import EngineObserver, PassTiming
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.pass_queue import PassQueue
@@ -96,11 +96,13 @@ class PassLane:
         except Exception as error:
             self._fail(job, error)
         else:
-            self._account(cost, unit, time.monotonic() - started)
+            self._account(cost, job, unit, time.monotonic() - started)
 
-    def _account(self, cost: CostModel, unit: PassUnit, seconds: float) -> None:
+    def _account(self, cost: CostModel, job: PassJob, unit: PassUnit, seconds: float) -> None:
         if unit.work is not None:
             cost.observe(unit.work, seconds)
+            job.work = Work(job.work.reads + unit.work.reads, job.work.tokens + unit.work.tokens)
+            job.device_s += seconds
         if unit.is_pause:
             self._queue.end_group()
 
@@ -110,7 +112,7 @@ class PassLane:
             return
         tokens = request.hidden.shape[0] * request.hidden.shape[1]
         queue_s, total_s = job.begun_at - arrived_at, time.monotonic() - arrived_at
-        self._timings.append(PassTiming(job.is_backward, tokens, queue_s, total_s))
+        self._timings.append(PassTiming(job.is_backward, tokens, queue_s, total_s, job.work, job.device_s))
 
     def _fail(self, job: PassJob, error: Exception) -> None:
         """Its answer is EngineError; DeviceLost when no pass can be computed any more."""

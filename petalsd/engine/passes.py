@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 
 from petalsd.engine.block_units import Pace, PassUnit, backward_block, forward_block
+from petalsd.engine.iteration_cost import NO_WORK, Work
 from petalsd.engine.step import PassRequest
 from petalsd.models.contract import Block
 
@@ -24,13 +25,18 @@ PassUnits: TypeAlias = Generator[PassUnit, None, list[torch.Tensor]]
 
 @dataclass(slots=True)
 class PassJob:
-    """A pass in the engine; ``units`` is its generator once it has begun. Times are of ``time.monotonic``."""
+    """A pass in the engine; ``units`` is its generator once it has begun. Times are of ``time.monotonic``.
+
+    ``work`` is what its units did so far, ``device_s`` what that took.
+    """
 
     key: int
     request: PassRequest
     answer: asyncio.Future[list[torch.Tensor]]
     arrived_at: float = field(default_factory=time.monotonic)
     begun_at: float = 0.0
+    work: Work = NO_WORK
+    device_s: float = 0.0
     units: PassUnits | None = field(default=None, repr=False)
 
     @property

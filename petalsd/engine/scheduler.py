@@ -110,9 +110,10 @@ class Scheduler:
         slices += [self._account(job, tokens, now) for job, tokens in prefill]
         return Plan(slices, self._pass_s(now) if is_turn else None)
 
-    def ran(self, seconds: float) -> None:
-        """The batch that was planned last took so long, nothing else included."""
+    def ran(self, seconds: float) -> Work:
+        """The batch that was planned last took so long, nothing else included; what work that was."""
         self._policy.ran(self._planned, self._has_prefill, seconds)
+        return self._planned
 
     def _is_turn_of_pass(self) -> bool:
         self._since_pass += 1

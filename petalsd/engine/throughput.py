@@ -1,7 +1,8 @@
 """How many tokens per second go through one block here: measured through the engine itself, kept on disk.
 
-A measurement takes a few seconds of full load, so it is done once per model, form of its weights, device and
-version, and by one process at a time.
+A measurement takes a few seconds of full load, so it is done once per model, form of its weights and cache, device
+and version, and by one process at a time. Before blocks are loaded a random one gives an estimate; the blocks that
+are served are measured through the engine that serves them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pathlib import Path
 import structlog
 import torch
 
-from petalsd import __version__
+from petalsd import _C, __version__
 from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
-from petalsd.engine.step import PassRequest, SessionSpec, Step
-from petalsd.errors import DeadlineExceeded
+from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
+from petalsd.errors import DeadlineExceeded, NotServed
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.models.contract import Angles, Block
@@ -33,14 +34,13 @@ from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
-_PEER = "throughput"
 _PAGE_TOKENS = 32
 _WARM_UP_STEPS = 4
 _MAX_STEPS = 100
 _SHORT_PASS_TOKENS = 64
-_LONG_PASS_TOKENS = 1024
+PASS_TOKENS = 1024
 _MAX_PASSES = 10
-_BUDGET_S = 3.0  # for each of the two figures; exceeded by one step or pass at most
+_BUDGET_S = 2.0  # for each of the two figures; exceeded by one step or pass at most
 _LOCK_POLL_S = 0.2
 
 
@@ -62,63 +62,83 @@ class BlockRates:
 
 
 async def measure(
-    blocks: Mapping[int, Block], rope: Angles, device: torch.device, num_threads: int = 0
+    blocks: Mapping[int, Block],
+    rope: Angles,
+    device: torch.device,
+    num_threads: int = 0,
+    *,
+    is_int8_cache: bool = False,
 ) -> BlockRates:
-    """Run a session and passes through ``blocks``, consecutive ones of the same kind; one is enough.
+    """Measure ``blocks``, consecutive ones of the same kind, in an engine of their own; one is enough.
 
     Takes up to some ten seconds and the memory of a small KV pool. EngineError when computing fails.
     """
     first = next(iter(blocks.values()))
-    config, max_tokens = first.config, _WARM_UP_STEPS + _MAX_STEPS
-    geometry = cache_geometry(config, _PAGE_TOKENS, first.dtype, device)
-    pool = KVPool(geometry, pages_for(max_tokens, len(blocks), _PAGE_TOKENS), first.dtype, device)
+    geometry = cache_geometry(first.config, _PAGE_TOKENS, first.dtype, device, is_int8_cache)
+    num_pages = pages_for(_WARM_UP_STEPS + _MAX_STEPS, len(blocks), _PAGE_TOKENS)
+    pool = KVPool(geometry, num_pages, first.dtype, device)
     pool.allocate()
     engine = Engine(EngineLimits(), device, num_threads)
     await engine.start()
     try:
         await engine.load_span(blocks, pool, rope)
-        span = BlockSpan(min(blocks), max(blocks) + 1)
-        steps_rate = await _measure_steps(engine, SessionSpec(span, 1, max_tokens, _PEER), config.hidden_size)
-        passes_rate = await _measure_passes(engine, span, config.hidden_size)
+        return await measure_served(engine)
     finally:
         await engine.stop(_BUDGET_S)
-    rates = BlockRates(steps_rate * len(blocks), passes_rate * len(blocks))
-    log.info("throughput_measured", **asdict(rates))
+
+
+async def measure_served(engine: Engine) -> BlockRates:
+    """Run a session and passes through what ``engine`` serves, as the engine's own, not a client's.
+
+    Takes up to some ten seconds. NotServed; OutOfPages or Overloaded when clients leave no room; EngineError.
+    """
+    span, hidden_size = engine.span, engine.hidden_size
+    if span is None or hidden_size is None:
+        raise NotServed("no blocks are served here now")
+    steps_rate = await _measure_steps(engine, span, hidden_size)
+    passes_rate = await _measure_passes(engine, span, hidden_size)
+    rates = BlockRates(steps_rate, passes_rate)
+    log.info("throughput_measured", span=str(span), **asdict(rates))
     return rates
 
 
-async def _measure_steps(engine: Engine, spec: SessionSpec, hidden_size: int) -> float:
-    """Tokens per second of one session that decodes."""
-    session = await engine.open_session(spec)
+async def _measure_steps(engine: Engine, span: BlockSpan, hidden_size: int) -> float:
+    """Tokens per second through a block, of one session that decodes."""
+    max_tokens = min(_WARM_UP_STEPS + _MAX_STEPS, engine.limits.max_session_tokens)
+    session = await engine.open_session(SessionSpec(span, 1, max_tokens, CANARY_PEER))
     token = torch.zeros(1, 1, hidden_size)
 
     async def step() -> None:
         await session.step(Step(token, session.position))
 
+    num_warm_up = min(_WARM_UP_STEPS, max_tokens - 1)
     try:
-        for _ in range(_WARM_UP_STEPS):
+        for _ in range(num_warm_up):
             await step()
-        return 1 / await _seconds_per_call(step, _MAX_STEPS)
+        return len(span) / await _seconds_per_call(step, max_tokens - num_warm_up)
     finally:
         await session.close()
 
 
 async def _measure_passes(engine: Engine, span: BlockSpan, hidden_size: int) -> float:
-    """Tokens per second of forward passes."""
+    """Tokens per second through a block, of forward passes through as many as there is time for."""
 
-    async def seconds_per_pass(tokens: int, max_passes: int) -> float:
-        request = PassRequest(span, torch.zeros(1, tokens, hidden_size), _PEER)
+    async def seconds_per_pass(span: BlockSpan, tokens: int, max_passes: int) -> float:
+        request = PassRequest(span, torch.zeros(1, tokens, hidden_size), CANARY_PEER)
 
         async def forward() -> None:
             await engine.forward(request)
 
         return await _seconds_per_call(forward, max_passes)
 
-    await seconds_per_pass(_SHORT_PASS_TOKENS, 1)
-    short_s = await seconds_per_pass(_SHORT_PASS_TOKENS, 1)
-    if short_s * _LONG_PASS_TOKENS / _SHORT_PASS_TOKENS > _BUDGET_S:
-        return _SHORT_PASS_TOKENS / short_s
-    return _LONG_PASS_TOKENS / await seconds_per_pass(_LONG_PASS_TOKENS, _MAX_PASSES)
+    short, tokens = min(_SHORT_PASS_TOKENS, engine.limits.max_session_tokens), PASS_TOKENS
+    await seconds_per_pass(span, short, 1)
+    block_s = await seconds_per_pass(span, short, 1) / len(span)
+    num_blocks = min(len(span), int(_BUDGET_S / (block_s * tokens / short)))
+    if not num_blocks or tokens > engine.limits.max_session_tokens:
+        return short / block_s
+    part = BlockSpan(span.start, span.start + num_blocks)
+    return tokens * num_blocks / await seconds_per_pass(part, tokens, _MAX_PASSES)
 
 
 async def _seconds_per_call(call: Callable[[], Awaitable[None]], max_calls: int) -> float:
@@ -132,11 +152,13 @@ async def _seconds_per_call(call: Callable[[], Awaitable[None]], max_calls: int)
     return (now - start) / num_calls
 
 
-def rate_key(model: str, weights: str, device: torch.device, num_threads: int = 0) -> str:
-    """What the figures depend on; ``model`` is its source as configured, ``weights`` say in what form they are."""
+def rate_key(model: str, form: str, device: torch.device, num_threads: int = 0) -> str:
+    """What the figures depend on; ``model`` is its source as configured, ``form`` that of weights and cache."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        name += f" ({_C.LinearTeam(1, 'auto').tier})"
     threads = num_threads or torch.get_num_threads()
-    return f"{model} {weights} on {name}, {threads} threads, petalsd {__version__}, torch {torch.__version__}"
+    return f"{model} {form} on {name}, {threads} threads, petalsd {__version__}, torch {torch.__version__}"
 
 
 class RateCache:
@@ -147,6 +169,10 @@ class RateCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def get(self, key: str) -> BlockRates | None:
+        """What is kept."""
+        return self._read().get(key)
 
     async def get_or_measure(
         self, key: str, measure: Callable[[], Awaitable[BlockRates]], timeout_s: float

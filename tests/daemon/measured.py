@@ -16,6 +16,8 @@ from petalsd.daemon.recording import (
     SwarmRecorder,
     declare_causes,
 )
+from petalsd.engine.iteration_cost import AttentionShare
+from petalsd.engine.live_rates import LiveRates
 from petalsd.metrics import Metrics
 from petalsd.paths import InstancePaths
 from petalsd.swarm.link import LinkMeter
@@ -31,7 +33,7 @@ class MeasuredStage(Stage):
         self.plan = plan_of(model_dir, home)
         self.notifier = Notifier()
         declare_causes(self.metrics)
-        self.engine_recorder = EngineRecorder(self.metrics)
+        self.engine_recorder = EngineRecorder(self.metrics, LiveRates(AttentionShare()))
         self.cache_recorder = CacheRecorder(self.metrics)
         self.swarm_recorder = SwarmRecorder(self.metrics, LinkMeter())
         self.download_recorder = DownloadRecorder(self.metrics)

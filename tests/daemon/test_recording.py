@@ -9,6 +9,8 @@ import pytest
 
 from petalsd.daemon.recording import DownloadRecorder, EngineRecorder, SwarmRecorder
 from petalsd.daemon.span_loader import LoadProgress
+from petalsd.engine.iteration_cost import AttentionShare
+from petalsd.engine.live_rates import LiveRates
 from petalsd.engine.observer import BatchReport, PassTiming, StepTiming
 from petalsd.metrics import Metrics
 from petalsd.swarm.faults import CODES
@@ -25,7 +27,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 def test_a_batch_of_both_phases() -> None:
     """Each phase gets its own tokens, steps and times; the batch is observed once."""
     metrics = Metrics()
-    recorder = EngineRecorder(metrics)
+    recorder = EngineRecorder(metrics, LiveRates(AttentionShare()))
     steps = [StepTiming(True, 0.2, 0.9), StepTiming(False, 0.001, 0.004), StepTiming(False, 0.002, 0.004)]
     recorder.batch_done(BatchReport(0.003, rows=4, prefill_tokens=64, decode_tokens=3, steps=steps))
     assert value(metrics, "petalsd_tokens_total", phase="prefill") == 64
@@ -44,7 +46,7 @@ def test_a_batch_of_both_phases() -> None:
 def test_a_chunk_is_what_goes_beside_decode() -> None:
     """Prefill alone takes what it can get, and decode alone has none."""
     metrics = Metrics()
-    recorder = EngineRecorder(metrics)
+    recorder = EngineRecorder(metrics, LiveRates(AttentionShare()))
     recorder.batch_done(BatchReport(0.003, rows=1, prefill_tokens=64))
     recorder.batch_done(BatchReport(0.003, rows=1, decode_tokens=1))
     assert value(metrics, "petalsd_prefill_chunk_tokens_count") == 0
@@ -61,7 +63,7 @@ def test_replayed_and_launched_runs_of_blocks() -> None:
 
 def test_passes_by_direction() -> None:
     metrics = Metrics()
-    recorder = EngineRecorder(metrics)
+    recorder = EngineRecorder(metrics, LiveRates(AttentionShare()))
     recorder.pass_done(PassTiming(False, 10, 0.1, 0.5))
     recorder.pass_done(PassTiming(True, 7, 0.2, 3.0))
     assert value(metrics, "petalsd_passes_total", direction="forward") == 1
@@ -116,7 +118,7 @@ def test_downloads_count_what_arrives() -> None:
 def test_recording_while_others_read() -> None:
     """The engine thread records while the loop makes the text: nothing is lost, nothing is torn."""
     metrics = Metrics()
-    recorder = EngineRecorder(metrics)
+    recorder = EngineRecorder(metrics, LiveRates(AttentionShare()))
     report = BatchReport(0.01, rows=2, decode_tokens=2, steps=[StepTiming(False, 0.0, 0.01)] * 2)
 
     def record() -> None:
@@ -138,7 +140,7 @@ async def test_a_real_engine_fills_them(tmp_path: Path) -> None:
     """A prefill and three decode steps of one session of two rows."""
     metrics = Metrics()
     async with (
-        serving(TinyModel(tmp_path), observer=EngineRecorder(metrics)) as engine,
+        serving(TinyModel(tmp_path), observer=EngineRecorder(metrics, LiveRates(AttentionShare()))) as engine,
         opened(engine, batch=2) as session,
     ):
         await feed(session, states(2, 9), [6, 1, 1, 1])

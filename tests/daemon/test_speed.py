@@ -12,18 +12,30 @@ from petalsd.daemon.announcement import RecordWriter
 from petalsd.daemon.plan import make_plan
 from petalsd.daemon.speed import Rates, Speed
 from petalsd.engine.engine import Engine
+from petalsd.engine.iteration_cost import AttentionShare, Work
+from petalsd.engine.live_rates import WINDOW_S, LiveRates
+from petalsd.engine.observer import BatchReport
 from petalsd.paths import InstancePaths
 from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
+from tests.engine.rig import TinyModel, opened, serving
+from tests.engine.test_observer import Notes
 from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 
 
-def speed_of(model_dir: Path, tmp_path: Path, *overrides: str, link: LinkMeter | None = None) -> Speed:
+def speed_of(
+    model_dir: Path,
+    tmp_path: Path,
+    *overrides: str,
+    link: LinkMeter | None = None,
+    live: LiveRates | None = None,
+) -> Speed:
     paths = InstancePaths("t", tmp_path, tmp_path)
     overrides = (f"model.source={model_dir}", "engine.device=cpu", "engine.threads=1", *overrides)
     config = load_config(None, {}, overrides).config
-    return Speed(make_plan(config, paths), config, paths, link or LinkMeter())
+    plan, live = make_plan(config, paths), live or LiveRates(AttentionShare())
+    return Speed(plan, config, paths, live, link or LinkMeter())
 
 
 async def test_a_configured_throughput_stands_alone(model_dir: Path, tmp_path: Path) -> None:
@@ -77,9 +89,59 @@ async def test_each_form_of_the_weights_is_measured(model_dir: Path, tmp_path: P
     """Figures of unquantized weights say nothing of quantized ones."""
     for quantization in ("none", "int8", "int4"):
         await speed_of(model_dir, tmp_path, f"model.quantization={quantization}").find_out()
-    keys = sorted(json.loads((tmp_path / "throughput.json").read_text()))
-    for key, weights in zip(keys, ("", " with int4 weights", " with int8 weights"), strict=True):
-        assert f"{model_dir} bfloat16{weights} on cpu" in key
+    keys = json.loads((tmp_path / "throughput.json").read_text())
+    for key, weights in zip(keys, ("", " with int8 weights", " with int4 weights"), strict=True):
+        assert f"{model_dir} bfloat16{weights}, sample blocks on cpu (" in key
+
+
+async def test_the_served_blocks_are_measured_once_and_count_from_then_on(tmp_path: Path) -> None:
+    """Through the engine that serves them, and its clients hear nothing of it; the next start begins with that."""
+    model = TinyModel(tmp_path / "model")
+    first = speed_of(tmp_path / "model", tmp_path, "model.dtype=float32")
+    await first.find_out()
+    sample = first.rates
+    heard = Notes()
+    async with serving(model, observer=heard) as engine:
+        await first.find_out_of(engine)
+        served = first.rates
+        assert (sample.source, served.source) == ("sample", "served") and served != sample
+        assert not heard.batches and not heard.passes and not heard.admissions
+        second = speed_of(tmp_path / "model", tmp_path, "model.dtype=float32")
+        await second.find_out()
+        assert second.rates == served
+        await second.find_out_of(engine)
+        assert second.rates == served
+        int8 = speed_of(tmp_path / "model", tmp_path, "model.dtype=float32", "engine.kv_dtype=int8")
+        await int8.find_out()
+        async with opened(engine):
+            await int8.find_out_of(engine)
+        assert int8.rates.source == "sample", "clients are not disturbed"
+    assert len(json.loads((tmp_path / "throughput.json").read_text())) == 3
+
+
+async def test_what_clients_show_is_announced_once_it_differs(model_dir: Path, tmp_path: Path) -> None:
+    """Slower steps lower all rates; a change of less than 5 % is held back."""
+    now = [0.0]
+    live = LiveRates(AttentionShare(), lambda: now[0])
+    speed = speed_of(model_dir, tmp_path, live=live)
+    await speed.find_out()
+    before = speed.rates
+    assert before.inference_rps is not None and before.forward_rps is not None
+
+    def window(slowdown: float) -> Rates:
+        assert before.inference_rps is not None
+        for _ in range(20):
+            live.batch_done(BatchReport(slowdown / before.inference_rps, Work(1, 1), rows=1, decode_tokens=1))
+        now[0] += WINDOW_S
+        return speed.rates
+
+    assert window(1.04).inference_rps == before.inference_rps
+    for _ in range(10):
+        slow = window(2.0)
+    assert slow.source == "live" and slow.inference_rps is not None and slow.forward_rps is not None
+    assert slow.inference_rps < 0.6 * before.inference_rps
+    assert slow.forward_rps < 0.6 * before.forward_rps
+    assert slow.announced(1, is_relayed=False) < before.announced(1, is_relayed=False)
 
 
 async def test_the_record_before_anything_is_loaded(model_dir: Path, tmp_path: Path) -> None:
