@@ -159,6 +159,7 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
     "Swarm": (
         _gauge("dht_in_touch", "1 while the daemon is a member of the swarm and some peer answers, else 0"),
         _gauge("dht_known_peers", "Peers in the routing table of the DHT"),
+        _gauge("dht_ghosts", "Servers in the directory that went without a goodbye, as far as pings showed"),
         _gauge("dht_announced_state", "1 for the state that the swarm was last told, 0 for the others", "state"),
         _gauge("dht_announcement_age_seconds", "Time since our records were last stored"),
         _counter("dht_announcements_total", "Attempts to store our records", "outcome"),
@@ -167,6 +168,13 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _gauge("span_end_block", "First block after our span; absent while there is none"),
         _gauge("span_blocks", "Blocks of our span, also while they are being loaded; 0 while there is none"),
         _gauge("announced_tokens_per_second", "Throughput that we announce; absent until it is known"),
+        _gauge(
+            "block_tokens_per_second",
+            "What we announce of a block: one token at a time, or passes; absent where a number is configured",
+            "kind",
+        ),
+        _gauge("network_tokens_per_second", "What we announce of the network link; absent as above"),
+        _gauge("rate_source", "1 for where the rates of a block and of the link come from", "of", "source"),
         _gauge("loaded_blocks", "Blocks whose weights are in memory"),
         _counter("rebalances_total", "Times that the daemon gave up its span to choose again", "cause"),
         _counter("moves_total", "Times that it came to serve another span than before"),

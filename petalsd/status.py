@@ -219,6 +219,10 @@ class PeerEntry(Document):
     state: PeerState
     span: Span
     throughput: float | None
+    inference_rps: float | None = Field(description="tokens/s through one of its blocks, one at a time")
+    forward_rps: float | None = Field(description="tokens/s through one of its blocks, in passes")
+    network_rps: float | None = Field(description="tokens/s through its network link")
+    cache_tokens_left: int | None = Field(description="keys and values that still fit, summed over blocks")
     public_name: str | None
     version: str | None
     is_relayed: bool

@@ -7,16 +7,19 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from typing import get_args
 
 import torch
 
 from petalsd import __version__
 from petalsd.daemon.daemon import Daemon, Parts
 from petalsd.daemon.plan import ServingPlan
+from petalsd.daemon.speed import Rates
 from petalsd.daemon.warnings import KINDS
 from petalsd.daemon.watchdog import DEFAULT_INTERVAL_S
 from petalsd.metrics import Reading
 from petalsd.paths import InstancePaths
+from petalsd.status import NetworkSource, RateSource
 from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
 from petalsd.types import DaemonState
@@ -109,6 +112,7 @@ class Figures:
         raised = {warning.code for warning in self._parts.board.active()}
         yield Reading("dht_in_touch", member.is_member and "swarm_unreachable" not in raised)
         yield Reading("dht_known_peers", member.known_peers)
+        yield Reading("dht_ghosts", member.num_ghosts)
         told = member.announcement
         for state in ServerState:
             yield Reading(
@@ -132,6 +136,20 @@ class Figures:
         if rates.are_known:
             announced = rates.announced(len(span), is_relayed=parts.member.is_relayed)
             yield Reading("announced_tokens_per_second", announced)
+        yield from _rate_readings(rates)
+
+
+def _rate_readings(rates: Rates) -> Iterator[Reading]:
+    figures = {"inference": rates.inference_rps, "forward": rates.forward_rps}
+    for kind, rate in figures.items():
+        if rate is not None:
+            yield Reading("block_tokens_per_second", rate, (kind,))
+    if rates.network_rps is not None:
+        yield Reading("network_tokens_per_second", rates.network_rps)
+    for source in get_args(RateSource):
+        yield Reading("rate_source", rates.are_known and rates.source == source, ("block", source))
+    for source in get_args(NetworkSource):
+        yield Reading("rate_source", rates.network_source == source, ("network", source))
 
 
 def _age_s(since_monotonic_s: float) -> float:

@@ -144,6 +144,7 @@ class Membership:
             open_streams=connection.handler.num_streams,
             held_bytes=connection.node.budget.held_bytes,
             announcement=connection.announcer.last_stored,
+            num_ghosts=len(connection.ghosts.known),
         )
 
     async def is_in_touch(self) -> bool:

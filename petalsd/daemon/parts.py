@@ -26,6 +26,7 @@ class MemberStats:
     open_streams  calls of others that are streams
     held_bytes    of large messages that are being received
     announcement  what was last stored since we joined
+    num_ghosts    servers in the directory that are thought to have gone
     """
 
     is_member: bool = False
@@ -33,6 +34,7 @@ class MemberStats:
     open_streams: int = 0
     held_bytes: int = 0
     announcement: Announcement | None = None
+    num_ghosts: int = 0
 
 
 class ServingEngine(Protocol):

@@ -233,6 +233,7 @@ class Stage:
         self.engine = FakeEngine(self.calls)
         self.reader = FakeReader(self.calls)
         self.choices: list[Choice] = []
+        self.rates = Rates(throughput=1.0)
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
@@ -260,7 +261,7 @@ class Stage:
                 hand_over=self._hand_over,
                 demand=self.demand,
                 limit=self.limit,
-                rates=lambda: Rates(throughput=1.0),
+                rates=lambda: self.rates,
                 choices=lambda: self.choices,
                 board=self.board,
                 metrics=self.metrics,

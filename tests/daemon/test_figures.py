@@ -12,6 +12,7 @@ import torch
 from petalsd import __version__
 from petalsd.config_loading import load_config
 from petalsd.daemon.assembly import build_parts
+from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Cause
 from petalsd.daemon.warnings import KINDS
 from petalsd.kvcache.pool import KVPool
@@ -66,6 +67,16 @@ async def test_while_it_serves(stage: MeasuredStage) -> None:
     assert stage.value("petalsd_span_blocks") == stage.value("petalsd_loaded_blocks") == 2
     assert stage.value("petalsd_model_blocks") == 4
     assert stage.value("petalsd_announced_tokens_per_second") == 1
+    assert stage.value("petalsd_rate_source", of="block", source="configured") == 1
+    assert stage.value("petalsd_network_tokens_per_second") is None
+    stage.rates = Rates(None, 50.0, 400.0, 200.0, "live", "measured")
+    assert stage.value("petalsd_announced_tokens_per_second") == 200
+    assert stage.value("petalsd_block_tokens_per_second", kind="inference") == 50
+    assert stage.value("petalsd_block_tokens_per_second", kind="forward") == 400
+    assert stage.value("petalsd_network_tokens_per_second") == 200
+    told = [stage.value("petalsd_rate_source", of="block", source=one) for one in ("configured", "live")]
+    assert told == [0, 1]
+    assert stage.value("petalsd_rate_source", of="network", source="measured") == 1
     assert stage.value("petalsd_sessions") == stage.value("petalsd_session_rows") == 3
     assert stage.value("petalsd_session_rows_limit") == stage.plan.limits.max_sessions
     assert stage.value("petalsd_dht_in_touch") == stage.value("petalsd_dht_known_peers") == 1
@@ -243,6 +254,7 @@ async def test_every_family_has_a_series_once_all_has_happened(stage: MeasuredSt
     running = await until_online(stage)
     stage.notifier.watchdog()
     stage.engine.last_step_s = time.monotonic()
+    stage.rates = Rates(None, 50.0, 400.0, 200.0, "live", "measured")
     names = {name for name, _ in read(stage.metrics)}
     missing = [
         name

@@ -43,8 +43,9 @@ def peer_lines(document: Mapping[str, Any]) -> list[Line]:
     """Who serves which blocks, in the order of the blocks; then the blocks that nobody serves."""
     peers = sorted(document["peers"], key=_peer_order)
     columns = [
-        Column("blocks"), Column("state"), Column("tokens/s", is_right=True), Column("ping", is_right=True),
-        Column("peer"), Column("name", max_width=_NAME_WIDTH), Column("version", max_width=16),
+        Column("blocks"), Column("state"), Column("tokens/s", is_right=True), Column("decode", is_right=True),
+        Column("ping", is_right=True), Column("peer"), Column("name", max_width=_NAME_WIDTH),
+        Column("version", max_width=16),
     ]  # fmt: skip
     lines = table(columns, [_peer_row(peer) for peer in peers]) if peers else [line("no servers are known")]
     if uncovered := document["uncovered"]:
@@ -74,7 +75,7 @@ def _session_row(session: Mapping[str, Any]) -> list[Piece | str]:
 def _peer_row(peer: Mapping[str, Any]) -> list[Piece | str]:
     is_ghost = peer.get("is_ghost", False)
     state = "ghost" if is_ghost else peer["state"]
-    ping_ms, speed = peer["ping_ms"], peer["throughput"]
+    ping_ms, speed, decode = peer["ping_ms"], peer["throughput"], peer.get("inference_rps")
     name = peer["public_name"] or ""
     mark = "(this one)" if peer["is_self"] else "(relayed)" if peer["is_relayed"] else ""
     mark = f" {mark}" if name and mark else mark
@@ -82,6 +83,7 @@ def _peer_row(peer: Mapping[str, Any]) -> list[Piece | str]:
         span_text(peer["span"]),
         Piece(state, "bad" if is_ghost else style_of_state(state)),
         "" if speed is None else rate(speed),
+        "" if decode is None else rate(decode),
         "" if ping_ms is None else f"{ping_ms:.0f} ms" if ping_ms >= 10 else f"{ping_ms:.1f} ms",
         Piece(_short_peer(peer["peer_id"]), "bold" if peer["is_self"] else ""),
         clip(printable(name), _NAME_WIDTH - width_of(mark)) + mark,

@@ -23,9 +23,9 @@ b7e2c…4e5f  …Gf7Qa2LxYpR  0:15       1   1,234  2,048  1,170   93 s  0.2 s
 01          …6tVSwyF8ZcK  5:15       2      17    512     40  1.5 s   75 s
 """
 PEER_TABLE = """\
-BLOCKS  STATE    TOKENS/S   PING  PEER          NAME                VERSION
-0:15    online        123         …6tVSwyF8ZcK  (this one)          0.1.0
-15:25   joining      98.5  23 ms  …Gf7Qa2LxYpR  a friend (relayed)  2.3.0.dev2
+BLOCKS  STATE    TOKENS/S  DECODE   PING  PEER          NAME                VERSION
+0:15    online        123     987         …6tVSwyF8ZcK  (this one)          0.1.0
+15:25   joining      98.5          23 ms  …Gf7Qa2LxYpR  a friend (relayed)  2.3.0.dev2
 
 ! nobody serves blocks 25:30
   clients cannot use the model until somebody does
