@@ -42,7 +42,9 @@ async def until_view(node: Node, condition: Callable[[SwarmView], bool]) -> Swar
 
 async def test_start_serve_and_stop(launch: Launch, node: Node) -> None:
     """The online event comes when the record is stored; SIGTERM ends with OFFLINE stored and exit 0."""
-    daemon = launch("one", "blocks.span=1:3", "swarm.public_name=test", "model.quantization=int4")
+    daemon = launch(
+        "one", "blocks.span=1:3", "swarm.public_name=test", "model.quantization=int4", "swarm.throughput=auto"
+    )
     await daemon.start()
     online = await daemon.online()
     peer = online["peer_id"]
@@ -51,7 +53,12 @@ async def test_start_serve_and_stop(launch: Launch, node: Node) -> None:
     view = await read_view(node, PREFIX, NUM_BLOCKS)
     assert [sorted(records) for records in view.blocks] == [[], [peer], [peer], []]
     record = view.blocks[1][peer]
-    assert (record.state, str(record.span), record.throughput) == (ServerState.ONLINE, "1:3", 10.0)
+    assert (record.state, str(record.span)) == (ServerState.ONLINE, "1:3")
+    *_, known = [event for event in daemon.events if event["event"] == "throughput_known"]
+    assert (known["source"], known["network_source"]) == ("served", "assumed")
+    rates = (record.inference_rps, record.forward_rps, record.network_rps)
+    assert rates == (known["inference_rps"], known["forward_rps"], 100e6 / (16 * 64))
+    assert record.throughput == min(known["forward_rps"] / 1.5, 100e6 / (16 * 64))
     assert (record.public_name, record.torch_dtype, record.using_relay) == ("test", "float32", False)
     assert record.quant_type == "int4"
     assert record.cache_tokens_left == 2 * 2 * 256  # K and V, two blocks
@@ -146,16 +153,21 @@ async def test_what_cannot_be_served_ends_with_a_reason(launch: Launch) -> None:
 
 
 async def test_three_daemons_fill_a_gap(launch: Launch, node: Node) -> None:
-    """Two daemons cover the model, a third doubles; when the only server of a half is killed, another moves in."""
-    fast = ("blocks.count=2", "swarm.update_period_s=2", "blocks.balance_period_s=1")
+    """Two daemons cover the model, a third doubles; when the only server of a half is killed, another moves in.
+
+    The dead one's records live for four minutes: pings show sooner that nobody renews them.
+    """
+    fast = ("blocks.count=2", "blocks.balance_period_s=1")
     daemons = [launch(name, *fast) for name in ("one", "two", "three")]
-    spans = []
+    spans, peers = [], []
     for daemon in daemons:
         await daemon.start()
-        spans.append((await daemon.online())["span"])
+        online = await daemon.online()
+        spans.append(online["span"])
+        peers.append(online["peer_id"])
     assert sorted(spans[:2]) == ["0:2", "2:4"]
     lonely = next(index for index in (0, 1) if spans[index] != spans[2])
-    gap, victim = spans[lonely], daemons.pop(lonely)
+    gap, dead, victim = spans[lonely], peers[lonely], daemons.pop(lonely)
     seen = [len(daemon.events) for daemon in daemons]
     victim.send(signal.SIGKILL)
     await victim.ended()
@@ -167,4 +179,4 @@ async def test_three_daemons_fill_a_gap(launch: Launch, node: Node) -> None:
     for task in moving:
         task.cancel()
     await asyncio.gather(*moving, return_exceptions=True)
-    await until_view(node, lambda view: view.missing_blocks() == [])
+    await until_view(node, lambda view: view.without({dead}).missing_blocks() == [])
