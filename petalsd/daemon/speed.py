@@ -127,7 +127,7 @@ class Speed:
 
         EngineError when they cannot compute.
         """
-        if self._section.throughput != "auto" or self._measured_on == "served" or engine.stats().rows:
+        if self._section.throughput != "auto" or self._measured_on == "served" or engine.stats().sessions:
             return
         try:
             measured = await self._cache.get_or_measure(

@@ -156,10 +156,11 @@ class Announcer:
                     await self._write_news_for(pause_s)
                 await self.renew()
                 num_failures, pause_s = 0, options.update_period_s
-            except PetalsdError as error:
+            except Exception as error:  # whatever it was: to fall silent would be to leave the swarm
                 num_failures += 1
                 pause_s = options.retry_s(num_failures) * self._rng.uniform(0.5, 1.0)
-                log.warning("announcing_failed", error=str(error), retry_s=round(pause_s, 1))
+                is_bug = not isinstance(error, PetalsdError)
+                log.warning("announcing_failed", error=str(error), retry_s=round(pause_s, 1), exc_info=is_bug)
 
     async def _write_news_for(self, seconds: float) -> None:
         end = time.monotonic() + seconds

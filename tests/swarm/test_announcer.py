@@ -256,6 +256,22 @@ async def test_a_store_that_fails_is_tried_again_until_it_is_done() -> None:
     assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
 
 
+async def test_a_record_that_cannot_be_made_silences_nobody() -> None:
+    """A bug where records come from is logged, and the next attempt comes all the same."""
+    dht = FakeDHT()
+    rates = [10.0]
+    ours = announcer(
+        dht, period_s=0.05, make=lambda state, span: ServerRecord(state, 10, inference_rps=rates[0])
+    )
+    await ours.announce(ONLINE, BlockSpan(0, 1))
+    rates[0] = 0.0
+    ours.start()
+    await eventually(lambda: dht.num_reads > 3)
+    rates[0] = 20.0
+    await eventually(lambda: dht.record("m-hf.0").inference_rps == 20.0)
+    await ours.stop()
+
+
 @pytest.mark.swarm
 async def test_row_22_a_swarm_that_forgot_us_is_told_again(tmp_path: Path) -> None:
     """Its only other node comes back without a memory: after a renewal it has our record, with us or without."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
 
 from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded
 from petalsd.swarm.frames import InboundBudget, take_over
+from petalsd.swarm.observer import NullObserver
 from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
 from petalsd.swarm.stub import InferenceStream
 from tests.waiting import eventually
@@ -31,6 +33,30 @@ async def test_messages_arrive_as_they_were_sent(stream_pair: Pair, message: Exp
             sending = asyncio.create_task(sender.send(message))
             assert await receiver.receive(ExpertRequest) == message
             await sending
+
+
+async def test_a_large_answer_tells_how_long_the_peer_took_to_read_it() -> None:
+    """Less what sockets may hold; small ones, and large ones that nobody had to wait for, tell nothing."""
+    flows: list[tuple[int, float, bool]] = []
+
+    class Observer(NullObserver):
+        def flowed(self, num_bytes: int, seconds: float, *, is_upload: bool) -> None:
+            flows.append((num_bytes, seconds, is_upload))
+
+    ours, theirs = socket.socketpair()
+    frames = take_over(*await asyncio.open_connection(sock=ours), InboundBudget(2**20, 2**21))
+    stream = MessageStream("peer", frames, 5.0, Observer())
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    await stream.send(ExpertRequest(uid="small"))
+    message = large(8 * 2**20)
+    sending = asyncio.create_task(stream.send(message))
+    assert (await P2P.receive_protobuf(ExpertRequest, reader))[0].uid == "small"
+    assert (await P2P.receive_protobuf(ExpertRequest, reader))[0] == message
+    await sending
+    stream.close()
+    writer.close()
+    ((num_bytes, seconds, is_upload),) = flows
+    assert 4 * 2**20 <= num_bytes < 4 * 2**20 + 1000 and 0 < seconds < 5 and is_upload
 
 
 async def test_the_framing_is_hiveminds(half_pair: HalfPair) -> None:
