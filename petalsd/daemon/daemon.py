@@ -348,7 +348,7 @@ class Daemon:
             if was_cut_short
             else "the server's drain reached its deadline"
         )
-        self._parts.engine.end_sessions(why)
+        self._parts.engine.end_work(why)
 
     async def _join(self) -> None:
         self._parts.activity.at("joining the swarm")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from petalsd.engine.engine import EngineStats
 from petalsd.engine.handle import SessionInfo
+from petalsd.engine.stats import EngineStats
 from petalsd.errors import DeviceLost
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
@@ -56,7 +56,7 @@ class ServingEngine(Protocol):
 
     async def drop_span(self, reason: str) -> None: ...
 
-    def end_sessions(self, reason: str) -> None: ...
+    def end_work(self, reason: str, keeping: BlockSpan | None = None) -> None: ...
 
     async def self_test(self) -> None: ...
 

@@ -14,7 +14,7 @@ import structlog
 
 from petalsd.daemon.parts import ServingEngine
 from petalsd.daemon.warnings import WarningBoard
-from petalsd.engine.engine import EngineStats
+from petalsd.engine.stats import EngineStats
 from petalsd.errors import Draining, NotServed, PetalsdError
 from petalsd.systemd import Notifier
 

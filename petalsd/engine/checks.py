@@ -5,11 +5,13 @@ Pure: nothing is changed, so a refused step leaves its session as it was. Errors
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, SessionSpec, Step
-from petalsd.errors import BadRequest, NotServed
+from petalsd.errors import BadRequest, Draining, NotServed
 from petalsd.types import BlockSpan
 
 
@@ -19,6 +21,19 @@ def check_span(span: BlockSpan, served: BlockSpan | None) -> None:
         raise NotServed(f"blocks {span}: no blocks are served here now")
     if not served.covers(span):
         raise NotServed(f"blocks {span}: only {served} are served here")
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """New work is taken on the ``kept`` blocks alone, on none when that is None, because of ``reason``."""
+
+    kept: BlockSpan | None
+    reason: str
+
+    def check(self, span: BlockSpan) -> None:
+        """Draining unless all of ``span`` is kept."""
+        if self.kept is None or not self.kept.covers(span):
+            raise Draining(f"blocks {span}: {self.reason}", hint="use another server")
 
 
 def check_session(spec: SessionSpec, limits: EngineLimits) -> None:

@@ -127,8 +127,8 @@ class EngineCore:
         self._sessions: dict[int, EngineSession] = {}
         self._runner = runner
         self._inference_mode = torch.inference_mode()
-        passes = PassRunner(served.blocks, served.pool.dtype, device, limits.max_pass_tokens)
-        self.passes = PassLane(passes, attention, outbox)
+        self._max_pass_tokens = limits.max_pass_tokens
+        self.passes = PassLane(self._pass_runner(), attention, outbox)
 
     @property
     def graphs(self) -> GraphedSpan | None:
@@ -145,7 +145,20 @@ class EngineCore:
             return 0.0
         return self._gathering.pause_s(time.monotonic())
 
+    def _pass_runner(self) -> PassRunner:
+        served = self.served
+        return PassRunner(served.blocks, served.pool.dtype, self._device, self._max_pass_tokens)
+
     # Commands, called between iterations
+
+    def change_span(self, served: ServedSpan, runner: SpanRunner) -> None:
+        """Compute on other blocks of the model from now on, over the same pool.
+
+        Pages know no blocks, only the first one of their session, so sessions whose blocks are still served go
+        on; the others were closed before. A pass under way keeps the blocks that it began with.
+        """
+        self.served, self._runner = served, runner
+        self.passes.runner = self._pass_runner()
 
     def submit_step(self, session: EngineSession, job: StepJob) -> None:
         """Take on a step that was checked against the session; its first one makes the session known here."""

@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import NoReturn
 
 import structlog
 import torch
 
-from petalsd.engine.checks import check_pass, check_session, check_span
+from petalsd.engine.checks import Restriction, check_pass, check_session, check_span
 from petalsd.engine.core import EngineCore, Progress, ServedSpan
 from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.handle import Session, SessionInfo
@@ -27,6 +26,7 @@ from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
 from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.session import EngineSession
+from petalsd.engine.stats import EngineStats
 from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import (
@@ -46,37 +46,6 @@ from petalsd.models.contract import Angles, Block
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The figures of a moment.
-
-    sessions                open ones, the canary's aside
-    rows                    what counts towards max_sessions: B for a session of batch size B, also while it waits
-    queued_passes           forward and backward passes that are not answered yet
-    steps_total             steps answered since the start
-    tokens_total            tokens computed in steps, over all rows
-    iterations_total        batches and units of passes
-    last_step_monotonic_s   when the device last finished something; 0 when it never did
-    busy_since_monotonic_s  since when the device has been at what it does now; None while it is idle
-    busy_tokens             tokens of what it does now, or did last
-    slowest_token_s         seconds per token of the slowest batches so far
-    graphs, graph_bytes     captured steps, and the device memory that they take
-    """
-
-    sessions: int
-    rows: int
-    queued_passes: int
-    steps_total: int
-    tokens_total: int
-    iterations_total: int
-    last_step_monotonic_s: float
-    busy_since_monotonic_s: float | None
-    busy_tokens: int
-    slowest_token_s: float
-    graphs: int = 0
-    graph_bytes: int = 0
 
 
 class Engine:
@@ -109,6 +78,8 @@ class Engine:
         self._num_probes = 0
         self.device_loss: DeviceLost | None = None
         self._is_lost = asyncio.Event()
+        self._restriction: Restriction | None = None
+        self._canary_turn = asyncio.Lock()  # a change of the span would take its blocks away
 
     async def start(self) -> None:
         """Start the engine thread; its answers come to the running loop."""
@@ -169,6 +140,37 @@ class Engine:
         thread.post(partial(thread.set_core, core))
         self._core = core
 
+    async def change_span(self, blocks: Mapping[int, Block]) -> None:
+        """Serve these blocks, which are consecutive, with the pages and sessions that there are.
+
+        A session keeps its pages wherever its blocks stay; work on others is ended as by ``end_work``. The
+        restriction is lifted. DeadlineExceeded when the engine thread does not take the blocks over.
+        """
+        thread, core = self._running_thread(), self._serving_core()
+        served = ServedSpan.of(blocks, core.served.pool, core.served.rope)
+        runner = await self._runners.make(served, thread)
+        async with self._canary_turn:
+            reason = f"blocks {served.span} are served instead"
+            self.restrict(core.served.span.intersect(served.span), reason)
+            self.end_work(reason, keeping=served.span)
+            thread.post(partial(core.change_span, served, runner))
+            if not await thread.wait_for_commands(self.limits.step_deadline_s):
+                raise DeadlineExceeded("the engine thread did not take the new blocks over")
+            self._restriction = None
+
+    def restrict(self, kept: BlockSpan | None, reason: str) -> None:
+        """Refuse new sessions and passes with Draining(reason) unless they use only ``kept`` blocks."""
+        self._restriction = Restriction(kept, reason)
+
+    def lift_restriction(self) -> None:
+        """Take work for all served blocks again."""
+        self._restriction = None
+
+    def work_outside(self, kept: BlockSpan | None) -> int:
+        """Sessions of clients and passes that use other blocks than ``kept``; None: all there are."""
+        sessions = sum(session.spec.peer != CANARY_PEER for session in self._sessions_outside(kept))
+        return sessions + len(self._passes_outside(kept))
+
     async def drop_span(self, reason: str) -> None:
         """Serve nothing: end all sessions with SessionClosed(reason), all passes and waits with NotServed(reason).
 
@@ -181,11 +183,14 @@ class Engine:
         if pool is not None:
             pool.close()
 
-    def end_sessions(self, reason: str) -> None:
-        """End all sessions with SessionClosed(reason) and all passes with Draining(reason); the span stays."""
-        for session in list(self._sessions):
+    def end_work(self, reason: str, keeping: BlockSpan | None = None) -> None:
+        """End sessions with SessionClosed(reason) and passes with Draining(reason); the span stays.
+
+        Those that use only blocks of ``keeping`` go on.
+        """
+        for session in self._sessions_outside(keeping):
             session.end(reason)
-        self._fail_passes(Draining(reason))
+        self._fail_passes(self._passes_outside(keeping), Draining(reason))
 
     # Sessions
 
@@ -195,7 +200,7 @@ class Engine:
         Raises NotServed, BadRequest, Draining, Overloaded (too many rows are open), OutOfPages.
         """
         core = self._serving_core()
-        check_span(spec.span, core.served.span)
+        self._check_offered(spec)
         check_session(spec, self.limits)
         if self._num_rows + spec.batch > self.limits.max_sessions:
             raise Overloaded(
@@ -219,9 +224,13 @@ class Engine:
         return await core.served.pool.reserve(request, spec.alloc_timeout_s)
 
     def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession) -> Session:
-        if self._core is not core or self._thread is None:  # the span went while the session waited for pages
+        try:
+            if self._core is not core or self._thread is None:
+                raise NotServed(f"blocks {spec.span} are not served any more")
+            self._check_offered(spec)
+        except PetalsdError:  # the blocks went while the session waited for pages
             kv.close()
-            raise NotServed(f"blocks {spec.span} are not served any more")
+            raise
         state = EngineSession(next(self._keys), spec, kv)
         session = Session(state, core, self._thread, self.limits.step_deadline_s, self._forget_session)
         self._sessions.add(session)
@@ -255,7 +264,7 @@ class Engine:
 
     async def _run_pass(self, request: PassRequest) -> list[torch.Tensor]:
         core, thread = self._serving_core(), self._running_thread()
-        check_span(request.span, core.served.span)
+        self._check_offered(request)
         check_pass(request, self.limits, core.served.hidden_size)
         if len(self._passes) >= self.limits.max_queued_passes:
             raise Overloaded(
@@ -328,6 +337,10 @@ class Engine:
         await self._send_canary(BlockSpan(block, block + 1))
 
     async def _send_canary(self, span: BlockSpan) -> None:
+        async with self._canary_turn:
+            await self._cross(span)
+
+    async def _cross(self, span: BlockSpan) -> None:
         hidden_size = self._serving_core().served.hidden_size
         canary = torch.linspace(-1.0, 1.0, 2 * hidden_size).view(1, 2, hidden_size)
         try:
@@ -357,15 +370,28 @@ class Engine:
     def _end_all(self, thread: EngineThread, error: PetalsdError) -> None:
         """Refuse what comes, end what is here; takes effect on the engine thread after the running iteration."""
         core, self._core = self._core, None
+        self._restriction = None
         if core is None:
             return
         core.served.pool.dismiss_waiters(error)
         for session in list(self._sessions):
             session.end(error.message)
-        self._fail_passes(error)
+        self._fail_passes(self._passes_outside(None), error)
         thread.post(partial(thread.set_core, None))
 
-    def _fail_passes(self, error: PetalsdError) -> None:
-        for job in self._passes.values():
+    def _check_offered(self, work: SessionSpec | PassRequest) -> None:
+        """NotServed or Draining unless new work on these blocks is taken; the canary goes everywhere."""
+        check_span(work.span, self.span)
+        if self._restriction is not None and work.peer != CANARY_PEER:
+            self._restriction.check(work.span)
+
+    def _sessions_outside(self, kept: BlockSpan | None) -> list[Session]:
+        return [one for one in self._sessions if kept is None or not kept.covers(one.spec.span)]
+
+    def _passes_outside(self, kept: BlockSpan | None) -> list[PassJob]:
+        return [job for job in self._passes.values() if kept is None or not kept.covers(job.request.span)]
+
+    def _fail_passes(self, jobs: Iterable[PassJob], error: PetalsdError) -> None:
+        for job in jobs:
             if not job.answer.done():
                 job.answer.set_exception(type(error)(error.message))

@@ -21,10 +21,13 @@ log = structlog.get_logger(__name__)
 
 
 class PassLane:
-    """Commands change it between iterations; ``run`` does the work. Nothing here waits."""
+    """Commands change it between iterations; ``run`` does the work. Nothing here waits.
+
+    ``runner`` computes the passes that begin from now on.
+    """
 
     def __init__(self, runner: PassRunner, attention: AttentionShare, outbox: Outbox) -> None:
-        self._runner = runner
+        self.runner = runner
         self._attention = attention
         self._outbox = outbox
         self._queue = PassQueue()
@@ -39,7 +42,7 @@ class PassLane:
     @property
     def max_unit_tokens(self) -> int:
         """The most that a unit computes, unless one row is longer."""
-        return self._runner.max_tokens
+        return self.runner.max_tokens
 
     def submit(self, job: PassJob) -> None:
         """Queue a checked pass."""
@@ -47,7 +50,7 @@ class PassLane:
         batch, tokens, _ = request.hidden.shape
         row_cost = math.ceil(self._attention.work(1, tokens, 0, len(request.span)).tokens)
         self._jobs[job.key] = job
-        self._queue.add(job.key, request.peer, batch, row_cost, self._runner.group_rows(request))
+        self._queue.add(job.key, request.peer, batch, row_cost, self.runner.group_rows(request))
 
     def close(self, job: PassJob) -> None:
         """Drop a pass, done or not. Harmless when repeated."""
@@ -82,12 +85,12 @@ class PassLane:
         """One that takes about so long; the smallest there is takes longer, if it must."""
         cost = self._costs[job.is_backward]
         tokens = max(0.0, seconds - cost.read_s) / cost.token_s
-        self._pace.tokens = min(tokens, self._runner.max_tokens)
+        self._pace.tokens = min(tokens, self.runner.max_tokens)
         started = time.monotonic()
         try:
             if job.units is None:
                 job.begun_at = started
-                job.units = self._runner.start(job.request, self._pace)
+                job.units = self.runner.start(job.request, self._pace)
             unit = next(job.units)
         except StopIteration as done:
             self.close(job)

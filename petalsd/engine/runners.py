@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -44,7 +45,7 @@ class RunnerFactory:
 
     async def make(self, served: ServedSpan, thread: EngineThread) -> SpanRunner:
         """Ready to run on ``thread``: where steps are captured, it has captured them there."""
-        span = self.make_span(served.blocks)
+        span = await asyncio.to_thread(self.make_span, served.blocks)  # sessions may go on meanwhile
         if not self.is_staged:
             return SpanRunner(span, served.pool, served.rope, InPlace())
         if self._device.type == "cuda":

@@ -27,8 +27,8 @@ from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
-from petalsd.engine.engine import EngineStats
 from petalsd.engine.handle import SessionInfo
+from petalsd.engine.stats import EngineStats
 from petalsd.errors import ConfigError, DeviceLost, SwarmError
 from petalsd.kvcache.pool import KVPool
 from petalsd.metrics import Metrics
@@ -182,7 +182,7 @@ class FakeEngine:
         self.calls.append("engine drops")
         self.sessions = 0
 
-    def end_sessions(self, reason: str) -> None:
+    def end_work(self, reason: str, keeping: BlockSpan | None = None) -> None:
         self.calls.append(f"sessions end: {reason}")
         self.sessions = 0
 

@@ -1,0 +1,36 @@
+"""What the engine says of itself when it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The figures of a moment.
+
+    sessions                open ones, the canary's aside
+    rows                    what counts towards max_sessions: B for a session of batch size B, also while it waits
+    queued_passes           forward and backward passes that are not answered yet
+    steps_total             steps answered since the start
+    tokens_total            tokens computed in steps, over all rows
+    iterations_total        batches and units of passes
+    last_step_monotonic_s   when the device last finished something; 0 when it never did
+    busy_since_monotonic_s  since when the device has been at what it does now; None while it is idle
+    busy_tokens             tokens of what it does now, or did last
+    slowest_token_s         seconds per token of the slowest batches so far
+    graphs, graph_bytes     captured steps, and the device memory that they take
+    """
+
+    sessions: int
+    rows: int
+    queued_passes: int
+    steps_total: int
+    tokens_total: int
+    iterations_total: int
+    last_step_monotonic_s: float
+    busy_since_monotonic_s: float | None
+    busy_tokens: int
+    slowest_token_s: float
+    graphs: int = 0
+    graph_bytes: int = 0
