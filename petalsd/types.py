@@ -57,6 +57,13 @@ class BlockSpan:
         """The first ``most`` blocks, or all of them."""
         return self if most is None else BlockSpan(self.start, min(self.end, self.start + most))
 
+    def minus(self, *others: BlockSpan) -> tuple[BlockSpan, ...]:
+        """The runs of blocks that are in none of ``others``, ascending."""
+        left = [block for block in self if not any(block in other for other in others)]
+        starts = [block for block in left if block - 1 not in left]
+        ends = [block + 1 for block in left if block + 1 not in left]
+        return tuple(BlockSpan(start, end) for start, end in zip(starts, ends, strict=True))
+
     def intersect(self, other: BlockSpan) -> BlockSpan | None:
         """The common blocks, or None when there are none."""
         start, end = max(self.start, other.start), min(self.end, other.end)

@@ -64,7 +64,8 @@ def describe(now: Situation) -> str:
     if now.state is DaemonState.LOADING and now.progress is not None:
         return f"Loading blocks {now.span}: {_progress(now.progress)}"
     if now.state in _ON_THE_WAY:
-        return f"{now.state.value.capitalize()}: {now.activity}"
+        progress = "" if now.progress is None else f": {_progress(now.progress)}"
+        return f"{now.state.value.capitalize()}: {now.activity}{progress}"
     return f"{now.state.value.capitalize()}: {now.reason}" if now.reason else now.state.value.capitalize()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from petalsd.control.api import Operation
-from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.components import Parts
+from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.preview import Preview, preview
@@ -42,7 +43,7 @@ class Administration:
 
     @property
     def is_ready(self) -> bool:
-        return self._daemon.lifecycle.accepts_sessions
+        return self._daemon.takes_sessions
 
     @property
     def problem(self) -> str | None:
@@ -93,18 +94,19 @@ class Administration:
     def progress(self, operation: Operation) -> Progress:
         state, loading = self._daemon.lifecycle.state, self._reporter.loading()
         deadline_left_s, abandoned = self._reporter.drained()
+        drain = self._daemon.drain
         error = self._failure(operation, state)
         return Progress(
             operation=operation,
             state=state.value,
-            sessions_left=open_work(self._parts.engine),
+            sessions_left=open_work(self._parts.engine) if drain is None else drain.left,
             deadline_left_s=deadline_left_s,
             abandoned=abandoned,
             stage=None if loading is None else loading.stage,
             item=None if loading is None else loading.item,
             percent=None if loading is None else loading.percent,
             done=error is not None or self._is_done(operation, state),
-            outcome=self._outcome(operation) if self._is_done(operation, state) else None,
+            outcome=self._outcome(operation) if error is None and self._is_done(operation, state) else None,
             error=error,
         )
 
@@ -152,15 +154,16 @@ class Administration:
         return self._plan(shown.current, shown, would_move=True, explanation=why)
 
     def _plan(self, current: BlockSpan, shown: Preview | None, *, would_move: bool, explanation: str) -> Plan:
-        sessions = self._parts.engine.stats().sessions
-        touched = sessions if shown is not None else 0
+        sessions = [info.spec.span for info in self._parts.engine.open_sessions()]
+        kept = current if shown is None else shown.current.intersect(shown.proposed)
+        touched = sum(kept is None or not kept.covers(span) for span in sessions)
         return Plan(
             current=Span(start=current.start, end=current.end),
             proposed=None if shown is None else Span.of(shown.proposed),
             gain=None if shown is None else _gain(shown),
             cost=None if shown is None else self._cost(shown),
             sessions_touched=touched,
-            sessions_kept=sessions - touched,
+            sessions_kept=len(sessions) - touched,
             would_move=would_move,
             explanation=explanation,
         )
@@ -183,6 +186,8 @@ class Administration:
             text = f"the daemon is {state.value}: {reason or 'it was told to'}"
         elif operation == "rebalance" and state in (DaemonState.DRAINING, DaemonState.DRAINED):
             text = "a drain came in between"
+        elif operation == "rebalance" and self._is_done(operation, state):
+            text = self._daemon.move_problem
         else:
             text = ""
         return ErrorText(code=Conflict.code, message=text, hint="petalsctl status") if text else None

@@ -14,7 +14,8 @@ from petalsd.daemon.activity import Activity
 from petalsd.daemon.announcement import VERSION, RecordWriter
 from petalsd.daemon.attendants import Attendants
 from petalsd.daemon.cache_room import cache_pages
-from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.components import Parts
+from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.detached import run_detached
 from petalsd.daemon.membership import Membership, node_options
 from petalsd.daemon.memory import device_memory_bytes
@@ -121,7 +122,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     def demand() -> Demand:
         return demand_for(plan, settings.config.blocks, limit.most)
 
-    async def hand_over(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
+    async def install(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
         num_pages = await cache_pages(plan, engine, blocks)
         spill = _spill_area(config, plan, paths, len(span))
         pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device, cache_rules, spill, cache_recorder)
@@ -138,7 +139,8 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng, board),
         settings=settings,
         prepare=speed.find_out,
-        hand_over=hand_over,
+        install=install,
+        has_room=plan.has_room_beside,
         demand=demand,
         limit=limit,
         rates=lambda: speed.rates,

@@ -14,7 +14,8 @@ from petalsd.control.access import Access
 from petalsd.control.server import ControlServer
 from petalsd.control.socket_file import SocketFile
 from petalsd.daemon.administration import Administration
-from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.components import Parts
+from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.figures import Figures
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.reloading import Reloader

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from petalsd.daemon.memory import free_bytes
+from petalsd.daemon.memory import free_memory_bytes
 from petalsd.daemon.plan import ServingPlan
 from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
@@ -27,7 +27,7 @@ async def cache_pages(plan: ServingPlan, engine: Engine, blocks: Mapping[int, Bl
     trial = KVPool(plan.geometry, _TRIAL_PAGES, plan.dtype, plan.device)
     trial.allocate()
     graph_bytes = await engine.measure_graphs(blocks, trial)
-    tokens = cache_tokens(plan, len(blocks), free_bytes(plan.device) - graph_bytes)
+    tokens = cache_tokens(plan, len(blocks), free_memory_bytes(plan.device) - graph_bytes)
     log.info("graphs_measured", bytes=graph_bytes, kv_tokens=tokens, planned_kv_tokens=plan.kv_tokens)
     return pages_for(tokens, len(blocks), plan.geometry.page_tokens)
 

@@ -5,33 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable
 
 import structlog
 import torch
 
-from petalsd.daemon.activity import Activity
 from petalsd.daemon.backoff import Backoff, retry
+from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain, Hold
 from petalsd.daemon.health import engine_problem
 from petalsd.daemon.lifecycle import Lifecycle, Presence
-from petalsd.daemon.parts import ServingEngine, SwarmMember
+from petalsd.daemon.mover import Move, MoveFailed, Mover, Route, while_member_lives
 from petalsd.daemon.plan import Demand
-from petalsd.daemon.rebalancer import Rebalancer
-from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
-from petalsd.daemon.span_limit import SpanLimit
-from petalsd.daemon.span_loader import SpanLoader
-from petalsd.daemon.speed import Rates
-from petalsd.daemon.supervisor import Cause, Departure, Supervisor
-from petalsd.daemon.warnings import WarningBoard
+from petalsd.daemon.supervisor import Cause, Departure
 from petalsd.device_faults import device_loss
 from petalsd.errors import Conflict, DeadlineExceeded, Draining, EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
-from petalsd.metrics import Metrics
-from petalsd.models.contract import Block
-from petalsd.models.ladder import Choice
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan, DaemonState
 
@@ -45,47 +35,6 @@ _PART_STOP_S = 5.0
 _STOPPING = "this server is stopping"
 _BEGIN_S = 30.0  # for what an administrator asked for to begin: the loop may be at a check
 
-HandOver = Callable[[BlockSpan, Mapping[int, Block]], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Everything that the daemon owns; made by ``assembly``.
-
-    prepare    what has to be known before the first announcement (the measured throughput)
-    hand_over  gives loaded blocks and a fresh KV pool to the engine
-    demand     which blocks the configuration in force asks for
-    limit      is lowered when they do not fit the device
-    rates      how fast we say we are, as far as that is known
-    choices    how each kind of blocks that was loaded is computed
-    """
-
-    engine: ServingEngine
-    member: SwarmMember
-    loader: SpanLoader
-    rebalancer: Rebalancer
-    supervisor: Supervisor
-    settings: Settings
-    prepare: Callable[[], Awaitable[None]]
-    hand_over: HandOver
-    demand: Callable[[], Demand]
-    limit: SpanLimit
-    rates: Callable[[], Rates]
-    choices: Callable[[], Sequence[Choice]]
-    board: WarningBoard
-    metrics: Metrics
-    activity: Activity
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """That a span was left for another one; ``at_unix_s`` is when that other one was served."""
-
-    at_unix_s: float
-    old: BlockSpan
-    new: BlockSpan
-    reason: str
-
 
 class Daemon:
     """``run`` is its whole life."""
@@ -97,8 +46,11 @@ class Daemon:
         self._failed_rounds = 0
         self._target: BlockSpan | None = None
         self._left: tuple[BlockSpan, str] | None = None
+        self._mover = Mover(parts)
+        self._is_moving = False
+        self.move_problem = ""  # why the last move came to nothing
         self._hold = Hold()
-        self.drain: Drain | None = None
+        self._own_drain: Drain | None = None
         self.span: BlockSpan | None = None
         self.last_move: Move | None = None
         self.lifecycle = Lifecycle()
@@ -124,6 +76,16 @@ class Daemon:
         if failure is not None:
             raise failure
 
+    @property
+    def takes_sessions(self) -> bool:
+        """Whether a new session finds blocks here, of those that stay while the daemon moves."""
+        return self.lifecycle.accepts_sessions or (self._is_moving and self._mover.takes_sessions)
+
+    @property
+    def drain(self) -> Drain | None:
+        """Of the daemon, or of the blocks that a move leaves; the last one, also when it is over."""
+        return self._own_drain or self._mover.drain
+
     # What an administrator asks for
 
     async def hold(self, deadline_s: float | None) -> None:
@@ -140,8 +102,8 @@ class Daemon:
                 f"the daemon is {self.lifecycle.state.value}: there is nothing to drain",
                 hint="wait until it is online, or stop it",
             )
-        elif self.drain is not None and deadline_s is not None:
-            self.drain.set_deadline(deadline_s)
+        elif self._own_drain is not None and deadline_s is not None:
+            self._own_drain.set_deadline(deadline_s)
         await self._within(self._hold.begun.wait(), "draining")
 
     async def release(self) -> None:
@@ -186,7 +148,7 @@ class Daemon:
                 span = await self._choose()
                 await self._take(span)
                 self._failed_rounds = 0
-                departure = await self._until_departure(span)
+                departure = await self._serve_on(span)
             except torch.OutOfMemoryError as error:
                 departure = self._parts.limit.lower(span, error)
             except (SwarmError, DeadlineExceeded) as error:
@@ -203,11 +165,63 @@ class Daemon:
 
     async def _choose(self) -> BlockSpan:
         self._parts.activity.at("choosing blocks")
+        delay_s = self._parts.settings.config.blocks.join_delay_s
+        return await self._parts.rebalancer.choose(self._demand(), delay_s)
+
+    def _demand(self) -> Demand:
+        """What the configuration asks for, or the span that an administrator named, if it fits that."""
         demand, target = self._parts.demand(), self._target
         self._target = None
         if target is not None and demand.pinned is None and len(target) == demand.num_blocks:
-            demand = Demand(len(target), target)
-        return await self._parts.rebalancer.choose(demand, self._parts.settings.config.blocks.join_delay_s)
+            return Demand(len(target), target)
+        return demand
+
+    async def _serve_on(self, span: BlockSpan) -> Departure:
+        """Watch, and move as often as there is reason to; why the span must be given up altogether."""
+        while True:
+            departure = await self._until_departure(span)
+            is_broken = departure.cause in (Cause.ENGINE_BROKEN, Cause.MEMBER_BROKEN)
+            if is_broken or len(span) != self._parts.demand().num_blocks:
+                return departure
+            span = await self._move(span, departure)
+
+    async def _move(self, old: BlockSpan, departure: Departure) -> BlockSpan:
+        """Go where we are needed, blocks that stay serving on; the span that is served then, whole."""
+        self.move_problem = ""
+        self.lifecycle.move(DaemonState.REBALANCING, departure.reason)
+        self._is_moving = True
+        span = await self._target_from(old)
+        if span == old:
+            log.info("placement_unchanged", span=str(span))
+        elif await self._change_span(Route(old, span), departure):
+            self._parts.board.clear("move_failed")
+        else:
+            span = old
+        self._is_moving = False
+        self.lifecycle.move(DaemonState.ONLINE)
+        return span
+
+    async def _target_from(self, old: BlockSpan) -> BlockSpan:
+        try:
+            return await self._parts.rebalancer.target(self._demand())
+        except (SwarmError, DeadlineExceeded) as error:
+            self.move_problem = f"the directory cannot be read: {error}"
+            log.warning("check_failed", span=str(old), **error_fields(error))
+            return old
+
+    async def _change_span(self, route: Route, departure: Departure) -> bool:
+        """Whether the new span is served; else the old one is."""
+        self._parts.metrics.counter("rebalances_total").labels(departure.cause.value).inc()
+        try:
+            await while_member_lives(self._parts, self._mover, route)
+        except MoveFailed as error:
+            self.move_problem = error.message
+            self._parts.board.set("move_failed", error.message)
+            self._parts.supervisor.stay_a_while()
+            return False
+        self.span, self._left = route.new, (route.old, departure.reason)
+        self._note_move(route.new)
+        return True
 
     async def _until_departure(self, span: BlockSpan) -> Departure:
         """Watch the span; while a drain holds the daemon, there is nothing to watch or to move."""
@@ -235,7 +249,7 @@ class Daemon:
             self.lifecycle.move(DaemonState.DRAINED)
             log.info("drained", abandoned=left)
         await hold.resumed.wait()
-        self._hold, self.drain = Hold(), None
+        self._hold, self._own_drain = Hold(), None
         await self._go_online(span)
 
     async def _take(self, span: BlockSpan) -> None:
@@ -245,10 +259,11 @@ class Daemon:
         self.span = span
         parts.activity.at(f"announcing blocks {span}")
         await parts.member.announce(ServerState.JOINING, span)
+        parts.loader.drop_outside(span)
         blocks = await parts.loader.load(span)
         parts.activity.at("testing the blocks")
         try:
-            await parts.hand_over(span, blocks)
+            await parts.install(span, blocks)
         except DeadlineExceeded as error:  # the engine's, where others are the swarm's
             raise EngineError(error.message) from error
         if problem := await engine_problem(parts.engine):
@@ -273,6 +288,7 @@ class Daemon:
 
     async def _leave(self, departure: Departure) -> None:
         """OFFLINE first, then no new sessions, then end those that are here; broken parts are made anew."""
+        self._is_moving = False
         if departure.cause is Cause.MEMBER_BROKEN:
             self._parts.board.set("p2pd_failed", departure.reason)
         if departure.cause is Cause.ENGINE_BROKEN:
@@ -299,22 +315,23 @@ class Daemon:
     async def _stop(self, failure: BaseException | None) -> None:
         """Say goodbye, let sessions finish, take the parts down from the outside in."""
         parts, state = self._parts, self.lifecycle.state
-        was_online, was_present = state is DaemonState.ONLINE, self.lifecycle.presence is not Presence.ABSENT
-        if was_online and failure is None:
+        is_serving = state is DaemonState.ONLINE or (state is DaemonState.REBALANCING and self._is_moving)
+        was_present = self.lifecycle.presence is not Presence.ABSENT
+        if is_serving and failure is None:
             await self._begin_drain("stop requested", _STOPPING)
         else:
             if was_present:
                 await self._announce_offline()
             parts.member.refuse(_STOPPING)
         if self.lifecycle.state is DaemonState.DRAINING:
-            left_s = None if self.drain is None else self.drain.deadline_left_s
+            left_s = None if self._own_drain is None else self._own_drain.deadline_left_s
             if left := await self._drain(left_s, self._signals.now):
                 self._abandon(left, was_cut_short=self._signals.now.is_set())
             else:
                 self.lifecycle.move(DaemonState.DRAINED)
                 log.info("drained", abandoned=0)
         self.lifecycle.move(
-            DaemonState.STOPPING if failure is None else DaemonState.FAILED, _reason_of(failure)
+            DaemonState.STOPPING if failure is None else DaemonState.FAILED, str(failure or "")
         )
         await self._drop_span("the server is stopping")
         await parts.member.stop()
@@ -336,8 +353,8 @@ class Daemon:
         """Let sessions finish, in the configured time unless another one is given; how many are left."""
         if deadline_s is None:
             deadline_s = self._parts.settings.config.daemon.drain_deadline_s
-        self.drain = Drain(self._parts.engine, deadline_s)
-        return await self.drain.wait(cut_short)
+        self._own_drain = Drain(self._parts.engine, deadline_s)
+        return await self._own_drain.wait(cut_short)
 
     def _abandon(self, left: int, *, was_cut_short: bool) -> None:
         """Tell the clients that are left why they do not finish."""
@@ -388,7 +405,3 @@ class Daemon:
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
             raise error
         return Departure(cause, str(error))
-
-
-def _reason_of(failure: BaseException | None) -> str:
-    return "" if failure is None else str(failure)

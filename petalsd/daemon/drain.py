@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from petalsd.daemon.parts import ServingEngine
+from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
@@ -33,18 +34,28 @@ class Hold:
 
 
 class Drain:
-    """One drain; its deadline may be set anew while it goes on.
+    """One drain; its deadline may be set anew while it goes on. Work on blocks of ``kept`` alone is left aside.
 
     ``abandoned``: sessions and passes that were left when it was over; None before.
     """
 
     def __init__(
-        self, engine: ServingEngine, deadline_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: ServingEngine,
+        deadline_s: float,
+        kept: BlockSpan | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._kept = kept
         self._clock = clock
         self._end_s = clock() + deadline_s
         self.abandoned: int | None = None
+
+    @property
+    def left(self) -> int:
+        """Sessions and passes that it waits for."""
+        return self._engine.work_outside(self._kept)
 
     @property
     def deadline_left_s(self) -> float:
@@ -57,7 +68,7 @@ class Drain:
     async def wait(self, cut_short: asyncio.Event) -> int:
         """Until no session and no pass is left, the deadline is over or ``cut_short`` is set; what is left."""
         report_s = self._clock()
-        while (left := open_work(self._engine)) and not cut_short.is_set() and self.deadline_left_s > 0:
+        while (left := self.left) and not cut_short.is_set() and self.deadline_left_s > 0:
             if self._clock() >= report_s:
                 report_s = self._clock() + _REPORT_PERIOD_S
                 log.info("draining", sessions_and_passes=left, left_s=round(self.deadline_left_s, 1))
@@ -68,8 +79,7 @@ class Drain:
 
 def open_work(engine: ServingEngine) -> int:
     """Sessions and passes that are under way."""
-    stats = engine.stats()
-    return stats.sessions + stats.queued_passes
+    return engine.work_outside(None)
 
 
 async def _pause(cut_short: asyncio.Event, seconds: float) -> None:

@@ -12,7 +12,8 @@ from typing import get_args
 import torch
 
 from petalsd import __version__
-from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.components import Parts
+from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.warnings import KINDS

@@ -6,10 +6,13 @@
                   └─ (a load that is tried again)      every state but the last ──> STOPPING ──> STOPPED
                                                                               └──> FAILED
 
+REBALANCING also goes back to ONLINE, when a move is over, and to DRAINING, when a stop comes in between.
+
 STARTING     parts come up, a span is being chosen; nothing is announced
 LOADING      weights of a chosen span are on their way; announced as JOINING
 ONLINE       serving
-REBALANCING  the span was given up and another one is being chosen
+REBALANCING  on the way to other blocks, while those in both spans go on serving; or, after a failure, the span was
+             given up and another one is being chosen
 DRAINING     running sessions finish, new ones are refused; DRAINED when the last one ended
 STOPPING     on the way out; FAILED is the same for an error that a restart may heal
 """
@@ -29,7 +32,7 @@ TRANSITIONS: dict[DaemonState, frozenset[DaemonState]] = {
     _S.STARTING: frozenset({_S.LOADING, _S.STOPPING, _S.FAILED}),
     _S.LOADING: frozenset({_S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
     _S.ONLINE: frozenset({_S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
-    _S.REBALANCING: frozenset({_S.LOADING, _S.ONLINE, _S.STOPPING, _S.FAILED}),
+    _S.REBALANCING: frozenset({_S.LOADING, _S.ONLINE, _S.DRAINING, _S.STOPPING, _S.FAILED}),
     _S.DRAINING: frozenset({_S.DRAINED, _S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
     _S.DRAINED: frozenset({_S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
     _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -12,7 +12,7 @@ from petalsd.config import SwarmSection
 from petalsd.daemon.parts import MemberStats
 from petalsd.errors import SwarmError
 from petalsd.paths import InstancePaths
-from petalsd.swarm.announcer import Announcer, AnnouncerOptions
+from petalsd.swarm.announcer import Announcer, AnnouncerOptions, Part
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.ghosts import GhostFinder
 from petalsd.swarm.handler import TransformerConnectionHandler
@@ -118,6 +118,9 @@ class Membership:
 
     async def renew(self) -> None:
         await self._joined.announcer.renew()
+
+    async def announce_parts(self, parts: Sequence[Part]) -> None:
+        await self._joined.announcer.announce_parts(parts)
 
     def admit(self) -> None:
         self._serving.serve()

@@ -23,6 +23,14 @@ def device_memory_bytes(device: torch.device) -> int:
     return min(available_bytes(_MEMINFO), cgroup_left_bytes(_CGROUP_ROOT, own_group))
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """What can be taken now, beside all that we have taken already."""
+    if device.type != "cuda":
+        return device_memory_bytes(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def available_bytes(meminfo: Path) -> int:
     """MemAvailable of /proc/meminfo: what can be taken without swapping."""
     for line in meminfo.read_text().splitlines():
@@ -42,12 +50,6 @@ def cgroup_left_bytes(root: Path, group: str) -> int:
         if limit is not None and current is not None:
             left = min(left, max(0, limit - current))
     return left
-
-
-def free_bytes(device: torch.device) -> int:
-    """What of a GPU nobody uses now, this process's own reserves counted as free."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _cgroup_of_self(membership: Path) -> str:

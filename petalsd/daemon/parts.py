@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -11,7 +11,7 @@ from petalsd.engine.stats import EngineStats
 from petalsd.errors import DeviceLost
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
-from petalsd.swarm.announcer import Announcement
+from petalsd.swarm.announcer import Announcement, Part
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
@@ -41,6 +41,9 @@ class ServingEngine(Protocol):
     """The part of ``engine.Engine`` that the daemon uses."""
 
     @property
+    def span(self) -> BlockSpan | None: ...
+
+    @property
     def pool(self) -> KVPool | None: ...
 
     @property
@@ -53,6 +56,14 @@ class ServingEngine(Protocol):
     async def stop(self, deadline_s: float) -> None: ...
 
     async def load_span(self, blocks: Mapping[int, Block], pool: KVPool, rope: Angles) -> None: ...
+
+    async def change_span(self, blocks: Mapping[int, Block]) -> None: ...
+
+    def restrict(self, kept: BlockSpan | None, reason: str) -> None: ...
+
+    def lift_restriction(self) -> None: ...
+
+    def work_outside(self, kept: BlockSpan | None) -> int: ...
 
     async def drop_span(self, reason: str) -> None: ...
 
@@ -101,6 +112,9 @@ class SwarmMember(Protocol):
 
     async def renew(self) -> None:
         """Write what was announced last once more, with fresh pings. SwarmError or DeadlineExceeded."""
+
+    async def announce_parts(self, parts: Sequence[Part]) -> None:
+        """The same for several spans, what is served last; blocks in none of them go OFFLINE first."""
 
     def admit(self) -> None:
         """Answer requests."""

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from petalsd.config import BlocksSection, Config, EngineSection, ModelSection
-from petalsd.daemon.memory import device_memory_bytes
+from petalsd.daemon.memory import device_memory_bytes, free_memory_bytes
 from petalsd.daemon.sizing import (
     ESTIMATED_GRAPHS,
     GraphMemory,
     MemoryNeed,
+    block_weights_bytes,
     kv_tokens_for,
     max_session_tokens_for,
     memory_need,
@@ -87,6 +88,12 @@ class ServingPlan:
         """As a person reads it: bfloat16, or bfloat16 with int8 weights."""
         quantization = self.storage.quantization
         return self.dtype_name if quantization == "none" else f"{self.dtype_name} with {quantization} weights"
+
+    def has_room_beside(self, num_blocks: int) -> bool:
+        """Whether the weights of so many more blocks fit now; the cache they will use is there already."""
+        share = _CPU_MEMORY_SHARE if self.device.type == "cpu" else 1.0
+        need_bytes = num_blocks * block_weights_bytes(self.architecture, self.storage)
+        return need_bytes <= share * free_memory_bytes(self.device)
 
     def files_of(self, span: BlockSpan) -> list[str]:
         """The files that hold the blocks of ``span``. Raises WeightsError."""

@@ -34,15 +34,22 @@ class Rebalancer:
             await asyncio.sleep(self._rng.uniform(0.0, 2.0 * join_delay_s))
         view = await self._member.read_live_view()
         await self._retract_old_records(view)
-        if demand.pinned is not None:
-            return demand.pinned
-        others = view.without({self._member.peer_id}).spans(ServerState.JOINING)
-        return choose_span(others, view.num_blocks, demand.num_blocks)
+        return self._best(view, demand)
+
+    async def target(self, demand: Demand) -> BlockSpan:
+        """The span to move to: as ``choose``, but at once, and what is announced stays."""
+        return demand.pinned or self._best(await self._member.read_view(), demand)
 
     def should_move(self, view: SwarmView, balance_quality: float) -> bool:
         """The rule of protocol.md 6.3 over the spans that are served or being loaded; ours must be among them."""
         spans = view.spans(ServerState.JOINING)
         return should_move(spans, self._member.peer_id, view.num_blocks, balance_quality, self._rng)
+
+    def _best(self, view: SwarmView, demand: Demand) -> BlockSpan:
+        if demand.pinned is not None:
+            return demand.pinned
+        others = view.without({self._member.peer_id}).spans(ServerState.JOINING)
+        return choose_span(others, view.num_blocks, demand.num_blocks)
 
     async def _retract_old_records(self, view: SwarmView) -> None:
         peer = self._member.peer_id

@@ -10,7 +10,8 @@ from typing import cast
 from petalsd import __version__
 from petalsd._C import PoolStats
 from petalsd.daemon.activity import Situation, describe
-from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.components import Parts
+from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.span_loader import LoadProgress
@@ -162,7 +163,10 @@ class Reporter:
     def loading(self) -> Loading | None:
         """None unless blocks are being loaded."""
         progress = self._parts.activity.progress
-        if progress is None or self._daemon.lifecycle.state is not DaemonState.LOADING:
+        if progress is None or self._daemon.lifecycle.state not in (
+            DaemonState.LOADING,
+            DaemonState.REBALANCING,
+        ):
             return None
         return _loading(progress)
 
@@ -178,7 +182,7 @@ class Reporter:
 
     def _deadline_left_s(self) -> float | None:
         drain = self._daemon.drain
-        is_draining = self._daemon.lifecycle.state is DaemonState.DRAINING
+        is_draining = self._daemon.lifecycle.state in (DaemonState.DRAINING, DaemonState.REBALANCING)
         return drain.deadline_left_s if drain is not None and is_draining else None
 
     def _peer_id(self) -> str | None:

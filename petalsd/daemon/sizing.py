@@ -88,9 +88,13 @@ def memory_need(
 ) -> MemoryNeed:
     """All blocks are counted as the model's largest."""
     cache_bytes = (pages_for(kv_tokens, 1, geometry.page_tokens) - 1) * geometry.page_bytes
-    weights_bytes = int(storage.nbytes(architecture.largest_block()) * _WEIGHTS_OVERHEAD)
     pass_bytes = int(architecture.config.hidden_size * _PASS_BYTES_PER_HIDDEN)
-    return MemoryNeed(weights_bytes + cache_bytes, pass_bytes, graphs)
+    return MemoryNeed(block_weights_bytes(architecture, storage) + cache_bytes, pass_bytes, graphs)
+
+
+def block_weights_bytes(architecture: Architecture, storage: WeightStorage) -> int:
+    """What the weights of the model's largest block take."""
+    return int(storage.nbytes(architecture.largest_block()) * _WEIGHTS_OVERHEAD)
 
 
 def network_rps(network_mbps: float, hidden_size: int) -> float:

@@ -76,26 +76,33 @@ class SpanLoader:
         self.seconds_per_block: float | None = None  # of the last load that read any, fetching included
 
     async def load(self, span: BlockSpan) -> dict[int, Block]:
-        """All blocks of ``span``; the others are given up first. WeightsError after the last attempt.
+        """All blocks of ``span``, beside those that there are. WeightsError after the last attempt.
 
         Blocks that were loaded before a failure stay for the next attempt.
         """
-        self.drop_outside(span)
         started_s = time.monotonic()
-        kept, progress = len(self.blocks), self._start_progress()
-        await retry(
-            lambda: run_detached(lambda switch: self._load_missing(span, switch, progress), "petalsd-loader"),
-            self._backoff,
-            (WeightsError, OSError),
-            partial(self._on_failure, span),
-        )
-        self._board.clear("load_failed")
+        kept, progress = sum(index in self.blocks for index in span), self._start_progress()
+        await self._persist(span, lambda switch: self._load_missing(span, switch, progress))
         seconds = time.monotonic() - started_s
         if kept < len(span):
             self.seconds_per_block = seconds / (len(span) - kept)
             self._seconds.observe(seconds)
         log.info("span_loaded", span=str(span), kept_blocks=kept, seconds=round(seconds, 2))
-        return dict(self.blocks)
+        return {index: self.blocks[index] for index in span}
+
+    async def fetch(self, span: BlockSpan) -> None:
+        """Bring to the disk what ``load`` will read. WeightsError after the last attempt."""
+        progress = self._start_progress()
+        await self._persist(span, lambda switch: self._fetch_missing(span, switch, progress))
+
+    async def _persist(self, span: BlockSpan, work: Callable[[AbandonSwitch], object]) -> None:
+        await retry(
+            lambda: run_detached(work, "petalsd-loader"),
+            self._backoff,
+            (WeightsError, OSError),
+            partial(self._on_failure, span),
+        )
+        self._board.clear("load_failed")
 
     def _on_failure(self, span: BlockSpan, error: Exception, delay_s: float) -> None:
         log.warning("load_failed", span=str(span), retry_s=delay_s, **error_fields(error))
@@ -108,19 +115,23 @@ class SpanLoader:
 
     def _load_missing(self, span: BlockSpan, switch: AbandonSwitch, progress: ProgressSink) -> None:
         """On the loading thread."""
+        missing = self._fetch_missing(span, switch, progress)
+        for number, index in enumerate(missing):
+            switch.check()
+            progress(LoadProgress("load", f"block {index}", number, len(missing)))
+            self.blocks[index] = self._reader.load_block(index)
+
+    def _fetch_missing(self, span: BlockSpan, switch: AbandonSwitch, progress: ProgressSink) -> list[int]:
+        """On the loading thread; the blocks that are not loaded yet."""
         missing = [index for index in span if index not in self.blocks]
-        if not missing:
-            return
 
         def fetching(file: str, done_bytes: int, total_bytes: int) -> None:
             switch.check()
             progress(LoadProgress("fetch", file, done_bytes, total_bytes))
 
-        self._reader.fetch(BlockSpan(missing[0], missing[-1] + 1), fetching)
-        for number, index in enumerate(missing):
-            switch.check()
-            progress(LoadProgress("load", f"block {index}", number, len(missing)))
-            self.blocks[index] = self._reader.load_block(index)
+        if missing:
+            self._reader.fetch(BlockSpan(missing[0], missing[-1] + 1), fetching)
+        return missing
 
 
 def both(first: ProgressSink, second: ProgressSink) -> ProgressSink:

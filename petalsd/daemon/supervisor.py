@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 # A libp2p daemon that hangs is noticed within this and the deadline of its check.
 HEALTH_PERIOD_S = 5.0
+_CALM_PERIODS = 10
 
 
 class Cause(enum.Enum):
@@ -70,11 +71,17 @@ class Supervisor:
         self._board = board
         self._check_now = asyncio.Event()
         self._wanted: Departure | None = None
+        self._stay_until_s = 0.0
         self.next_check_monotonic_s: float | None = None
 
     def check_now(self) -> None:
         """Do the next check at once, and say in the log what came of it."""
+        self._stay_until_s = 0.0
         self._check_now.set()
+
+    def stay_a_while(self) -> None:
+        """A move has failed: look for reasons to move only after some checks, or when somebody asks for one."""
+        self._stay_until_s = time.monotonic() + _CALM_PERIODS * self._blocks().balance_period_s
 
     def leave(self, departure: Departure) -> None:
         """Leave the span that is served, at once, for this reason."""
@@ -128,8 +135,8 @@ class Supervisor:
         problem = await engine_problem(self._engine)
         if problem is not None:
             return Departure(Cause.ENGINE_BROKEN, problem)
-        demand = self._demand()
-        if len(span) != demand.num_blocks or demand.pinned not in (None, span):
+        demand, may_move = self._demand(), time.monotonic() >= self._stay_until_s
+        if may_move and (len(span) != demand.num_blocks or demand.pinned not in (None, span)):
             return Departure(Cause.RECONFIGURED, f"the configuration asks for {demand}")
         try:
             view = await self._member.read_live_view()
@@ -137,7 +144,7 @@ class Supervisor:
         except (SwarmError, DeadlineExceeded) as error:
             log.warning("check_failed", span=str(span), **error_fields(error))
             return None
-        is_free = is_complete and demand.pinned is None
+        is_free = is_complete and may_move and demand.pinned is None
         if is_free and self._rebalancer.should_move(view, self._blocks().balance_quality):
             return Departure(Cause.BALANCE, "the swarm is served better from other blocks")
         return None

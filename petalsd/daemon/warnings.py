@@ -54,6 +54,10 @@ KINDS = {
     "load_failed": Kind(
         "loading the blocks failed", "warning", "it is tried again; check network, disk and token"
     ),
+    "move_failed": Kind(
+        "moving to other blocks failed", "warning",
+        "the blocks of before are served; check network, disk and memory, then: petalsctl rebalance",
+    ),
     "disk_full": Kind(
         "the disk is almost full", "critical", "make room, or bound the weights with model.max_disk_bytes"
     ),

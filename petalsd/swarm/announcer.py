@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import structlog
 
@@ -34,6 +35,10 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
 
 # Makes the record of a state and span as things are now; the announcer adds the pings.
 RecordMaker = Callable[[ServerState, BlockSpan], ServerRecord]
+
+
+# What some blocks are announced as.
+Part: TypeAlias = tuple[ServerState, BlockSpan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,49 +90,56 @@ class Announcer:
         self._pings = PingTracker(node.ping)
         self._rng = random.Random()
         self._lock = asyncio.Lock()
-        self._current: tuple[ServerState, BlockSpan] | None = None
+        self._current: tuple[Part, ...] = ()
         self._expiration = 0.0
-        self._told: ServerRecord | None = None
+        self._told: dict[BlockSpan, ServerRecord] = {}  # what is stored of the current parts
         self.last_stored: Announcement | None = None
         self._renewal: asyncio.Task[None] | None = None
 
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
-        """Publish ``state`` for ``span`` now and keep renewing it. Blocks of another span go OFFLINE first.
+        """Publish ``state`` for ``span``, and nothing else, as ``announce_parts``."""
+        await self.announce_parts([(state, span)])
 
-        Those that are served all the while are not: from ONLINE to ONLINE only the blocks that are left are.
-        SwarmError or DeadlineExceeded when it could not be stored; renewing goes on trying.
+    async def announce_parts(self, parts: Sequence[Part]) -> None:
+        """Publish these now, in order, and keep renewing them; blocks of before that are in none go OFFLINE first.
+
+        The last one is what is served, if anything is. SwarmError or DeadlineExceeded when something could not be
+        stored; renewing goes on trying.
         """
         async with self._lock:
-            old, self._current = self._current, (state, span)
-            if old is not None and old[1] != span and old[0] != ServerState.OFFLINE:
-                goes_on = old[0] == state == ServerState.ONLINE
-                if left := [block for block in old[1] if not (goes_on and block in span)]:
-                    await self._publish(ServerState.OFFLINE, old[1], left)
-            await self._publish(state, span)
-        log.info("announced", state=state.name, span=str(span))
+            old, self._current, self._told = self._current, tuple(parts), {}
+            spans = [span for _, span in parts]
+            for state, span in old:
+                for left in () if state == ServerState.OFFLINE else span.minus(*spans):
+                    await self._publish(ServerState.OFFLINE, left)
+            for state, span in parts:
+                await self._publish(state, span)
+        for state, span in parts:
+            log.info("announced", state=state.name, span=str(span))
 
     async def withdraw(self) -> None:
         """Publish OFFLINE for what was announced, and renew nothing from now on; nothing announced is no error."""
         async with self._lock:
-            old, self._current = self._current, None
-            if old is not None:
-                await self._publish(ServerState.OFFLINE, old[1])
-                log.info("withdrawn", span=str(old[1]))
+            old, self._current = self._current, ()
+            for _, span in old:
+                await self._publish(ServerState.OFFLINE, span)
+                log.info("withdrawn", span=str(span))
 
     async def renew(self) -> None:
-        """Measure the pings and publish the current entry again; does nothing while none is announced."""
-        if (current := self._current) is None:
+        """Measure the pings and publish the current entries again; does nothing while none is announced."""
+        if not self._current:
             return
-        await self._measure(current[1])
+        await self._measure(self._current[-1][1])
         async with self._lock:
-            if self._current is not None:
-                await self._publish(*self._current)
+            for state, span in self._current:
+                await self._publish(state, span)
 
     async def write_news(self) -> None:
-        """Publish the current entry again if it says something else by now, with the pings that are known."""
+        """Publish what says something else by now again, with the pings that are known."""
         async with self._lock:
-            if self._current is not None and self._has_news():
-                await self._publish(*self._current)
+            for state, span in self._current:
+                if self._has_news(state, span):
+                    await self._publish(state, span)
 
     def pings(self) -> dict[str, float]:
         """Round trips in seconds to servers that a route may go to after us, ``inf`` for no answer."""
@@ -170,27 +182,27 @@ class Announcer:
             if stored is None or time.monotonic() - stored.at_monotonic_s >= self._options.min_pause_s:
                 await self.write_news()
 
-    def _has_news(self) -> bool:
-        if self._current is None or self._current[0] == ServerState.OFFLINE:
+    def _has_news(self, state: ServerState, span: BlockSpan) -> bool:
+        if state == ServerState.OFFLINE:
             return False
-        return self._told is None or is_news(self._told, self._describe(*self._current))
+        told = self._told.get(span)
+        return told is None or is_news(told, self._describe(state, span))
 
     def _describe(self, state: ServerState, span: BlockSpan) -> ServerRecord:
         pings = None if state == ServerState.OFFLINE else self._pings.averages()
         return replace(self._make_record(state, span), state=state, span=span, next_pings=pings)
 
-    async def _publish(
-        self, state: ServerState, span: BlockSpan, blocks: Iterable[int] | None = None
-    ) -> None:
-        """Write the record of ``span`` under ``blocks``, by default all of its own."""
-        record, self._told = self._describe(state, span), None
+    async def _publish(self, state: ServerState, span: BlockSpan) -> None:
+        record = self._describe(state, span)
+        self._told.pop(span, None)
         try:
-            await self._store([make_uid(self._options.prefix, block) for block in blocks or span], record)
+            await self._store([make_uid(self._options.prefix, block) for block in span], record)
         except PetalsdError:
             self._observer.announced(False)
             raise
         self._observer.announced(True)
-        self._told, self.last_stored = record, Announcement(state, time.monotonic())
+        self._told[span] = record
+        self.last_stored = Announcement(state, time.monotonic())
         is_private = self._options.prefix.startswith(PRIVATE_PREFIX)
         if state != ServerState.OFFLINE and not is_private:
             await self._store_model()

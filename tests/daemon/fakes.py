@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -13,7 +13,8 @@ from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.daemon.activity import Activity
 from petalsd.daemon.backoff import Backoff
-from petalsd.daemon.daemon import Daemon, Parts
+from petalsd.daemon.components import Parts
+from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.parts import MemberStats
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
@@ -29,11 +30,12 @@ from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.handle import SessionInfo
 from petalsd.engine.stats import EngineStats
+from petalsd.engine.step import SessionSpec
 from petalsd.errors import ConfigError, DeviceLost, SwarmError
 from petalsd.kvcache.pool import KVPool
 from petalsd.metrics import Metrics
 from petalsd.models.ladder import Choice
-from petalsd.swarm.announcer import Announcement
+from petalsd.swarm.announcer import Announcement, Part
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
@@ -107,10 +109,17 @@ class FakeMember:
         return [f"/ip4/127.0.0.1/tcp/1/p2p/{self.peer_id}"]
 
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
-        self._call("announce", f"{state.name} {span}")
+        await self.announce_parts([(state, span)])
+
+    async def announce_parts(self, parts: Sequence[Part]) -> None:
+        self._call("announce", ", ".join(f"{state.name} {span}" for state, span in parts))
         if self.broken.is_set():
             raise SwarmError("p2pd died")
-        self.swarm.put(self.peer_id, state, span, self.throughput)
+        for block, state in self.swarm.states_of(self.peer_id).items():
+            if state is not ServerState.OFFLINE:
+                self.swarm.put(self.peer_id, ServerState.OFFLINE, BlockSpan(block, block + 1))
+        for state, span in parts:
+            self.swarm.put(self.peer_id, state, span, self.throughput)
         self.announcement = Announcement(state, time.monotonic())
 
     async def renew(self) -> None:
@@ -148,6 +157,8 @@ class FakeEngine:
     failures: list[Exception] = field(default_factory=list)
     load_failures: list[Exception] = field(default_factory=list)
     pool: KVPool | None = None
+    span: BlockSpan | None = None
+    open_spans: list[BlockSpan] = field(default_factory=list)
     iterations: int = 0
     busy_tokens: int = 0
     slowest_token_s: float = 0.0
@@ -177,14 +188,29 @@ class FakeEngine:
         self.calls.append("engine loads")
         if self.load_failures:
             raise self.load_failures.pop(0)
+        self.span = BlockSpan(min(blocks), max(blocks) + 1)
+
+    async def change_span(self, blocks: Mapping[int, Any]) -> None:
+        self.span = BlockSpan(min(blocks), max(blocks) + 1)
+        self.calls.append(f"engine changes to {self.span}")
+
+    def restrict(self, kept: BlockSpan | None, reason: str) -> None:
+        self.calls.append(f"engine keeps {kept}")
+
+    def lift_restriction(self) -> None:
+        self.calls.append("engine keeps all")
+
+    def work_outside(self, kept: BlockSpan | None) -> int:
+        return self.sessions + sum(kept is None or not kept.covers(span) for span in self.open_spans)
 
     async def drop_span(self, reason: str) -> None:
         self.calls.append("engine drops")
-        self.sessions = 0
+        self.sessions, self.span, self.open_spans = 0, None, []
 
     def end_work(self, reason: str, keeping: BlockSpan | None = None) -> None:
         self.calls.append(f"sessions end: {reason}")
         self.sessions = 0
+        self.open_spans = [span for span in self.open_spans if keeping is not None and keeping.covers(span)]
 
     async def self_test(self) -> None:
         self.calls.append("self-test")
@@ -195,11 +221,14 @@ class FakeEngine:
         await self.self_test()
 
     def open_sessions(self) -> list[SessionInfo]:
-        return []
+        return [
+            SessionInfo(key, SessionSpec(span, 1, 64, OTHER), 0, 0.0, 0.0, 0)
+            for key, span in enumerate(self.open_spans)
+        ]
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            sessions=self.sessions, rows=self.sessions, queued_passes=0, steps_total=0, tokens_total=0,
+            sessions=self.work_outside(None), rows=self.sessions, queued_passes=0, steps_total=0, tokens_total=0,
             iterations_total=self.iterations, last_step_monotonic_s=self.last_step_s,
             busy_since_monotonic_s=self.busy_since_s, busy_tokens=self.busy_tokens,
             slowest_token_s=self.slowest_token_s,
@@ -234,6 +263,7 @@ class Stage:
         self.reader = FakeReader(self.calls)
         self.choices: list[Choice] = []
         self.rates = Rates(throughput=1.0)
+        self.has_room = True
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
@@ -258,7 +288,8 @@ class Stage:
                 supervisor=self.supervisor,
                 settings=self.settings,
                 prepare=self._prepare,
-                hand_over=self._hand_over,
+                install=self._install,
+                has_room=lambda num_blocks: self.has_room,
                 demand=self.demand,
                 limit=self.limit,
                 rates=lambda: self.rates,
@@ -312,5 +343,5 @@ class Stage:
     async def _prepare(self) -> None:
         self.calls.append("prepare")
 
-    async def _hand_over(self, span: BlockSpan, blocks: Mapping[int, Any]) -> None:
+    async def _install(self, span: BlockSpan, blocks: Mapping[int, Any]) -> None:
         await self.engine.load_span(blocks, None, None)

@@ -73,8 +73,8 @@ async def test_records_of_an_earlier_life_are_retracted_first() -> None:
     await stopped(stage, running)
 
 
-async def test_a_move_keeps_common_blocks_and_leaves_before_it_joins() -> None:
-    """When another server leaves a gap, the daemon says OFFLINE, ends its sessions and serves the gap."""
+async def test_a_daemon_moves_into_a_gap() -> None:
+    """When another server leaves a gap, the daemon refuses sessions, loads the gap's blocks and serves them."""
     stage = Stage("blocks.count=4", "blocks.balance_period_s=0.01")
     stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(4, 8))
     third = "Qm" + "c" * 44
@@ -86,8 +86,8 @@ async def test_a_move_keeps_common_blocks_and_leaves_before_it_joins() -> None:
     await asyncio.wait_for(online, DEADLINE_S)
     moves = [call for call in stage.calls if call != "self-test"]
     assert moves == [
-        "announce OFFLINE 0:4", "refuse", "engine drops", "announce JOINING 4:8", "load 4", "load 5", "load 6",
-        "load 7", "engine loads", "admit", "announce ONLINE 4:8",
+        "engine keeps None", "announce JOINING 4:8", "load 4", "load 5", "load 6", "load 7",
+        "engine changes to 4:8", "announce ONLINE 4:8",
     ]  # fmt: skip
     await stopped(stage, running)
 
@@ -255,13 +255,21 @@ async def test_a_reload_applies_a_new_span_and_refuses_a_bad_one() -> None:
     await stopped(stage, running)
 
 
-async def test_a_reload_that_changes_nothing_moves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """The placement is looked at once and the log says that it stays."""
-    stage = Stage("blocks.span=0:2")
+@pytest.mark.parametrize("blocks", ["blocks.span=0:2", "blocks.count=4"])
+async def test_a_reload_with_nothing_to_gain_moves_nothing(
+    capsys: pytest.CaptureFixture[str], blocks: str
+) -> None:
+    """Nothing is loaded or announced, and one line of the log says that the placement stays."""
+    stage = Stage(blocks)
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(4, 8))
     running = await until_online(stage)
     stage.calls.clear()
+    capsys.readouterr()
+    printed: list[str] = []
     stage.signals.reload.set()
-    await eventually(lambda: "self-test" in stage.calls and "placement_unchanged" in capsys.readouterr().out)
+    await eventually(lambda: printed.append(capsys.readouterr().out) or "placement" in "".join(printed))
+    lines = [line for line in "".join(printed).splitlines() if "[debug" not in line]
+    assert ["placement_unchanged" in line for line in lines] == [True]
     assert stage.calls == ["self-test"]
     await stopped(stage, running)
 

@@ -47,7 +47,7 @@ def make_loader(
 
 
 async def test_blocks_in_both_spans_are_kept() -> None:
-    """A move from 0:4 to 2:6 fetches and loads 4 and 5 only, and gives up 0 and 1."""
+    """A move from 0:4 to 2:6 fetches and loads 4 and 5 only; 0 and 1 are there until they are given up."""
     reader = RecordingReader()
     loader, _ = make_loader(reader)
     await loader.load(BlockSpan(0, 4))
@@ -55,6 +55,9 @@ async def test_blocks_in_both_spans_are_kept() -> None:
     assert reader.loaded == [0, 1, 2, 3, 4, 5]
     assert reader.fetched == [BlockSpan(0, 4), BlockSpan(4, 6)]
     assert list(blocks) == [2, 3, 4, 5]
+    assert list(loader.blocks) == [0, 1, 2, 3, 4, 5]
+    loader.drop_outside(BlockSpan(2, 6))
+    assert loader.blocks == blocks
 
 
 async def test_a_failed_load_is_tried_again_from_where_it_was() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from petalsd.errors import SwarmError
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions, RecordMaker
-from petalsd.swarm.directory import parse_entries, read_view
+from petalsd.swarm.directory import SwarmView, parse_entries, read_view
 from petalsd.swarm.node import DHTEntry, NodeOptions
 from petalsd.swarm.protocol import MODELS_KEY, ServerState
 from petalsd.swarm.record import ServerRecord
@@ -90,18 +90,37 @@ async def test_rows_2_to_6_one_exact_record_under_every_own_block() -> None:
 
 
 async def test_row_5_old_blocks_go_offline_before_new_ones_are_declared() -> None:
-    """A change of span writes OFFLINE under the whole old span first."""
+    """A change of span writes OFFLINE under the blocks that are left first; the others get the new record."""
     dht = FakeDHT()
     ours = announcer(dht)
     await ours.announce(ONLINE, BlockSpan(0, 2))
     await ours.announce(JOINING, BlockSpan(1, 3))
     assert dht.states()[2:] == [
         ("m-hf.0", OFFLINE),
-        ("m-hf.1", OFFLINE),
         ("m-hf.1", JOINING),
         ("m-hf.2", JOINING),
     ]
-    assert dht.record("m-hf.0").span == BlockSpan(0, 2)
+    assert dht.record("m-hf.0").span == BlockSpan(0, 1)
+
+
+async def test_a_move_announces_what_stays_what_comes_and_what_is_left() -> None:
+    """Each part in its state with its own claim; all are renewed, and readers see the part that serves."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(1, 4))
+    dht.writes.clear()
+    await ours.announce_parts(
+        [(JOINING, BlockSpan(0, 1)), (JOINING, BlockSpan(3, 4)), (ONLINE, BlockSpan(1, 3))]
+    )
+    parts = [("m-hf.0", JOINING), ("m-hf.3", JOINING), ("m-hf.1", ONLINE), ("m-hf.2", ONLINE)]
+    assert dht.states() == parts
+    await ours.renew()
+    assert dht.states() == parts * 2
+    await ours.announce_parts([(JOINING, BlockSpan(4, 5)), (ONLINE, BlockSpan(2, 3))])
+    assert dht.states()[8:11] == [("m-hf.0", OFFLINE), ("m-hf.3", OFFLINE), ("m-hf.1", OFFLINE)]
+    blocks = [parse_entries(key, dht.entries.get(key, {})) for key in (f"m-hf.{block}" for block in range(6))]
+    (seen,) = SwarmView("m-hf", 6, blocks).spans(JOINING)
+    assert (seen.state, seen.span) == (ONLINE, BlockSpan(2, 3))
 
 
 async def test_blocks_that_are_served_all_the_while_never_go_offline() -> None:

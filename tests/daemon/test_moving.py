@@ -1,0 +1,154 @@
+"""Moves of a daemon of fakes: what goes on serving, in which order the rest happens, and the way back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from petalsd.daemon.lifecycle import DaemonState
+from petalsd.errors import Conflict, EngineError, WeightsError
+from petalsd.swarm.protocol import ServerState
+from petalsd.types import BlockSpan
+from tests.daemon.fakes import PEER, Stage
+from tests.daemon.test_administration import administer, check
+from tests.daemon.test_daemon import DEADLINE_S, stopped, until_online
+from tests.waiting import eventually
+
+OLD, NEW, KEPT = BlockSpan(0, 4), BlockSpan(2, 6), BlockSpan(2, 4)
+ONLINE, JOINING, OFFLINE = ServerState.ONLINE, ServerState.JOINING, ServerState.OFFLINE
+
+
+async def moving(stage: Stage) -> asyncio.Task[None]:
+    """A daemon that serves 0:4 with a session on 2:4 and one on 0:4, and has begun to move to 2:6."""
+    running = await until_online(stage)
+    stage.engine.open_spans = [KEPT, OLD]
+    stage.calls.clear()
+    await stage.daemon.move_to(NEW, "the test wants it")
+    return running
+
+
+def calls(stage: Stage) -> list[str]:
+    return [call for call in stage.calls if call != "self-test"]
+
+
+async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
+    """New blocks are loaded beside the old ones; the session on what stays is still there at the end."""
+    stage = Stage("blocks.count=4")
+    administration = administer(stage)
+    running = await moving(stage)
+    await eventually(lambda: stage.daemon.drain is not None)
+    assert stage.calls == ["engine keeps 2:4", "announce JOINING 4:6, ONLINE 2:4", "load 4", "load 5"]
+    assert stage.swarm.states_of(PEER) == {
+        0: OFFLINE, 1: OFFLINE, 2: ONLINE, 3: ONLINE, 4: JOINING, 5: JOINING
+    }  # fmt: skip
+    progress, status = administration.progress("rebalance"), administration.status()
+    check(progress, "progress")
+    assert (progress.state, progress.sessions_left, progress.done) == ("rebalancing", 1, False)
+    assert progress.deadline_left_s is not None and 50 < progress.deadline_left_s <= 60
+    assert status.summary == "Rebalancing: blocks 2:4 go on serving, sessions on blocks 0:2 finish"
+    assert administration.is_ready
+    with pytest.raises(Conflict, match="rebalancing"):
+        await administration.drain(None)
+    stage.calls.clear()
+    online = stage.until(DaemonState.ONLINE)
+    stage.engine.open_spans.remove(OLD)
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert stage.calls == ["engine changes to 2:6", "self-test", "announce ONLINE 2:6"]
+    assert stage.engine.open_spans == [KEPT] and stage.daemon.span == NEW
+    assert sorted(stage.daemon._parts.loader.blocks) == list(NEW)
+    await eventually(lambda: administration.progress("rebalance").outcome == "blocks 2:6 are served")
+    stage.engine.open_spans.clear()
+    await stopped(stage, running)
+
+
+async def test_sessions_on_left_blocks_have_the_time_of_a_drain() -> None:
+    """At the deadline they are ended, the others are not."""
+    stage = Stage("blocks.count=4", "daemon.drain_deadline_s=0.05")
+    online = stage.until(DaemonState.ONLINE)
+    running = await moving(stage)
+    online = stage.until(DaemonState.ONLINE)
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert "sessions end: the server moved to blocks 2:6" in stage.calls
+    assert stage.engine.open_spans == [KEPT]
+    stage.engine.open_spans.clear()
+    await stopped(stage, running)
+
+
+async def test_without_room_the_left_blocks_go_before_the_new_ones_come() -> None:
+    stage = Stage("blocks.count=4")
+    stage.has_room = False
+    running = await moving(stage)
+    await eventually(lambda: stage.daemon.drain is not None)
+    online = stage.until(DaemonState.ONLINE)
+    stage.engine.open_spans.remove(OLD)
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert calls(stage) == [
+        "engine keeps 2:4", "announce JOINING 4:6, ONLINE 2:4", "engine changes to 2:4", "load 4", "load 5",
+        "engine changes to 2:6", "announce ONLINE 2:6",
+    ]  # fmt: skip
+    stage.engine.open_spans.clear()
+    await stopped(stage, running)
+
+
+@pytest.mark.parametrize("fault", ["download", "memory", "block", "block without room"])
+async def test_a_failed_move_leaves_the_old_span_serving(fault: str) -> None:
+    """The old span is announced and served whole, a warning says why, and the next check stays calm."""
+    stage = Stage("blocks.count=4", "blocks.balance_quality=2")
+    administration = administer(stage)
+    running = await until_online(stage)
+    stage.has_room = fault != "block without room"
+    stage.calls.clear()
+    if fault == "download":
+        stage.reader.failures = [WeightsError("connection lost")] * 3
+    elif fault == "memory":
+        stage.reader.load_block = _out_of_memory  # type: ignore[method-assign]
+    else:
+        stage.engine.failures = [EngineError("not finite")]
+    online = stage.until(DaemonState.ONLINE)
+    await stage.daemon.move_to(NEW, "the test wants it")
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert stage.swarm.states_of(PEER) | dict.fromkeys(OLD, ONLINE) == stage.swarm.states_of(PEER)
+    assert (stage.daemon.span, stage.engine.span, stage.daemon.last_move) == (OLD, OLD, None)
+    assert stage.calls[-2:] == ["engine keeps all", "announce ONLINE 0:4"]
+    assert sorted(stage.daemon._parts.loader.blocks) == list(OLD)
+    assert [one.code for one in stage.board.active() if one.code == "move_failed"]
+    progress = administration.progress("rebalance")
+    check(progress, "progress")
+    assert progress.error is not None and "blocks 2:6 cannot be served" in progress.error.message
+    stage.supervisor._check_now.set()
+    await eventually(lambda: not stage.supervisor._check_now.is_set())
+    assert stage.daemon.lifecycle.state is DaemonState.ONLINE
+    await stopped(stage, running)
+
+
+def _out_of_memory(index: int) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+async def test_a_stop_in_mid_move_drains_everything() -> None:
+    """All blocks go OFFLINE, new ones included, and the sessions have their deadline."""
+    stage = Stage("blocks.count=4")
+    running = await moving(stage)
+    await eventually(lambda: stage.daemon.drain is not None)
+    draining = stage.until(DaemonState.DRAINING)
+    stage.signals.request_stop()
+    await asyncio.wait_for(draining, DEADLINE_S)
+    await eventually(lambda: "refuse" in stage.calls)
+    assert set(stage.swarm.states_of(PEER).values()) == {OFFLINE}
+    assert "engine drops" not in stage.calls
+    stage.engine.open_spans.clear()
+    await asyncio.wait_for(running, DEADLINE_S)
+    assert stage.daemon.lifecycle.state is DaemonState.STOPPED
+
+
+async def test_a_member_that_breaks_in_mid_move_is_replaced() -> None:
+    stage = Stage("blocks.count=4")
+    running = await moving(stage)
+    await eventually(lambda: stage.daemon.drain is not None)
+    online = stage.until(DaemonState.ONLINE)
+    stage.member.broken.set()
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert [call for call in stage.calls if call in ("part", "join")] == ["part", "join"]
+    assert stage.engine.span == stage.daemon.span
+    await stopped(stage, running)
