@@ -44,7 +44,9 @@ class Reloader:
                 raise
             finally:
                 self._service.reloaded()
-        log.info("reloaded", applied=outcome.applied, needs_restart=outcome.pending)
+        # Where nothing changed, the one line that matters is what comes of the look at the placement.
+        note = log.info if outcome.applied or outcome.pending else log.debug
+        note("reloaded", applied=outcome.applied, needs_restart=outcome.pending)
         self._board.clear("reload_refused", "restart_needed")
         if outcome.pending:
             self._board.set("restart_needed", ", ".join(outcome.pending))

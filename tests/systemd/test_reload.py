@@ -49,8 +49,6 @@ def test_the_same_configuration_changes_nothing(lab: Lab, demo: Instance) -> Non
     for ask in (lambda: lab.systemctl("reload", demo.unit), lambda: demo.signal("SIGHUP")):
         since_s = demo.journal.mark()
         ask()
-        reloaded = demo.event("reloaded", since_s)
-        assert (reloaded["applied"], reloaded["needs_restart"]) == ("[]", "[]")
         demo.event("placement_unchanged", since_s)
 
 

@@ -46,7 +46,7 @@ def test_reload_restart_and_stop(
     """A reload is the same process, a restart a new one under the same PeerID, a stop ends it with success."""
     pid, since_s = demo.pid, demo.journal.mark()
     lab.systemctl("reload", demo.unit)
-    demo.event("reloaded", since_s)
+    demo.event("placement_unchanged", since_s)
     assert demo.pid == pid
     peer = demo.ctl("status")["peer_id"]
     lab.systemctl("restart", demo.unit)
