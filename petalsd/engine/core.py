@@ -6,6 +6,7 @@ Everything here runs on one thread, so nothing is locked; and nothing here waits
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from petalsd.engine.fair_queue import Job
 from petalsd.engine.gathering import Gathering
 from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.iteration_cost import AttentionShare
+from petalsd.engine.kv_transfer import Transfer
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import BatchReport, EngineObserver, StepTiming
 from petalsd.engine.outbox import Outbox
@@ -27,7 +29,7 @@ from petalsd.engine.runner import SpanRunner
 from petalsd.engine.scheduler import Plan, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import CANARY_PEER
-from petalsd.errors import EngineError
+from petalsd.errors import EngineError, PetalsdError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
 from petalsd.models.model_config import ModelConfig
@@ -125,6 +127,7 @@ class EngineCore:
         # Planned, but the memory held too few pages for them beside the others'.
         self._deferred: list[Slice] = []
         self._sessions: dict[int, EngineSession] = {}
+        self._transfers: deque[Transfer] = deque()
         self._runner = runner
         self._inference_mode = torch.inference_mode()
         self._max_pass_tokens = limits.max_pass_tokens
@@ -137,11 +140,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler) or bool(self.passes) or bool(self._deferred)
+        return bool(self._scheduler or self.passes or self._deferred or self._transfers)
 
     def pause_s(self) -> float:
         """Seconds that the next iteration should wait for sessions that are about to come."""
-        if self._deferred or not self._scheduler:
+        if self._deferred or self._transfers or not self._scheduler:
             return 0.0
         return self._gathering.pause_s(time.monotonic())
 
@@ -180,6 +183,10 @@ class EngineCore:
             Job(session.key, spec.peer, spec.batch, job.num_tokens, blocks, context, arrived_at=at)
         )
 
+    def submit_transfer(self, transfer: Transfer) -> None:
+        """Move a chunk of a session's keys and values; one goes before each iteration."""
+        self._transfers.append(transfer)
+
     def close_session(self, session: EngineSession) -> None:
         """Drop the session with whatever it is at, and give its pages back. Harmless when repeated."""
         self._scheduler.remove(session.key)
@@ -199,6 +206,10 @@ class EngineCore:
 
     def iterate(self) -> None:
         """Plan what runs now, run it, answer what is complete. A plan is carried out before the next is made."""
+        if self._transfers and not self._deferred:  # those run without anybody who was not planned with them
+            self._transfer(self._transfers.popleft())
+            if not (self._scheduler or self.passes):
+                return
         deferred, self._deferred = self._deferred, []
         plan = (
             Plan(deferred, None)
@@ -217,6 +228,20 @@ class EngineCore:
             self._gathering.ran(self._scheduler.undisturbed_s, now, has_more)
         if plan.pass_s is not None:
             self.passes.run(plan.pass_s)
+        self._progress.end()
+
+    def _transfer(self, transfer: Transfer) -> None:
+        self._progress.begin(0)
+        try:
+            result = transfer.run(self._pool)
+        except PetalsdError as error:
+            self._outbox.put(transfer.answer, error)
+        except Exception as error:
+            log.error("transfer_failed", exc_info=error)
+            text = f"moving keys and values failed: {type(error).__name__}"
+            self._outbox.put(transfer.answer, EngineError(text))
+        else:
+            self._outbox.put(transfer.answer, result)
         self._progress.end()
 
     def report(self) -> None:

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from petalsd.alarm import Alarm
 from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
+from petalsd.engine.kv_transfer import KeysValues, Place, Transfer
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
 from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed
+from petalsd.kvcache.sizing import KVGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,39 @@ class Session:
         self._position = step.start + step.hidden.shape[1]
         self._last_active_s = time.monotonic()
         return output
+
+    # Keys and values; only while no step is under way
+
+    @property
+    def kv_geometry(self) -> KVGeometry:
+        """Of its pages."""
+        return self._core.served.pool.geometry
+
+    async def read_kv(self, place: Place) -> KeysValues:
+        """The chunk at ``place``, below the position. SessionClosed, EngineError or DeadlineExceeded."""
+        chunk: KeysValues = await self._transfer(partial(Transfer.reading, self._state.kv, place))
+        return chunk
+
+    async def write_kv(self, place: Place, chunk: KeysValues) -> None:
+        """Fill a session that has taken no step yet, block by block; errors as for ``read_kv``."""
+        await self._transfer(partial(Transfer.writing, self._state.kv, place, chunk))
+
+    def resume_at(self, position: int) -> None:
+        """Go on behind ``position`` tokens, which were all written in all blocks."""
+        self._position = position
+        self._thread.post(partial(self._state.resume_at, position))
+
+    async def _transfer(self, make: Callable[[asyncio.Future[Any]], Transfer]) -> Any:
+        if self._end_reason is not None:
+            raise SessionClosed(self._end_reason)
+        check_alive(self._thread)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._thread.post(partial(self._core.submit_transfer, make(answer)))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await answer
+        except TimeoutError:
+            raise DeadlineExceeded(f"keys and values were not moved within {self._deadline_s:g} s") from None
 
     def _miss_deadline(self) -> None:
         if self._answer is not None and not self._answer.done():

@@ -67,6 +67,10 @@ class EngineSession:
         if step.hypo_ids is not None:
             self.kv.reorder(step.hypo_ids)
 
+    def resume_at(self, position: int) -> None:
+        """Its pages were filled up to here by transfers."""
+        self.position = position
+
     def next_item(self, tokens: int) -> BatchItem:
         """Make room for the next ``tokens`` tokens of each row, and return them as a share of a batch."""
         job = self._current_job()
