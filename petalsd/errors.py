@@ -12,6 +12,7 @@ PetalsdError
 ├── Conflict             an administrator asked for something that the daemon's state does not allow now
 ├── Draining             new sessions are refused: the daemon is draining, moving or stopping
 ├── SessionClosed        the session was ended from our side, with the reason
+├── SessionMoved         the session was handed to another server, where its client may go on
 ├── DeadlineExceeded     a wait reached its deadline
 ├── EngineError          computing failed on our side; the session is lost, the daemon goes on
 │   └── SpillError           the disk failed under the attention cache of idle sessions
@@ -26,6 +27,7 @@ PetalsdError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -95,6 +97,24 @@ class Draining(PetalsdError):
 
 class SessionClosed(PetalsdError):
     code = "session_closed"
+
+
+class SessionMoved(PetalsdError):
+    """``peer`` (base58 PeerID) holds the session for whoever opened it and shows the ``ticket``."""
+
+    code = "session_moved"
+    _TEXT = re.compile(r"session_moved: the session goes on at (\w{32,64}) \(ticket ([\w-]{16,128})\)")
+
+    def __init__(self, peer: str, ticket: str) -> None:
+        super().__init__(f"the session goes on at {peer}", hint=f"ticket {ticket}")
+        self.peer = peer
+        self.ticket = ticket
+
+    @classmethod
+    def parse(cls, text: str) -> SessionMoved | None:
+        """What ``str`` made of one; None for any other text."""
+        match = cls._TEXT.fullmatch(text)
+        return None if match is None else cls(match[1], match[2])
 
 
 class DeadlineExceeded(PetalsdError):

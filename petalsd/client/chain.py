@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import structlog
 import torch
 
 from petalsd.client.connection import Connector
 from petalsd.client.history import InputHistory, PromptHistory, StepLog
+from petalsd.client.retry import REMOTE_ERRORS
 from petalsd.client.routing import Hop
-from petalsd.client.span_session import SpanSession, StepInput, StreamTerms
+from petalsd.client.span_session import Handed, SpanSession, StepInput, StreamTerms
+from petalsd.errors import SessionMoved
+from petalsd.swarm.stream import RemoteError
 
+log = structlog.get_logger(__name__)
+
+_MAX_FOLLOWED = 3
 _VERSION = re.compile(r"(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Redirect:
+    """``position`` is what the server's cache held, ``valid`` how much of that the history shares."""
+
+    moved: SessionMoved
+    position: int
+    valid: int
 
 
 class ChainLink:
@@ -28,6 +45,13 @@ class ChainLink:
         self._terms = terms
         self._stream: SpanSession | None = None
         self._valid = 0  # positions that the stream shares with the history
+        self._redirect: _Redirect | None = None
+        self._left: list[str] = []  # servers that have handed the session on since the last answer
+
+    @property
+    def suspects(self) -> list[str]:
+        """Who is to blame for a failure: the server, and those whose hand-over led there."""
+        return [self.hop.peer, *self._left]
 
     def rewind(self, position: int) -> None:
         """What comes after ``position`` was rolled back; the server hears of it with the next step."""
@@ -48,8 +72,10 @@ class ChainLink:
         """Bring the server to the end of the history; returns its outputs from position ``keep_from`` on.
 
         ``prompts`` and ``steps`` are the session's, up to that end; ``hypo_ids`` how rows have changed places.
-        After any failure the stream is dropped, and the next call feeds everything to a new one.
+        After any failure the stream is dropped, and the next call feeds everything to a new one, unless ``follow``
+        comes first.
         """
+        stream, moves_rows = self._stream, hypo_ids is not None
         try:
             stream, start = await self._ready_stream(keep_from, hypo_ids)
             outputs: list[torch.Tensor] = []
@@ -57,13 +83,40 @@ class ChainLink:
                 hidden = self.history.between(begin, stop)
                 slices = prompts.between(begin, stop, self.hop.blocks)
                 output = await stream.step(StepInput(hidden, begin, slices, hypo_ids if start else None))
-                self._valid, hypo_ids = stop, None
+                self._valid, hypo_ids, self._left = stop, None, []
                 if stop >= keep_from:
                     outputs.append(output[:, max(keep_from - begin, 0) :])
             return torch.cat(outputs, dim=1)
-        except BaseException:
+        except BaseException as error:
+            # Rows that have changed places already must not do so again.
+            if isinstance(error, RemoteError) and stream is not None and moves_rows == (hypo_ids is not None):
+                self._note_redirect(error, stream)
             self._drop()
             raise
+
+    async def follow(self) -> bool:
+        """Go on where the server has handed the session that it ended; False when that is not possible.
+
+        The next ``feed`` finds there what it had here.
+        """
+        redirect, self._redirect = self._redirect, None
+        if redirect is None or len(self._left) >= _MAX_FOLLOWED:
+            return False
+        hop = replace(self.hop, server=replace(self.hop.server, peer=redirect.moved.peer))
+        handed = Handed(redirect.moved.ticket, redirect.position)
+        try:
+            self._stream = await SpanSession.open(hop, self._connector, self._terms, handed)
+        except REMOTE_ERRORS as error:
+            log.info("redirect_failed", peer=hop.peer, error=str(error))
+            return False
+        log.info("redirect_followed", old=self.hop.peer, new=hop.peer, blocks=str(hop.blocks))
+        self._left.append(self.hop.peer)
+        self.hop, self._valid = hop, redirect.valid
+        return True
+
+    def _note_redirect(self, error: RemoteError, stream: SpanSession) -> None:
+        if error.moved is not None and self._terms.options.allows(error.moved.peer):
+            self._redirect = _Redirect(error.moved, stream.position, self._valid)
 
     async def close(self) -> None:
         """End the stream, keep the history."""

@@ -154,7 +154,10 @@ class InferenceSession:
             try:
                 output = await link.feed(self._prompts, self._steps, keep_from, hypo_ids)
             except REMOTE_ERRORS as error:
-                self._router.report_failure(link.hop.peer)
+                if await link.follow():
+                    continue
+                for peer in link.suspects:
+                    self._router.report_failure(peer)
                 log.info("span_failed", peer=link.hop.peer, blocks=str(link.hop.blocks), error=str(error))
                 await asyncio.sleep(budget.next_delay(error))
                 await self._replace(index, budget)

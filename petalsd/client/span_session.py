@@ -46,15 +46,26 @@ class StepInput:
     hypo_ids: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A session that waits at a server for whoever shows the ``ticket``, with ``position`` tokens in its cache."""
+
+    ticket: str
+    position: int
+
+
 class SpanSession:
     """An ``rpc_inference`` stream to one server. After any failure it is closed and good for nothing.
 
     ``position`` is what the server's cache holds.
     """
 
-    def __init__(self, hop: Hop, stream: StepStream, terms: StreamTerms) -> None:
+    def __init__(
+        self, hop: Hop, stream: StepStream, terms: StreamTerms, handed: Handed | None = None
+    ) -> None:
         self.hop = hop
-        self.position = 0
+        self.position = 0 if handed is None else handed.position
+        self._handed = handed
         self._stream = stream
         self._terms = terms
         self._session_id = str(uuid.uuid4())
@@ -62,10 +73,12 @@ class SpanSession:
         self._opened_s = self._used_s = time.monotonic()
 
     @classmethod
-    async def open(cls, hop: Hop, connector: Connector, terms: StreamTerms) -> SpanSession:
-        """Dial the server. Nothing is reserved there before the first step."""
+    async def open(
+        cls, hop: Hop, connector: Connector, terms: StreamTerms, handed: Handed | None = None
+    ) -> SpanSession:
+        """Dial the server. Nothing is reserved there before the first step; that claims a ``handed`` session."""
         stream = await connector(hop.peer).open_inference(terms.options.connect_timeout_s)
-        return cls(hop, stream, terms)
+        return cls(hop, stream, terms, handed)
 
     @property
     def is_worn(self) -> bool:
@@ -116,6 +129,8 @@ class SpanSession:
                 "active_adapter": "",
                 "alloc_timeout": self._terms.options.alloc_timeout_s,
             }
+        if self._is_first and self._handed is not None:
+            metadata["session_ticket"] = self._handed.ticket
         return metadata
 
 

@@ -353,7 +353,7 @@ class Daemon:
         """Let sessions finish, in the configured time unless another one is given; how many are left."""
         if deadline_s is None:
             deadline_s = self._parts.settings.config.daemon.drain_deadline_s
-        self._own_drain = Drain(self._parts.engine, deadline_s)
+        self._own_drain = Drain(self._parts.engine, self._parts.member, deadline_s)
         return await self._own_drain.wait(cut_short)
 
     def _abandon(self, left: int, *, was_cut_short: bool) -> None:

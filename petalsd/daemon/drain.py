@@ -1,4 +1,4 @@
-"""Letting running sessions finish: a wait with a deadline that can be cut short."""
+"""Letting running sessions finish, here or elsewhere: a wait with a deadline that can be cut short."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from petalsd.daemon.parts import ServingEngine
+from petalsd.daemon.parts import ServingEngine, SwarmMember
+from petalsd.errors import DeadlineExceeded, SwarmError
+from petalsd.log import error_fields
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -36,17 +38,21 @@ class Hold:
 class Drain:
     """One drain; its deadline may be set anew while it goes on. Work on blocks of ``kept`` alone is left aside.
 
+    Sessions that another server takes go on there; the others have until the deadline to finish.
+
     ``abandoned``: sessions and passes that were left when it was over; None before.
     """
 
     def __init__(
         self,
         engine: ServingEngine,
+        member: SwarmMember,
         deadline_s: float,
         kept: BlockSpan | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._member = member
         self._kept = kept
         self._clock = clock
         self._end_s = clock() + deadline_s
@@ -67,13 +73,32 @@ class Drain:
 
     async def wait(self, cut_short: asyncio.Event) -> int:
         """Until no session and no pass is left, the deadline is over or ``cut_short`` is set; what is left."""
+        handing_over = asyncio.create_task(self._hand_over(), name="hand-over")
+        try:
+            self.abandoned = await self._outlast(cut_short)
+        finally:
+            handing_over.cancel()
+            await asyncio.gather(handing_over, return_exceptions=True)
+        return self.abandoned
+
+    async def _hand_over(self) -> None:
+        """Those that another server takes need not be waited for; as well as the swarm allows."""
+        if not self.left:
+            return
+        try:
+            moved = await self._member.hand_over(self._kept, self.deadline_left_s)
+        except (SwarmError, DeadlineExceeded) as error:
+            log.warning("hand_over_failed", **error_fields(error))
+        else:
+            log.info("handed_over", sessions=moved, left=self.left)
+
+    async def _outlast(self, cut_short: asyncio.Event) -> int:
         report_s = self._clock()
         while (left := self.left) and not cut_short.is_set() and self.deadline_left_s > 0:
             if self._clock() >= report_s:
                 report_s = self._clock() + _REPORT_PERIOD_S
                 log.info("draining", sessions_and_passes=left, left_s=round(self.deadline_left_s, 1))
             await _pause(cut_short, min(_POLL_S, self.deadline_left_s))
-        self.abandoned = left
         return left
 
 

@@ -128,6 +128,10 @@ class Membership:
     def refuse(self, reason: str) -> None:
         self._serving.refuse(reason)
 
+    async def hand_over(self, kept: BlockSpan | None, deadline_s: float) -> int:
+        view = await self.read_view()
+        return await self._joined.handler.hand_over(view, kept, deadline_s)
+
     async def read_view(self) -> SwarmView:
         joined = self._joined
         view = await read_view(joined.node, self._announcing.prefix, self._announcing.num_blocks)

@@ -113,10 +113,11 @@ class Mover:
         await self._parts.member.announce_parts(joining + kept)
 
     async def _see_off(self, route: Route) -> None:
-        """Let sessions on blocks that are left finish, and end those that do not in time."""
+        """Let sessions on blocks that are left go on elsewhere or finish, and end those that do not in time."""
         parts = self._parts
         self._at(route, f"sessions on blocks {_listed(route.left)} finish")
-        self.drain = Drain(parts.engine, parts.settings.config.daemon.drain_deadline_s, route.kept)
+        deadline_s = parts.settings.config.daemon.drain_deadline_s
+        self.drain = Drain(parts.engine, parts.member, deadline_s, route.kept)
         if abandoned := await self.drain.wait(asyncio.Event()):
             log.warning("move_abandoned", sessions_and_passes=abandoned)
             parts.metrics.counter("drain_abandoned_total").inc(abandoned)

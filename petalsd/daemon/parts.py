@@ -122,6 +122,12 @@ class SwarmMember(Protocol):
     def refuse(self, reason: str) -> None:
         """Answer new sessions and requests with Draining(reason); running sessions go on."""
 
+    async def hand_over(self, kept: BlockSpan | None, deadline_s: float) -> int:
+        """Have sessions that use other blocks than ``kept`` (None: all) go on at other servers; how many do.
+
+        The others stay as they are. SwarmError or DeadlineExceeded when the directory cannot be read.
+        """
+
     async def read_view(self) -> SwarmView:
         """What the directory says now, with the ghosts that are known. SwarmError or DeadlineExceeded."""
 

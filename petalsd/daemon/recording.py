@@ -12,7 +12,7 @@ from petalsd.engine.observer import BatchReport, PassTiming
 from petalsd.metrics import Metrics
 from petalsd.swarm.faults import CODES
 from petalsd.swarm.link import LinkMeter
-from petalsd.swarm.protocol import STREAM_METHODS, UNARY_METHODS
+from petalsd.swarm.protocol import HAND_OVER_METHOD, STREAM_METHODS, UNARY_METHODS
 
 
 class EngineRecorder:
@@ -125,12 +125,13 @@ class SwarmRecorder:
 
     def __init__(self, metrics: Metrics, link: LinkMeter) -> None:
         self._link = link
-        methods = (*UNARY_METHODS, *STREAM_METHODS)
+        streamed = (*STREAM_METHODS, HAND_OVER_METHOD)
+        methods = (*UNARY_METHODS, *streamed)
         calls, errors = metrics.counter("rpc_calls_total"), metrics.counter("rpc_errors_total")
         abandoned = metrics.counter("rpc_abandoned_total")
         self._calls = {method: calls.labels(method) for method in methods}
         self._errors = {(method, code): errors.labels(method, code) for method in methods for code in CODES}
-        self._abandoned = {method: abandoned.labels(method) for method in STREAM_METHODS}
+        self._abandoned = {method: abandoned.labels(method) for method in streamed}
         self._received = metrics.counter("wire_received_bytes_total")
         self._sent = metrics.counter("wire_sent_bytes_total")
         self._first_answer = metrics.histogram("first_answer_seconds")

@@ -15,6 +15,7 @@ from petalsd.errors import (
     OutOfPages,
     Overloaded,
     SessionClosed,
+    SessionMoved,
     SpillError,
 )
 
@@ -29,6 +30,7 @@ _PUBLIC = (
     OutOfPages,
     Overloaded,
     SessionClosed,
+    SessionMoved,
     SpillError,
 )
 _INTERNAL = "internal_error"
@@ -57,7 +59,7 @@ def wire_text(error: BaseException, method: str, peer: str) -> str:
     """The text for the peer. Errors that are not meant for it go to the log under the id that it gets."""
     if isinstance(error, _PUBLIC):
         note = log.debug if isinstance(error, BadRequest | NotServed) else log.info
-        note("call_refused", method=method, peer=peer, code=error.code, error=str(error))
+        note("call_refused", method=method, peer=peer, code=error.code, error=error.message)
         return str(error)
     if isinstance(error, TimeoutError):
         return f"{wire_code(error)}: the call took too long"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -14,18 +15,24 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
 from petalsd.errors import Overloaded, PetalsdError, SessionClosed
+from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.faults import CallFailed, wire_code, wire_text
 from petalsd.swarm.frames import take_over
 from petalsd.swarm.inference_stream import InferenceCall
 from petalsd.swarm.info import answer_info
 from petalsd.swarm.node import Node
 from petalsd.swarm.pass_calls import PassCalls
-from petalsd.swarm.protocol import handle_name
+from petalsd.swarm.protocol import HAND_OVER_METHOD, HAND_OVER_SERVICE, handle_name
 from petalsd.swarm.push import Pusher
 from petalsd.swarm.requests import PushRequest
 from petalsd.swarm.serving import Serving
+from petalsd.swarm.session_giver import Relocation, SessionGiver
+from petalsd.swarm.session_taker import SessionTaker
 from petalsd.swarm.sessions import SessionRegistry
 from petalsd.swarm.stream import MessageStream, StreamEnded
+from petalsd.swarm.stub import ServerStub
+from petalsd.swarm.tickets import TicketOffice
+from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +40,7 @@ M = TypeVar("M", bound=Message)
 StreamCall = Callable[[MessageStream], Awaitable[None]]
 
 _STOP_TIMEOUT_S = 3.0
+_TAKE = handle_name(HAND_OVER_METHOD, HAND_OVER_SERVICE)
 _FAREWELL_S = 0.5
 
 
@@ -44,6 +52,9 @@ class TransformerConnectionHandler:
         self._serving = serving
         self._observer = serving.observer
         self._sessions = SessionRegistry()
+        self._calls: set[InferenceCall] = set()
+        self._tickets = TicketOffice(serving.limits.step_timeout_s)
+        self._taker = SessionTaker(serving, self._tickets)
         self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s, serving.observer)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
         self._streams: dict[asyncio.Task[None], str] = {}
@@ -67,6 +78,8 @@ class TransformerConnectionHandler:
             ("rpc_inference", self.rpc_inference),
         ):
             await p2p.add_binary_stream_handler(handle_name(method), self._stream_handler(method, streamed))
+        taking = self._stream_handler(HAND_OVER_METHOD, self.rpc_take)
+        await p2p.add_binary_stream_handler(_TAKE, taking)
 
     async def stop(self, reason: str = "the server stops") -> None:
         """End all open streams and answer no more calls.
@@ -80,6 +93,7 @@ class TransformerConnectionHandler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._tickets.close(reason)
         await self.pusher.stop()
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
@@ -149,7 +163,38 @@ class TransformerConnectionHandler:
 
     async def rpc_inference(self, stream: MessageStream) -> None:
         """A session."""
-        await InferenceCall(stream, self._serving, self._sessions, self.pusher).run()
+        call = InferenceCall(stream, self._serving, self._sessions, self.pusher, self._tickets)
+        self._calls.add(call)
+        try:
+            await call.run()
+        finally:
+            self._calls.remove(call)
+
+    async def rpc_take(self, stream: MessageStream) -> None:
+        """A session that another server of petalsd hands to us."""
+        async with asyncio.timeout(self._serving.limits.request_timeout_s):
+            await self._taker.take(stream)
+
+    # -------------------------------------------------------------------------------------- hand-over
+
+    async def hand_over(self, view: SwarmView, kept: BlockSpan | None, deadline_s: float) -> int:
+        """Have sessions that use other blocks than ``kept`` (None: all) go on at servers of ``view``; how many do.
+
+        Each is carried between two of its steps. One that nobody takes stays here, as it was.
+        """
+        giver = SessionGiver(
+            view, self._node.peer_id, partial(ServerStub, self._node), self._serving.model, deadline_s
+        )
+        calls = [call for call in self._calls if call.span and not (kept and kept.covers(call.span))]
+        relocations = [Relocation(giver) for _ in calls]
+        for call, relocation in zip(calls, relocations, strict=True):
+            call.send_on(relocation)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.gather(*(relocation.over.wait() for relocation in relocations))
+        except TimeoutError:
+            log.info("hand_over_unfinished", sessions=sum(not one.over.is_set() for one in relocations))
+        return sum(relocation.has_moved for relocation in relocations)
 
     # ------------------------------------------------------------------------------------- machinery
 
@@ -234,5 +279,6 @@ class TransformerConnectionHandler:
         p2p = self._node.p2p
         for method in ("rpc_info", "rpc_forward", "rpc_backward", "rpc_push"):
             await p2p.remove_protobuf_handler(handle_name(method))
+        await p2p.remove_binary_stream_handler(_TAKE)
         for method in ("rpc_forward_stream", "rpc_backward_stream", "rpc_inference"):
             await p2p.remove_binary_stream_handler(handle_name(method))

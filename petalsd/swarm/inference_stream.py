@@ -17,8 +17,10 @@ from petalsd.swarm.off_loop import off_loop
 from petalsd.swarm.push import Pusher
 from petalsd.swarm.requests import OpenRequest, StepMessage, decode_step
 from petalsd.swarm.serving import Serving
-from petalsd.swarm.sessions import SessionRegistry, StepInbox
+from petalsd.swarm.sessions import Errand, SessionRegistry, StepInbox
 from petalsd.swarm.stream import MessageStream
+from petalsd.swarm.tickets import TicketOffice
+from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
@@ -29,17 +31,32 @@ class InferenceCall:
     """The server's side of one stream: ``run`` returns when the client has ended it, and else raises."""
 
     def __init__(
-        self, stream: MessageStream, serving: Serving, sessions: SessionRegistry, pusher: Pusher
+        self,
+        stream: MessageStream,
+        serving: Serving,
+        sessions: SessionRegistry,
+        pusher: Pusher,
+        tickets: TicketOffice,
     ) -> None:
         self._stream = stream
         self._serving = serving
         self._sessions = sessions
         self._pusher = pusher
+        self._tickets = tickets
         self._inbox = StepInbox()
         self._patience = Alarm(self._lose_patience)
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
         self._asked_at: float | None = None
+
+    @property
+    def span(self) -> BlockSpan | None:
+        """The session's blocks; None while it is not open."""
+        return self._inbox.span
+
+    def send_on(self, errand: Errand) -> None:
+        """Have an open session do ``errand`` before its next step."""
+        self._inbox.send_on(errand)
 
     async def run(self) -> None:
         """Serve until the end; a client that closes or dies ends the session at once, also in mid-step."""
@@ -55,6 +72,7 @@ class InferenceCall:
             worker.cancel()
             self._broken.cancel()
             await asyncio.gather(self._broken, worker, return_exceptions=True)
+            self._inbox.drop_errand()
 
     def _take_in(self) -> None:
         """Take the client's messages off the stream, as far as there is room for them."""
@@ -81,16 +99,15 @@ class InferenceCall:
 
     async def _session(self) -> None:
         first = await self._next()
-        if first is None:
+        if not isinstance(first, StepMessage):  # no errand comes before the session is open
             return
         self._asked_at = time.monotonic()
         serving = self._serving
         opening = OpenRequest.parse(
             first, serving.model.prefix, self._stream.peer, serving.limits.max_alloc_timeout_s
         )
-        serving.check_open()
         with self._sessions.claim(opening.session_id, self._inbox):
-            session = await serving.engine.open_session(opening.spec)
+            session = await self._open(opening)
             try:
                 log.debug("session_opened", peer=self._stream.peer, span=str(opening.spec.span))
                 self._inbox.span = opening.spec.span
@@ -100,9 +117,18 @@ class InferenceCall:
                 await session.close()
                 log.debug("session_closed", peer=self._stream.peer, position=session.position)
 
-    async def _steps(self, session: Session, structure: object, message: StepMessage | None) -> None:
+    async def _open(self, opening: OpenRequest) -> Session:
+        """A session that was handed to us was admitted already."""
+        if opening.ticket is not None:
+            return self._tickets.claim(opening.ticket, opening.spec)
+        self._serving.check_open()
+        return await self._serving.engine.open_session(opening.spec)
+
+    async def _steps(self, session: Session, structure: object, message: StepMessage | Errand | None) -> None:
         while message is not None:
-            if message.step_id is None or message.step_id not in self._step_ids:
+            if not isinstance(message, StepMessage):
+                await message(session)
+            elif message.step_id is None or message.step_id not in self._step_ids:
                 await self._step(session, structure, message)
             message = await self._next()
 
@@ -126,7 +152,7 @@ class InferenceCall:
             self._serving.observer.first_answer(time.monotonic() - self._asked_at)
             self._asked_at = None
 
-    async def _next(self) -> StepMessage | None:
+    async def _next(self) -> StepMessage | Errand | None:
         self._patience.set(self._serving.limits.step_timeout_s)
         try:
             message = await self._inbox.get()

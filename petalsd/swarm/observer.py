@@ -9,7 +9,7 @@ class SwarmObserver(Protocol):
     """Called on the loop. Must be quick, and must not raise."""
 
     def call_began(self, method: str) -> None:
-        """Another peer calls ``method``, one of ``protocol.UNARY_METHODS`` or ``STREAM_METHODS``."""
+        """Another peer calls ``method``, one of ``protocol.UNARY_METHODS``, ``STREAM_METHODS`` or ours."""
 
     def call_failed(self, method: str, code: str) -> None:
         """It was answered with an error; ``code`` is one of ``faults.CODES``."""

@@ -9,6 +9,8 @@ from petalsd.types import BlockSpan
 
 # libp2p protocol ids are "<service>.<method>"; stock clients dial exactly these.
 SERVICE = "TransformerConnectionHandler"
+HAND_OVER_SERVICE = "PetalsdHandOver"  # between servers of petalsd
+HAND_OVER_METHOD = "rpc_take"
 REACHABILITY_SERVICE = "ReachabilityProtocol"
 UNARY_METHODS = ("rpc_info", "rpc_forward", "rpc_backward", "rpc_push")
 STREAM_METHODS = ("rpc_forward_stream", "rpc_backward_stream", "rpc_inference")

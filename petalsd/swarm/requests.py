@@ -69,11 +69,15 @@ class StepMessage:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """What the first message of a session asks for. ``structure`` places the tensors of all its messages."""
+    """What the first message of a session asks for. ``structure`` places the tensors of all its messages.
+
+    ``ticket``: that of a session which another server handed to us.
+    """
 
     spec: SessionSpec
     session_id: str | None
     structure: object
+    ticket: str | None
 
     @classmethod
     def parse(cls, first: StepMessage, prefix: str, peer: str, max_alloc_timeout_s: float) -> OpenRequest:
@@ -92,7 +96,8 @@ class OpenRequest:
             peer=peer,
             alloc_timeout_s=min(_alloc_timeout(metadata), max_alloc_timeout_s),
         )
-        return cls(spec, _text(metadata, "session_id"), structure)
+        ticket = _text(metadata, "session_ticket")
+        return cls(spec, _text(metadata, "session_id"), structure, ticket)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,25 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from typing import Protocol
 
+from petalsd.engine.handle import Session
 from petalsd.errors import BadRequest, PetalsdError
 from petalsd.swarm.requests import StepMessage
 from petalsd.types import BlockSpan
 
 _MAX_WAITING = 2
 _MAX_PUSHED = 4
+
+
+class Errand(Protocol):
+    """What a session's own task does with it between two steps."""
+
+    async def __call__(self, session: Session) -> None:
+        """What it raises ends the session, and the client is told."""
+
+    def drop(self) -> None:
+        """The session is over before its turn came; harmless when repeated."""
 
 
 class StepInbox:
@@ -28,6 +40,7 @@ class StepInbox:
         self._pusher: str | None = None
         self._is_ended = False
         self._failure: PetalsdError | None = None
+        self._errand: Errand | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -59,11 +72,25 @@ class StepInbox:
         self._failure = error
         self._wake()
 
-    async def get(self) -> StepMessage | None:
-        """The next step; None when the client has ended the session. Raises what it has failed with."""
+    def send_on(self, errand: Errand) -> None:
+        """Hand out ``errand`` before the next step, instead of one that waits."""
+        self.drop_errand()
+        self._errand = errand
+        self._wake()
+
+    def drop_errand(self) -> None:
+        if self._errand is not None:
+            self._errand.drop()
+            self._errand = None
+
+    async def get(self) -> StepMessage | Errand | None:
+        """The next step or errand; None when the client has ended the session. Raises what it has failed with."""
         while True:
             if self._failure is not None:
                 raise self._failure
+            if self._errand is not None:
+                errand, self._errand = self._errand, None
+                return errand
             if self._from_client:
                 return self._from_client.popleft()
             if self._is_ended:

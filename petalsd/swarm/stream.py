@@ -22,7 +22,7 @@ from hivemind.proto.p2pd_pb2 import RPCError
 
 from petalsd import errors
 from petalsd.alarm import Alarm
-from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure
+from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure, SessionMoved
 from petalsd.swarm.frames import ERROR, HEADER_BYTES, MESSAGE, FrameProtocol
 from petalsd.swarm.observer import NullObserver, SwarmObserver
 
@@ -38,12 +38,16 @@ _CODES = frozenset(
 
 
 class RemoteError(RemoteFailure):
-    """The peer answered with an error. ``remote_code`` is petalsd's code (``bad_request``, ...), "" of others."""
+    """The peer answered with an error. ``remote_code`` is petalsd's code (``bad_request``, ...), "" of others.
+
+    ``moved``: it handed the session on, and says where.
+    """
 
     def __init__(self, peer: str, text: str) -> None:
         super().__init__(peer, text)
         code = text.partition(":")[0]
         self.remote_code = code if code in _CODES else ""
+        self.moved = SessionMoved.parse(text)
 
 
 class StreamEnded(RemoteFailure):

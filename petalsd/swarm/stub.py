@@ -25,7 +25,14 @@ from petalsd.swarm.codec import (
 )
 from petalsd.swarm.frames import take_over
 from petalsd.swarm.node import Node
-from petalsd.swarm.protocol import MAX_UNARY_BYTES, STREAM_ABOVE_BYTES, UNARY_ENVELOPE_BYTES, handle_name
+from petalsd.swarm.protocol import (
+    HAND_OVER_METHOD,
+    HAND_OVER_SERVICE,
+    MAX_UNARY_BYTES,
+    STREAM_ABOVE_BYTES,
+    UNARY_ENVELOPE_BYTES,
+    handle_name,
+)
 from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
 
 M = TypeVar("M", bound=Message)
@@ -82,8 +89,13 @@ class ServerStub:
         self, connect_timeout_s: float = CONNECT_TIMEOUT_S, send_timeout_s: float = REQUEST_TIMEOUT_S
     ) -> InferenceStream:
         """Dial; nothing is sent yet."""
-        stream = await self._dial("rpc_inference", connect_timeout_s, send_timeout_s)
+        stream = await self._dial(handle_name("rpc_inference"), connect_timeout_s, send_timeout_s)
         return InferenceStream(stream)
+
+    async def open_hand_over(self) -> MessageStream:
+        """Dial for a session that is to go on there; RemoteFailure of servers that take none."""
+        name = handle_name(HAND_OVER_METHOD, HAND_OVER_SERVICE)
+        return await self._dial(name, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S)
 
     async def _compute(
         self,
@@ -115,7 +127,7 @@ class ServerStub:
     async def _streamed(
         self, method: str, uid: str, tensors: Sequence[runtime_pb2.Tensor], metadata: bytes, timeout_s: float
     ) -> list[runtime_pb2.Tensor]:
-        stream = await self._dial(method, min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
+        stream = await self._dial(handle_name(method), min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
         try:
             async with self._failures(method, timeout_s):
                 parts = (part for tensor in tensors for part in split_for_stream(tensor))
@@ -144,9 +156,9 @@ class ServerStub:
             for part in reply.tensors:
                 assembler.add(part)
 
-    async def _dial(self, method: str, timeout_s: float, send_timeout_s: float) -> MessageStream:
-        async with self._failures(f"connecting for {method}", timeout_s):
-            reader, writer = await _open_stream(self._node.p2p, self._peer_id, handle_name(method))
+    async def _dial(self, name: str, timeout_s: float, send_timeout_s: float) -> MessageStream:
+        async with self._failures(f"connecting for {name}", timeout_s):
+            reader, writer = await _open_stream(self._node.p2p, self._peer_id, name)
         return MessageStream(self.peer, take_over(reader, writer, self._node.budget), send_timeout_s)
 
     @contextlib.asynccontextmanager
@@ -185,6 +197,9 @@ class InferenceStream:
         )
         try:
             await self._stream.send(request)
+        except StreamEnded:
+            self._heed()  # the reason may have come meanwhile
+            raise
         except errors.DeadlineExceeded as error:
             raise RemoteFailure(self.peer, error.message) from error
 

@@ -76,6 +76,7 @@ class FakeMember:
     is_swarm_there: bool = True
     is_relayed: bool = False
     announcement: Announcement | None = None
+    handed_over: list[BlockSpan | None] = field(default_factory=list)
     broken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def _call(self, name: str, detail: str = "") -> None:
@@ -139,6 +140,12 @@ class FakeMember:
 
     async def read_live_view(self) -> SwarmView:
         return (await self.read_view()).without_ghosts()
+
+    async def hand_over(self, kept: BlockSpan | None, deadline_s: float) -> int:
+        self.handed_over.append(kept)
+        if self.failures.get("hand_over"):
+            raise self.failures["hand_over"].pop(0)
+        return 0
 
     async def read_view(self) -> SwarmView:
         if self.failures.get("read_view"):
