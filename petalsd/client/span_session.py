@@ -128,6 +128,7 @@ class SpanSession:
                 "points": 0.0,
                 "active_adapter": "",
                 "alloc_timeout": self._terms.options.alloc_timeout_s,
+                "can_follow": True,
             }
         if self._is_first and self._handed is not None:
             metadata["session_ticket"] = self._handed.ticket

@@ -180,12 +180,17 @@ class TransformerConnectionHandler:
     async def hand_over(self, view: SwarmView, kept: BlockSpan | None, deadline_s: float) -> int:
         """Have sessions that use other blocks than ``kept`` (None: all) go on at servers of ``view``; how many do.
 
-        Each is carried between two of its steps. One that nobody takes stays here, as it was.
+        Each is carried between two of its steps. One that nobody takes, or whose client could not follow, stays
+        here, as it was.
         """
         giver = SessionGiver(
             view, self._node.peer_id, partial(ServerStub, self._node), self._serving.model, deadline_s
         )
-        calls = [call for call in self._calls if call.span and not (kept and kept.covers(call.span))]
+        calls = [
+            call
+            for call in self._calls
+            if call.can_follow and call.span and not (kept and kept.covers(call.span))
+        ]
         relocations = [Relocation(giver) for _ in calls]
         for call, relocation in zip(calls, relocations, strict=True):
             call.send_on(relocation)

@@ -48,6 +48,7 @@ class InferenceCall:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
         self._asked_at: float | None = None
+        self.can_follow = False
 
     @property
     def span(self) -> BlockSpan | None:
@@ -110,7 +111,7 @@ class InferenceCall:
             session = await self._open(opening)
             try:
                 log.debug("session_opened", peer=self._stream.peer, span=str(opening.spec.span))
-                self._inbox.span = opening.spec.span
+                self._inbox.span, self.can_follow = opening.spec.span, opening.can_follow
                 session.when_ended(lambda reason: self._inbox.fail(SessionClosed(reason)))
                 await self._steps(session, opening.structure, first)
             finally:

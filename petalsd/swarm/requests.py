@@ -71,13 +71,15 @@ class StepMessage:
 class OpenRequest:
     """What the first message of a session asks for. ``structure`` places the tensors of all its messages.
 
-    ``ticket``: that of a session which another server handed to us.
+    ticket      that of a session which another server handed to us
+    can_follow  whether the client understands that its session was handed to another server
     """
 
     spec: SessionSpec
     session_id: str | None
     structure: object
     ticket: str | None
+    can_follow: bool
 
     @classmethod
     def parse(cls, first: StepMessage, prefix: str, peer: str, max_alloc_timeout_s: float) -> OpenRequest:
@@ -96,8 +98,8 @@ class OpenRequest:
             peer=peer,
             alloc_timeout_s=min(_alloc_timeout(metadata), max_alloc_timeout_s),
         )
-        ticket = _text(metadata, "session_ticket")
-        return cls(spec, _text(metadata, "session_id"), structure, ticket)
+        session_id, ticket = _text(metadata, "session_id"), _text(metadata, "session_ticket")
+        return cls(spec, session_id, structure, ticket, metadata.get("can_follow") is True)
 
 
 @dataclass(frozen=True, slots=True)

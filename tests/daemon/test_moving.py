@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from petalsd.daemon.lifecycle import DaemonState
-from petalsd.errors import Conflict, EngineError, WeightsError
+from petalsd.errors import Conflict, EngineError, SwarmError, WeightsError
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 from tests.daemon.fakes import PEER, Stage
@@ -56,6 +56,7 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     await asyncio.wait_for(online, DEADLINE_S)
     assert stage.calls == ["engine changes to 2:6", "self-test", "announce ONLINE 2:6"]
     assert stage.engine.open_spans == [KEPT] and stage.daemon.span == NEW
+    assert stage.member.handed_over == [KEPT]
     assert sorted(stage.daemon._parts.loader.blocks) == list(NEW)
     await eventually(lambda: administration.progress("rebalance").outcome == "blocks 2:6 are served")
     stage.engine.open_spans.clear()
@@ -63,9 +64,9 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
 
 
 async def test_sessions_on_left_blocks_have_the_time_of_a_drain() -> None:
-    """At the deadline they are ended, the others are not."""
+    """At the deadline those that nobody took are ended, the others are not."""
     stage = Stage("blocks.count=4", "daemon.drain_deadline_s=0.05")
-    online = stage.until(DaemonState.ONLINE)
+    stage.member.failures["hand_over"] = [SwarmError("the directory cannot be read")]
     running = await moving(stage)
     online = stage.until(DaemonState.ONLINE)
     await asyncio.wait_for(online, DEADLINE_S)

@@ -65,14 +65,14 @@ class Swarm:
 
 
 class Route:
-    """Leads to the first server; once that has failed, to the second."""
+    """Leads to the server that has failed less often, the first one at first."""
 
     def __init__(self, swarm: Swarm) -> None:
         self._peers = [swarm.first.node.peer_id, swarm.second.node.peer_id]
         self.failures: list[str] = []
 
     def route_session(self, blocks: BlockSpan, max_tokens: int) -> list[Hop]:
-        peer = next(peer for peer in self._peers if peer not in self.failures)
+        peer = min(self._peers, key=self.failures.count)
         return [Hop(RemoteSpan(peer, BlockSpan(0, 4), RECORD), blocks)]
 
     async def refresh(self) -> None:
@@ -174,15 +174,13 @@ async def test_a_taker_that_lost_it_is_replaced_by_a_replay(swarm: Swarm) -> Non
     assert_close(torch.cat(outputs, 1), swarm.expected.expected(hidden, SPAN).detach(), 1e-4, 1e-4, "replay")
 
 
-async def test_a_stock_client_is_told_as_of_any_failure(swarm: Swarm) -> None:
-    """It gets an error in the form that it knows, and the session that went elsewhere does not wait for ever."""
+async def test_the_session_of_a_stock_client_stays(swarm: Swarm) -> None:
+    """It could not follow, and has the time of a drain to finish."""
     stock = await swarm.first.stock_session(swarm.client)
     await stock.step(swarm.first.uid, states(1, 3), max_length=8)
-    assert await swarm.first.handler.hand_over(swarm.view(), None, 20.0) == 1
-    with pytest.raises(Exception, match="session_moved"):
-        await stock.step("", states(1, 1))
-    (ticket,) = swarm.second.handler._tickets._held
-    swarm.second.handler._tickets._expire(ticket)
+    assert await swarm.first.handler.hand_over(swarm.view(), None, 20.0) == 0
+    await stock.step("", states(1, 1))
+    assert await stock.end()
 
 
 # The taker against givers that do everything wrong
