@@ -176,7 +176,7 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _gauge("network_tokens_per_second", "What we announce of the network link; absent as above"),
         _gauge("rate_source", "1 for where the rates of a block and of the link come from", "of", "source"),
         _gauge("loaded_blocks", "Blocks whose weights are in memory"),
-        _counter("rebalances_total", "Times that the daemon gave up its span to choose again", "cause"),
+        _counter("rebalances_total", "Times that the daemon left blocks, or was made anew, by cause", "cause"),
         _counter("moves_total", "Times that it came to serve another span than before"),
         _histogram("load_seconds", "Loading the missing blocks of a span, retries included", _LOAD_S),
         _counter("load_failures_total", "Attempts to load blocks that failed and were made again"),

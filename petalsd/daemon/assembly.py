@@ -131,6 +131,10 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         _report_graphs(engine, board)
         await speed.find_out_of(engine)
 
+    def has_pages(num_blocks: int) -> bool:
+        needed = pages_for(plan.kv_tokens, num_blocks, plan.geometry.page_tokens)
+        return engine.pool is not None and engine.pool.num_pages >= needed
+
     return Parts(
         engine=engine,
         member=member,
@@ -140,6 +144,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         settings=settings,
         prepare=speed.find_out,
         install=install,
+        has_pages=has_pages,
         has_room=plan.has_room_beside,
         demand=demand,
         limit=limit,

@@ -10,10 +10,11 @@ from collections.abc import Awaitable
 import structlog
 import torch
 
-from petalsd.daemon.backoff import Backoff, retry
+from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain, Hold
 from petalsd.daemon.health import engine_problem
+from petalsd.daemon.joining import JOIN_BACKOFF, join
 from petalsd.daemon.lifecycle import Lifecycle, Presence
 from petalsd.daemon.mover import Move, MoveFailed, Mover, Route, while_member_lives
 from petalsd.daemon.plan import Demand
@@ -27,7 +28,6 @@ from petalsd.types import BlockSpan, DaemonState
 
 log = structlog.get_logger(__name__)
 
-JOIN_BACKOFF = Backoff(attempts=6, first_delay_s=1.0, max_delay_s=15.0)
 # Consecutive failures to get a span served, after which the process gives up and its supervisor restarts it.
 MAX_FAILED_ROUNDS = 5
 _FAREWELL_S = 5.0  # for OFFLINE to be stored; the records expire by themselves if it is not
@@ -161,7 +161,7 @@ class Daemon:
         self._parts.activity.at("measuring how fast this machine is")
         await self._parts.prepare()
         await self._parts.engine.start()
-        await self._join()
+        await join(self._parts, self._join_backoff)
 
     async def _choose(self) -> BlockSpan:
         self._parts.activity.at("choosing blocks")
@@ -180,8 +180,7 @@ class Daemon:
         """Watch, and move as often as there is reason to; why the span must be given up altogether."""
         while True:
             departure = await self._until_departure(span)
-            is_broken = departure.cause in (Cause.ENGINE_BROKEN, Cause.MEMBER_BROKEN)
-            if is_broken or len(span) != self._parts.demand().num_blocks:
+            if departure.is_broken or not self._parts.has_pages(self._parts.demand().num_blocks):
                 return departure
             span = await self._move(span, departure)
 
@@ -302,13 +301,16 @@ class Daemon:
         if departure.cause is not Cause.MEMBER_BROKEN:
             await self._announce_offline()
         self._parts.member.refuse("this server moves to other blocks")
+        if not departure.is_broken and (left := await self._drain(None, asyncio.Event())):
+            self._abandon(left, was_cut_short=False)
+        self._own_drain = None
         await self._drop_span(f"the server gives up these blocks: {departure.reason}")
         if departure.cause is Cause.ENGINE_BROKEN:
             await self._parts.engine.stop(_PART_STOP_S)
             await self._parts.engine.start()
         if departure.cause is Cause.MEMBER_BROKEN:
             await self._parts.member.stop()
-            await self._join()
+            await join(self._parts, self._join_backoff)
             await self._announce_offline()
         self.span = None
 
@@ -366,19 +368,6 @@ class Daemon:
             else "the server's drain reached its deadline"
         )
         self._parts.engine.end_work(why)
-
-    async def _join(self) -> None:
-        self._parts.activity.at("joining the swarm")
-        await retry(
-            self._parts.member.start,
-            self._join_backoff,
-            (SwarmError, DeadlineExceeded),
-            self._on_join_failure,
-        )
-
-    def _on_join_failure(self, error: Exception, delay_s: float) -> None:
-        log.warning("join_failed", retry_s=delay_s, **error_fields(error))
-        self._parts.board.set("join_failed", str(error))
 
     async def _announce_offline(self) -> None:
         """As well as the swarm allows: leaving must not hang on a swarm that is gone."""

@@ -30,7 +30,7 @@ class MoveFailed(PetalsdError):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """From ``old`` to ``new``, two spans of the same length."""
+    """From ``old`` to ``new``, which the pool has pages for."""
 
     old: BlockSpan
     new: BlockSpan
@@ -87,13 +87,13 @@ class Mover:
 
     async def _change(self, route: Route) -> None:
         """What may fail for long comes first, while everything is served: the download."""
-        engine, loader, arriving = self._parts.engine, self._parts.loader, _listed(route.arriving)
-        self._parts.activity.at(f"all blocks go on serving, fetching blocks {arriving}")
+        engine, loader = self._parts.engine, self._parts.loader
+        self._parts.activity.at(f"all blocks go on serving, fetching {_blocks(route.arriving)}")
         await loader.fetch(route.new)
         await self._narrow(route)
         is_beside = self._parts.has_room(sum(map(len, route.arriving)))
         log.info("moving", old=str(route.old), new=str(route.new), is_beside=is_beside)
-        self._at(route, f"loading blocks {arriving}")
+        self._at(route, f"loading {_blocks(route.arriving)}")
         if is_beside:
             await loader.load(route.new)
         await self._see_off(route)
@@ -115,7 +115,7 @@ class Mover:
     async def _see_off(self, route: Route) -> None:
         """Let sessions on blocks that are left go on elsewhere or finish, and end those that do not in time."""
         parts = self._parts
-        self._at(route, f"sessions on blocks {_listed(route.left)} finish")
+        self._at(route, f"sessions on {_blocks(route.left)} finish")
         deadline_s = parts.settings.config.daemon.drain_deadline_s
         self.drain = Drain(parts.engine, parts.member, deadline_s, route.kept)
         if abandoned := await self.drain.wait(asyncio.Event()):
@@ -161,8 +161,8 @@ class Mover:
         await self._parts.member.announce(ServerState.ONLINE, route.old)
 
 
-def _listed(spans: Sequence[BlockSpan]) -> str:
-    return ", ".join(map(str, spans))
+def _blocks(spans: Sequence[BlockSpan]) -> str:
+    return f"blocks {', '.join(map(str, spans))}" if spans else "no blocks"
 
 
 async def while_member_lives(parts: Parts, mover: Mover, route: Route) -> None:

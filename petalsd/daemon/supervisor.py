@@ -48,6 +48,11 @@ class Departure:
     cause: Cause
     reason: str
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a part of ours must be made anew."""
+        return self.cause in (Cause.ENGINE_BROKEN, Cause.MEMBER_BROKEN)
+
 
 class Supervisor:
     """``blocks`` gives the section in force, ``demand`` what it asks for."""

@@ -270,7 +270,7 @@ class Stage:
         self.reader = FakeReader(self.calls)
         self.choices: list[Choice] = []
         self.rates = Rates(throughput=1.0)
-        self.has_room = True
+        self.has_room, self.max_blocks = True, 4
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
@@ -296,6 +296,7 @@ class Stage:
                 settings=self.settings,
                 prepare=self._prepare,
                 install=self._install,
+                has_pages=lambda num_blocks: num_blocks <= self.max_blocks,
                 has_room=lambda num_blocks: self.has_room,
                 demand=self.demand,
                 limit=self.limit,

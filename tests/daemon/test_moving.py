@@ -10,7 +10,7 @@ from petalsd.daemon.lifecycle import DaemonState
 from petalsd.errors import Conflict, EngineError, SwarmError, WeightsError
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
-from tests.daemon.fakes import PEER, Stage
+from tests.daemon.fakes import OTHER, PEER, Stage
 from tests.daemon.test_administration import administer, check
 from tests.daemon.test_daemon import DEADLINE_S, stopped, until_online
 from tests.waiting import eventually
@@ -37,7 +37,7 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     stage = Stage("blocks.count=4")
     administration = administer(stage)
     running = await moving(stage)
-    await eventually(lambda: stage.daemon.drain is not None)
+    await eventually(lambda: stage.member.handed_over == [KEPT])
     assert stage.calls == ["engine keeps 2:4", "announce JOINING 4:6, ONLINE 2:4", "load 4", "load 5"]
     assert stage.swarm.states_of(PEER) == {
         0: OFFLINE, 1: OFFLINE, 2: ONLINE, 3: ONLINE, 4: JOINING, 5: JOINING
@@ -56,7 +56,6 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     await asyncio.wait_for(online, DEADLINE_S)
     assert stage.calls == ["engine changes to 2:6", "self-test", "announce ONLINE 2:6"]
     assert stage.engine.open_spans == [KEPT] and stage.daemon.span == NEW
-    assert stage.member.handed_over == [KEPT]
     assert sorted(stage.daemon._parts.loader.blocks) == list(NEW)
     await eventually(lambda: administration.progress("rebalance").outcome == "blocks 2:6 are served")
     stage.engine.open_spans.clear()
@@ -125,6 +124,26 @@ async def test_a_failed_move_leaves_the_old_span_serving(fault: str) -> None:
 
 def _out_of_memory(index: int) -> None:
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+async def test_another_number_of_blocks() -> None:
+    """Fewer keep the pool and the sessions on what stays; for more than it holds all are seen off."""
+    stage = Stage("blocks.count=4", "daemon.drain_deadline_s=0.05")
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(3, 8))
+    running = await until_online(stage)
+    stage.engine.open_spans = [BlockSpan(1, 2)]
+    for count, span, sessions in (3, BlockSpan(0, 3), 1), (5, BlockSpan(0, 5), 0):
+        stage.calls.clear()
+        online = stage.until(DaemonState.ONLINE)
+        stage.overrides.append(f"blocks.count={count}")
+        stage.signals.reload.set()
+        await asyncio.wait_for(online, DEADLINE_S)
+        assert (stage.engine.span, len(stage.engine.open_spans)) == (span, sessions)
+    assert stage.member.handed_over[-1] is None
+    assert stage.calls.index("sessions end: the server's drain reached its deadline") < stage.calls.index(
+        "load 3"
+    )
+    await stopped(stage, running)
 
 
 async def test_a_stop_in_mid_move_drains_everything() -> None:
