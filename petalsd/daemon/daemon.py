@@ -17,7 +17,6 @@ from petalsd.daemon.health import engine_problem
 from petalsd.daemon.joining import JOIN_BACKOFF, join
 from petalsd.daemon.lifecycle import Lifecycle, Presence
 from petalsd.daemon.mover import Move, MoveFailed, Mover, Route, while_member_lives
-from petalsd.daemon.plan import Demand
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.supervisor import Cause, Departure
 from petalsd.device_faults import device_loss
@@ -44,7 +43,6 @@ class Daemon:
         self._signals = signals
         self._join_backoff = join_backoff
         self._failed_rounds = 0
-        self._target: BlockSpan | None = None
         self._left: tuple[BlockSpan, str] | None = None
         self._mover = Mover(parts)
         self._is_moving = False
@@ -124,9 +122,8 @@ class Daemon:
                 f"the daemon is {self.lifecycle.state.value}: only one that is online can move",
                 hint="petalsctl wait --ready",
             )
-        self._target = span
         leaving = self.lifecycle.until(DaemonState.REBALANCING)
-        self._parts.supervisor.leave(Departure(Cause.REQUESTED, reason))
+        self._parts.supervisor.leave(Departure(Cause.REQUESTED, reason, span))
         await self._within(leaving, "moving")
 
     async def _within(self, wait: Awaitable[object], what: str) -> None:
@@ -166,15 +163,7 @@ class Daemon:
     async def _choose(self) -> BlockSpan:
         self._parts.activity.at("choosing blocks")
         delay_s = self._parts.settings.config.blocks.join_delay_s
-        return await self._parts.rebalancer.choose(self._demand(), delay_s)
-
-    def _demand(self) -> Demand:
-        """What the configuration asks for, or the span that an administrator named, if it fits that."""
-        demand, target = self._parts.demand(), self._target
-        self._target = None
-        if target is not None and demand.pinned is None and len(target) == demand.num_blocks:
-            return Demand(len(target), target)
-        return demand
+        return await self._parts.rebalancer.choose(self._parts.demand(), delay_s)
 
     async def _serve_on(self, span: BlockSpan) -> Departure:
         """Watch, and move as often as there is reason to; why the span must be given up altogether."""
@@ -189,7 +178,7 @@ class Daemon:
         self.move_problem = ""
         self.lifecycle.move(DaemonState.REBALANCING, departure.reason)
         self._is_moving = True
-        span = await self._target_from(old)
+        span = await self._target(old, departure)
         if span == old:
             log.info("placement_unchanged", span=str(span))
         elif await self._change_span(Route(old, span), departure):
@@ -200,9 +189,13 @@ class Daemon:
         self.lifecycle.move(DaemonState.ONLINE)
         return span
 
-    async def _target_from(self, old: BlockSpan) -> BlockSpan:
+    async def _target(self, old: BlockSpan, departure: Departure) -> BlockSpan:
+        """Where to go: the departure's target if it fits the configuration still; ``old`` when nobody knows."""
+        demand, target = self._parts.demand(), departure.target
+        if target is not None and demand.pinned is None and len(target) == demand.num_blocks:
+            return target
         try:
-            return await self._parts.rebalancer.target(self._demand())
+            return await self._parts.rebalancer.target(demand)
         except (SwarmError, DeadlineExceeded) as error:
             self.move_problem = f"the directory cannot be read: {error}"
             log.warning("check_failed", span=str(old), **error_fields(error))

@@ -45,8 +45,11 @@ class Cause(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Departure:
+    """``target``: where to go, None where that is to be chosen anew."""
+
     cause: Cause
     reason: str
+    target: BlockSpan | None = None
 
     @property
     def is_broken(self) -> bool:
