@@ -140,6 +140,7 @@ class Speed:
 
     def _begin(self, measured: BlockRates, measured_on: RateSource) -> None:
         self._live.begin(measured)
+        self._steady_inference, self._steady_forward = _Steady(_RATE_CHANGE), _Steady(_RATE_CHANGE)
         self._measured_on = measured_on
         log.info("throughput_known", **asdict(self.rates))
 
