@@ -7,7 +7,7 @@ from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import Demand
-from petalsd.daemon.preview import Preview, preview
+from petalsd.daemon.preview import explain
 from petalsd.daemon.reloading import Reloader
 from petalsd.daemon.reporting import Reporter
 from petalsd.errors import BadRequest, Conflict, NotServed
@@ -23,7 +23,7 @@ from petalsd.status import (
     Span,
     Status,
 )
-from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.placement.decision import Decision, Estimate, OwnSpan
 from petalsd.types import BlockSpan, DaemonState
 
 _ENDED = (DaemonState.STOPPING, DaemonState.STOPPED, DaemonState.FAILED)
@@ -76,13 +76,15 @@ class Administration:
             self._check_target(to, demand)
         elif demand.pinned is not None:
             return self._staying(current, _why_pinned(demand, self._num_blocks))
-        view = await self._parts.member.read_live_view()
-        shown = preview(view, self._parts.member.peer_id, current, to)
-        if to is None and (reason := self._reason_to_stay(view, shown)):
-            return self._staying(current, reason, shown)
-        if shown.proposed == current:
-            return self._staying(current, "these blocks are served already", shown)
-        return self._moving(shown, is_named=to is not None)
+        decision = await self._decide(current, to)
+        if to == current:
+            return self._staying(current, "these blocks are served already", decision)
+        if not decision.is_move:
+            is_off = self._parts.settings.config.blocks.balance_quality == 0
+            why = "blocks.balance_quality = 0: it never moves by itself" if is_off else explain(decision)
+            return self._staying(current, why, decision)
+        why = f"these blocks were asked for; {explain(decision)}" if to else explain(decision)
+        return self._plan(decision, would_move=True, explanation=why)
 
     async def rebalance(self, to: BlockSpan | None) -> Plan:
         plan = await self.plan(to)
@@ -130,50 +132,46 @@ class Administration:
         if len(to) != demand.num_blocks:
             raise BadRequest("to", str(to), f"the configuration asks for {demand.num_blocks} blocks")
 
-    def _reason_to_stay(self, view: SwarmView, shown: Preview) -> str:
-        """Empty when the rule by which the daemon moves by itself would move it now."""
-        quality = self._parts.settings.config.blocks.balance_quality
-        if not any(self._parts.member.peer_id in records for records in view.blocks):
+    async def _decide(self, current: BlockSpan, to: BlockSpan | None) -> Decision:
+        """What the rule says, or what going to ``to`` would do. NotServed while the swarm does not show us."""
+        rebalancer, own = self._parts.rebalancer, OwnSpan(self._parts.member.peer_id, current)
+        view = await self._parts.member.read_live_view()
+        if not any(own.peer in records for records in view.blocks):
             raise NotServed(
                 "our own record is not in the swarm's directory just now", hint="try again in a few seconds"
             )
-        if quality == 0:
-            return "blocks.balance_quality = 0: it never moves by itself"
-        if shown.proposed == shown.current:
-            return "no other blocks need this server more"
-        if not self._parts.rebalancer.should_move(view, quality):
-            return f"too little gain: the swarm's weakest block must get better than {1 / quality:.2f} times"
-        return ""
+        if to is not None:
+            return rebalancer.judge(view, own, to)
+        return rebalancer.decide(view, own, self._parts.settings.config.blocks.balance_quality)
 
-    def _staying(self, current: BlockSpan, why: str, shown: Preview | None = None) -> Plan:
-        is_other = shown is not None and shown.proposed != current
-        return self._plan(current, shown if is_other else None, would_move=False, explanation=why)
+    def _staying(self, current: BlockSpan, why: str, decision: Decision | None = None) -> Plan:
+        if decision is None:
+            return Plan(
+                current=Span(start=current.start, end=current.end),
+                proposed=None,
+                gain=None,
+                cost=None,
+                sessions_touched=0,
+                sessions_kept=self._parts.engine.stats().sessions,
+                would_move=False,
+                explanation=why,
+            )
+        return self._plan(decision, would_move=False, explanation=why)
 
-    def _moving(self, shown: Preview, *, is_named: bool) -> Plan:
-        why = "these blocks were asked for" if is_named else f"blocks {shown.proposed} need a server more"
-        return self._plan(shown.current, shown, would_move=True, explanation=why)
-
-    def _plan(self, current: BlockSpan, shown: Preview | None, *, would_move: bool, explanation: str) -> Plan:
+    def _plan(self, decision: Decision, *, would_move: bool, explanation: str) -> Plan:
+        is_other = decision.target != decision.span
+        kept = decision.span.intersect(decision.target)
         sessions = [info.spec.span for info in self._parts.engine.open_sessions()]
-        kept = current if shown is None else shown.current.intersect(shown.proposed)
         touched = sum(kept is None or not kept.covers(span) for span in sessions)
         return Plan(
-            current=Span(start=current.start, end=current.end),
-            proposed=None if shown is None else Span.of(shown.proposed),
-            gain=None if shown is None else _gain(shown),
-            cost=None if shown is None else self._cost(shown),
+            current=Span(start=decision.span.start, end=decision.span.end),
+            proposed=Span.of(decision.target) if is_other else None,
+            gain=_gain(decision.estimate) if is_other else None,
+            cost=_cost(decision) if is_other else None,
             sessions_touched=touched,
             sessions_kept=len(sessions) - touched,
             would_move=would_move,
             explanation=explanation,
-        )
-
-    def _cost(self, shown: Preview) -> Cost:
-        block_s = self._parts.loader.seconds_per_block
-        return Cost(
-            blocks_to_load=shown.blocks_to_load,
-            blocks_kept=shown.blocks_kept,
-            seconds_estimate=None if block_s is None else block_s * shown.blocks_to_load,
         )
 
     def _failure(self, operation: Operation, state: DaemonState) -> ErrorText | None:
@@ -206,11 +204,22 @@ class Administration:
         return state is DaemonState.ONLINE
 
 
-def _gain(shown: Preview) -> Gain:
+def _gain(figures: Estimate) -> Gain:
+    before, after = figures.weakest_before, figures.weakest_after
     return Gain(
-        swarm_throughput_before=shown.before,
-        swarm_throughput_after=shown.after,
-        ratio=shown.after / shown.before if shown.before > 0 else None,
+        swarm_throughput_before=before,
+        swarm_throughput_after=after,
+        ratio=after / before if before > 0 else None,
+    )
+
+
+def _cost(decision: Decision) -> Cost:
+    kept = decision.span.intersect(decision.target)
+    num_kept = 0 if kept is None else len(kept)
+    return Cost(
+        blocks_to_load=len(decision.target) - num_kept,
+        blocks_kept=num_kept,
+        seconds_estimate=decision.estimate.load_s,
     )
 
 

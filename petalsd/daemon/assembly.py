@@ -110,14 +110,21 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         Serving(engine, _served_model(plan), _handler_limits(config), SwarmRecorder(metrics, link)),
         RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
     )
-    rebalancer = Rebalancer(member, rng)
+
+    def start_progress() -> ProgressSink:
+        return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
+
+    loader = SpanLoader(ModelReader(plan, ladder), start_progress, board, metrics)
+    rebalancer = Rebalancer(
+        member,
+        rng,
+        lambda num_blocks: speed.rates.announced(num_blocks, is_relayed=member.is_relayed),
+        lambda: loader.seconds_per_block,
+    )
     cache_rules, cache_recorder = (
         AdmissionRules(max_peer_share=config.engine.max_peer_share),
         CacheRecorder(metrics),
     )
-
-    def start_progress() -> ProgressSink:
-        return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
 
     def demand() -> Demand:
         return demand_for(plan, settings.config.blocks, limit.most)
@@ -138,7 +145,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     return Parts(
         engine=engine,
         member=member,
-        loader=SpanLoader(ModelReader(plan, ladder), start_progress, board, metrics),
+        loader=loader,
         rebalancer=rebalancer,
         supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng, board),
         settings=settings,

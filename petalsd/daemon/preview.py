@@ -1,46 +1,32 @@
-"""What a rebalance would do, before anybody does it: where to, what the swarm gains, what it costs."""
+"""A decision about the placement in a person's words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from petalsd.swarm.directory import SwarmView
-from petalsd.swarm.placement import block_throughputs, choose_span
-from petalsd.swarm.protocol import ServerState
-from petalsd.types import BlockSpan
+from petalsd.swarm.placement.decision import Decision, Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """``before`` and ``after`` are the throughput of the swarm's weakest block, in tokens/s."""
-
-    current: BlockSpan
-    proposed: BlockSpan
-    before: float
-    after: float
-
-    @property
-    def blocks_kept(self) -> int:
-        common = self.current.intersect(self.proposed)
-        return 0 if common is None else len(common)
-
-    @property
-    def blocks_to_load(self) -> int:
-        return len(self.proposed) - self.blocks_kept
-
-
-def preview(view: SwarmView, peer: str, current: BlockSpan, proposed: BlockSpan | None) -> Preview:
-    """``peer`` moves from ``current`` to ``proposed``, or to where a newcomer of its size is needed most.
-
-    Every other server stays where it is: what the others would do then is theirs to say.
-    """
-    others = view.without({peer}).spans(ServerState.JOINING)
-    target = proposed or choose_span(others, view.num_blocks, len(current))
-    own = [remote.record.throughput for remote in view.spans(ServerState.JOINING) if remote.peer == peer]
-    rate = max(own, default=0.0)
-    rest = block_throughputs(others, view.num_blocks)
-    return Preview(current, target, _weakest(rest, current, rate), _weakest(rest, target, rate))
+def explain(decision: Decision) -> str:
+    """Why the server moves or stays, with the numbers that decided it. Rates are of the swarm's weakest block."""
+    figures = decision.estimate
+    won = f"{figures.gain_tokens:.0f} tokens won, {figures.cost_tokens:.0f} lost while blocks load"
+    weakest = ", ".join(map(str, decision.weakest[:_FEW])) + (" ..." if len(decision.weakest) > _FEW else "")
+    match decision.verdict:
+        case Verdict.MOVE:
+            return f"blocks {weakest} are served worst; {won}"
+        case Verdict.WAITS:
+            first = decision.ahead[0]
+            return (
+                f"{len(decision.ahead)} others move first, beginning with {first.peer[-6:]} from {first.span} "
+                f"to {first.target}"
+            )
+        case Verdict.TOO_DEAR:
+            return f"moving to {decision.target} does not pay: {won}"
+        case Verdict.SETTLING:
+            return f"it has served these blocks too short a time to move to {decision.target}"
+        case Verdict.LOADING:
+            return "the swarm's directory does not show yet that these blocks are served here"
+        case Verdict.FITS:
+            return f"no other blocks need this server more; blocks {weakest} are served worst"
 
 
-def _weakest(rest: list[float], span: BlockSpan, rate: float) -> float:
-    return min(total + (rate if block in span else 0.0) for block, total in enumerate(rest))
+_FEW = 3

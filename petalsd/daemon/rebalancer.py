@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+from collections.abc import Callable
 
 import structlog
 
 from petalsd.daemon.parts import SwarmMember
 from petalsd.daemon.plan import Demand
 from petalsd.swarm.directory import SwarmView
-from petalsd.swarm.placement import choose_span, should_move
+from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, decide, judge
+from petalsd.swarm.placement.joining import choose_span
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.reading import read_state
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
@@ -18,11 +23,25 @@ log = structlog.get_logger(__name__)
 
 
 class Rebalancer:
-    """``rng`` spreads servers in time and breaks the symmetry of the simulation in the moving rule."""
+    """Asks the rule of ``swarm.placement`` about this server.
 
-    def __init__(self, member: SwarmMember, rng: random.Random) -> None:
+    ``rng`` spreads servers in time. ``throughput`` is what we announce for a number of blocks, ``load_block_s``
+    what one block took to load, None before that is known.
+    """
+
+    def __init__(
+        self,
+        member: SwarmMember,
+        rng: random.Random,
+        throughput: Callable[[int], float],
+        load_block_s: Callable[[], float | None],
+        policy: Policy | None = None,
+    ) -> None:
         self._member = member
         self._rng = rng
+        self._throughput = throughput
+        self._load_block_s = load_block_s
+        self._policy = policy or Policy()
 
     async def choose(self, demand: Demand, join_delay_s: float) -> BlockSpan:
         """The span to serve next. Waits Uniform(0, 2 * join_delay_s) first when there is a choice.
@@ -34,22 +53,30 @@ class Rebalancer:
             await asyncio.sleep(self._rng.uniform(0.0, 2.0 * join_delay_s))
         view = await self._member.read_live_view()
         await self._retract_old_records(view)
-        return self._best(view, demand)
+        return demand.pinned or self._best(view, demand.num_blocks)
 
     async def target(self, demand: Demand) -> BlockSpan:
         """The span to move to: as ``choose``, but at once, and what is announced stays."""
-        return demand.pinned or self._best(await self._member.read_view(), demand)
+        return demand.pinned or self._best(await self._member.read_live_view(), demand.num_blocks)
 
-    def should_move(self, view: SwarmView, balance_quality: float) -> bool:
-        """The rule of protocol.md 6.3 over the spans that are served or being loaded; ours must be among them."""
-        spans = view.spans(ServerState.JOINING)
-        return should_move(spans, self._member.peer_id, view.num_blocks, balance_quality, self._rng)
+    def decide(self, view: SwarmView, own: OwnSpan, balance_quality: float) -> Decision:
+        """What to do now, and why. Our record must be in ``view``, else ValueError.
 
-    def _best(self, view: SwarmView, demand: Demand) -> BlockSpan:
-        if demand.pinned is not None:
-            return demand.pinned
-        others = view.without({self._member.peer_id}).spans(ServerState.JOINING)
-        return choose_span(others, view.num_blocks, demand.num_blocks)
+        A ``balance_quality`` of 0 never moves; else a move must win 1 / quality times what it costs.
+        """
+        return decide(read_state(view), own, self._costs(balance_quality), self._policy)
+
+    def judge(self, view: SwarmView, own: OwnSpan, target: BlockSpan) -> Decision:
+        """The decision to move to ``target`` because somebody asked for it. ValueError as for ``decide``."""
+        return judge(read_state(view), own, target, self._costs(1.0), self._policy)
+
+    def _costs(self, balance_quality: float) -> MoveCosts:
+        margin = 1 / balance_quality if balance_quality else math.inf
+        return MoveCosts(load_block_s=self._load_block_s(), margin=margin)
+
+    def _best(self, view: SwarmView, num_blocks: int) -> BlockSpan:
+        state = read_state(view).without(self._member.peer_id)
+        return choose_span(state, num_blocks, self._throughput(num_blocks), self._policy)
 
     async def _retract_old_records(self, view: SwarmView) -> None:
         peer = self._member.peer_id

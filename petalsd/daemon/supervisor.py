@@ -21,6 +21,7 @@ from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.log import error_fields
 from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.placement.decision import OwnSpan
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
@@ -80,6 +81,7 @@ class Supervisor:
         self._check_now = asyncio.Event()
         self._wanted: Departure | None = None
         self._stay_until_s = 0.0
+        self._served_since = 0.0
         self.next_check_monotonic_s: float | None = None
 
     def check_now(self) -> None:
@@ -98,6 +100,7 @@ class Supervisor:
 
     async def until_departure(self, span: BlockSpan) -> Departure:
         """Look at the libp2p daemon often and at the rest at random intervals, until there is a reason to go."""
+        self._served_since = time.monotonic()
         failure = asyncio.create_task(self._member.until_failed(), name="member-failure")
         try:
             while True:
@@ -153,9 +156,29 @@ class Supervisor:
             log.warning("check_failed", span=str(span), **error_fields(error))
             return None
         is_free = is_complete and may_move and demand.pinned is None
-        if is_free and self._rebalancer.should_move(view, self._blocks().balance_quality):
-            return Departure(Cause.BALANCE, "the swarm is served better from other blocks")
-        return None
+        return self._judge(span, view) if is_free else None
+
+    def _judge(self, span: BlockSpan, view: SwarmView) -> Departure | None:
+        """Ask the placement rule; every check leaves a trace, loud where it moves."""
+        served_s = time.monotonic() - self._served_since
+        own = OwnSpan(self._member.peer_id, span, served_s)
+        decision = self._rebalancer.decide(view, own, self._blocks().balance_quality)
+        figures = decision.estimate
+        say = log.info if decision.is_move else log.debug
+        say(
+            "placement_checked",
+            verdict=decision.verdict.value,
+            span=str(span),
+            target=str(decision.target),
+            weakest_before=round(figures.weakest_before, 3),
+            weakest_after=round(figures.weakest_after, 3),
+            gain_tokens=round(figures.gain_tokens),
+            cost_tokens=round(figures.cost_tokens),
+            ahead=len(decision.ahead),
+        )
+        if not decision.is_move:
+            return None
+        return Departure(Cause.BALANCE, "the swarm is served better from other blocks", decision.target)
 
     async def _restore_record(self, span: BlockSpan, view: SwarmView) -> bool:
         """Announce again what got lost (others restart, clocks differ); whether ``view`` had all of it."""

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.daemon.activity import Activity
+from petalsd.daemon.announcement import VERSION
 from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
@@ -57,7 +58,7 @@ class FakeSwarm:
 
     def put(self, peer: str, state: ServerState, span: BlockSpan, throughput: float = 1.0) -> None:
         for block in span:
-            self.blocks[block][peer] = ServerRecord(state, throughput, span=span)
+            self.blocks[block][peer] = ServerRecord(state, throughput, span=span, version=VERSION)
 
     def states_of(self, peer: str) -> dict[int, ServerState]:
         return {index: records[peer].state for index, records in enumerate(self.blocks) if peer in records}
@@ -279,7 +280,7 @@ class Stage:
         self.available_bytes = NUM_BLOCKS
         self.limit = SpanLimit(MemoryNeed(1, 0), lambda: self.available_bytes, self.board)
         rng = random.Random(0)
-        rebalancer = Rebalancer(self.member, rng)
+        rebalancer = Rebalancer(self.member, rng, lambda num_blocks: 1.0, lambda: None)
         self.supervisor = Supervisor(
             self.engine, self.member, rebalancer, lambda: self.settings.config.blocks, self.demand, rng,
             self.board,

@@ -1,0 +1,211 @@
+"""What one server should do now, and why: its place on the list of moves, what it wins and what it costs.
+
+state = read_state(view)                               # reading.py
+decision = decide(state, OwnSpan(peer, span, served_s), costs, policy)
+if decision.is_move: ... decision.target
+span = choose_span(state.without(peer), length, throughput, policy)     # joining.py
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from petalsd.swarm.placement.plan import plan_moves
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.potential import Landscape, relied_cover, scale, soft_minimum
+from petalsd.swarm.placement.state import Floats, SwarmState
+from petalsd.types import BlockSpan
+
+
+class Verdict(enum.Enum):
+    """MOVE       it should begin to move now
+    FITS          no other blocks need it more than its own by enough to pay for the way
+    WAITS         others are to move first; what is left to do after them is seen at the next check
+    TOO_DEAR      the list has it, but loading is slower here or sessions would be lost: it does not pay
+    SETTLING      it has moved or come a short while ago
+    LOADING       the swarm sees it load blocks, or sees it serve others than it does
+    """
+
+    MOVE = "move"
+    FITS = "fits"
+    WAITS = "waits"
+    TOO_DEAR = "too_dear"
+    SETTLING = "settling"
+    LOADING = "loading"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSpan:
+    """The server that asks: its PeerID, the blocks it serves, and for how long it has."""
+
+    peer: str
+    span: BlockSpan
+    served_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class MoveCosts:
+    """What a move costs this server, as far as it has measured that; others are assumed to cost what Policy says.
+
+    load_block_s  seconds to fetch and load one new block, None if not known
+    session_s     seconds of this server's work that are lost with the sessions that end; 0 if handed over
+    margin        a move must win that many times what it costs; inf: it never pays
+    """
+
+    load_block_s: float | None = None
+    session_s: float = 0.0
+    margin: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a move would do; rates in tokens/s, everybody else staying where they are.
+
+    weakest_before  throughput of the swarm's weakest block, all announced blocks loaded
+    weakest_after   the same after the move
+    gain            rise of the soft minimum over blocks, less what is not relied upon
+    lost_rate       by how much the swarm is slower while the move lasts
+    load_s          how long it lasts
+    gain_tokens     what it wins over the policy's horizon, and
+    cost_tokens     what it costs
+    """
+
+    weakest_before: float
+    weakest_after: float
+    gain: float
+    lost_rate: float
+    load_s: float
+    gain_tokens: float
+    cost_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A server that moves first, from where to where."""
+
+    peer: str
+    span: BlockSpan
+    target: BlockSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``target`` is the best place for this server, its own span when there is no better one.
+
+    ahead    the moves that come before its own, the most valuable first
+    weakest  the runs of blocks that are served worst, as they are now; within a tenth of the weakest
+    """
+
+    verdict: Verdict
+    span: BlockSpan
+    target: BlockSpan
+    estimate: Estimate
+    ahead: tuple[Turn, ...] = ()
+    weakest: tuple[BlockSpan, ...] = ()
+
+    @property
+    def is_move(self) -> bool:
+        return self.verdict is Verdict.MOVE
+
+
+def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) -> Decision:
+    """Whether ``own`` should move now. ValueError when it is not in ``state``."""
+    row = state.row_of(own.peer)
+    weakest = weakest_blocks(state)
+    is_seen = int(state.start[row]) == own.span.start and int(state.length[row]) == len(own.span)
+    if not (state.is_free[row] and is_seen):
+        verdict = Verdict.FITS if len(own.span) == state.num_blocks else Verdict.LOADING
+        return Decision(verdict, own.span, own.span, _nothing(state), weakest=weakest)
+    turns: list[Turn] = []
+    later = state
+    for move in plan_moves(state, policy):
+        target = _span(move.target, int(state.length[move.row]))
+        if move.row == row:
+            figures = estimate(later, row, target, costs, policy)
+            return Decision(
+                _own_turn(own, costs, figures, policy), own.span, target, figures, tuple(turns), weakest
+            )
+        turns.append(Turn(state.peers[move.row], _span(int(state.start[move.row]), len(target)), target))
+        later = later.moved(move.row, target)
+    target = _best_target(state, row, policy)
+    if target == own.span:
+        return Decision(Verdict.FITS, own.span, target, _nothing(state), tuple(turns), weakest)
+    figures = estimate(state, row, target, costs, policy)
+    return Decision(Verdict.WAITS, own.span, target, figures, tuple(turns), weakest)
+
+
+def judge(state: SwarmState, own: OwnSpan, target: BlockSpan, costs: MoveCosts, policy: Policy) -> Decision:
+    """The decision to move to ``target`` whatever it is worth. ValueError when ``own`` is not in ``state``."""
+    row = state.row_of(own.peer)
+    figures = estimate(state, row, target, costs, policy)
+    verdict = Verdict.FITS if target == own.span else Verdict.MOVE
+    return Decision(verdict, own.span, target, figures, weakest=weakest_blocks(state))
+
+
+def estimate(state: SwarmState, row: int, target: BlockSpan, costs: MoveCosts, policy: Policy) -> Estimate:
+    """What a move of server ``row`` to ``target`` would win and cost now, the others staying where they are."""
+    own = _span(int(state.start[row]), int(state.length[row]))
+    kept = own.intersect(target)
+    num_new = len(target) - (0 if kept is None else len(kept))
+    load_s = policy.load_s(len(target)) * num_new / len(target)
+    if costs.load_block_s is not None:
+        load_s = costs.load_block_s * num_new
+    after = state.moved(row, target)
+    tau = scale(state, policy)
+    gain = soft_minimum(relied_cover(after, policy), tau) - soft_minimum(relied_cover(state, policy), tau)
+    lost = _lost_rate(state.served_cover(), after.served_cover(), tau, policy)
+    work = float(state.throughput[row]) * num_new / state.num_blocks
+    return Estimate(
+        weakest_before=float(state.planned_cover().min()),
+        weakest_after=float(after.planned_cover().min()),
+        gain=gain,
+        lost_rate=lost,
+        load_s=load_s,
+        gain_tokens=gain * policy.horizon_s,
+        cost_tokens=lost * load_s + costs.session_s * work,
+    )
+
+
+def weakest_blocks(state: SwarmState) -> tuple[BlockSpan, ...]:
+    """Runs of blocks whose throughput is within a tenth of the weakest one's."""
+    now = state.served_cover()
+    is_weak = np.concatenate(([False], now <= now.min() * 1.1, [False]))
+    edges = np.flatnonzero(np.diff(is_weak.astype(np.int8)))
+    return tuple(BlockSpan(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def _best_target(state: SwarmState, row: int, policy: Policy) -> BlockSpan:
+    """Where server ``row`` would go if nobody else moved; its own span if no move pays."""
+    values = Landscape(state, policy).values(np.array([row]))[0]
+    best = int(values.argmax())
+    return _span(best if values[best] > 0 else int(state.start[row]), int(state.length[row]))
+
+
+def _own_turn(own: OwnSpan, costs: MoveCosts, figures: Estimate, policy: Policy) -> Verdict:
+    if own.served_s < policy.min_stay_s and figures.weakest_before > 0:
+        return Verdict.SETTLING
+    if math.isinf(costs.margin) or figures.gain_tokens <= costs.margin * figures.cost_tokens:
+        return Verdict.TOO_DEAR
+    return Verdict.MOVE
+
+
+def _lost_rate(before: Floats, after: Floats, tau: float, policy: Policy) -> float:
+    lowest = float(before.min())
+    if lowest <= 0:
+        return 0.0  # no chain serves anybody: there is nothing to lose
+    if float(after.min()) <= 0:
+        return policy.hole_weight * lowest
+    return min(soft_minimum(before, tau) - soft_minimum(after, tau), lowest)
+
+
+def _nothing(state: SwarmState) -> Estimate:
+    weakest = float(state.planned_cover().min())
+    return Estimate(weakest, weakest, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _span(start: int, length: int) -> BlockSpan:
+    return BlockSpan(start, start + length)

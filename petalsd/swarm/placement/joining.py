@@ -1,0 +1,34 @@
+"""Where a newcomer is needed most."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.potential import largest, scale
+from petalsd.swarm.placement.state import SwarmState
+from petalsd.types import BlockSpan
+
+
+def choose_start(state: SwarmState, length: int, throughput: float, policy: Policy) -> int:
+    """First of the ``length`` blocks that gain the swarm most from ``throughput`` tokens/s more; ties: the lowest.
+
+    ``state`` has the others only. ValueError when the model has not that many blocks.
+    """
+    if not 1 <= length <= state.num_blocks:
+        raise ValueError(f"cannot place {length} blocks among {state.num_blocks}")
+    cover = state.planned_cover()
+    tau = scale(state, policy, length * throughput / state.num_blocks)
+    top = largest(state).first
+    relied = cover - policy.spare * top
+    weight = np.exp(np.maximum((relied.min() - relied) / tau, -60.0))
+    less = weight * -np.expm1(-(throughput - policy.spare * np.maximum(throughput - top, 0.0)) / tau)
+    total = np.concatenate(([0.0], np.cumsum(less)))
+    worth = total[length:] - total[: state.num_blocks - length + 1]
+    return int(np.flatnonzero(worth >= worth.max() * (1 - 1e-9))[0])
+
+
+def choose_span(state: SwarmState, length: int, throughput: float, policy: Policy) -> BlockSpan:
+    """The first choice of a server that brings ``length`` blocks; see ``choose_start``."""
+    start = choose_start(state, length, throughput, policy)
+    return BlockSpan(start, start + length)

@@ -1,0 +1,59 @@
+"""The list of moves that a swarm should begin now: every server derives it, and those on it go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.potential import Landscape
+from petalsd.swarm.placement.state import Ints, SwarmState
+
+_LOOK_AGAIN = 12  # candidates whose value is computed anew after each planned move
+_NOTHING = 1e-9  # tokens: what rounding makes of staying
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMove:
+    """Server ``row`` should start at block ``target``; ``value`` is what that wins over the horizon, in tokens."""
+
+    row: int
+    target: int
+    value: float
+
+
+def plan_moves(state: SwarmState, policy: Policy) -> list[PlannedMove]:
+    """Best replies, the most valuable first, each to the state that those before it leave behind."""
+    land = Landscape(state, policy)
+    rows = _candidates(state, policy, land)
+    if not len(rows):
+        return []
+    values = land.values(rows)
+    best, target = values.max(1), values.argmax(1)
+    moves: list[PlannedMove] = []
+    while len(moves) < policy.max_moves:
+        first = np.sort(np.argsort(-best, kind="stable")[:_LOOK_AGAIN])
+        if moves:  # those before changed what the others are worth, but hardly who is worth most
+            values = land.values(rows[first])
+            best[first], target[first] = values.max(1), values.argmax(1)
+        at = int(first[best[first].argmax()])
+        if best[at] <= _NOTHING:
+            break
+        row = int(rows[at])
+        moves.append(PlannedMove(row, int(target[at]), float(best[at])))
+        land.move(row, int(target[at]))
+        best[at] = -np.inf
+    return moves
+
+
+def _candidates(state: SwarmState, policy: Policy, land: Landscape) -> Ints:
+    """Rows of free servers, those whose blocks are needed least where there are many; ascending."""
+    rows: Ints = np.flatnonzero(state.is_free)
+    if len(rows) <= policy.num_candidates:
+        return rows
+    weight = np.exp(np.maximum((land.cover.min() - land.cover) / land.tau, -60.0))
+    total = np.concatenate(([0.0], np.cumsum(weight)))
+    need = (total[state.start[rows] + state.length[rows]] - total[state.start[rows]]) / state.length[rows]
+    least = np.argpartition(need, policy.num_candidates)[: policy.num_candidates]
+    return np.sort(rows[least])

@@ -1,0 +1,159 @@
+"""The soft minimum of the cover, and what each possible move of some servers would do to it.
+
+The throughput of a swarm is the cover of its weakest block. Its soft minimum -tau * log(sum over blocks of
+exp(-cover / tau)) also counts blocks that are nearly as weak, so that a move helps even where several blocks
+are weakest, and a swarm in which every move raises it cannot go round in circles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.state import Floats, Ints, SwarmState
+
+_TINY = 1e-300  # below what a sum of weights can be
+
+
+def soft_minimum(cover: Floats, tau: float) -> float:
+    """Tokens/s; at most ``cover.min()``, and less the more blocks are about as weak."""
+    lowest = float(cover.min())
+    return lowest - tau * float(np.log(np.exp((lowest - cover) / tau).sum()))
+
+
+def scale(state: SwarmState, policy: Policy, extra: float = 0.0) -> float:
+    """The soft minimum's tau in tokens/s; ``extra`` is the mean cover that a newcomer adds."""
+    return max(policy.softness * (state.mean_cover() + extra), 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """For each block the largest contribution, whose it is (a row, -1 for nobody), and the second largest."""
+
+    first: Floats
+    second: Floats
+    owner: Ints
+
+
+def largest(state: SwarmState) -> Largest:
+    blocks = state.num_blocks
+    first, second, owner = np.zeros(blocks), np.zeros(blocks), np.full(blocks, -1)
+    open_blocks = np.full(blocks, 2)
+    for row in np.argsort(-state.throughput, kind="stable").tolist():
+        span = slice(int(state.start[row]), int(state.start[row] + state.length[row]))
+        left = open_blocks[span]
+        if not left.any():
+            continue
+        rate = state.throughput[row]
+        owner[span] = np.where(left == 2, row, owner[span])
+        first[span] = np.where(left == 2, rate, first[span])
+        second[span] = np.where(left == 1, rate, second[span])
+        open_blocks[span] = np.maximum(left - 1, 0)
+        if not open_blocks.any():
+            break
+    return Largest(first, second, owner)
+
+
+def relied_cover(state: SwarmState, policy: Policy) -> Floats:
+    """[num_blocks] the planned cover without the share that would be missed if one server crashed."""
+    cover = state.planned_cover()
+    return cover - policy.spare * largest(state).first if policy.spare else cover
+
+
+class Landscape:
+    """What moves are worth while planned moves are put in: ``cover`` and ``served`` change with each ``move``."""
+
+    def __init__(self, state: SwarmState, policy: Policy) -> None:
+        self.policy = policy
+        self.num_blocks = state.num_blocks
+        self.tau = scale(state, policy)
+        self.length, self.throughput = state.length, state.throughput
+        self.start = state.start.copy()
+        self.cover = state.planned_cover()
+        self.served = state.served_cover()
+        self.largest = largest(state)
+
+    def move(self, row: int, target: int) -> None:
+        """Server ``row`` leaves for the blocks from ``target``; what it leaves is not served any more."""
+        at, length, rate = int(self.start[row]), int(self.length[row]), float(self.throughput[row])
+        self.cover[at : at + length] -= rate
+        self.cover[target : target + length] += rate
+        leaving = np.ones(length, bool)
+        leaving[max(target - at, 0) : max(target - at + length, 0)] = False
+        self.served[at : at + length] -= rate * leaving
+        self.start[row] = target
+
+    def values(self, rows: Ints) -> Floats:
+        """[K, num_blocks] tokens won over the horizon if server ``rows[k]`` moved to start at each block.
+
+        0 where it is, -inf where its span would not fit.
+        """
+        gain, loss = self.gains(rows), self.losses(rows)
+        length = self.length[rows][:, None]
+        moved = np.abs(np.arange(self.num_blocks) - self.start[rows][:, None])
+        part = np.minimum(moved / length, 1.0)
+        policy = self.policy
+        load_s = policy.load_base_s + policy.load_block_s * length
+        work = self.throughput[rows][:, None] * length / self.num_blocks
+        worth: Floats = policy.horizon_s * gain - part * (loss * load_s + policy.session_s * work)
+        return worth
+
+    def gains(self, rows: Ints) -> Floats:
+        """[K, num_blocks] tokens/s by which the soft minimum rises, once all is loaded."""
+        spare, tau = self.policy.spare, self.tau
+        at, length = self.start[rows][:, None], self.length[rows][:, None]
+        rate, block = self.throughput[rows][:, None], np.arange(self.num_blocks)
+        is_own = (block >= at) & (block < at + length)
+        top = np.where(self.largest.owner == rows[:, None], self.largest.second, self.largest.first)
+        without = self.cover - rate * is_own - spare * top
+        floor = without.min(1, keepdims=True)
+        weight = np.exp((floor - without) / tau)
+        joined = weight * np.exp((spare * np.maximum(rate - top, 0.0) - rate) / tau)
+        before, inside = _sums(weight), _sums(joined)
+        behind = _sums(weight[:, ::-1])[:, ::-1]
+        end = np.minimum(block + length, self.num_blocks)
+        total = before[:, :-1] + behind[np.arange(len(rows))[:, None], end]
+        total += np.take_along_axis(inside, end, 1) - inside[:, :-1]
+        level = -tau * np.log(np.maximum(total, _TINY))
+        gain: Floats = level - np.take_along_axis(level, at, 1)
+        return np.where(block + length <= self.num_blocks, gain, -np.inf)
+
+    def losses(self, rows: Ints) -> Floats:
+        """[K, num_blocks] tokens/s that the swarm lacks while the server loads: it has left its leaving blocks."""
+        tau, lowest = self.tau, float(self.served.min())
+        at, length = self.start[rows][:, None], self.length[rows][:, None]
+        rate, block = self.throughput[rows][:, None], np.arange(self.num_blocks)
+        if lowest <= 1e-6 * rate.max():
+            return np.zeros((len(rows), self.num_blocks))  # no chain serves anybody: there is nothing to lose
+        is_own = (block >= at) & (block < at + length)
+        left = self.served - rate
+        is_hole = is_own & (left <= 1e-6 * rate)
+        more = np.where(
+            is_own & ~is_hole, np.exp((lowest - left) / tau) - np.exp((lowest - self.served) / tau), 0
+        )
+        rises, holes = _leaving(more, at, length), _leaving(is_hole.astype(float), at, length)
+        now = float(np.exp((lowest - self.served) / tau).sum())
+        loss = np.minimum(tau * np.log1p(rises / now), lowest)
+        return np.where(holes > 0, self.policy.hole_weight * lowest, loss)
+
+
+def _sums(table: Floats) -> Floats:
+    """[K, L] -> [K, L + 1]: sums of the first 0, 1, ... columns."""
+    out = np.zeros((table.shape[0], table.shape[1] + 1))
+    np.cumsum(table, axis=1, out=out[:, 1:])
+    return out
+
+
+def _leaving(table: Floats, at: Ints, length: Ints) -> Floats:
+    """[K, L] sums over the own blocks that a start at each block leaves; ``table`` is 0 outside the own blocks.
+
+    Summed from the end that is left, as differences of large sums would lose the small ones.
+    """
+    blocks = table.shape[1]
+    block = np.arange(blocks)[None, :]
+    from_left, from_right = _sums(table), _sums(table[:, ::-1])[:, ::-1]
+    right = np.take_along_axis(from_left, np.minimum(np.maximum(block, at), at + length), 1)
+    left = np.take_along_axis(from_right, np.minimum(np.maximum(block + length, at), blocks), 1)
+    return np.where(block >= at, right, left)

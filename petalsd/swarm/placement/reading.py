@@ -1,0 +1,73 @@
+"""Turns a reading of the directory into the state that placement works on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.placement.state import SwarmState
+from petalsd.swarm.protocol import ServerState
+from petalsd.types import BlockSpan
+
+_OURS = "petalsd"  # how the version of a server that follows this rule begins
+
+
+def read_state(view: SwarmView, silent: Collection[str] = ()) -> SwarmState:
+    """The servers of ``view`` that serve or load blocks, without ``silent``: those that answer nobody any more.
+
+    A server that moves and keeps some blocks has ONLINE records for these and JOINING ones for the new: it counts
+    with both where the cover is planned, and with the former where it is served.
+    """
+    others = view.without(set(silent)) if silent else view
+    served = {remote.peer: remote for remote in others.spans(ServerState.ONLINE)}
+    loading = _loading(others)
+    peers = sorted({*served, *loading})
+    spans = [
+        _hull(served[peer].span if peer in served else None, loading.get(peer, (None, 0.0))[0])
+        for peer in peers
+    ]
+    empty = BlockSpan(0, view.num_blocks)
+    now = [served[peer].span if peer in served else None for peer in peers]
+    rates = [served[peer].record.throughput if peer in served else loading[peer][1] for peer in peers]
+    free = [
+        peer in served
+        and peer not in loading
+        and (served[peer].record.version or "").startswith(_OURS)
+        and len(span) < len(empty)
+        for peer, span in zip(peers, spans, strict=True)
+    ]
+    return SwarmState(
+        num_blocks=view.num_blocks,
+        peers=peers,
+        start=np.array([span.start for span in spans], np.int64),
+        length=np.array([len(span) for span in spans], np.int64),
+        served_start=np.array([0 if span is None else span.start for span in now], np.int64),
+        served_end=np.array([0 if span is None else span.end for span in now], np.int64),
+        throughput=np.array(rates, np.float64),
+        is_free=np.array(free, bool),
+    )
+
+
+def _loading(view: SwarmView) -> dict[str, tuple[BlockSpan, float]]:
+    """What each server announces as JOINING, and its throughput."""
+    spans: dict[str, tuple[BlockSpan, float]] = {}
+    whole = BlockSpan(0, view.num_blocks)
+    for block, records in enumerate(view.blocks):
+        for peer, record in records.items():
+            if record.state is not ServerState.JOINING:
+                continue
+            claim = None if record.span is None else record.span.intersect(whole)
+            known = spans.get(peer)
+            span = claim or BlockSpan(block, block + 1)
+            spans[peer] = (span if known is None else _hull(known[0], span), record.throughput)
+    return spans
+
+
+def _hull(one: BlockSpan | None, other: BlockSpan | None) -> BlockSpan:
+    """The smallest span that holds both; ValueError without any."""
+    spans = [span for span in (one, other) if span is not None]
+    if not spans:
+        raise ValueError("no span")
+    return BlockSpan(min(span.start for span in spans), max(span.end for span in spans))
