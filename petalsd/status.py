@@ -250,12 +250,22 @@ class Gain(Document):
     swarm_throughput_before: float
     swarm_throughput_after: float
     ratio: float | None = Field(description="null where nobody served that block before")
+    tokens: float = Field(description="won over the time that a gain is expected to last")
 
 
 class Cost(Document):
     blocks_to_load: int
     blocks_kept: int
     seconds_estimate: float | None
+    tokens: float = Field(description="lost while the new blocks load")
+
+
+class Turn(Document):
+    """A server of the swarm that is to move first."""
+
+    peer_id: str
+    current: Span
+    target: Span
 
 
 class Plan(Answer):
@@ -265,6 +275,8 @@ class Plan(Answer):
     proposed: Span | None
     gain: Gain | None
     cost: Cost | None
+    weakest: list[Span] = Field(description="runs of blocks that the swarm serves worst")
+    ahead: list[Turn] = Field(description="moves of others that come first, the most valuable first")
     sessions_touched: int = Field(description="sessions that the move ends")
     sessions_kept: int
     would_move: bool

@@ -22,6 +22,7 @@ from petalsd.status import (
     Sessions,
     Span,
     Status,
+    Turn,
 )
 from petalsd.swarm.placement.decision import Decision, Estimate, OwnSpan
 from petalsd.types import BlockSpan, DaemonState
@@ -147,10 +148,12 @@ class Administration:
     def _staying(self, current: BlockSpan, why: str, decision: Decision | None = None) -> Plan:
         if decision is None:
             return Plan(
-                current=Span(start=current.start, end=current.end),
+                current=_span(current),
                 proposed=None,
                 gain=None,
                 cost=None,
+                weakest=[],
+                ahead=[],
                 sessions_touched=0,
                 sessions_kept=self._parts.engine.stats().sessions,
                 would_move=False,
@@ -164,10 +167,15 @@ class Administration:
         sessions = [info.spec.span for info in self._parts.engine.open_sessions()]
         touched = sum(kept is None or not kept.covers(span) for span in sessions)
         return Plan(
-            current=Span(start=decision.span.start, end=decision.span.end),
-            proposed=Span.of(decision.target) if is_other else None,
+            current=_span(decision.span),
+            proposed=_span(decision.target) if is_other else None,
             gain=_gain(decision.estimate) if is_other else None,
             cost=_cost(decision) if is_other else None,
+            weakest=[_span(span) for span in decision.weakest],
+            ahead=[
+                Turn(peer_id=turn.peer, current=_span(turn.span), target=_span(turn.target))
+                for turn in decision.ahead
+            ],
             sessions_touched=touched,
             sessions_kept=len(sessions) - touched,
             would_move=would_move,
@@ -210,6 +218,7 @@ def _gain(figures: Estimate) -> Gain:
         swarm_throughput_before=before,
         swarm_throughput_after=after,
         ratio=after / before if before > 0 else None,
+        tokens=figures.gain_tokens,
     )
 
 
@@ -220,7 +229,12 @@ def _cost(decision: Decision) -> Cost:
         blocks_to_load=len(decision.target) - num_kept,
         blocks_kept=num_kept,
         seconds_estimate=decision.estimate.load_s,
+        tokens=decision.estimate.cost_tokens,
     )
+
+
+def _span(span: BlockSpan) -> Span:
+    return Span(start=span.start, end=span.end)
 
 
 def _why_pinned(demand: Demand, num_blocks: int) -> str:

@@ -1,4 +1,4 @@
-"""A decision about the placement in a person's words."""
+"""A decision about the placement in a person's words; the figures stand beside it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,19 @@ from petalsd.swarm.placement.decision import Decision, Verdict
 
 
 def explain(decision: Decision) -> str:
-    """Why the server moves or stays, with the numbers that decided it. Rates are of the swarm's weakest block."""
+    """Why the server moves or stays, in one sentence."""
     figures = decision.estimate
-    won = f"{figures.gain_tokens:.0f} tokens won, {figures.cost_tokens:.0f} lost while blocks load"
-    weakest = ", ".join(map(str, decision.weakest[:_FEW])) + (" ..." if len(decision.weakest) > _FEW else "")
     match decision.verdict:
         case Verdict.MOVE:
-            return f"blocks {weakest} are served worst; {won}"
+            return f"blocks {decision.target} need this server more"
+        case Verdict.FITS:
+            return "no other blocks need this server more"
         case Verdict.WAITS:
-            first = decision.ahead[0]
-            return (
-                f"{len(decision.ahead)} others move first, beginning with {first.peer[-6:]} from {first.span} "
-                f"to {first.target}"
-            )
+            return f"others are to move first ({len(decision.ahead)} of them); then it is looked at again"
         case Verdict.TOO_DEAR:
-            return f"moving to {decision.target} does not pay: {won}"
+            won, lost = round(figures.gain_tokens), round(figures.cost_tokens)
+            return f"moving to blocks {decision.target} does not pay: {won:,} tokens won, {lost:,} lost"
         case Verdict.SETTLING:
-            return f"it has served these blocks too short a time to move to {decision.target}"
+            return f"it came here a short while ago; blocks {decision.target} would need it more"
         case Verdict.LOADING:
             return "the swarm's directory does not show yet that these blocks are served here"
-        case Verdict.FITS:
-            return f"no other blocks need this server more; blocks {weakest} are served worst"
-
-
-_FEW = 3

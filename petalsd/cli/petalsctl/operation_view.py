@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from petalsd.cli.petalsctl.status_view import drain_text, span_text
 from petalsd.cli.petalsctl.text import Line, Piece, advice, fields, line
 from petalsd.cli.petalsctl.units import counted, duration, rate
 
+_FEW = 3  # of a list that may be long
+
 
 def plan_lines(plan: Mapping[str, Any], *, is_dry_run: bool) -> list[Line]:
-    """Where to, what the swarm gains, what it costs here, whose sessions it ends."""
+    """Where to, who goes first, what the swarm gains, what it costs here, whose sessions it ends."""
     lines = [line(Piece(_verdict(plan, is_dry_run=is_dry_run), "bold"))]
     if plan["explanation"]:
         lines.append(advice(plan["explanation"]))
     pairs: list[tuple[str, Line | str]] = [("now", f"blocks {span_text(plan['current'])}")]
+    if plan["weakest"]:
+        pairs.append(("weakest", f"blocks {_some(map(span_text, plan['weakest']))}"))
+    if plan["ahead"]:
+        pairs.append(("first", _some(map(_turn, plan["ahead"]))))
     if plan["proposed"] is not None:
         pairs.append(("proposed", f"blocks {span_text(plan['proposed'])}"))
         pairs += [("gain", _gain(plan["gain"])), ("cost", _cost(plan["cost"])), ("sessions", _sessions(plan))]
@@ -61,7 +67,8 @@ def _gain(gain: Mapping[str, Any] | None) -> str:
     before, after = gain["swarm_throughput_before"], gain["swarm_throughput_after"]
     ratio = gain["ratio"]
     times = "" if ratio is None else f" ({ratio:.2f}×)"
-    return f"the swarm's weakest block from {rate(before)} to {rate(after)} tokens/s{times}"
+    won = f", {round(gain['tokens']):,} tokens won"
+    return f"the swarm's weakest block from {rate(before)} to {rate(after)} tokens/s{times}{won}"
 
 
 def _cost(cost: Mapping[str, Any] | None) -> str:
@@ -70,7 +77,20 @@ def _cost(cost: Mapping[str, Any] | None) -> str:
     parts = [f"{counted(cost['blocks_to_load'], 'block')} to load", f"{cost['blocks_kept']} kept"]
     if cost["seconds_estimate"] is not None:
         parts.append(f"about {duration(cost['seconds_estimate'])}")
+    parts.append(f"{round(cost['tokens']):,} tokens lost meanwhile")
     return ", ".join(parts)
+
+
+def _turn(turn: Mapping[str, Any]) -> str:
+    """…Qm1234 from 0:15 to 15:30."""
+    return f"…{turn['peer_id'][-6:]} from {span_text(turn['current'])} to {span_text(turn['target'])}"
+
+
+def _some(texts: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    listed = list(texts)
+    more = len(listed) - _FEW
+    return ", ".join(listed[:_FEW]) + (f" and {more} more" if more > 0 else "")
 
 
 def _sessions(plan: Mapping[str, Any]) -> str:

@@ -143,8 +143,18 @@ PLAN: dict[str, Any] = {
     "schema_version": 1,
     "current": {"start": 0, "end": 15},
     "proposed": {"start": 15, "end": 30},
-    "gain": {"swarm_throughput_before": 41.0, "swarm_throughput_after": 123.4, "ratio": 3.01},
-    "cost": {"blocks_to_load": 15, "blocks_kept": 0, "seconds_estimate": 95.0},
+    "gain": {
+        "swarm_throughput_before": 41.0,
+        "swarm_throughput_after": 123.4,
+        "ratio": 3.01,
+        "tokens": 8240.0,
+    },
+    "cost": {"blocks_to_load": 15, "blocks_kept": 0, "seconds_estimate": 95.0, "tokens": 1200.4},
+    "weakest": [{"start": 15, "end": 22}, {"start": 25, "end": 30}],
+    "ahead": [
+        {"peer_id": "QmServerB", "current": {"start": 0, "end": 15}, "target": {"start": 10, "end": 25}}
+    ]
+    * 5,
     "sessions_touched": 3,
     "sessions_kept": 0,
     "would_move": True,

@@ -34,9 +34,11 @@ DRY_RUN = """\
 it would move to blocks 15:30
   blocks 15:30 are the slowest of the swarm
   now       blocks 0:15
+  weakest   blocks 15:22, 25:30
+  first     …erverB from 0:15 to 10:25, …erverB from 0:15 to 10:25, …erverB from 0:15 to 10:25 and 2 more
   proposed  blocks 15:30
-  gain      the swarm's weakest block from 41.0 to 123 tokens/s (3.01×)
-  cost      15 blocks to load, 0 kept, about 1 min 35 s
+  gain      the swarm's weakest block from 41.0 to 123 tokens/s (3.01×), 8,240 tokens won
+  cost      15 blocks to load, 0 kept, about 1 min 35 s, 1,200 tokens lost meanwhile
   sessions  3 would end, 0 go on
 """
 
@@ -91,7 +93,7 @@ def test_rebalance(daemon: FakeDaemon, ctl: Ctl) -> None:
     assert daemon.requests[-1][2] == {"to": None, "dry_run": False, "wait": False}
     why = "the weakest block would gain 2 %"
     daemon.answers["POST /v1/rebalance"] = document(
-        PLAN, proposed=None, gain=None, cost=None, would_move=False, explanation=why
+        PLAN, proposed=None, gain=None, cost=None, weakest=[], ahead=[], would_move=False, explanation=why
     )
     assert ctl("rebalance")[1] == f"it stays where it is\n  {why}\n  now  blocks 0:15\n"
 
