@@ -16,8 +16,8 @@ import numpy as np
 
 from petalsd.swarm.placement.plan import plan_moves
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.potential import Landscape, relied_cover, scale, soft_minimum
-from petalsd.swarm.placement.state import Floats, SwarmState
+from petalsd.swarm.placement.potential import Landscape, scale, soft_minimum
+from petalsd.swarm.placement.state import SwarmState
 from petalsd.types import BlockSpan
 
 
@@ -67,10 +67,10 @@ class Estimate:
 
     weakest_before  throughput of the swarm's weakest block, all announced blocks loaded
     weakest_after   the same after the move
-    gain            rise of the soft minimum over blocks, less what is not relied upon
+    gain            rise of the soft minimum over blocks
     lost_rate       by how much the swarm is slower while the move lasts
     load_s          how long it lasts
-    gain_tokens     what it wins over the policy's horizon, and
+    gain_tokens     what it wins while it is expected to last, and
     cost_tokens     what it costs
     """
 
@@ -121,8 +121,9 @@ def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) ->
         verdict = Verdict.FITS if len(own.span) == state.num_blocks else Verdict.LOADING
         return Decision(verdict, own.span, own.span, _nothing(state), weakest=weakest)
     turns: list[Turn] = []
-    later = state
-    for move in plan_moves(state, policy):
+    moves, later = plan_moves(state, policy), state
+    is_listed = any(move.row == row for move in moves)
+    for move in moves:
         target = _span(move.target, int(state.length[move.row]))
         if move.row == row:
             figures = estimate(later, row, target, costs, policy)
@@ -130,7 +131,8 @@ def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) ->
                 _own_turn(own, costs, figures, policy), own.span, target, figures, tuple(turns), weakest
             )
         turns.append(Turn(state.peers[move.row], _span(int(state.start[move.row]), len(target)), target))
-        later = later.moved(move.row, target)
+        if is_listed:
+            later = later.moved(move.row, target)
     target = _best_target(state, row, policy)
     if target == own.span:
         return Decision(Verdict.FITS, own.span, target, _nothing(state), tuple(turns), weakest)
@@ -156,8 +158,8 @@ def estimate(state: SwarmState, row: int, target: BlockSpan, costs: MoveCosts, p
         load_s = costs.load_block_s * num_new
     after = state.moved(row, target)
     tau = scale(state, policy)
-    gain = soft_minimum(relied_cover(after, policy), tau) - soft_minimum(relied_cover(state, policy), tau)
-    lost = _lost_rate(state.served_cover(), after.served_cover(), tau, policy)
+    gain = soft_minimum(after.planned_cover(), tau) - soft_minimum(state.planned_cover(), tau)
+    lost = _lost_rate(state, row, target, tau, policy)
     work = float(state.throughput[row]) * num_new / state.num_blocks
     return Estimate(
         weakest_before=float(state.planned_cover().min()),
@@ -165,8 +167,8 @@ def estimate(state: SwarmState, row: int, target: BlockSpan, costs: MoveCosts, p
         gain=gain,
         lost_rate=lost,
         load_s=load_s,
-        gain_tokens=gain * policy.horizon_s,
-        cost_tokens=lost * load_s + costs.session_s * work,
+        gain_tokens=gain * policy.lasting_s(load_s),
+        cost_tokens=lost * load_s + (policy.move_s + costs.session_s) * work,
     )
 
 
@@ -193,13 +195,15 @@ def _own_turn(own: OwnSpan, costs: MoveCosts, figures: Estimate, policy: Policy)
     return Verdict.MOVE
 
 
-def _lost_rate(before: Floats, after: Floats, tau: float, policy: Policy) -> float:
-    lowest = float(before.min())
+def _lost_rate(state: SwarmState, row: int, target: BlockSpan, tau: float, policy: Policy) -> float:
+    """As ``Landscape.losses``, of one move."""
+    served, left = state.served_cover(), state.moved(row, target).served_cover()
+    lowest = float(served.min())
     if lowest <= 0:
         return 0.0  # no chain serves anybody: there is nothing to lose
-    if float(after.min()) <= 0:
+    if float(left.min()) <= 0:
         return policy.hole_weight * lowest
-    return min(soft_minimum(before, tau) - soft_minimum(after, tau), lowest)
+    return min(soft_minimum(served, tau) - soft_minimum(left, tau), lowest)
 
 
 def _nothing(state: SwarmState) -> Estimate:

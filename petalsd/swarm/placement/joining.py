@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.potential import largest, scale
+from petalsd.swarm.placement.potential import scale
 from petalsd.swarm.placement.state import SwarmState
 from petalsd.types import BlockSpan
 
@@ -19,11 +19,8 @@ def choose_start(state: SwarmState, length: int, throughput: float, policy: Poli
         raise ValueError(f"cannot place {length} blocks among {state.num_blocks}")
     cover = state.planned_cover()
     tau = scale(state, policy, length * throughput / state.num_blocks)
-    top = largest(state).first
-    relied = cover - policy.spare * top
-    weight = np.exp(np.maximum((relied.min() - relied) / tau, -60.0))
-    less = weight * -np.expm1(-(throughput - policy.spare * np.maximum(throughput - top, 0.0)) / tau)
-    total = np.concatenate(([0.0], np.cumsum(less)))
+    weight = np.exp(np.maximum((cover.min() - cover) / tau, -60.0))
+    total = np.concatenate(([0.0], np.cumsum(weight)))
     worth = total[length:] - total[: state.num_blocks - length + 1]
     return int(np.flatnonzero(worth >= worth.max() * (1 - 1e-9))[0])
 

@@ -10,7 +10,7 @@ from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.potential import Landscape
 from petalsd.swarm.placement.state import Ints, SwarmState
 
-_LOOK_AGAIN = 12  # candidates whose value is computed anew after each planned move
+_LOOK_AGAIN = 8  # candidates whose value is computed anew after each planned move
 _NOTHING = 1e-9  # tokens: what rounding makes of staying
 
 
@@ -25,15 +25,18 @@ class PlannedMove:
 
 def plan_moves(state: SwarmState, policy: Policy) -> list[PlannedMove]:
     """Best replies, the most valuable first, each to the state that those before it leave behind."""
-    land = Landscape(state, policy)
-    rows = _candidates(state, policy, land)
+    land, num_moves = Landscape(state, policy), policy.num_moves(len(state.peers))
+    rows = _candidates(state, land, policy.candidates_per_move * num_moves)
     if not len(rows):
         return []
     values = land.values(rows)
     best, target = values.max(1), values.argmax(1)
     moves: list[PlannedMove] = []
-    while len(moves) < policy.max_moves:
-        first = np.sort(np.argsort(-best, kind="stable")[:_LOOK_AGAIN])
+    while len(moves) < num_moves:
+        first = np.argsort(-best, kind="stable")[:_LOOK_AGAIN]
+        first = np.sort(first[np.isfinite(best[first])])
+        if not len(first):
+            break
         if moves:  # those before changed what the others are worth, but hardly who is worth most
             values = land.values(rows[first])
             best[first], target[first] = values.max(1), values.argmax(1)
@@ -47,13 +50,12 @@ def plan_moves(state: SwarmState, policy: Policy) -> list[PlannedMove]:
     return moves
 
 
-def _candidates(state: SwarmState, policy: Policy, land: Landscape) -> Ints:
+def _candidates(state: SwarmState, land: Landscape, count: int) -> Ints:
     """Rows of free servers, those whose blocks are needed least where there are many; ascending."""
     rows: Ints = np.flatnonzero(state.is_free)
-    if len(rows) <= policy.num_candidates:
+    if len(rows) <= count:
         return rows
     weight = np.exp(np.maximum((land.cover.min() - land.cover) / land.tau, -60.0))
     total = np.concatenate(([0.0], np.cumsum(weight)))
     need = (total[state.start[rows] + state.length[rows]] - total[state.start[rows]]) / state.length[rows]
-    least = np.argpartition(need, policy.num_candidates)[: policy.num_candidates]
-    return np.sort(rows[least])
+    return np.sort(rows[np.argpartition(need, count)[:count]])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TypeVar
+
+from petalsd.swarm.placement.state import Floats
+
+T = TypeVar("T", float, Floats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,28 +16,37 @@ class Policy:
     """The constants of the rule; the defaults were tuned in ``benchmarks/swarm_sim``.
 
     softness        how soft the minimum over blocks is, as a share of the mean cover
-    spare           share of each block's largest contribution that is not relied upon: that server may crash
-    horizon_s       how long a gain is expected to last
+    horizon_s       how long a gain is expected to last; it counts for less the later it comes
     load_base_s     what loading a whole span takes at least, and
     load_block_s    for each of its blocks; a move loads the share of it that is new
     hole_weight     how many times worse no throughput is than a little: every session breaks at a hole
-    session_s       seconds of work that are lost with the sessions of blocks that are left; 0 with hand-over
+    move_s          seconds of the server's work that a whole move costs at least: small gains are left alone
     min_stay_s      a server that has come or moved stays at least that long, unless a block has nobody
-    max_moves       length of the list of moves that may begin at the same time
-    num_candidates  how many servers are looked at closely: those whose blocks are needed least
+    moves_share     how many moves may begin at the same time, as a share of the servers, and
+    min_moves, max_moves: bounds of that
+    candidates_per_move  how many servers are looked at closely: those whose blocks are needed least
     """
 
-    softness: float = 0.04
-    spare: float = 0.25
-    horizon_s: float = 1800.0
+    softness: float = 0.03
+    horizon_s: float = 100.0
     load_base_s: float = 60.0
     load_block_s: float = 2.0
     hole_weight: float = 1.0
-    session_s: float = 0.0
+    move_s: float = 10.0
     min_stay_s: float = 60.0
-    max_moves: int = 32
-    num_candidates: int = 256
+    moves_share: float = 0.04
+    min_moves: int = 4
+    max_moves: int = 24
+    candidates_per_move: int = 10
 
-    def load_s(self, length: int) -> float:
+    def num_moves(self, servers: int) -> int:
+        """Length of the list of a swarm of that many servers."""
+        return min(max(math.ceil(self.moves_share * servers), self.min_moves), self.max_moves)
+
+    def load_s(self, length: T) -> T:
         """Expected time to load ``length`` blocks."""
         return self.load_base_s + self.load_block_s * length
+
+    def lasting_s(self, load_s: T) -> T:
+        """How long a gain is expected to be had that begins in ``load_s``: the swarm may have changed by then."""
+        return self.horizon_s / (1.0 + load_s / self.horizon_s)

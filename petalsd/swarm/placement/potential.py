@@ -7,13 +7,13 @@ are weakest, and a swarm in which every move raises it cannot go round in circle
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.state import Floats, Ints, SwarmState
 
+_NOTHING = 1e-6  # of a server's throughput: what rounding leaves of a block that nobody serves
+_HOLE = 1e100
 _TINY = 1e-300  # below what a sum of weights can be
 
 
@@ -28,40 +28,6 @@ def scale(state: SwarmState, policy: Policy, extra: float = 0.0) -> float:
     return max(policy.softness * (state.mean_cover() + extra), 1e-9)
 
 
-@dataclass(frozen=True, slots=True)
-class Largest:
-    """For each block the largest contribution, whose it is (a row, -1 for nobody), and the second largest."""
-
-    first: Floats
-    second: Floats
-    owner: Ints
-
-
-def largest(state: SwarmState) -> Largest:
-    blocks = state.num_blocks
-    first, second, owner = np.zeros(blocks), np.zeros(blocks), np.full(blocks, -1)
-    open_blocks = np.full(blocks, 2)
-    for row in np.argsort(-state.throughput, kind="stable").tolist():
-        span = slice(int(state.start[row]), int(state.start[row] + state.length[row]))
-        left = open_blocks[span]
-        if not left.any():
-            continue
-        rate = state.throughput[row]
-        owner[span] = np.where(left == 2, row, owner[span])
-        first[span] = np.where(left == 2, rate, first[span])
-        second[span] = np.where(left == 1, rate, second[span])
-        open_blocks[span] = np.maximum(left - 1, 0)
-        if not open_blocks.any():
-            break
-    return Largest(first, second, owner)
-
-
-def relied_cover(state: SwarmState, policy: Policy) -> Floats:
-    """[num_blocks] the planned cover without the share that would be missed if one server crashed."""
-    cover = state.planned_cover()
-    return cover - policy.spare * largest(state).first if policy.spare else cover
-
-
 class Landscape:
     """What moves are worth while planned moves are put in: ``cover`` and ``served`` change with each ``move``."""
 
@@ -73,7 +39,6 @@ class Landscape:
         self.start = state.start.copy()
         self.cover = state.planned_cover()
         self.served = state.served_cover()
-        self.largest = largest(state)
 
     def move(self, row: int, target: int) -> None:
         """Server ``row`` leaves for the blocks from ``target``; what it leaves is not served any more."""
@@ -90,27 +55,22 @@ class Landscape:
 
         0 where it is, -inf where its span would not fit.
         """
-        gain, loss = self.gains(rows), self.losses(rows)
-        length = self.length[rows][:, None]
-        moved = np.abs(np.arange(self.num_blocks) - self.start[rows][:, None])
-        part = np.minimum(moved / length, 1.0)
-        policy = self.policy
-        load_s = policy.load_base_s + policy.load_block_s * length
-        work = self.throughput[rows][:, None] * length / self.num_blocks
-        worth: Floats = policy.horizon_s * gain - part * (loss * load_s + policy.session_s * work)
-        return worth
+        policy, length = self.policy, self.length[rows][:, None].astype(float)
+        moved = np.minimum(np.abs(np.arange(self.num_blocks) - self.start[rows][:, None]), length)
+        load_s = policy.load_s(length) * moved / length
+        work = self.throughput[rows][:, None] * moved / self.num_blocks
+        costs = self.losses(rows) * load_s + policy.move_s * work
+        values: Floats = self.gains(rows) * policy.lasting_s(load_s) - costs
+        return values
 
     def gains(self, rows: Ints) -> Floats:
         """[K, num_blocks] tokens/s by which the soft minimum rises, once all is loaded."""
-        spare, tau = self.policy.spare, self.tau
-        at, length = self.start[rows][:, None], self.length[rows][:, None]
+        tau, at, length = self.tau, self.start[rows][:, None], self.length[rows][:, None]
         rate, block = self.throughput[rows][:, None], np.arange(self.num_blocks)
         is_own = (block >= at) & (block < at + length)
-        top = np.where(self.largest.owner == rows[:, None], self.largest.second, self.largest.first)
-        without = self.cover - rate * is_own - spare * top
-        floor = without.min(1, keepdims=True)
-        weight = np.exp((floor - without) / tau)
-        joined = weight * np.exp((spare * np.maximum(rate - top, 0.0) - rate) / tau)
+        without = self.cover - rate * is_own
+        weight = np.exp((without.min(1, keepdims=True) - without) / tau)
+        joined = weight * np.exp(-rate / tau)
         before, inside = _sums(weight), _sums(joined)
         behind = _sums(weight[:, ::-1])[:, ::-1]
         end = np.minimum(block + length, self.num_blocks)
@@ -121,22 +81,21 @@ class Landscape:
         return np.where(block + length <= self.num_blocks, gain, -np.inf)
 
     def losses(self, rows: Ints) -> Floats:
-        """[K, num_blocks] tokens/s that the swarm lacks while the server loads: it has left its leaving blocks."""
-        tau, lowest = self.tau, float(self.served.min())
+        """[K, num_blocks] tokens/s that the swarm lacks while a server loads: it has left its leaving blocks."""
         at, length = self.start[rows][:, None], self.length[rows][:, None]
         rate, block = self.throughput[rows][:, None], np.arange(self.num_blocks)
-        if lowest <= 1e-6 * rate.max():
+        tau, lowest = self.tau, float(self.served.min())
+        if lowest <= _NOTHING * float(rate.max()):
             return np.zeros((len(rows), self.num_blocks))  # no chain serves anybody: there is nothing to lose
         is_own = (block >= at) & (block < at + length)
         left = self.served - rate
-        is_hole = is_own & (left <= 1e-6 * rate)
-        more = np.where(
-            is_own & ~is_hole, np.exp((lowest - left) / tau) - np.exp((lowest - self.served) / tau), 0
-        )
-        rises, holes = _leaving(more, at, length), _leaving(is_hole.astype(float), at, length)
-        now = float(np.exp((lowest - self.served) / tau).sum())
-        loss = np.minimum(tau * np.log1p(rises / now), lowest)
-        return np.where(holes > 0, self.policy.hole_weight * lowest, loss)
+        is_hole = is_own & (left <= _NOTHING * rate)
+        weight = np.exp((lowest - self.served) / tau)
+        # A hole is far more than all other weights together, so that its presence shows in the same sum.
+        more = is_own * (np.where(is_hole, _HOLE, np.exp((lowest - np.maximum(left, 0.0)) / tau)) - weight)
+        rises = _leaving(more, at, length)
+        loss = np.minimum(tau * np.log1p(rises / float(weight.sum())), lowest)
+        return np.where(rises >= _HOLE / 2, self.policy.hole_weight * lowest, loss)
 
 
 def _sums(table: Floats) -> Floats:

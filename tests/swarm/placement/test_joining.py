@@ -1,0 +1,80 @@
+"""Where a newcomer goes, and how a reading of the directory becomes a state."""
+
+from __future__ import annotations
+
+import pytest
+
+from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.placement.joining import choose_span
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.reading import read_state
+from petalsd.swarm.protocol import ServerState
+from petalsd.swarm.record import ServerRecord
+from petalsd.types import BlockSpan
+from tests.swarm.placement.swarms import random_state, state_of
+
+
+def test_a_newcomer_fills_the_gap() -> None:
+    state = state_of(8, (0, 4, 1.0), (6, 8, 1.0))
+    assert choose_span(state, 2, 1.0, Policy()) == BlockSpan(4, 6)
+
+
+def test_ties_go_to_the_lowest_block() -> None:
+    """The first of a swarm begins at its first block."""
+    assert choose_span(state_of(6, (0, 6, 1.0)), 2, 1.0, Policy()) == BlockSpan(0, 2)
+    assert choose_span(random_state(0, servers=0), 3, 1.0, Policy()) == BlockSpan(0, 3)
+
+
+def test_more_blocks_than_the_model_has_cannot_be_placed() -> None:
+    with pytest.raises(ValueError, match="4 blocks among 3"):
+        choose_span(state_of(3, (0, 3, 1.0)), 4, 1.0, Policy())
+
+
+def view_of(num_blocks: int, *records: tuple[str, BlockSpan, ServerRecord]) -> SwarmView:
+    blocks: list[dict[str, ServerRecord]] = [{} for _ in range(num_blocks)]
+    for peer, span, record in records:
+        for block in span:
+            blocks[block][peer] = record
+    return SwarmView("prefix", num_blocks, blocks)
+
+
+def record(state: ServerState, span: BlockSpan, version: str | None = "petalsd 1") -> ServerRecord:
+    return ServerRecord(state, 2.0, span=span, version=version)
+
+
+def test_a_server_that_moves_counts_with_what_it_serves_and_what_it_loads() -> None:
+    """It keeps 2:4 and loads 4:6: planned with both, served with the former, and not to be moved again yet."""
+    view = view_of(
+        8,
+        ("a", BlockSpan(0, 2), record(ServerState.OFFLINE, BlockSpan(0, 2))),
+        ("a", BlockSpan(2, 4), record(ServerState.ONLINE, BlockSpan(2, 4))),
+        ("a", BlockSpan(4, 6), record(ServerState.JOINING, BlockSpan(4, 6))),
+    )
+    state = read_state(view)
+    assert state.planned_cover().tolist() == [0, 0, 2, 2, 2, 2, 0, 0]
+    assert state.served_cover().tolist() == [0, 0, 2, 2, 0, 0, 0, 0]
+    assert not state.is_free[0]
+
+
+def test_who_is_free() -> None:
+    """Those that follow this rule, serve what they announce, and do not serve everything anyway."""
+    whole, half = BlockSpan(0, 8), BlockSpan(0, 4)
+    view = view_of(
+        8,
+        ("a", half, record(ServerState.ONLINE, half)),
+        ("b", half, record(ServerState.ONLINE, half, "2.3.0")),
+        ("c", half, record(ServerState.ONLINE, half, None)),
+        ("d", half, record(ServerState.JOINING, half)),
+        ("e", whole, record(ServerState.ONLINE, whole)),
+    )
+    state = read_state(view)
+    assert state.peers == ["a", "b", "c", "d", "e"]
+    assert state.is_free.tolist() == [True, False, False, False, False]
+    assert state.planned_cover()[0] == 10.0 and state.served_cover()[0] == 8.0
+    assert read_state(view, silent={"e"}).peers == ["a", "b", "c", "d"]
+
+
+def test_an_empty_swarm_is_a_state() -> None:
+    """The first server of a model reads nothing at all."""
+    state = read_state(view_of(4))
+    assert state.planned_cover().tolist() == [0.0] * 4 and state.mean_cover() == 0.0
