@@ -13,7 +13,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml 
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench bench-compare bench-gpu deb docs promtool clean
+.PHONY: help install demo-model demo test test-interop lint format sanitize bench bench-compare bench-gpu bench-swarm \
+	deb docs promtool clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -62,6 +63,9 @@ test-interop: $(DEMO_MODEL)/config.json ## run the tests against stock Petals, i
 
 bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most; results in benchmarks/results
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks $(ARGS)
+
+bench-swarm: $(STAMP) ## simulate placement in swarms of 10 to 1,000 servers; about an hour, ARGS names single cases
+	@$(BIN)/python -m benchmarks.swarm_sim $(ARGS)
 
 bench-compare: $(DEMO_MODEL)/config.json ## the same beside stock Petals and transformers, in twenty minutes at most
 	@$(BIN)/python tests/interop/environment/build.py

@@ -1,0 +1,109 @@
+"""The directory as a server sees it: announcements that have arrived, and the records of those that crashed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from benchmarks.swarm_sim.fleet import Array, Flags, Fleet, Ints
+from petalsd.swarm.placement.state import SwarmState
+
+OFFLINE, JOINING, ONLINE = 0, 1, 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One server's announcement: ``[start, end)`` is what is read of it, ``goal`` where its blocks will start."""
+
+    state: int = OFFLINE
+    start: int = 0
+    end: int = 0
+    goal: int = 0
+
+
+@dataclass(slots=True)
+class Server:
+    """What a server knows about itself: blocks, throughput, time to load them all, where it is and since when."""
+
+    row: int
+    n: int
+    t: float
+    load_s: float
+    start: int = -1
+    since: float = -math.inf
+
+
+class View:
+    """Arrays with one entry per server that ever was; sums of the cover are kept up to date.
+
+    ``follows`` says who follows petalsd's rule, which records tell by their version. ``is_dead`` marks records
+    whose server did not answer pings; only petalsd looks at that.
+    """
+
+    def __init__(self, blocks: int, fleet: Fleet, follows: Flags) -> None:
+        count = len(fleet.n)
+        self.blocks, self.n, self.t, self.follows = blocks, fleet.n, fleet.t, follows
+        self.state: Ints = np.zeros(count, np.int64)
+        self.start: Ints = np.zeros(count, np.int64)
+        self.end: Ints = np.zeros(count, np.int64)
+        self.goal: Ints = np.zeros(count, np.int64)
+        self.names = [f"{row:06d}" for row in range(count)]
+        self.is_dead: Flags = np.zeros(count, bool)
+        self.cover: Array = np.zeros(blocks)
+        self.mass = 0.0
+        self.version = 0
+        self._cache: dict[Any, tuple[int, Any]] = {}
+
+    def put(self, row: int, record: Record) -> None:
+        t, n = self.t[row], self.n[row]
+        if self.state[row]:
+            self.cover[self.start[row] : self.end[row]] -= t
+            self.mass -= n * t
+        self.state[row], self.is_dead[row] = record.state, False
+        if record.state:
+            self.start[row], self.end[row], self.goal[row] = record.start, record.end, record.goal
+            self.cover[record.start : record.end] += t
+            self.mass += n * t
+        self.version += 1
+
+    def declare_dead(self, row: int) -> None:
+        self.is_dead[row] = True
+        self.version += 1
+
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
+        """Servers that see the same view share what they derive from it: that saves simulation time only."""
+        hit = self._cache.get(key)
+        if hit is None or hit[0] != self.version:
+            hit = self._cache[key] = (self.version, make())
+        result: T = hit[1]
+        return result
+
+    def listed(self) -> Ints:
+        """Rows of all servers with a record that is not OFFLINE."""
+        return self.cached("listed", lambda: np.flatnonzero(self.state))
+
+    def swarm_state(self) -> tuple[SwarmState, Ints]:
+        """What petalsd's placement gets, and the row of each server in it."""
+        return self.cached("swarm_state", self._swarm_state)
+
+    def _swarm_state(self) -> tuple[SwarmState, Ints]:
+        rows = np.flatnonzero((self.state > 0) & ~self.is_dead)
+        is_online, n, goal = self.state[rows] == ONLINE, self.n[rows], self.goal[rows]
+        start, end = np.where(is_online, self.start[rows], 0), np.where(is_online, self.end[rows], 0)
+        state = SwarmState(
+            num_blocks=self.blocks,
+            peers=[self.names[row] for row in rows.tolist()],
+            start=goal,
+            length=n,
+            served_start=start,
+            served_end=end,
+            throughput=self.t[rows],
+            is_free=is_online & self.follows[rows] & (end - start == n) & (n < self.blocks),
+        )
+        return state, rows

@@ -1,0 +1,144 @@
+"""The simulator of swarms: what it counts, that it repeats itself, and that petalsd's rule does its work in it."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.swarm_sim import __main__ as command
+from benchmarks.swarm_sim.cases import CASES, find_case, make_policies
+from benchmarks.swarm_sim.decisions import slowest_decision_ms
+from benchmarks.swarm_sim.fleet import Scenario, draw_fleet
+from benchmarks.swarm_sim.petals_rule import best_start, should_move
+from benchmarks.swarm_sim.reference import bound_shares, offline_best
+from benchmarks.swarm_sim.results import publish, summarize
+from benchmarks.swarm_sim.simulation import Ceiling, Outcome, Simulation
+
+SMALL = Scenario(
+    model="70b", servers=8, hours=1.0, wave_at=1e9, outage_at=1800.0, outage_s=600.0, steady_from=900.0
+)
+
+
+def simulate(policy: str, scenario: Scenario = SMALL, seed: int = 3) -> Outcome:
+    return Simulation(scenario, make_policies(policy), seed, policy).run()
+
+
+def test_a_run_repeats_itself() -> None:
+    """Scenario, policy and seed say everything."""
+    first, second = (replace(simulate("petalsd"), slowest_ms=0.0) for _ in range(2))
+    assert first == second
+    assert simulate("petalsd", seed=4).share != first.share
+
+
+def test_petalsd_moves_and_uses_the_swarm_better() -> None:
+    """A small swarm that loses a region: moving is worth it, and the figures are shares and rates."""
+    ours, still = simulate("petalsd"), simulate("petals-still")
+    assert ours.share > still.share
+    assert still.moves == 0.0 and still.cut == 0.0
+    assert ours.moves > 0.0
+    assert 0.0 < ours.share < 1.2 and 0.0 <= ours.uncovered <= 1.0
+
+
+def test_a_swarm_where_nobody_comes_or_goes_comes_to_rest() -> None:
+    """After the joining nobody moves any more, neither among themselves nor beside stock Petals servers."""
+    calm = replace(SMALL, short_life=1e9, outage_at=1e9, ramp_s=60.0)
+    for policy in ("petalsd", "petalsd+petals"):
+        short = Simulation(replace(calm, hours=0.5), make_policies(policy), 5, policy)
+        long = Simulation(replace(calm, hours=1.0), make_policies(policy), 5, policy)
+        short.run(), long.run()
+        assert short.num_moves == long.num_moves, policy
+
+
+def test_fleets_do_not_depend_on_the_rule() -> None:
+    first, second = draw_fleet(SMALL, 1), draw_fleet(SMALL, 1)
+    assert (first.arrive == second.arrive).all() and (first.depart == second.depart).all()
+    assert (first.depart > first.arrive).all() and (first.n >= 1).all() and (first.t > 0).all()
+
+
+def test_the_reference_is_below_the_bound() -> None:
+    """And above what standing at random reaches."""
+    rng = np.random.default_rng(0)
+    n, t = rng.integers(2, 9, 20), rng.integers(1, 50, 20).astype(float)
+    best = offline_best(n, t, 20, 0, 2)
+    assert 0.8 * bound_shares(n, t, 20).sum() < best <= bound_shares(n, t, 20).sum() + 1e-9
+    assert offline_best(n[:1], t[:1], 20, 0, 1) == 0.0
+
+
+def test_the_ceiling_follows_the_swarm() -> None:
+    ceiling = Ceiling(SMALL, draw_fleet(SMALL, 3), 3)
+    assert all(0.0 <= ratio <= 1.0 for ratio in ceiling.reached)
+    assert ceiling.ratio(0.0) == ceiling.reached[0]
+    assert ceiling.ratio(1e9) == ceiling.reached[-1]
+
+
+def test_stock_petals_takes_the_smallest_of_the_sorted_windows() -> None:
+    """For all small tables the choice is the minimum over windows of (sorted window, start)."""
+    for table in itertools.product([0.0, 1.0, 2.0], repeat=6):
+        for length in range(1, 7):
+            windows = [(sorted(table[at : at + length]), at) for at in range(7 - length)]
+            assert best_start(np.array(table), length) == min(windows)[1]
+
+
+@pytest.mark.parametrize(
+    ("spans", "quality", "is_move"),
+    [
+        ([(0, 2, 1.0), (0, 2, 1.0)], 0.75, True),
+        ([(0, 2, 1.0), (0, 2, 1.0)], 0.0, False),
+        ([(0, 2, 1.0), (2, 4, 1.0)], 1.5, True),
+        ([(0, 2, 1.0), (2, 4, 9.0), (2, 4, 9.0)], 0.75, False),
+        ([(0, 2, 1.0), (2, 4, 1.0), (0, 2, 1.0), (2, 4, 1.0)], 0.75, False),
+    ],
+)
+def test_stock_petals_moves(spans: list[tuple[int, int, float]], quality: float, is_move: bool) -> None:
+    """Into a gap, never with quality 0, always above 1; not the only holder of blocks, not in balance."""
+    start, end, rate = (np.array([span[column] for span in spans]) for column in range(3))
+    cover = np.array([rate[(start <= block) & (block < end)].sum() for block in range(4)])
+    bound = float(((end - start) * rate).sum()) / 4
+    rng = np.random.default_rng(0)
+    assert should_move((start, end, rate.astype(float)), 0, cover, quality, bound, rng) is is_move
+
+
+def test_cases_are_named() -> None:
+    assert find_case("405b/100") in CASES
+    assert find_case("8b/7").servers == 7
+    for name in ("1b/10", "405b/x", "405b"):
+        with pytest.raises(ValueError, match="a case is"):
+            find_case(name)
+    with pytest.raises(ValueError, match="no policy 'best'"):
+        make_policies("petals+best")
+
+
+def test_results_of_other_cases_stay(tmp_path: Path) -> None:
+    """A run replaces the rows of its case and draws all of them."""
+    file, picture = tmp_path / "swarm_sim.csv", tmp_path / "placement.svg"
+
+    def outcome(policy: str, seed: int, share: float) -> Outcome:
+        return Outcome(policy, "405b", 30, seed, share=share, outage_s=math.inf)
+
+    publish(summarize([outcome("petalsd", 1, 0.8), outcome("petalsd", 2, 0.9)]), file, picture)
+    publish(summarize([outcome("petals", 1, 0.7)]), file, picture)
+    publish(summarize([outcome("petalsd", 1, 0.5)]), file, picture)
+    with file.open(newline="") as opened:
+        rows = {row["policy"]: row for row in csv.DictReader(opened)}
+    assert {policy: row["share"] for policy, row in rows.items()} == {"petalsd": "0.5", "petals": "0.7"}
+    assert rows["petals"]["outage_s"] == "inf"
+    assert "stock Petals" in picture.read_text()
+
+
+def test_the_command_simulates_a_case(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["swarm_sim", "--case", "8b/4", "--policy", "petalsd", "--seeds", "1", "--print-only"]
+    monkeypatch.setattr("sys.argv", words)
+    assert command.main() == 0
+    assert "8b/4" in capsys.readouterr().out
+
+
+def test_a_decision_is_timed_on_an_unsettled_swarm() -> None:
+    assert slowest_decision_ms("70b", 40, repetitions=2) > 0.0
