@@ -13,6 +13,7 @@ from petalsd.daemon.drain import Drain
 from petalsd.errors import DeadlineExceeded, EngineError, ModelError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.models.contract import Block
+from petalsd.swarm.announcer import Part
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
@@ -71,8 +72,7 @@ class Mover:
         """Serve ``route.new``, and say so; sessions on ``route.kept`` notice nothing.
 
         Those on blocks that are left have the time of a drain. MoveFailed when the new blocks cannot be had.
-        SwarmError, DeadlineExceeded or EngineError when the swarm or the engine does not take part: then nothing
-        is as it should be.
+        EngineError or DeadlineExceeded when the engine does not take part: then nothing is as it should be.
         """
         self.takes_sessions = True
         try:
@@ -83,7 +83,14 @@ class Mover:
             await self._go_back(route)
             raise MoveFailed(f"blocks {route.new} cannot be served: {error}") from error
         self._parts.loader.drop_outside(route.new)
-        await self._parts.member.announce(ServerState.ONLINE, route.new)
+        await self._announce([(ServerState.ONLINE, route.new)])
+
+    async def _announce(self, parts: Sequence[Part]) -> None:
+        """A directory that does not take it is no reason to end anything: it is told again with each renewal."""
+        try:
+            await self._parts.member.announce_parts(parts)
+        except (SwarmError, DeadlineExceeded) as error:
+            log.warning("move_not_announced", **error_fields(error))
 
     async def _change(self, route: Route) -> None:
         """What may fail for long comes first, while everything is served: the download."""
@@ -110,7 +117,7 @@ class Mover:
         self.takes_sessions = route.kept is not None
         kept = [] if route.kept is None else [(ServerState.ONLINE, route.kept)]
         joining = [(ServerState.JOINING, span) for span in route.arriving]
-        await self._parts.member.announce_parts(joining + kept)
+        await self._announce(joining + kept)
 
     async def _see_off(self, route: Route) -> None:
         """Let sessions on blocks that are left go on elsewhere or finish, and end those that do not in time."""
@@ -134,7 +141,7 @@ class Mover:
         if kept is None:
             await engine.drop_span("this server moves to other blocks")
         else:
-            await self._exchange(loader.blocks)
+            await self._exchange(dict(loader.blocks))
 
     async def _serve(self, span: BlockSpan) -> None:
         """Put loaded blocks in the place of those that are served."""
@@ -158,7 +165,7 @@ class Mover:
         self._parts.engine.lift_restriction()
         self._parts.loader.drop_outside(route.old)
         self._parts.board.clear("load_failed")
-        await self._parts.member.announce(ServerState.ONLINE, route.old)
+        await self._announce([(ServerState.ONLINE, route.old)])
 
 
 def _blocks(spans: Sequence[BlockSpan]) -> str:

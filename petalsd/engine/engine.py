@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -324,21 +324,20 @@ class Engine:
 
         When sessions hold all the pages it goes without a cache.
         """
-        await self._send_canary(self._serving_core().served.span)
+        await self._send_canary(lambda served: served)
 
     async def probe(self) -> None:
         """``self_test`` of one block, another one each time: whether the device works, for next to nothing.
 
         All blocks of a large model would be a good part of what an idle machine can do, on a CPU at least.
         """
-        served = self._serving_core().served.span
-        block = served.start + self._num_probes % len(served)
-        self._num_probes += 1
-        await self._send_canary(BlockSpan(block, block + 1))
+        number, self._num_probes = self._num_probes, self._num_probes + 1
+        await self._send_canary(lambda served: _block_of(served, number))
 
-    async def _send_canary(self, span: BlockSpan) -> None:
+    async def _send_canary(self, choose: Callable[[BlockSpan], BlockSpan]) -> None:
+        """Through the blocks that ``choose`` picks of those that are served when its turn has come."""
         async with self._canary_turn:
-            await self._cross(span)
+            await self._cross(choose(self._serving_core().served.span))
 
     async def _cross(self, span: BlockSpan) -> None:
         hidden_size = self._serving_core().served.hidden_size
@@ -395,3 +394,8 @@ class Engine:
         for job in jobs:
             if not job.answer.done():
                 job.answer.set_exception(type(error)(error.message))
+
+
+def _block_of(span: BlockSpan, number: int) -> BlockSpan:
+    block = span.start + number % len(span)
+    return BlockSpan(block, block + 1)

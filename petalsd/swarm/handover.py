@@ -77,10 +77,12 @@ class Offer:
     def parse(cls, request: runtime_pb2.ExpertRequest, prefix: str) -> Offer:
         """BadRequest for what is malformed, NotServed for another model; the rest is the engine's to judge."""
         metadata = decode_metadata(request.metadata)
-        if metadata.get("version") != _VERSION or not metadata.keys() >= _FIELDS:
+        if metadata.get("version") != _VERSION:
             raise BadRequest(
                 "version", metadata.get("version"), f"hand-overs of version {_VERSION} are taken"
             )
+        if missing := _FIELDS - metadata.keys():
+            raise BadRequest("metadata", sorted(metadata), f"an offer needs {', '.join(sorted(missing))} too")
         dtype = metadata["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise BadRequest("dtype", dtype, f"must be one of {', '.join(DTYPES)}")

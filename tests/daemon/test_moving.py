@@ -75,6 +75,25 @@ async def test_sessions_on_left_blocks_have_the_time_of_a_drain() -> None:
     await stopped(stage, running)
 
 
+async def test_a_directory_that_stores_nothing_just_then_ends_nothing() -> None:
+    """The move goes on without its announcements; the next check says again what is served."""
+    stage = Stage("blocks.count=4")
+    running = await until_online(stage)
+    stage.engine.open_spans = [KEPT]
+    stage.member.failures["announce"] = [SwarmError("no node stored it")] * 2
+    online = stage.until(DaemonState.ONLINE)
+    await stage.daemon.move_to(NEW, "the test wants it")
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert (stage.engine.span, stage.engine.open_spans) == (NEW, [KEPT])
+    assert "part" not in stage.calls
+    stage.supervisor.check_now()
+    await eventually(
+        lambda: stage.swarm.states_of(PEER) | dict.fromkeys(NEW, ONLINE) == stage.swarm.states_of(PEER)
+    )
+    stage.engine.open_spans.clear()
+    await stopped(stage, running)
+
+
 async def test_without_room_the_left_blocks_go_before_the_new_ones_come() -> None:
     stage = Stage("blocks.count=4")
     stage.has_room = False

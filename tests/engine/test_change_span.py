@@ -17,6 +17,7 @@ from petalsd.kvcache.spill import SpillArea
 from petalsd.types import BlockSpan
 from tests.engine.rig import Gate, TinyModel, feed, opened, serving, states, with_hook
 from tests.numeric import assert_close
+from tests.waiting import eventually
 
 OLD, NEW, KEPT = BlockSpan(0, 3), BlockSpan(1, 4), BlockSpan(1, 3)
 
@@ -115,6 +116,22 @@ async def test_a_restriction_refuses_new_work_on_leaving_blocks_only(llama: Tiny
         engine.lift_restriction()
         async with opened(engine, OLD):
             pass
+
+
+async def test_a_probe_waits_for_the_change_and_crosses_what_is_served_then(
+    llama: TinyModel, gate: Gate
+) -> None:
+    """It was asked for when block 0 was still served."""
+    hooked = with_hook(llama, 1, gate)
+    async with serving(llama, blocks={i: hooked[i] for i in OLD}) as engine, opened(engine, KEPT) as session:
+        step = asyncio.create_task(session.step(Step(states(1, 2), 0)))
+        await gate.wait_until_reached()
+        changing = asyncio.create_task(change(engine, llama))
+        await eventually(engine._canary_turn.locked)
+        probing = asyncio.create_task(engine.probe())
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(step, changing, probing)
 
 
 async def test_who_waits_for_pages_on_leaving_blocks_is_refused(llama: TinyModel) -> None:
