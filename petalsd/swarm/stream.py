@@ -44,10 +44,11 @@ class RemoteError(RemoteFailure):
     """
 
     def __init__(self, peer: str, text: str) -> None:
-        super().__init__(peer, text)
+        self.moved = SessionMoved.parse(text)
+        # The ticket is a secret: what is shown and logged goes without it.
+        super().__init__(peer, text if self.moved is None else f"{self.moved.code}: {self.moved.message}")
         code = text.partition(":")[0]
         self.remote_code = code if code in _CODES else ""
-        self.moved = SessionMoved.parse(text)
 
 
 class StreamEnded(RemoteFailure):

@@ -12,6 +12,7 @@ from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.session_giver import takers
+from petalsd.swarm.stream import RemoteError
 from petalsd.swarm.tickets import TicketOffice
 from petalsd.types import BlockSpan
 from tests.engine.rig import TinyModel, serving
@@ -80,5 +81,11 @@ def test_the_text_of_a_redirect_is_read_back() -> None:
     moved = SessionMoved(GHOST, "t-_" + "x" * 40)
     read = SessionMoved.parse(str(moved))
     assert read is not None and (read.peer, read.ticket) == (moved.peer, moved.ticket)
+    error = RemoteError("peer", str(moved))
+    assert (error.remote_code, error.moved is not None, moved.ticket in str(error)) == (
+        "session_moved",
+        True,
+        False,
+    )
     assert SessionMoved.parse(f"{moved} and more") is None
     assert SessionMoved.parse("session_closed: the server is stopping") is None
