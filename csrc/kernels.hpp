@@ -53,12 +53,24 @@ struct KVPages {
   std::int64_t head_dim;
 };
 
+// A sequence is attended to in parts of so many positions, the first one from position 0 on: each by itself, and what they
+// give is merged in their order. That is the same whoever computes them, and so one long sequence can occupy many threads.
+constexpr std::int64_t kPartTokens = 1024;
+constexpr std::int64_t kPartialRoom = 16;  // floats of a partial besides its sums, to the next cache line
+
+struct PartRange {
+  std::int64_t first;
+  std::int64_t end;
+};
+
 // Consecutive new tokens of one sequence.
 struct QueryRows {
   std::int64_t first_row;  // in the batch
   std::int64_t num_rows;
   std::int64_t position;        // of the first one
   const std::int32_t* origins;  // of the sequence
+
+  std::int64_t num_parts() const { return (position + num_rows - 1) / kPartTokens + 1; }  // of all that they see
 };
 
 // Attention of the query heads of one KV head, for some rows. q, as `AttentionKernels::prepare` leaves it, and out,
@@ -73,6 +85,10 @@ struct AttentionTask {
   std::int64_t num_heads;
   std::int64_t window;  // 0: none
   float scale;
+
+  std::int64_t first_seen(std::int64_t position) const {
+    return window > 0 && position >= window ? position + 1 - window : 0;
+  }
 };
 
 // Attention over pages of one type.
@@ -81,7 +97,13 @@ struct AttentionKernels {
   void (*prepare)(const float* in, void* query, std::int64_t count);
   // Writes the keys and values of one token, `[Hkv, D]` each, to their place in a page.
   void (*write)(const KVPages& kv, std::int64_t page, std::int64_t offset, const float* k, const float* v);
-  void (*attend)(const AttentionTask& task, const QueryRows& rows, std::int64_t kv_head);
+  // To these parts of the rows' positions; all of them, and the answers go to task.out; or else what they gave goes to
+  // `partials`, `[Q, D + kPartialRoom]` for the Q queries of the rows that share the KV head.
+  void (*attend)(const AttentionTask& task, const QueryRows& rows, std::int64_t kv_head, PartRange parts,
+                 float* partials);
+  // The answers from the partials of one part after the other, from the first on; writes into the first one's.
+  void (*merge_parts)(const AttentionTask& task, const QueryRows& rows, std::int64_t kv_head, float* partials,
+                      std::int64_t num_parts);
 };
 
 // By what is at the border of a span: states and rotary angles.

@@ -49,7 +49,7 @@ void Span::run(const StepRows& rows, std::int64_t first, std::int64_t count, Thr
   const std::int64_t at_once = std::min(rows.num_rows, SpanWorkspace::rows_at_once(head.shape()));
   SpanWorkspace& work = workspace(at_once);
   for (std::int64_t row = 0; row < rows.num_rows; row += at_once) {
-    choose_rows(rows, row, std::min(at_once, rows.num_rows - row), work);
+    choose_rows(rows, row, std::min(at_once, rows.num_rows - row), team.num_threads(), work);
     states.load(static_cast<const char*>(rows.hidden) + row * row_bytes, work.hidden, work.num_rows * width);
     for (std::int64_t i = first - head.index(); i < first - head.index() + count; ++i) {
       blocks_[static_cast<std::size_t>(i)]->run(rows, work, team);
@@ -84,20 +84,22 @@ SpanWorkspace& Span::workspace(std::int64_t num_rows) {
 }
 
 // Cuts the rows by sequence, and these so that one pass over a sequence's pages serves as many rows as it can.
-void Span::choose_rows(const StepRows& rows, std::int64_t first_row, std::int64_t num_rows, SpanWorkspace& work) const {
+void Span::choose_rows(const StepRows& rows, std::int64_t first_row, std::int64_t num_rows, int num_threads,
+                       SpanWorkspace& work) const {
   const BlockShape& shape = blocks_.front()->shape();
   const std::int64_t per_piece = std::max<std::int64_t>(1, kMaxQueries / (shape.num_heads / shape.num_kv_heads));
   work.first_row = first_row;
   work.num_rows = num_rows;
-  work.query_rows.clear();
+  work.attention.pieces.clear();
   const std::int64_t end = first_row + num_rows;
   for (std::size_t s = 0; s + 1 < rows.bounds.size(); ++s) {
     const std::int64_t last = std::min(rows.bounds[s + 1], end);
     for (std::int64_t row = std::max(rows.bounds[s], first_row); row < last; row += per_piece) {
-      work.query_rows.push_back({row - first_row, std::min(per_piece, last - row), rows.positions[row],
-                                 rows.origins + static_cast<std::int64_t>(s) * rows.origins_stride});
+      work.attention.pieces.push_back({row - first_row, std::min(per_piece, last - row), rows.positions[row],
+                                       rows.origins + static_cast<std::int64_t>(s) * rows.origins_stride});
     }
   }
+  work.attention.choose(shape, num_threads);
 }
 
 }  // namespace petalsd

@@ -51,8 +51,9 @@ SpanBlock::SpanBlock(std::int64_t index, const BlockShape& shape, const BlockMat
 void SpanBlock::run(const StepRows& rows, const SpanWorkspace& work, ThreadTeam& team) const {
   norm(work, vectors_.input_norm, matrices_.qkv, team);
   project(work, matrices_.qkv, vectors_.qkv_bias, nullptr, work.qkv, team);
-  const auto num_pieces = static_cast<std::int64_t>(work.query_rows.size());
-  team.run(num_pieces, [&](std::int64_t piece) { place(rows, work, work.query_rows[static_cast<std::size_t>(piece)]); });
+  const std::vector<QueryRows>& pieces = work.attention.pieces;
+  team.run(static_cast<std::int64_t>(pieces.size()),
+           [&](std::int64_t piece) { place(rows, work, pieces[static_cast<std::size_t>(piece)]); });
   attend(rows, work, team);
   project(work, matrices_.output, vectors_.output_bias, work.hidden, work.hidden, team);
   norm(work, vectors_.mlp_norm, matrices_.gate_up, team);
@@ -105,7 +106,7 @@ void SpanBlock::place(const StepRows& rows, const SpanWorkspace& work, const Que
   }
 }
 
-void SpanBlock::attend(const StepRows& rows, const SpanWorkspace& work, ThreadTeam& team) const {
+AttentionTask SpanBlock::attention_task(const StepRows& rows, const SpanWorkspace& work) const {
   const AttentionKernels& kernels = tier_.kernels.attention[static_cast<int>(rows.kv.type)];
   AttentionTask task{};
   task.kv = rows.kv;
@@ -116,15 +117,45 @@ void SpanBlock::attend(const StepRows& rows, const SpanWorkspace& work, ThreadTe
   task.num_heads = shape_.num_heads;
   task.window = shape_.window;
   task.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
-  const std::int64_t num_tasks = static_cast<std::int64_t>(work.query_rows.size()) * shape_.num_kv_heads;
-  const Lanes lanes(num_tasks, team);
-  team.run(num_tasks, [&](std::int64_t claim) {
-    const std::int64_t i = lanes.at(claim);
-    kernels.attend(task, work.query_rows[static_cast<std::size_t>(i / shape_.num_kv_heads)], i % shape_.num_kv_heads);
-  });
+  return task;
+}
+
+void SpanBlock::attend(const StepRows& rows, const SpanWorkspace& work, ThreadTeam& team) const {
+  const AttentionTask task = attention_task(rows, work);
+  const AttentionPlan& plan = work.attention;
+  if (!plan.parts().empty()) {
+    attend_by_parts(task, work, team);
+  } else {
+    const auto attend = tier_.kernels.attention[static_cast<int>(rows.kv.type)].attend;
+    const std::int64_t num_tasks = static_cast<std::int64_t>(plan.pieces.size()) * shape_.num_kv_heads;
+    const Lanes lanes(num_tasks, team);
+    team.run(num_tasks, [&](std::int64_t claim) {
+      const std::int64_t i = lanes.at(claim);
+      const QueryRows& piece = plan.pieces[static_cast<std::size_t>(i / shape_.num_kv_heads)];
+      attend(task, piece, i % shape_.num_kv_heads, {0, piece.num_parts()}, nullptr);
+    });
+  }
   const std::int64_t size = shape_.attended_size();
   team.run(work.num_rows, [&](std::int64_t row) {
     linear(matrices_.output).prepare(work.attended + row * size, work.operand(row), size);
+  });
+}
+
+void SpanBlock::attend_by_parts(const AttentionTask& task, const SpanWorkspace& work, ThreadTeam& team) const {
+  const AttentionKernels& kernels = tier_.kernels.attention[static_cast<int>(task.kv.type)];
+  const AttentionPlan& plan = work.attention;
+  const auto num_parts = static_cast<std::int64_t>(plan.parts().size());
+  const Lanes lanes(num_parts, team);
+  team.run(num_parts, [&](std::int64_t claim) {
+    const AttentionPlan::Part& part = plan.parts()[static_cast<std::size_t>(lanes.at(claim))];
+    const QueryRows& piece = plan.pieces[static_cast<std::size_t>(part.piece)];
+    kernels.attend(task, piece, part.kv_head, {part.index, part.index + 1}, plan.partials(part));
+  });
+  team.run(static_cast<std::int64_t>(plan.pieces.size()), [&](std::int64_t i) {
+    const QueryRows& piece = plan.pieces[static_cast<std::size_t>(i)];
+    for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
+      kernels.merge_parts(task, piece, head, plan.partials(i, head), piece.num_parts());
+    }
   });
 }
 

@@ -73,7 +73,9 @@ class SpanBlock {
   void project(const SpanWorkspace& work, const PackedWeight& weight, const Values& bias, const float* residual,
                float* out, ThreadTeam& team) const;
   void place(const StepRows& rows, const SpanWorkspace& work, const QueryRows& query) const;
+  AttentionTask attention_task(const StepRows& rows, const SpanWorkspace& work) const;
   void attend(const StepRows& rows, const SpanWorkspace& work, ThreadTeam& team) const;
+  void attend_by_parts(const AttentionTask& task, const SpanWorkspace& work, ThreadTeam& team) const;
   void gate(const SpanWorkspace& work, ThreadTeam& team) const;
   const LinearKernels& linear(const PackedWeight& weight) const;
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <vector>
 
+#include "attention_plan.hpp"
 #include "kernels.hpp"
 
 namespace petalsd {
@@ -60,7 +60,7 @@ class SpanWorkspace {
   // What is computed now: rows from `first_row` of the step on.
   std::int64_t first_row = 0;
   std::int64_t num_rows = 0;
-  std::vector<QueryRows> query_rows;  // the same, by sequence and in small pieces; first_row counts from 0
+  AttentionPlan attention;  // of the same
 
   float* hidden;    // [R, hidden_size], the residual stream
   float* normed;    // [R, hidden_size]

@@ -85,12 +85,16 @@ struct Random {
 constexpr std::int64_t kNumBlocks = 2;
 constexpr std::int64_t kPageTokens = 16;
 constexpr std::int64_t kNumRuns = 5;
+constexpr std::int64_t kLongHistory = 2 * petalsd::kPartTokens + 40;
 
 struct Case {
   BlockShape shape;
   WeightFormat format;
   KVType kv;
   std::string tier;
+  std::int64_t history = 0;  // tokens more that the first sequence has behind it
+
+  std::int64_t num_runs() const { return kNumRuns + (history + kPageTokens - 1) / kPageTokens; }
 
   DType dtype() const { return format == WeightFormat::kBFloat16 ? DType::kBFloat16 : DType::kFloat32; }
 };
@@ -169,9 +173,9 @@ std::vector<Buffer> compute(const Case& at_hand, int num_threads, int num_steps)
   const std::vector<std::int64_t> bounds = {0, 1, 6, 7, 9};
   const std::int64_t num_rows = bounds.back();
   const auto num_sequences = static_cast<std::int64_t>(bounds.size()) - 1;
-  Pages pages(random, at_hand, 1 + num_sequences * kNumRuns * kNumBlocks);
+  Pages pages(random, at_hand, 1 + num_sequences * at_hand.num_runs() * kNumBlocks);
   std::vector<std::int32_t> origins;
-  for (std::int64_t run = 0; run < num_sequences * kNumRuns; ++run) {
+  for (std::int64_t run = 0; run < num_sequences * at_hand.num_runs(); ++run) {
     origins.push_back(static_cast<std::int32_t>(run * kNumBlocks));
   }
   const Buffer cos = random.values(num_rows * shape.head_dim, is_bfloat16);
@@ -181,13 +185,14 @@ std::vector<Buffer> compute(const Case& at_hand, int num_threads, int num_steps)
   for (int step = 0; step < num_steps; ++step) {
     std::vector<std::int64_t> positions;
     for (std::int64_t s = 0; s < num_sequences; ++s) {
+      const std::int64_t history = s == 0 ? at_hand.history : 0;
       for (std::int64_t row = bounds[static_cast<std::size_t>(s)]; row < bounds[static_cast<std::size_t>(s) + 1]; ++row) {
-        positions.push_back((step * 11 + s * 14) % (kPageTokens * kNumRuns - 5) + row - bounds[static_cast<std::size_t>(s)]);
+        positions.push_back(history + (step * 11 + s * 14) % (kPageTokens * kNumRuns - 5) + row - bounds[static_cast<std::size_t>(s)]);
       }
     }
     answers.emplace_back(static_cast<std::int64_t>(hidden.size()));
     const StepRows rows{at_hand.dtype(), num_rows, hidden.data(), answers.back().data(), cos.data(), sin.data(),
-                        pages.kv, origins.data(), kNumRuns, positions.data(), bounds};
+                        pages.kv, origins.data(), at_hand.num_runs(), positions.data(), bounds};
     // Now the whole span, now its second block alone.
     span.run(rows, 1 + step % 2, kNumBlocks - step % 2, team);
   }
@@ -196,9 +201,10 @@ std::vector<Buffer> compute(const Case& at_hand, int num_threads, int num_steps)
 }
 
 bool is_the_same_on_any_team(const Case& at_hand) {
-  const auto expected = compute(at_hand, 1, 12);
+  const int num_steps = at_hand.history == 0 ? 12 : 2;
+  const auto expected = compute(at_hand, 1, num_steps);
   for (const int num_threads : {2, 4}) {
-    if (compute(at_hand, num_threads, 12) == expected) continue;
+    if (compute(at_hand, num_threads, num_steps) == expected) continue;
     std::fprintf(stderr, "%s: %d threads give other bits than one\n", at_hand.tier.c_str(), num_threads);
     return false;
   }
@@ -310,7 +316,9 @@ int main() {
   for (const std::string& tier : tiers) {
     for (const Case& format : formats) {
       for (const BlockShape& shape : shapes) {
-        if (!is_the_same_on_any_team({shape, format.format, format.kv, tier})) return EXIT_FAILURE;
+        for (const std::int64_t history : {std::int64_t{0}, kLongHistory}) {
+          if (!is_the_same_on_any_team({shape, format.format, format.kv, tier, history})) return EXIT_FAILURE;
+        }
       }
       if (!is_a_layer_the_same_on_any_team(format.format, tier)) return EXIT_FAILURE;
     }

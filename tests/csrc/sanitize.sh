@@ -11,7 +11,7 @@ mkdir -p "$build"
 admission="fuzz_admission.cpp admission.cpp"
 pool="fuzz_page_pool.cpp page_pool.cpp page_pool_books.cpp page_pool_residency.cpp admission.cpp residency.cpp
     spill_space.cpp run_store.cpp copy_log.cpp free_space.cpp"
-span="run_span.cpp span.cpp span_block.cpp packed_linear.cpp tiers.cpp amx_check.cpp thread_team.cpp
+span="run_span.cpp span.cpp span_block.cpp attention_plan.cpp packed_linear.cpp tiers.cpp amx_check.cpp thread_team.cpp
     kernels_avx2.cpp kernels_avx512.cpp kernels_avx512vnni.cpp kernels_avx512bf16.cpp kernels_amx.cpp kernels_baseline.cpp"
 
 compile() { # NAME SANITIZERS OPTIMISATION TEST SOURCE...
