@@ -8,9 +8,11 @@ A fresh process is the only one whose resident memory says what weights cost: an
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import ctypes
 import json
+import mmap
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from tests.tiny_models import make_tiny
 LOADS = 3
 SESSION_TOKENS = 256
 PASS_TOKENS = 2
+PAGE_BYTES = mmap.PAGESIZE
 
 
 def main() -> None:
@@ -56,7 +59,10 @@ def main() -> None:
 
 
 async def probe_petalsd(path: Path, kind: str, num_sessions: int) -> dict[str, Any]:
-    """Loaded, served by an engine, decoded with, and used for a backward pass; then with sessions."""
+    """Loaded, served by an engine, decoded with, and used for a backward pass; then with sessions.
+
+    Pages of the cache that the first session got count for themselves: huge ones hold more than its tokens.
+    """
     before = resident_bytes()
     model, load_s = timed(lambda: LocalModel(path, kind))
     pool = model.empty_pool((num_sessions + 1) * SESSION_TOKENS)
@@ -66,7 +72,7 @@ async def probe_petalsd(path: Path, kind: str, num_sessions: int) -> dict[str, A
         await engine.load_span(model.blocks, pool, model.rope)
         await open_session(engine, model, "first")
         our_pass(model, torch.zeros(1, PASS_TOKENS, model.config.hidden_size, dtype=model.dtype), True)()
-        loaded = resident_bytes()
+        loaded, first = resident_bytes(), sum(map(mapped_bytes, pool.kv.slabs))
         for number in range(num_sessions):
             await open_session(engine, model, f"peer {number}")
         session_bytes = (resident_bytes() - loaded) / num_sessions
@@ -75,7 +81,7 @@ async def probe_petalsd(path: Path, kind: str, num_sessions: int) -> dict[str, A
     return {
         "load_s": [load_s, *(timed(lambda: LocalModel(path, kind))[1] for _ in range(LOADS - 1))],
         "model_bytes": model.model_bytes,
-        "resident_bytes": loaded - before - model.kv_bytes(1, SESSION_TOKENS),
+        "resident_bytes": loaded - before - first,
         "session_bytes": session_bytes,
         "session_kv_bytes": model.kv_bytes(1, SESSION_TOKENS),
     }
@@ -99,6 +105,15 @@ def probe_transformers(path: Path, kind: str) -> dict[str, Any]:
         "load_s": [load_s, *(timed(lambda: ReferenceModel(path, kind))[1] for _ in range(LOADS - 1))],
         "resident_bytes": resident_bytes() - before,
     }
+
+
+def mapped_bytes(tensor: torch.Tensor) -> int:
+    """What the system has mapped of a tensor's memory, whole huge pages included."""
+    start, end = tensor.data_ptr() // PAGE_BYTES, -(-(tensor.data_ptr() + tensor.nbytes) // PAGE_BYTES)
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        pages.seek(8 * start)
+        entries = array.array("Q", pages.read(8 * (end - start)))
+    return PAGE_BYTES * sum(entry >> 63 for entry in entries)
 
 
 def timed(load: Callable[[], Any]) -> tuple[Any, float]:

@@ -32,18 +32,21 @@ class SpanWorkspace {
   // `operand_bytes`: of the largest operand that a linear layer of the span reads.
   SpanWorkspace(const BlockShape& shape, std::int64_t operand_bytes, std::int64_t max_rows)
       : operand_stride(operand_bytes), max_rows_(max_rows) {
-    const std::int64_t sizes[] = {shape.hidden_size, shape.hidden_size,   shape.qkv_size(), shape.attended_size(),
-                                  shape.attended_size(), 2 * shape.intermediate_size};
-    float** const parts[] = {&hidden, &normed, &qkv, &queries, &attended, &gate_up};
-    std::int64_t total = round_up(max_rows, kTileRows) * operand_bytes;
-    for (const std::int64_t size : sizes) total += max_rows * float_bytes(size);
+    const std::int64_t sizes[] = {shape.qkv_size(), shape.attended_size(), shape.attended_size()};
+    const std::int64_t row = float_bytes(shape.hidden_size) + shared_bytes(shape);
+    const std::int64_t total = round_up(max_rows, kTileRows) * operand_bytes + max_rows * row;
     memory_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(total), kAlignment)));
     char* at = memory_.get();
+    hidden = reinterpret_cast<float*>(at);
+    char* shared = at + max_rows * float_bytes(shape.hidden_size);
+    normed = gate_up = reinterpret_cast<float*>(shared);
+    float** const parts[] = {&qkv, &queries, &attended};
+    at = shared;
     for (std::size_t i = 0; i < std::size(sizes); ++i) {
       *parts[i] = reinterpret_cast<float*>(at);
       at += max_rows * float_bytes(sizes[i]);
     }
-    operands = at;
+    operands = shared + max_rows * shared_bytes(shape);
   }
 
   // Rows that go through a span at once: so many that weights are read seldom, so few that the memory stays small.
@@ -63,12 +66,13 @@ class SpanWorkspace {
   AttentionPlan attention;  // of the same
 
   float* hidden;    // [R, hidden_size], the residual stream
+  char* operands;   // [R, operand_stride]
+  // In one place, for they are never needed together: what is normed, what attention works on, and the MLP.
   float* normed;    // [R, hidden_size]
   float* qkv;       // [R, qkv_size]
   float* queries;   // [R, attended_size], as attention reads them
   float* attended;  // [R, attended_size]
   float* gate_up;   // [R, 2 * intermediate_size]
-  char* operands;   // [R, operand_stride]
   const std::int64_t operand_stride;  // in bytes
 
  private:
@@ -77,6 +81,12 @@ class SpanWorkspace {
   struct Free {
     void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
   };
+
+  // Of a row, for the stages that take turns.
+  static std::int64_t shared_bytes(const BlockShape& shape) {
+    const std::int64_t attended = float_bytes(shape.qkv_size()) + 2 * float_bytes(shape.attended_size());
+    return std::max({float_bytes(shape.hidden_size), attended, float_bytes(2 * shape.intermediate_size)});
+  }
 
   static std::int64_t float_bytes(std::int64_t count) { return round_up(4 * count, 64); }
 
