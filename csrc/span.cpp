@@ -42,6 +42,7 @@ Span::Span(std::vector<std::shared_ptr<const SpanBlock>> blocks) : blocks_(std::
 
 void Span::run(const StepRows& rows, std::int64_t first, std::int64_t count, ThreadTeam& team) {
   check(rows, first, count);
+  const ThreadTeam::Shift shift(team);
   const SpanBlock& head = *blocks_.front();
   const StateKernels& states = head.tier().kernels.states[static_cast<int>(rows.dtype)];
   const std::int64_t width = head.shape().hidden_size;

@@ -8,7 +8,7 @@ namespace petalsd {
 
 namespace {
 
-// Longer than the pauses between the stages of a block, shorter than anybody would notice in the load.
+// Longer than the pauses between the stages of a block; should one be long, the core is free for others.
 constexpr auto kLookOut = std::chrono::microseconds(100);
 
 void pause() {
@@ -35,6 +35,18 @@ ThreadTeam::~ThreadTeam() {
   for (std::thread& helper : helpers_) helper.join();
 }
 
+void ThreadTeam::begin_shift() {
+  ++shift_;
+  wake_sleepers();
+}
+
+void ThreadTeam::wake_sleepers() {
+  if (sleeping_ == 0) return;
+  // Under the mutex, so that no helper is between its last look and its sleep.
+  { const std::lock_guard lock(mutex_); }
+  wake_.notify_all();
+}
+
 void ThreadTeam::run_job(std::int64_t num_chunks, Call call, const void* context) {
   if (num_chunks <= 1 || helpers_.empty()) {
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) call(context, chunk);
@@ -45,11 +57,7 @@ void ThreadTeam::run_job(std::int64_t num_chunks, Call call, const void* context
   context_ = context;
   done_ = 0;
   claims_ = Claims::pack(++job_, static_cast<std::uint64_t>(num_chunks));
-  if (sleeping_ > 0) {
-    // Under the mutex, so that no helper is between its last look and its sleep.
-    { const std::lock_guard lock(mutex_); }
-    wake_.notify_all();
-  }
+  wake_sleepers();
   work_off();
   while (done_ < num_chunks) pause();
 }
@@ -70,17 +78,23 @@ void ThreadTeam::help() {
 
 // False when the team ends.
 bool ThreadTeam::await_job() {
-  const auto give_up = std::chrono::steady_clock::now() + kLookOut;
-  while (std::chrono::steady_clock::now() < give_up) {
-    if (Claims::has_chunks(claims_)) return true;
+  while (true) {
+    const std::uint64_t shift = shift_;
+    const auto give_up = std::chrono::steady_clock::now() + kLookOut;
+    while (is_on(shift) && shift_ == shift && std::chrono::steady_clock::now() < give_up) {
+      if (Claims::has_chunks(claims_)) return true;
+      if (is_ending_) return false;
+      pause();
+    }
+    std::unique_lock lock(mutex_);
+    ++sleeping_;
+    wake_.wait(lock, [this, shift] {
+      return is_ending_ || Claims::has_chunks(claims_) || (is_on(shift_) && shift_ != shift);
+    });
+    --sleeping_;
     if (is_ending_) return false;
-    pause();
+    if (Claims::has_chunks(claims_)) return true;
   }
-  std::unique_lock lock(mutex_);
-  ++sleeping_;
-  wake_.wait(lock, [this] { return is_ending_ || Claims::has_chunks(claims_); });
-  --sleeping_;
-  return !is_ending_;
 }
 
 }  // namespace petalsd

@@ -11,8 +11,8 @@
 namespace petalsd {
 
 // `run` cuts a job into chunks that the caller and the helpers claim one by one. The caller never waits for a helper
-// that has not claimed a chunk, so a team stays as fast as its caller where the cores are taken by others. Helpers
-// look out for work for a short time after the last job and then sleep: an idle team costs nothing.
+// that has not claimed a chunk, so a team stays as fast as its caller where the cores are taken by others. During a shift
+// helpers look out for the next job; else they sleep, so that they keep no core from those who wait for the answer.
 //
 // One caller at a time. The helpers end with the team.
 class ThreadTeam {
@@ -22,6 +22,18 @@ class ThreadTeam {
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
+
+  // While it lives, jobs follow one another closely: helpers come now, and go when it ends. The caller's, one at a time.
+  class Shift {
+   public:
+    explicit Shift(ThreadTeam& team) : team_(team) { team_.begin_shift(); }
+    ~Shift() { ++team_.shift_; }
+    Shift(const Shift&) = delete;
+    Shift& operator=(const Shift&) = delete;
+
+   private:
+    ThreadTeam& team_;
+  };
 
   int num_threads() const { return static_cast<int>(helpers_.size()) + 1; }
 
@@ -46,6 +58,9 @@ class ThreadTeam {
     static bool has_chunks(std::uint64_t word) { return next(word) < count(word); }
   };
 
+  static bool is_on(std::uint64_t shift) { return shift % 2 == 1; }
+  void begin_shift();
+  void wake_sleepers();
   void run_job(std::int64_t num_chunks, Call call, const void* context);
   void work_off();
   void help();
@@ -58,6 +73,7 @@ class ThreadTeam {
   std::atomic<std::uint64_t> claims_{0};
   std::atomic<std::int64_t> done_{0};
   std::atomic<int> sleeping_{0};
+  std::atomic<std::uint64_t> shift_{0};  // counts beginnings and ends
   std::atomic<bool> is_ending_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
