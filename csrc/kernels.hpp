@@ -117,6 +117,7 @@ struct StateKernels {
 // inputs of its own row alone, bit for bit: every sum runs in the same order whatever the number of rows.
 struct Kernels {
   LinearKernels linear[kNumWeightFormats];
+  LinearKernels wide_bfloat16;  // operands are float32 in every tier
   AttentionKernels attention[kNumKVTypes];
   StateKernels states[kNumDTypes];
   void (*rms_norm)(const float* in, const float* weight, float eps, float* out, std::int64_t count);

@@ -26,11 +26,15 @@ void multiply(const LinearTask& task, const LinearKernels& kernels, ThreadTeam& 
   });
 }
 
-void LinearTeam::run(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows) {
+void LinearTeam::run(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows,
+                     bool is_wide) {
   PETALSD_CHECK(num_rows > 0, "num_rows = ", num_rows);
-  const LinearKernels& kernels = tier_.kernels.linear[static_cast<int>(weight.format)];
+  const bool keeps_inputs = is_wide && weight.format == WeightFormat::kBFloat16;
+  const LinearKernels& kernels =
+      keeps_inputs ? tier_.kernels.wide_bfloat16 : tier_.kernels.linear[static_cast<int>(weight.format)];
   const std::int64_t stride = kernels.operand_bytes(weight.num_in);
   const std::lock_guard lock(mutex_);
+  const ThreadTeam::Shift shift(team_);
   reserve(round_up(std::min(kRowsAtOnce, num_rows), kTileRows) * stride);
   for (std::int64_t row = 0; row < num_rows; row += kRowsAtOnce) {
     const std::int64_t count = std::min(kRowsAtOnce, num_rows - row);

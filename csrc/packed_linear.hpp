@@ -23,9 +23,10 @@ class LinearTeam {
 
   const Tier& tier() const { return tier_; }
 
-  // out[r, n] = sum_k in[r, k] * weight[n, k] for R rows; in `[R, num_in]` and out `[R, num_out]` are float32. May be
-  // called from any thread; waits for a call that is running.
-  void run(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows);
+  // out[r, n] = sum_k in[r, k] * weight[n, k] for R rows; in `[R, num_in]` and out `[R, num_out]` are float32, and
+  // with `is_wide` inputs are not rounded beside bfloat16 weights. May be called from any thread; waits for a call that is
+  // running.
+  void run(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows, bool is_wide);
 
  private:
   static constexpr std::align_val_t kAlignment{64};

@@ -123,11 +123,12 @@ void register_span(py::module_& module) {
       .def_property_readonly("tier", [](const LinearTeam& team) { return team.tier().name; })
       .def(
           "run",
-          [](LinearTeam& team, const PackedWeight& weight, Address in, Address out, std::int64_t num_rows) {
+          [](LinearTeam& team, const PackedWeight& weight, Address in, Address out, std::int64_t num_rows,
+             bool is_wide) {
             const py::gil_scoped_release no_gil;
-            team.run(weight, pointer<const float>(in), pointer<float>(out), num_rows);
+            team.run(weight, pointer<const float>(in), pointer<float>(out), num_rows, is_wide);
           },
-          py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"));
+          py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_wide"));
 }
 
 }  // namespace petalsd

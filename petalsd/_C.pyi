@@ -214,5 +214,8 @@ class LinearTeam:
     @property
     def tier(self) -> str:
         """Whose kernels it runs."""
-    def run(self, weight: PackedWeight, inputs: int, outputs: int, num_rows: int) -> None:
-        """Inputs ``[R, num_in]`` times the weight to outputs ``[R, num_out]``: addresses of float32 tensors."""
+    def run(self, weight: PackedWeight, inputs: int, outputs: int, num_rows: int, is_wide: bool) -> None:
+        """Inputs ``[R, num_in]`` times the weight to outputs ``[R, num_out]``: addresses of float32 tensors.
+
+        ``is_wide``: inputs are not rounded beside bfloat16 weights, which is slower for many rows.
+        """

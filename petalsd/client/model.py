@@ -16,17 +16,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petalsd.client.autograd import remote_blocks
 from petalsd.client.cache import RemoteCache
+from petalsd.client.head import LocalHead
 from petalsd.client.options import ClientOptions
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
 from petalsd.errors import BadRequest, WeightsError
 from petalsd.models.architecture import Architecture
-from petalsd.models.head_rule import HeadRule, ScaledEmbedding
+from petalsd.models.head_rule import HeadRule
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.naming import dht_prefix as derive_prefix
 from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import HeadWeights, load_head
+from petalsd.models.weights import HeadWeights, PackedHeadWeights, load_packed_head
 from petalsd.ops.norm import rms_norm
 
 _GENERATION_CONFIG_FILE = "generation_config.json"
@@ -46,7 +47,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
     def __init__(
         self,
         config: PreTrainedConfig,
-        head: HeadWeights,
+        head: HeadWeights | PackedHeadWeights,
         runtime: ClientRuntime,
         client: SwarmClient,
         rule: HeadRule | None = None,
@@ -54,12 +55,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         super().__init__(config)
         self.head_rule = rule or HeadRule()
         self.loss_type = "ForCausalLM"
-        self.embed_tokens = ScaledEmbedding(head.embed_tokens, self.head_rule.embedding_scale)
-        self.norm = nn.Parameter(head.norm + self.head_rule.norm_offset)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-        is_tied = head.lm_head is head.embed_tokens
-        self.lm_head.weight = self.embed_tokens.weight if is_tied else nn.Parameter(head.lm_head)
-        self.requires_grad_(False)
+        self.head = LocalHead(head, self.head_rule.embedding_scale, self.head_rule.norm_offset)
         self.runtime = runtime
         self.client = client
         self.eval()
@@ -88,7 +84,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         architecture = Architecture.read(raw)
         blocks, rule = architecture.config, architecture.head_rule()
         prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
-        head = load_head(files, blocks, dtype or blocks.dtype or torch.float32)
+        head = load_packed_head(files, blocks, dtype or blocks.dtype or torch.float32)
         config = CONFIG_MAPPING[blocks.model_type].from_dict(raw)
         client = SwarmClient(prefix, blocks.num_blocks, initial_peers, options, _whole_from(blocks))
         runtime = ClientRuntime()
@@ -140,25 +136,26 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         _check_inputs(attention_mask, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise BadRequest("input_ids", input_ids, "exactly one of input_ids and inputs_embeds is needed")
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.head.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = self.head_rule.entering(embeds)
         if past_key_values is not None:
             hidden = past_key_values.step(hidden)
         else:
             hidden = remote_blocks(self.runtime, self.client.passes, hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        product = self.lm_head(rms_norm(hidden[:, kept], self.norm, self.config.rms_norm_eps))
+        normed = rms_norm(hidden[:, kept], self.head.norm, self.config.rms_norm_eps)
+        product = self.head.lm_head(normed)
         logits = self.head_rule.logits(product)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
+    def get_input_embeddings(self) -> nn.Module:
+        return self.head.embed_tokens
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head.lm_head
 
     def __enter__(self) -> RemoteCausalLM:
         return self

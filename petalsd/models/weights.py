@@ -24,7 +24,7 @@ from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.ops.linear import Weight
 from petalsd.ops.memory import Arena
-from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.staging import Copy, copying_to
 from petalsd.ops.weight_packing import pack_rows
 
@@ -45,6 +45,15 @@ class HeadWeights:
     embed_tokens: torch.Tensor
     norm: torch.Tensor
     lm_head: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedHeadWeights:
+    """The same, packed for the CPU; ``norm`` has the dtype of what is computed."""
+
+    embed_tokens: PackedWeight
+    norm: torch.Tensor
+    lm_head: PackedWeight
 
 
 def block_tensors(config: BlockConfig, index: int) -> dict[str, tuple[int, ...]]:
@@ -156,6 +165,27 @@ def load_head(source: ModelSource, config: ModelConfig, dtype: torch.dtype) -> H
     return HeadWeights(embed_tokens, place.fuse([_FINAL_NORM]), lm_head)
 
 
+def load_packed_head(
+    source: ModelSource, config: ModelConfig, dtype: torch.dtype
+) -> PackedHeadWeights | HeadWeights:
+    """As ``load_head``, packed where there is a format for ``dtype``.
+
+    For float32 a checkpoint in bfloat16 stays in bfloat16: the values are the same, and half as many bytes.
+    """
+    shapes = head_tensors(config)
+    tensors = read_tensors(source, shapes)
+    cpu = torch.device("cpu")
+    stored = {tensors[name].dtype for name, shape in shapes.items() if len(shape) == 2}
+    is_exact = dtype == torch.float32 and stored == {torch.bfloat16}
+    format = WeightFormat.BFLOAT16 if is_exact else WeightStorage.choose(dtype, cpu).format
+    if format is None:
+        return load_head(source, config, dtype)
+    place = _Placement(tensors.__getitem__, "", WeightStorage(dtype, cpu, format), shapes.values())
+    embed_tokens = place.pack([_EMBEDDING], format)
+    lm_head = embed_tokens if config.tie_word_embeddings else place.pack([_LM_HEAD], format)
+    return PackedHeadWeights(embed_tokens, place.fuse([_FINAL_NORM]), lm_head)
+
+
 class _Placement:
     """Copies tensors to their places, side by side in the order in which they are asked for."""
 
@@ -181,6 +211,10 @@ class _Placement:
         format = self._storage.format
         if format is None:
             return self.fuse(names)
+        return self.pack(names, format)
+
+    def pack(self, names: list[str], format: WeightFormat) -> PackedWeight:
+        """These tensors one below the other, packed."""
         parts = [self._tensor(self._prefix + name) for name in names]
         num_out = sum(len(part) for part in parts)
         packed = PackedWeight.empty(format, num_out, parts[0].shape[1], self._arena.empty)

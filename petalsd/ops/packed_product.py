@@ -41,7 +41,7 @@ class PackedProduct:
         return self._weight.nbytes
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``Product`` has the contract."""
+        """``Product`` has the contract; a float32 x is not rounded beside bfloat16 weights."""
         if x.shape[-1] != self._weight.num_in:
             raise ValueError(f"x has {x.shape[-1]} inputs, the weight has {self._weight.num_in}")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -50,7 +50,8 @@ class PackedProduct:
         out = torch.empty(*x.shape[:-1], self._weight.num_out)
         num_rows = out.numel() // self._weight.num_out
         if num_rows:
-            self._team.run(self._native, rows.data_ptr(), out.data_ptr(), num_rows)
+            is_wide = x.dtype == torch.float32
+            self._team.run(self._native, rows.data_ptr(), out.data_ptr(), num_rows, is_wide)
         if bias is not None:
             out += bias
         return out.to(x.dtype)

@@ -176,6 +176,22 @@ class PackedWeight:
             rows[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = self._values(tiles)
         return rows[: self.num_out, : self.num_in]
 
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows ``[*indices.shape, num_in]`` of a floating-point format, in its dtype, a copy.
+
+        IndexError for an index outside 0..num_out - 1, ValueError for a quantized format.
+        """
+        if self.scales is not None:
+            raise ValueError(f"rows of {self.format.value} weights are not read one by one")
+        # One by one: for a token or two torch's indexing by tensors takes longer than the copy.
+        wanted = indices.flatten().tolist()
+        words = self.words.new_empty(len(wanted), self.words.shape[1])
+        for row, index in enumerate(wanted):
+            if not 0 <= index < self.num_out:
+                raise IndexError(f"row {index}: there are {self.num_out}")
+            words[row] = self.words[index // TILE_OUTPUTS, :, index % TILE_OUTPUTS]
+        return words.view(self.data.dtype)[:, : self.num_in].reshape(*indices.shape, self.num_in)
+
     def _values(self, tiles: slice) -> torch.Tensor:
         """These tiles as rows ``[16 * tiles, padded_in]``, in float32 or the data's own float dtype."""
         stored = self.words[tiles].transpose(1, 2).contiguous().flatten(0, 1).view(self.data.dtype)

@@ -195,7 +195,7 @@ def test_generation_without_a_cache_uses_passes(model: RemoteCausalLM, swarm: Fa
 
 def test_a_call_without_cache_is_differentiable(model: RemoteCausalLM, local: LocalModel) -> None:
     """Loss and gradients for what stands before the blocks; the local weights stay frozen."""
-    embeds = model.embed_tokens(PROMPT).clone().requires_grad_()
+    embeds = model.get_input_embeddings()(PROMPT).clone().requires_grad_()
     result = model(inputs_embeds=embeds, labels=PROMPT)
     result.loss.backward()
     here = local.head.embed_tokens[PROMPT].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Attention to long sequences in parts: the same numbers whoever computes the parts, in tiers, chunks and company."""
+"""Attention to long sequences in parts: the same numbers whoever computes them, in tiers, chunks and company."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from petalsd.models.native_span import NativeSpan
-from tests.models.test_native_span import HERE, SHAPES, TIERS, Run, by_torch, has_tier, make_block, make_native
+from tests.models.test_native_span import (
+    HERE,
+    SHAPES,
+    TIERS,
+    Run,
+    by_torch,
+    has_tier,
+    make_block,
+    make_native,
+)
 from tests.numeric import assert_close
 
 PART = 1024
