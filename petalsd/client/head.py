@@ -95,4 +95,5 @@ class LocalHead(nn.Module):
             probe = fn(self.norm.new_empty(0))
             if probe.dtype != self.norm.dtype or probe.device != self.norm.device:
                 self._unpack(embeddings, output)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
