@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 from petalsd.swarm.directory import SwarmView
@@ -14,28 +12,26 @@ from petalsd.types import BlockSpan
 _OURS = "petalsd"  # how the version of a server that follows this rule begins
 
 
-def read_state(view: SwarmView, silent: Collection[str] = ()) -> SwarmState:
-    """The servers of ``view`` that serve or load blocks, without ``silent``: those that answer nobody any more.
+def read_state(view: SwarmView) -> SwarmState:
+    """The servers of ``view`` that serve or load blocks.
 
     A server that moves and keeps some blocks has ONLINE records for these and JOINING ones for the new: it counts
     with both where the cover is planned, and with the former where it is served.
     """
-    others = view.without(set(silent)) if silent else view
-    served = {remote.peer: remote for remote in others.spans(ServerState.ONLINE)}
-    loading = _loading(others)
+    served = {remote.peer: remote for remote in view.spans(ServerState.ONLINE)}
+    loading = _loading(view)
     peers = sorted({*served, *loading})
     spans = [
         _hull(served[peer].span if peer in served else None, loading.get(peer, (None, 0.0))[0])
         for peer in peers
     ]
-    empty = BlockSpan(0, view.num_blocks)
     now = [served[peer].span if peer in served else None for peer in peers]
     rates = [served[peer].record.throughput if peer in served else loading[peer][1] for peer in peers]
     free = [
         peer in served
         and peer not in loading
         and (served[peer].record.version or "").startswith(_OURS)
-        and len(span) < len(empty)
+        and len(span) < view.num_blocks
         for peer, span in zip(peers, spans, strict=True)
     ]
     return SwarmState(

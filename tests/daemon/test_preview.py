@@ -1,0 +1,28 @@
+"""What a person reads of a decision."""
+
+from __future__ import annotations
+
+import pytest
+
+from petalsd.daemon.preview import explain
+from petalsd.swarm.placement.decision import Decision, Estimate, Turn, Verdict
+from petalsd.types import BlockSpan
+
+HERE, THERE = BlockSpan(0, 4), BlockSpan(4, 8)
+FIGURES = Estimate(1.0, 2.0, 1.0, 0.5, 60.0, gain_tokens=1234.4, cost_tokens=5678.0)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict.MOVE, "blocks 4:8 need this server more"),
+        (Verdict.FITS, "no other blocks need this server more"),
+        (Verdict.WAITS, "others are to move first (2 of them)"),
+        (Verdict.TOO_DEAR, "blocks 4:8 does not pay: 1,234 tokens won, 5,678 lost"),
+        (Verdict.SETTLING, "came here a short while ago; blocks 4:8"),
+        (Verdict.LOADING, "does not show yet"),
+    ],
+)
+def test_every_verdict_is_explained(verdict: Verdict, words: str) -> None:
+    turns = (Turn("a", HERE, THERE), Turn("b", HERE, THERE))
+    assert words in explain(Decision(verdict, HERE, THERE, FIGURES, turns))
