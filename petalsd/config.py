@@ -111,9 +111,9 @@ class BlocksSection(Section):
     count: AutoCount = _live("auto", "number of blocks to serve; auto: as many as fit the memory")
     span: Span | None = _live(None, 'pins the blocks, for instance "0:16"; no rebalancing then')
     balance_quality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
-        0.75, "move when the swarm's weakest block gets better than 1/quality times; 0 never moves"
+        0.75, "a move must win 1/quality times the work that it costs the swarm; 0 never moves"
     )
-    balance_period_s: Seconds = _live(60.0, "mean time between health and balance checks")
+    balance_period_s: Seconds = _live(30.0, "mean time between health and balance checks")
     join_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
         5.0, "mean random delay before choosing blocks, so that servers started together see each other"
     )
