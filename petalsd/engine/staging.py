@@ -25,7 +25,6 @@ from petalsd.ops.decode_batch import (
     DecodeLayout,
     RowFields,
     bucket_of,
-    first_rows,
     num_leading_decodes,
     pad_rows,
     round_up,
@@ -176,7 +175,7 @@ class _Layout:
         """Views of ``memory``."""
         rows = len(self.starts)
         if self.bucket is not None:
-            batch = first_rows(DecodeLayout(self.bucket, self.width).batch(memory), rows)
+            batch = DecodeLayout(self.bucket, self.width).batch(memory, rows)
             places, nothing = (batch.positions, batch.write_origins, batch.write_offsets), memory[:0]
             return RowFields(*places, batch.context_lens, nothing, nothing, batch.origins)
         pieces = torch.split(memory, [round_up(size) for size in self._sizes])
@@ -195,7 +194,7 @@ class _Layout:
 
     def fill(self, memory: torch.Tensor, pool: KVPool) -> None:
         """Write everything to ``memory`` on the CPU."""
-        if self.bucket is not None:
+        if self.bucket is not None and self.bucket > len(self.starts):
             pad_rows(DecodeLayout(self.bucket, self.width).batch(memory), len(self.starts))
         fields, first = self.fields(memory), self.decodes
         pool.fill_origins([item.kv for item in self.items], fields.origins)

@@ -93,14 +93,13 @@ class DecodeLayout:
     def _field(self) -> int:
         return round_up(self.rows)
 
-    def batch(self, memory: torch.Tensor) -> DecodeBatch:
-        """The fields, views of ``memory``, int32 of at least ``num_elements``."""
-        field, rows = self._field, self.rows
-        positions, context_lens, write_origins, write_offsets = (
-            memory[index * field : index * field + rows] for index in range(4)
-        )
-        origins = memory[4 * field : self.num_elements].view(rows, self.max_runs)
-        return DecodeBatch(positions, context_lens, origins, write_origins, write_offsets)
+    def batch(self, memory: torch.Tensor, rows: int | None = None) -> DecodeBatch:
+        """The fields of the first ``rows`` rows, or of all: views of ``memory``, int32 and large enough."""
+        end = 4 * self._field
+        fields = memory[:end].view(4, self._field)[:, : self.rows if rows is None else rows]
+        positions, context_lens, write_origins, write_offsets = fields.unbind()
+        origins = memory[end : self.num_elements].view(self.rows, self.max_runs)
+        return DecodeBatch(positions, context_lens, origins[:rows], write_origins, write_offsets)
 
 
 def pad_rows(batch: DecodeBatch, first: int) -> None:
@@ -108,17 +107,6 @@ def pad_rows(batch: DecodeBatch, first: int) -> None:
     for field in (batch.positions, batch.context_lens, batch.write_origins, batch.origins):
         field[first:] = 0
     batch.write_offsets[first:] = -1
-
-
-def first_rows(batch: DecodeBatch, rows: int) -> DecodeBatch:
-    """The batch of its first rows, views."""
-    return DecodeBatch(
-        batch.positions[:rows],
-        batch.context_lens[:rows],
-        batch.origins[:rows],
-        batch.write_origins[:rows],
-        batch.write_offsets[:rows],
-    )
 
 
 @dataclass(slots=True)
@@ -160,15 +148,18 @@ class RowFields:
         """Over the same memory."""
         first = len(self.decode_lens)
         places = (self.positions, self.write_origins, self.write_offsets)
-        decode = prefill = None
+        if not len(self.prefill_lens):
+            at, origin, offset = places
+            whole = DecodeBatch(at, self.decode_lens, self.origins, origin, offset)
+            return KernelRows(Places(*places), whole, None, packed)
+        decode = None
         if first:
             at, origin, offset = (field[:first] for field in places)
             decode = DecodeBatch(at, self.decode_lens, self.origins[:first], origin, offset)
-        if len(self.prefill_lens):
-            at, origin, offset = (field[first:] for field in places)
-            origins = self.origins[first:]
-            prefill = PrefillBatch(at, self.prefill_lens, origins, origin, offset, self.prefill_starts)
-        return KernelRows(Places(*places), decode, prefill, packed)
+        at, origin, offset = (field[first:] for field in places)
+        origins = self.origins[first:]
+        prefill = PrefillBatch(at, self.prefill_lens, origins, origin, offset, self.prefill_starts)
+        return KernelRows(Places(*places), decode, prefill)
 
 
 def kernel_rows(batch: RaggedBatch) -> KernelRows:

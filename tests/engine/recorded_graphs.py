@@ -26,7 +26,7 @@ _NOT_CAPTURABLE = {
     "aten::_unique2": "its shape depends on values",
     "aten::lift_fresh": "it makes a tensor of the host's data",
 }
-_WITHOUT_KERNEL = ("view", "slice", "select", "t", "flatten", "empty", "alias", "split")
+_WITHOUT_KERNEL = ("view", "slice", "select", "t", "flatten", "empty", "alias", "split", "unbind")
 _run = Launch.run
 
 
