@@ -127,7 +127,9 @@ async def test_no_session_is_lost_by_a_move_or_a_stop(launch: Launch, node: Node
     leaving = decoders(node, peer, model, [LEAVING, LEAVING, LEAVING, BlockSpan(0, 1)])
     running = [asyncio.create_task(decoder.run()) for decoder in (*staying, *leaving)]
     await a_round_more([*staying, *leaving])
+    await a_round_more([*staying, *leaving])
     before = [len(decoder.step_s) for decoder in staying]
+    report("before the move", [s for one in staying for s in one.step_s])
     assert (await ctl("rebalance", "--to", "1:3", "--wait")).endswith("done: blocks 1:3 are served\n")
     report("during the move", [s for one, n in zip(staying, before, strict=True) for s in one.step_s[n:]])
     await a_round_more([*staying, *leaving])
