@@ -29,7 +29,7 @@ class GraphBackend(Protocol):
         """
 
     def used_bytes(self) -> int:
-        """Memory of the device that is in use, by whoever it is."""
+        """Memory of the device that is in use, by whoever it is; not what is only kept for the next tensor."""
 
 
 class CudaGraphs:
@@ -65,5 +65,6 @@ class CudaGraphs:
         return graph
 
     def used_bytes(self) -> int:
+        torch.cuda.empty_cache()  # as a capture does, which would look as if it freed memory
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
