@@ -75,8 +75,7 @@ def compile_launch(launch: Launch, target: int) -> Any:
         grid=launch.grid,
         warmup=True,
         **launch.constants,
-        num_warps=launch.options.num_warps,
-        num_stages=launch.options.num_stages,
+        **launch.options.keywords,
     )
 
 

@@ -121,12 +121,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def all_variants(is_full: bool = False) -> dict[str, Variant]:
     """By name; with ``is_full`` those of all models."""
-    from benchmarks.gpu import block_variants, product_variants
+    from benchmarks.gpu import attention_variants, block_variants, product_variants
 
     shapes = list(MODELS.values()) if is_full else [MODELS[name] for name in TESTED_MODELS]
 
     def found() -> Iterator[Variant]:
         yield from block_variants.variants(shapes)
         yield from product_variants.variants()
+        yield from attention_variants.variants(is_full)
 
     return {variant.name: variant for variant in found()}

@@ -22,6 +22,7 @@ _MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
 _MAX_BLOCK_M = 32
 _PROGRAMS_PER_SM = 2
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
+_MAX_REGISTERS = 128  # without it a few are spilled, to have 80
 _NUM_STAGES = 3  # the third fetches page ids ahead of keys and values
 
 
@@ -141,7 +142,7 @@ def decode_attention(
             "BM": plan.block_m, "BN": plan.block_n, "SPLITS": plan.num_splits, "MIN_TILES": MIN_TILES,
             "SCALED": isinstance(kv, Int8KV), **rule.constants,
         },
-        Options(plan.num_warps, _NUM_STAGES),
+        Options(plan.num_warps, _NUM_STAGES, _MAX_REGISTERS),
     )  # fmt: skip
     if plan.num_splits > 1:
         launch(

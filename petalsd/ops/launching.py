@@ -27,10 +27,21 @@ Constant: TypeAlias = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a kernel is compiled for a multiprocessor."""
+    """How a kernel is compiled for a multiprocessor.
+
+    max_registers  of a thread; None: as many as let most programs run side by side, for which the assembler spills
+    """
 
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+
+    @property
+    def keywords(self) -> dict[str, int | None]:
+        """Triton's names for them."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +88,7 @@ class Launch:
             )
 
     def _start(self) -> None:
-        self.kernel[self.grid](
-            *self.arguments,
-            **self.constants,
-            num_warps=self.options.num_warps,
-            num_stages=self.options.num_stages,
-        )
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options.keywords)
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)

@@ -8,12 +8,13 @@ from petalsd.kernels.paged_prefill import paged_prefill
 from petalsd.ops.attention_checks import check_pages, check_queries, check_rows, scales_of
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_batch import PrefillBatch
-from petalsd.ops.eight_bit_kv import Int8KV
+from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.launching import Options, check_tensor, launch, next_power_of_2, strides
 from petalsd.ops.ragged import PagedKV
 
-_BLOCK_M, _BLOCK_N = 128, 64
 _OPTIONS = Options(num_warps=8, num_stages=2)
+_BOUND = Options(num_warps=8, num_stages=2, max_registers=232)
+"""Without a bound some registers are spilled to have 128 of them; with one, where about 200 are needed, too."""
 
 
 def prefill_attention(
@@ -40,7 +41,7 @@ def prefill_attention(
     check_rows(num_rows, batch.context_lens, batch.origins)
     check_tensor("row_starts", batch.row_starts, (num_rows + 1,), torch.int32)
     group = num_heads // num_kv_heads
-    block_m, block_n = _tiles(head_dim)
+    block_m, block_n = prefill_tile(head_dim, rule, isinstance(kv, Int8KV | Float8KV))
     if group > block_m:
         raise ValueError(f"q has {group} heads to a KV head: at most {block_m} are served")
     block_q = block_m // group
@@ -57,10 +58,14 @@ def prefill_attention(
             "PAGE": kv.page_tokens, "BQ": block_q, "BM": block_m, "BN": block_n,
             "SCALED": isinstance(kv, Int8KV), **rule.constants,
         },
-        _OPTIONS,
+        _OPTIONS if 64 < head_dim <= 128 and not isinstance(kv, Float8KV) else _BOUND,
     )  # fmt: skip
 
 
-def _tiles(head_dim: int) -> tuple[int, int]:
-    """Query rows and keys of a tile: what fits into the registers and the shared memory of every device."""
-    return (_BLOCK_M, _BLOCK_N) if head_dim <= 128 else (64, 32)
+def prefill_tile(head_dim: int, rule: AttentionRule, is_eight_bit: bool) -> tuple[int, int]:
+    """Query rows and tokens of a tile: the largest that no device spills with, in the shared memory of all."""
+    if head_dim > 128:
+        return 64, 16
+    # What is kept of positions, or converted on the way, takes the registers of half a tile.
+    takes_more = rule.window is not None or rule.slopes is not None or is_eight_bit
+    return 128, 32 if takes_more or head_dim <= 64 else 64
