@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import structlog
@@ -13,10 +13,10 @@ from petalsd.config import Config
 from petalsd.daemon.activity import Activity
 from petalsd.daemon.announcement import VERSION, RecordWriter
 from petalsd.daemon.attendants import Attendants
-from petalsd.daemon.cache_room import cache_pages
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.detached import run_detached
+from petalsd.daemon.installation import Installation
 from petalsd.daemon.membership import Membership, node_options
 from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
@@ -47,14 +47,12 @@ from petalsd.kvcache.spill import SpillArea
 from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.log import adopt_loggers
 from petalsd.metrics import Metrics
-from petalsd.models.contract import Block
 from petalsd.models.ladder import Ladder
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import AnnouncerOptions
 from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
 from petalsd.systemd import Notifier
-from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
@@ -121,27 +119,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         lambda num_blocks: speed.rates.announced(num_blocks, is_relayed=member.is_relayed),
         lambda: loader.seconds_per_block,
     )
-    cache_rules, cache_recorder = (
-        AdmissionRules(max_peer_share=config.engine.max_peer_share),
-        CacheRecorder(metrics),
-    )
 
     def demand() -> Demand:
         return demand_for(plan, settings.config.blocks, limit.most)
 
-    async def install(span: BlockSpan, blocks: Mapping[int, Block]) -> None:
-        num_pages = await cache_pages(plan, engine, blocks)
-        spill = _spill_area(config, plan, paths, len(span))
-        pool = KVPool(plan.geometry, num_pages, plan.dtype, plan.device, cache_rules, spill, cache_recorder)
-        pool.allocate()
-        await engine.load_span(blocks, pool, ladder.angles)
-        _report_graphs(engine, board)
-        await speed.find_out_of(engine)
-
-    def has_pages(num_blocks: int) -> bool:
-        needed = pages_for(plan.kv_tokens, num_blocks, plan.geometry.page_tokens)
-        return engine.pool is not None and engine.pool.num_pages >= needed
-
+    make_pool = partial(_make_pool, config, plan, paths, CacheRecorder(metrics))
+    installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of, board)
     return Parts(
         engine=engine,
         member=member,
@@ -150,8 +133,9 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         supervisor=Supervisor(engine, member, rebalancer, lambda: settings.config.blocks, demand, rng, board),
         settings=settings,
         prepare=speed.find_out,
-        install=install,
-        has_pages=has_pages,
+        install=installation.install,
+        exchange=installation.exchange,
+        has_pages=installation.has_pages,
         has_room=plan.has_room_beside,
         demand=demand,
         limit=limit,
@@ -168,11 +152,17 @@ def _runners(config: Config, plan: ServingPlan, recorder: EngineRecorder) -> Run
     return RunnerFactory(plan.device, config.engine.threads, plan.limits, recorder, make_graphs)
 
 
-def _report_graphs(engine: Engine, board: WarningBoard) -> None:
-    if engine.graphs is not None and engine.graphs.failure is not None:
-        board.set("graphs_failed", engine.graphs.failure)
-    else:
-        board.clear("graphs_failed")
+def _make_pool(
+    config: Config,
+    plan: ServingPlan,
+    paths: InstancePaths,
+    recorder: CacheRecorder,
+    num_pages: int,
+    num_blocks: int,
+) -> KVPool:
+    rules = AdmissionRules(max_peer_share=config.engine.max_peer_share)
+    spill = _spill_area(config, plan, paths, num_blocks)
+    return KVPool(plan.geometry, num_pages, plan.dtype, plan.device, rules, spill, recorder)
 
 
 def _spill_area(config: Config, plan: ServingPlan, paths: InstancePaths, num_blocks: int) -> SpillArea | None:

@@ -27,9 +27,9 @@ async def cache_pages(plan: ServingPlan, engine: Engine, blocks: Mapping[int, Bl
     trial = KVPool(plan.geometry, _TRIAL_PAGES, plan.dtype, plan.device)
     trial.allocate()
     graph_bytes = await engine.measure_graphs(blocks, trial)
-    tokens = cache_tokens(plan, len(blocks), free_memory_bytes(plan.device) - graph_bytes)
-    log.info("graphs_measured", bytes=graph_bytes, kv_tokens=tokens, planned_kv_tokens=plan.kv_tokens)
-    return pages_for(tokens, len(blocks), plan.geometry.page_tokens)
+    kv_tokens = cache_tokens(plan, len(blocks), free_memory_bytes(plan.device) - graph_bytes)
+    log.info("graphs_measured", bytes=graph_bytes, kv_tokens=kv_tokens, planned_kv_tokens=plan.kv_tokens)
+    return pages_for(kv_tokens, len(blocks), plan.geometry.page_tokens)
 
 
 def cache_tokens(plan: ServingPlan, num_blocks: int, room_bytes: int) -> int:

@@ -29,6 +29,7 @@ class Parts:
 
     prepare    what has to be known before the first announcement (the measured throughput)
     install    gives loaded blocks and a fresh KV pool to the engine
+    exchange   gives other blocks to the engine; sessions on those that stay go on
     has_pages  whether the KV pool that there is suffices for so many blocks
     has_room   whether so many more blocks fit into memory beside those that are loaded
     demand     which blocks the configuration in force asks for
@@ -45,6 +46,7 @@ class Parts:
     settings: Settings
     prepare: Callable[[], Awaitable[None]]
     install: Install
+    exchange: Callable[[Mapping[int, Block]], Awaitable[None]]
     has_pages: Callable[[int], bool]
     has_room: Callable[[int], bool]
     demand: Callable[[], Demand]

@@ -10,6 +10,7 @@ import structlog
 
 from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain
+from petalsd.device_faults import raise_if_lost
 from petalsd.errors import DeadlineExceeded, EngineError, ModelError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.models.contract import Block
@@ -78,6 +79,7 @@ class Mover:
         try:
             await self._change(route)
         except _HINDRANCES as error:
+            raise_if_lost(error)
             log.warning("move_failed", old=str(route.old), new=str(route.new), **error_fields(error))
             self._parts.activity.at(f"going back to blocks {route.old}")
             await self._go_back(route)
@@ -153,7 +155,7 @@ class Mover:
 
     async def _exchange(self, blocks: Mapping[int, Block]) -> None:
         try:
-            await self._parts.engine.change_span(blocks)
+            await self._parts.exchange(blocks)
         except DeadlineExceeded as error:  # the engine's, where others are the swarm's
             raise EngineError(error.message) from error
 

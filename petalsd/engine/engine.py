@@ -298,21 +298,8 @@ class Engine:
         self._is_lost.set()
 
     def stats(self) -> EngineStats:
-        progress, graphs = self._progress, self.graphs
-        return EngineStats(
-            sessions=sum(session.spec.peer != CANARY_PEER for session in self._sessions),
-            rows=self._num_rows,
-            queued_passes=len(self._passes),
-            steps_total=progress.num_steps,
-            tokens_total=progress.num_tokens,
-            iterations_total=progress.num_iterations,
-            last_step_monotonic_s=progress.last_step_monotonic_s,
-            busy_since_monotonic_s=progress.busy_since_monotonic_s,
-            busy_tokens=progress.busy_tokens,
-            slowest_token_s=progress.slowest_token_s,
-            graphs=0 if graphs is None else graphs.num_graphs,
-            graph_bytes=0 if graphs is None else graphs.nbytes,
-        )
+        num_sessions = sum(session.spec.peer != CANARY_PEER for session in self._sessions)
+        return EngineStats.of(self._progress, num_sessions, self._num_rows, len(self._passes), self.graphs)
 
     def open_sessions(self) -> list[SessionInfo]:
         """The open ones of clients, the oldest first."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petalsd.engine.core import Progress
+from petalsd.engine.graphed_span import GraphedSpan
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -34,3 +37,23 @@ class EngineStats:
     slowest_token_s: float
     graphs: int = 0
     graph_bytes: int = 0
+
+    @classmethod
+    def of(
+        cls, progress: Progress, sessions: int, rows: int, queued_passes: int, graphs: GraphedSpan | None
+    ) -> EngineStats:
+        """With what the engine thread writes down of its work, and the captured steps of what is served."""
+        return cls(
+            sessions=sessions,
+            rows=rows,
+            queued_passes=queued_passes,
+            steps_total=progress.num_steps,
+            tokens_total=progress.num_tokens,
+            iterations_total=progress.num_iterations,
+            last_step_monotonic_s=progress.last_step_monotonic_s,
+            busy_since_monotonic_s=progress.busy_since_monotonic_s,
+            busy_tokens=progress.busy_tokens,
+            slowest_token_s=progress.slowest_token_s,
+            graphs=0 if graphs is None else graphs.num_graphs,
+            graph_bytes=0 if graphs is None else graphs.nbytes,
+        )

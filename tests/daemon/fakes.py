@@ -297,6 +297,7 @@ class Stage:
                 settings=self.settings,
                 prepare=self._prepare,
                 install=self._install,
+                exchange=self.engine.change_span,
                 has_pages=lambda num_blocks: num_blocks <= self.max_blocks,
                 has_room=lambda num_blocks: self.has_room,
                 demand=self.demand,

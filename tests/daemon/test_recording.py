@@ -55,7 +55,7 @@ def test_a_chunk_is_what_goes_beside_decode() -> None:
 def test_replayed_and_launched_runs_of_blocks() -> None:
     """Both series are there from the start."""
     metrics = Metrics()
-    recorder = EngineRecorder(metrics)
+    recorder = EngineRecorder(metrics, LiveRates(AttentionShare()))
     recorder.span_computed(is_replayed=True)
     assert value(metrics, "petalsd_graph_runs_total", outcome="replayed") == 1
     assert value(metrics, "petalsd_graph_runs_total", outcome="launched") == 0

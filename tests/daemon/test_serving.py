@@ -121,7 +121,7 @@ async def test_reload(launch: Launch, tmp_path: Path) -> None:
     daemon.send(signal.SIGHUP)
     refused = await daemon.event("reload_refused")
     assert f"{file}: unknown key blocks.spam; did you mean blocks.span?" in refused["error"]
-    file.write_text('[blocks]\nspan = "0:2"\nbalance_period_s = 30\n')
+    file.write_text('[blocks]\nspan = "0:2"\nbalance_period_s = 45\n')
     daemon.send(signal.SIGHUP)
     assert (await daemon.event("reloaded"))["applied"] == ["blocks.balance_period_s"]
     await daemon.event("placement_unchanged")

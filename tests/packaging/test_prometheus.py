@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from petalsd.daemon.speed import Rates
 from petalsd.daemon.warnings import KINDS
 from petalsd.metrics import FAMILIES, PREFIX
 from petalsd.types import DaemonState
@@ -63,6 +64,7 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> str:
         running = await until_online(stage)
         stage.notifier.watchdog()
         stage.engine.last_step_s = 1.0
+        stage.rates = Rates(inference_rps=1.0, forward_rps=1.0, network_rps=1.0, network_source="assumed")
         text = stage.metrics.exposition().decode()
         await stopped(stage, running)
         return text

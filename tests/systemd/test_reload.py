@@ -88,13 +88,13 @@ def test_changes_that_touch_no_block_are_applied_while_sessions_go_on(lab: Lab, 
 
 
 def test_another_span_is_moved_to(lab: Lab, demo: Instance, generation: Generation) -> None:
-    """The blocks that stay are not loaded again; sessions that used the others end with the reason."""
+    """The blocks that stay serve on, and are not loaded again; a session on others has the time of a drain."""
     since_s = demo.journal.mark()
-    demo.configure(MODEL, blocks={"span": "1:4"})
+    demo.configure(MODEL, blocks={"span": "1:4"}, daemon={"drain_deadline_s": 1.0})
     lab.systemctl("reload", demo.unit)
-    assert demo.event("leaving", since_s)["cause"] == "reconfigured"
-    assert demo.online(since_s)["span"] == "1:4"
+    assert demo.event("moving", since_s)["new"] == "1:4"
+    assert demo.event("moved", since_s)["old"] == "0:4"
     assert demo.event("span_loaded", since_s)["kept_blocks"] == "3"
     generation.release()
-    assert "the configuration asks for" in str(generation.error())
+    assert "the server moved to blocks 1:4" in str(generation.error())
     assert demo.ctl("status")["span"] == {"start": 1, "end": 4}
