@@ -177,6 +177,13 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _gauge("rate_source", "1 for where the rates of a block and of the link come from", "of", "source"),
         _gauge("loaded_blocks", "Blocks whose weights are in memory"),
         _counter("rebalances_total", "Times that the daemon left blocks, or was made anew, by cause", "cause"),
+        _counter("placement_checks_total", "Times that the placement was checked, by what came of it", "verdict"),
+        _gauge(
+            "move_gain_tokens_per_second",
+            "What the last move by the rule was to win for the swarm's weakest block, and what that block had won "
+            "by the next check, others' moves included; absent before the first",
+            "kind",
+        ),
         _counter("moves_total", "Times that it came to serve another span than before"),
         _histogram("load_seconds", "Loading the missing blocks of a span, retries included", _LOAD_S),
         _counter("load_failures_total", "Attempts to load blocks that failed and were made again"),

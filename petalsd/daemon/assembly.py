@@ -19,6 +19,7 @@ from petalsd.daemon.detached import run_detached
 from petalsd.daemon.installation import Installation
 from petalsd.daemon.membership import Membership, node_options
 from petalsd.daemon.memory import device_memory_bytes
+from petalsd.daemon.placement_record import PlacementRecord
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.recording import (
@@ -109,15 +110,16 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
     )
 
-    def start_progress() -> ProgressSink:
-        return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
-
+    start_progress = partial(_start_progress, activity, metrics)
     loader = SpanLoader(ModelReader(plan, ladder), start_progress, board, metrics)
+    placement = PlacementRecord(metrics)
+    metrics.read_from(placement.read)
     rebalancer = Rebalancer(
         member,
         rng,
         lambda num_blocks: speed.rates.announced(num_blocks, is_relayed=member.is_relayed),
         lambda: loader.seconds_per_block,
+        placement,
     )
 
     def demand() -> Demand:
@@ -150,6 +152,10 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
 def _runners(config: Config, plan: ServingPlan, recorder: EngineRecorder) -> RunnerFactory:
     make_graphs = partial(CudaGraphs, plan.device) if plan.has_graphs else None
     return RunnerFactory(plan.device, config.engine.threads, plan.limits, recorder, make_graphs)
+
+
+def _start_progress(activity: Activity, metrics: Metrics) -> ProgressSink:
+    return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
 
 
 def _make_pool(

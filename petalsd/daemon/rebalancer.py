@@ -10,6 +10,7 @@ from collections.abc import Callable
 import structlog
 
 from petalsd.daemon.parts import SwarmMember
+from petalsd.daemon.placement_record import PlacementRecord
 from petalsd.daemon.plan import Demand
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, decide, judge
@@ -26,7 +27,7 @@ class Rebalancer:
     """Asks the rule of ``swarm.placement`` about this server.
 
     ``rng`` spreads servers in time. ``throughput`` is what we announce for a number of blocks, ``load_block_s``
-    what one block took to load, None before that is known.
+    what one block took to load, None before that is known. ``record`` is told of the checks.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Rebalancer:
         rng: random.Random,
         throughput: Callable[[int], float],
         load_block_s: Callable[[], float | None],
+        record: PlacementRecord,
         policy: Policy | None = None,
     ) -> None:
         self._member = member
         self._rng = rng
         self._throughput = throughput
         self._load_block_s = load_block_s
+        self._record = record
         self._policy = policy or Policy()
 
     async def choose(self, demand: Demand, join_delay_s: float) -> BlockSpan:
@@ -65,6 +68,12 @@ class Rebalancer:
         A ``balance_quality`` of 0 never moves; else a move must win 1 / quality times what it costs.
         """
         return decide(read_state(view), own, self._costs(balance_quality), self._policy)
+
+    def check(self, view: SwarmView, own: OwnSpan, balance_quality: float) -> Decision:
+        """``decide`` for the daemon itself, which leaves a trace and, if it moves, is held to it."""
+        decision = self.decide(view, own, balance_quality)
+        self._record.checked(decision)
+        return decision
 
     def judge(self, view: SwarmView, own: OwnSpan, target: BlockSpan) -> Decision:
         """The decision to move to ``target`` because somebody asked for it. ValueError as for ``decide``."""

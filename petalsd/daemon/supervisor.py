@@ -159,23 +159,9 @@ class Supervisor:
         return self._judge(span, view) if is_free else None
 
     def _judge(self, span: BlockSpan, view: SwarmView) -> Departure | None:
-        """Ask the placement rule; every check leaves a trace, loud where it moves."""
-        served_s = time.monotonic() - self._served_since
-        own = OwnSpan(self._member.peer_id, span, served_s)
-        decision = self._rebalancer.decide(view, own, self._blocks().balance_quality)
-        figures = decision.estimate
-        say = log.info if decision.is_move else log.debug
-        say(
-            "placement_checked",
-            verdict=decision.verdict.value,
-            span=str(span),
-            target=str(decision.target),
-            weakest_before=round(figures.weakest_before, 3),
-            weakest_after=round(figures.weakest_after, 3),
-            gain_tokens=round(figures.gain_tokens),
-            cost_tokens=round(figures.cost_tokens),
-            ahead=len(decision.ahead),
-        )
+        """Ask the placement rule."""
+        own = OwnSpan(self._member.peer_id, span, time.monotonic() - self._served_since)
+        decision = self._rebalancer.check(view, own, self._blocks().balance_quality)
         if not decision.is_move:
             return None
         return Departure(Cause.BALANCE, "the swarm is served better from other blocks", decision.target)

@@ -17,6 +17,7 @@ from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.parts import MemberStats
+from petalsd.daemon.placement_record import PlacementRecord
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.reloading import Reloader
@@ -280,7 +281,8 @@ class Stage:
         self.available_bytes = NUM_BLOCKS
         self.limit = SpanLimit(MemoryNeed(1, 0), lambda: self.available_bytes, self.board)
         rng = random.Random(0)
-        rebalancer = Rebalancer(self.member, rng, lambda num_blocks: 1.0, lambda: None)
+        self.placement = PlacementRecord(self.metrics)
+        rebalancer = Rebalancer(self.member, rng, lambda num_blocks: 1.0, lambda: None, self.placement)
         self.supervisor = Supervisor(
             self.engine, self.member, rebalancer, lambda: self.settings.config.blocks, self.demand, rng,
             self.board,

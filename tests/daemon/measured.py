@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,6 +17,7 @@ from petalsd.daemon.recording import (
     SwarmRecorder,
     declare_causes,
 )
+from petalsd.daemon.speed import Rates
 from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.live_rates import LiveRates
 from petalsd.metrics import Metrics
@@ -23,6 +25,7 @@ from petalsd.paths import InstancePaths
 from petalsd.swarm.link import LinkMeter
 from petalsd.systemd import Notifier
 from tests.daemon.fakes import Stage
+from tests.daemon.placement_checks import MOVE, staying
 
 
 class MeasuredStage(Stage):
@@ -39,6 +42,15 @@ class MeasuredStage(Stage):
         self.download_recorder = DownloadRecorder(self.metrics)
         figures = Figures(self.daemon, self.daemon._parts, self.plan, _paths(home), self.notifier)
         self.metrics.read_from(figures.read)
+        self.metrics.read_from(self.placement.read)
+
+    def let_all_happen(self) -> None:
+        """After it every family has a series."""
+        self.notifier.watchdog()
+        self.engine.last_step_s = time.monotonic()
+        self.rates = Rates(None, 50.0, 400.0, 200.0, "live", "measured")
+        self.placement.checked(MOVE)
+        self.placement.checked(staying(MOVE.target, 13.0))
 
     def value(self, name: str, **labels: str) -> float | None:
         """The value of one series as a scraper reads it; None when it is absent."""

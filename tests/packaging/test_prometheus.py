@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from petalsd.daemon.speed import Rates
 from petalsd.daemon.warnings import KINDS
 from petalsd.metrics import FAMILIES, PREFIX
 from petalsd.types import DaemonState
@@ -62,9 +61,7 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> str:
     async def scrape() -> str:
         stage = MeasuredStage(home / "model", home)
         running = await until_online(stage)
-        stage.notifier.watchdog()
-        stage.engine.last_step_s = 1.0
-        stage.rates = Rates(inference_rps=1.0, forward_rps=1.0, network_rps=1.0, network_source="assumed")
+        stage.let_all_happen()
         text = stage.metrics.exposition().decode()
         await stopped(stage, running)
         return text
