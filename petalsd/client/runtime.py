@@ -8,8 +8,6 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
 
-import uvloop
-
 from petalsd.errors import SessionClosed
 from petalsd.log import use_standard_logging
 
@@ -25,7 +23,8 @@ class ClientRuntime:
     """
 
     def __init__(self) -> None:
-        self._loop = uvloop.new_event_loop()
+        # Not uvloop's, which refuses to start a process while another loop of this program starts one.
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="petalsd-client", daemon=True)
         self._is_running = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -83,3 +84,19 @@ def test_the_loop_does_not_wait_for_itself() -> None:
 
         with pytest.raises(SessionClosed, match="own loop"):
             runtime.run(nested())
+
+
+def test_clients_of_one_process_may_start_processes_at_the_same_time() -> None:
+    """Each has a libp2p daemon of its own, and programs make several clients at once."""
+
+    async def start_some() -> list[int]:
+        return [await (await asyncio.create_subprocess_exec("true")).wait() for _ in range(8)]
+
+    def use(_: int) -> list[int]:
+        with ClientRuntime() as runtime:
+            together.wait(10.0)
+            return runtime.run(start_some())
+
+    num_clients, together = 4, threading.Barrier(4)
+    with ThreadPoolExecutor(num_clients) as pool:
+        assert list(pool.map(use, range(num_clients))) == [[0] * 8] * num_clients
