@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,12 @@ def loading_status() -> dict[str, object]:
     return document(
         STATUS, state="loading", since_s=12.3, span=None, kv=None, throughput=None, loading=loading
     )
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    """Its example is this screen without the addresses."""
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    assert ONLINE.partition("\n  peer ")[0] in readme
 
 
 def test_a_serving_daemon_on_a_terminal(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
