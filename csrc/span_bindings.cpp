@@ -129,6 +129,15 @@ void register_span(py::module_& module) {
             team.run(weight, pointer<const float>(in), pointer<float>(out), num_rows, is_wide);
           },
           py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_wide"));
+  module.def(
+      "round_int4",
+      [](Address values, Address bytes, Address scales, std::int64_t num_groups, const std::string& tier) {
+        const Tier chosen = choose_tier(tier);
+        const py::gil_scoped_release no_gil;
+        chosen.kernels.round_int4(pointer<const float>(values), pointer<std::uint8_t>(bytes), pointer<void>(scales),
+                                  num_groups);
+      },
+      py::arg("values"), py::arg("bytes"), py::arg("scales"), py::arg("num_groups"), py::arg("tier"));
 }
 
 }  // namespace petalsd

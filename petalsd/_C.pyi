@@ -219,3 +219,9 @@ class LinearTeam:
 
         ``is_wide``: inputs are not rounded beside bfloat16 weights, which is slower for many rows.
         """
+
+def round_int4(values: int, bytes: int, scales: int, num_groups: int, tier: str) -> None:
+    """Groups of 64 finite weights in the format int4 of ``packed_weight``, byte after byte.
+
+    Addresses: float32 ``[G, 64]``; for the result uint8 ``[G, 32]`` and bfloat16 ``[G]``.
+    """

@@ -50,6 +50,20 @@ def integer_weights(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     return whole, scales
 
 
+def least_error_scales(groups: torch.Tensor) -> torch.Tensor:
+    """float32 ``[G]`` for float32 ``[G, 64]``: the search of ``kernels_rounding.inc``, every way side by side."""
+    smallest = torch.finfo(torch.float32).tiny
+    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+    values = groups / torch.where(largest.abs() < smallest, smallest, largest)
+    ways = torch.tensor([-8.0, -7.5, -8.6, -9.4, -10.4, 7.4, 8.4])
+    levels = (values * ways[:, None, None]).round().clamp(-8, 7)
+    fit = (levels * values * values.abs()).sum(dim=2)
+    scales = fit / (levels * levels * values.abs()).sum(dim=2).clamp_min(1)
+    best = (fit * scales).argmax(dim=0, keepdim=True)
+    chosen = (largest * scales.gather(0, best).t())[:, 0]
+    return torch.where(chosen.abs() < smallest, smallest, chosen)
+
+
 def _integer_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     activations, act_scales = quantize_activations(x)
     whole, scales = integer_weights(weight)

@@ -206,14 +206,8 @@ class PackedWeight:
         return values.mul_(scales).flatten(1)
 
 
-def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[R, K]`` below 16, K a multiple of 8, to bytes ``[R, K/2]``: inputs 4 apart share a byte."""
-    halves = values.view(len(values), -1, 2, 4)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
-
-
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``pack_nibbles``."""
+    """Bytes ``[R, K/2]`` to uint8 ``[R, K]`` below 16: inputs 4 apart share a byte."""
     words = packed.view(len(packed), -1, 4)
     return torch.stack((words & 15, words >> 4), dim=2).flatten(1)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat, pack_nibbles
+from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat
 from petalsd.ops.staging import Copy
 from petalsd.ops.weight_rounding import SERIAL_VALUES, round_int4, round_int8
 
@@ -63,8 +63,7 @@ def _pack_tiles(rows: torch.Tensor, tiles: slice, packed: PackedWeight) -> None:
         stored, scales = round_int8(rows)
         packed.scales[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = scales
     else:
-        values, scales = round_int4(rows)
-        stored = pack_nibbles(values)
+        stored, scales = round_int4(rows)
         packed.scales[tiles] = scales.view(-1, TILE_OUTPUTS, scales.shape[1]).transpose(1, 2)
     words = stored.view(torch.int32).view(-1, TILE_OUTPUTS, packed.words.shape[1])
     packed.words[tiles] = words.transpose(1, 2)

@@ -14,20 +14,16 @@ from collections.abc import Iterator
 
 import torch
 
-from petalsd.ops.packed_weight import GROUP_INPUTS, INT4_ZERO, INT8_ZERO
+from petalsd import _C
+from petalsd.ops.packed_weight import GROUP_INPUTS, INT8_ZERO
 
 SERIAL_VALUES = 32767  # the most that torch's elementwise operations do not split over threads
 
 _INT8_MAX = 127
-_INT4_MIN, _INT4_MAX = -8, 7
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Added to a float32 below 2^22 and taken away again it leaves the nearest whole number; torch.round() would split
 # even small tensors over threads.
 _ROUNDER = 1.5 * 2**23
-
-# Where a group's largest value comes to lie, in steps of the scale. -8 uses all 16 levels; farther out clips it
-# and makes the steps finer for the others; a positive one gives the longer side to values of the other sign.
-_LARGEST_LEVELS = (-8.0, -7.5, -8.6, -9.4, -10.4, 7.4, 8.4)
 
 
 def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,46 +37,17 @@ def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 ``[R, K]`` to (uint8 ``[R, K]`` with offset 8, bfloat16 scales ``[R, K/64]``); K a multiple of 64.
+    """float32 ``[R, K]`` to (uint8 ``[R, K/2]``, bfloat16 scales ``[R, K/64]``); K a multiple of 64.
 
-    The values are rounded against the scales as they are stored.
+    Two values share a byte as ``packed_weight`` says. In C++: the search for scales in ``kernels_rounding.inc``
+    takes a score of passes over each group, which there stays in registers.
     """
-    groups = weight.view(-1, GROUP_INPUTS)
-    rounded = torch.empty(groups.shape, dtype=torch.uint8)
-    scales = torch.empty(len(groups), dtype=torch.bfloat16)
-    for rows in _pieces(groups):
-        scales[rows] = _int4_scales(groups[rows])
-        levels = _round_(groups[rows] / scales[rows, None].float()).clamp_(_INT4_MIN, _INT4_MAX)
-        rounded[rows] = levels.add_(INT4_ZERO)
-    return rounded.view(weight.shape), scales.view(len(weight), -1)
-
-
-def _int4_scales(groups: torch.Tensor) -> torch.Tensor:
-    """float32 ``[n]`` for float32 ``[n, 64]``: of several ways to place the largest value the one of least error.
-
-    The squared errors of values x are weighted by |x|: large weights matter more, and the demo model's perplexity
-    is a little better for it. For levels l the best scale is then (|x|x.l)/(|x|l.l), and the error the smaller
-    the larger (|x|x.l)^2/(|x|l.l) is.
-    """
-    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
-    largest = torch.where(largest.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, largest)
-    values = groups / largest
-    importance = values.abs()
-    weighted = values * importance
-    best_gain = values.new_full((len(groups),), -1.0)
-    best_scale = torch.zeros_like(best_gain)
-    levels, product = torch.empty_like(values), torch.empty_like(values)
-    for level in _LARGEST_LEVELS:
-        _round_(torch.mul(values, level, out=levels)).clamp_(_INT4_MIN, _INT4_MAX)
-        fit = torch.mul(weighted, levels, out=product).sum(dim=1)
-        norm = torch.mul(levels, levels, out=product).mul_(importance).sum(dim=1).clamp_min_(1)  # 0 for zeros
-        scale = fit / norm
-        gain = fit.mul_(scale)
-        is_better = gain > best_gain
-        best_gain = torch.where(is_better, gain, best_gain)
-        best_scale = torch.where(is_better, scale, best_scale)
-    scales = largest[:, 0] * best_scale
-    return torch.where(scales.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scales)
+    weight = weight.contiguous()
+    num_rows, num_in = weight.shape
+    rounded = torch.empty(num_rows, num_in // 2, dtype=torch.uint8)
+    scales = torch.empty(num_rows, num_in // GROUP_INPUTS, dtype=torch.bfloat16)
+    _C.round_int4(weight.data_ptr(), rounded.data_ptr(), scales.data_ptr(), scales.numel(), "auto")
+    return rounded, scales
 
 
 def _round_(values: torch.Tensor) -> torch.Tensor:

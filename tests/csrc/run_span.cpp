@@ -234,6 +234,23 @@ bool is_a_layer_the_same_on_any_team(WeightFormat format, const std::string& tie
   return false;
 }
 
+// Weights rounded to int4, into buffers that are exactly as long as they must be.
+bool rounds_as_the_baseline_does(const std::string& tier) {
+  Random random;
+  constexpr std::int64_t num_groups = 7;
+  const Buffer in = random.values(num_groups * petalsd::kGroupIns, false);
+  std::vector<Buffer> outs;
+  for (const std::string& name : {std::string("baseline"), tier}) {
+    outs.emplace_back(num_groups * petalsd::kGroupIns / 2);
+    outs.emplace_back(num_groups * 2);
+    petalsd::choose_tier(name).kernels.round_int4(reinterpret_cast<const float*>(in.data()), outs[outs.size() - 2].data(),
+                                                  outs.back().data(), num_groups);
+  }
+  if (outs[0] == outs[2] && outs[1] == outs[3]) return true;
+  std::fprintf(stderr, "%s: rounds weights otherwise than the baseline\n", tier.c_str());
+  return false;
+}
+
 template <typename Call>
 bool is_refused(const char* what, const char* part_of_message, const Call& call) {
   try {
@@ -315,6 +332,7 @@ int main() {
   const std::string fastest = petalsd::choose_tier("auto").name;
   if (fastest == "avx512bf16" || fastest == "amx") tiers.insert(tiers.begin(), "amx-emulated");
   for (const std::string& tier : tiers) {
+    if (!rounds_as_the_baseline_does(tier)) return EXIT_FAILURE;
     for (const Case& format : formats) {
       for (const BlockShape& shape : shapes) {
         if (!is_the_same_on_any_team({shape, format.format, format.kv, tier})) return EXIT_FAILURE;

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalsd.ops.packed_weight import PackedLayout, PackedWeight, WeightFormat, pack_nibbles, unpack_nibbles
+from petalsd import _C
+from petalsd.ops.packed_weight import GROUP_INPUTS, PackedLayout, PackedWeight, WeightFormat, unpack_nibbles
 from petalsd.ops.weight_packing import pack_rows, pack_weight
 from petalsd.ops.weight_rounding import SERIAL_VALUES
+from tests.models.test_native_span import TIERS, has_tier
 from tests.numeric import assert_close
-from tests.quantized_linear import integer_weights, reference_linear
+from tests.quantized_linear import integer_weights, least_error_scales, reference_linear
 
 EXACT = (WeightFormat.FLOAT32, WeightFormat.BFLOAT16)
 QUANTIZED = (WeightFormat.INT8, WeightFormat.INT4)
@@ -108,10 +110,10 @@ def test_the_oracle_reads_what_unpack_reads(format: WeightFormat) -> None:
     assert torch.equal((whole * scales[..., None]).flatten(1)[:40, :150], packed.unpack(torch.float32))
 
 
-@given(st.integers(1, 5), st.integers(1, 4))
-def test_nibbles_come_back(rows: int, words: int) -> None:
-    values = torch.randint(0, 16, (rows, 8 * words), dtype=torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(values)), values)
+def test_the_values_of_a_byte() -> None:
+    """Byte b of a word has input b in its low half, and input b + 4 in its high half."""
+    packed = torch.tensor([[0x40, 0x51, 0x62, 0x73, 0xC8, 0xD9, 0xEA, 0xFB]], dtype=torch.uint8)
+    assert unpack_nibbles(packed).tolist() == [list(range(16))]
 
 
 @pytest.mark.parametrize("format", WeightFormat)
@@ -141,6 +143,24 @@ def test_int4_uses_all_levels_and_beats_plain_rounding() -> None:
         scale = largest / level
         plain = ((groups / scale).round().clamp(-8, 7) * scale - groups).norm()
         assert error < 0.98 * plain
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_tier_rounds_to_the_scales_of_least_error(tier: str) -> None:
+    """Against the search written down plainly, over groups of normal, heavy-tailed, constant and no values."""
+    if not has_tier(tier):
+        pytest.skip(f"this processor has no {tier}")
+    tails = torch.distributions.StudentT(3.0).sample((40, GROUP_INPUTS))
+    values = torch.cat(
+        (_weight(200, GROUP_INPUTS), tails, torch.ones(1, GROUP_INPUTS), torch.zeros(1, GROUP_INPUTS))
+    )
+    packed = torch.empty(len(values), GROUP_INPUTS // 2, dtype=torch.uint8)
+    scales = torch.empty(len(values), dtype=torch.bfloat16)
+    _C.round_int4(values.data_ptr(), packed.data_ptr(), scales.data_ptr(), len(values), tier)
+    expected = least_error_scales(values).bfloat16()
+    assert (scales == expected).float().mean() > 0.99  # two ways may be as good but for the order of a sum
+    levels = (values / scales[:, None].float()).round().clamp(-8, 7)
+    assert torch.equal(unpack_nibbles(packed).float() - 8, levels)
 
 
 @pytest.mark.parametrize("format", WeightFormat)
