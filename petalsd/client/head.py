@@ -7,13 +7,17 @@ and where embeddings are tied both read the same storage.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from petalsd import _C
-from petalsd.models.head_rule import ScaledEmbedding
-from petalsd.models.weights import HeadWeights, PackedHeadWeights
+from petalsd.errors import BadRequest
+from petalsd.models.head_rule import HeadRule, ScaledEmbedding
+from petalsd.models.head_weights import HeadWeights, PackedHeadWeights
+from petalsd.ops.norm import rms_norm
 from petalsd.ops.packed_product import PackedProduct
 from petalsd.ops.packed_weight import PackedWeight
 
@@ -56,28 +60,72 @@ class PackedOutput(nn.Module):
 
 
 class LocalHead(nn.Module):
-    """Embeddings, the weight of the final norm, and output head.
+    """What a family has around its blocks; see ``HeadRule``.
 
-    On the CPU they stay packed if they come so; what is moved elsewhere, or cast, becomes plain tensors first.
+    On the CPU the tables stay packed if they come so; when moved elsewhere, or cast, they become plain tensors.
     """
 
-    def __init__(
-        self, weights: HeadWeights | PackedHeadWeights, embedding_scale: float, norm_offset: float
-    ) -> None:
+    norm: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+    output_bias: nn.Parameter | None
+    embedding_norm: nn.Parameter | None
+    embedding_norm_bias: nn.Parameter | None
+    positions: nn.Parameter | None
+    anchor: torch.Tensor  # empty; of the dtype, and where, everything is computed
+
+    def __init__(self, weights: HeadWeights | PackedHeadWeights, rule: HeadRule) -> None:
         super().__init__()
-        self._embedding_scale = embedding_scale
-        self.norm = nn.Parameter(weights.norm + norm_offset, requires_grad=False)
+        self.rule = rule
+        for field in fields(weights.vectors):
+            value = getattr(weights.vectors, field.name)
+            if field.name == "norm" and value is not None:
+                value = value + rule.norm_offset
+            self.register_parameter(field.name, None if value is None else nn.Parameter(value, False))
         self.embed_tokens: nn.Module
         self.lm_head: nn.Module
         if isinstance(weights, PackedHeadWeights):
-            dtype = weights.norm.dtype
-            self.embed_tokens = PackedEmbedding(weights.embed_tokens, embedding_scale, dtype)
-            self.lm_head = PackedOutput(weights.lm_head, dtype)
+            self.embed_tokens = PackedEmbedding(weights.embed_tokens, rule.embedding_scale, weights.dtype)
+            self.lm_head = PackedOutput(weights.lm_head, weights.dtype)
+            anchor = torch.empty(0, dtype=weights.dtype)
         else:
             self._set_tables(weights.embed_tokens, weights.lm_head)
+            anchor = weights.embed_tokens.new_empty(0)
+        self.register_buffer("anchor", anchor, persistent=False)
+
+    def entering(self, embeds: torch.Tensor, position: int) -> torch.Tensor:
+        """What enters the first block, from embeddings ``[B, n, M]`` of the tokens from ``position`` on."""
+        if self.embedding_norm is not None:
+            weight, bias = self.embedding_norm, self.embedding_norm_bias
+            embeds = functional.layer_norm(embeds, embeds.shape[-1:], weight, bias, self.rule.norm_eps)
+        if self.positions is not None:
+            embeds = embeds + self._rows_of_positions(position, embeds.shape[1])
+        return embeds if self.rule.input_scale == 1.0 else embeds * self.rule.input_scale
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[..., V]`` from what leaves the last block, ``[..., M]``."""
+        product = self.lm_head(self._normed(hidden))
+        if self.output_bias is not None:
+            product = product + self.output_bias
+        return self.rule.logits(product)
+
+    def _rows_of_positions(self, position: int, count: int) -> torch.Tensor:
+        assert self.positions is not None
+        first, room = self.rule.first_position, len(self.positions) - self.rule.first_position
+        if position + count > room:
+            raise BadRequest("position", position + count, f"this model has {room} positions")
+        return self.positions[first + position : first + position + count]
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.rule.norm == "none":
+            return hidden
+        if self.rule.norm == "layer":
+            weight, bias = self.norm, self.norm_bias
+            return functional.layer_norm(hidden, hidden.shape[-1:], weight, bias, self.rule.norm_eps)
+        assert self.norm is not None
+        return rms_norm(hidden, self.norm, self.rule.norm_eps)
 
     def _set_tables(self, embeddings: torch.Tensor, output: torch.Tensor) -> None:
-        self.embed_tokens = ScaledEmbedding(embeddings, self._embedding_scale)
+        self.embed_tokens = ScaledEmbedding(embeddings, self.rule.embedding_scale)
         head = nn.Linear(output.shape[1], output.shape[0], bias=False, device="meta")
         is_tied = output is embeddings
         head.weight = self.embed_tokens.weight if is_tied else nn.Parameter(output)
@@ -92,8 +140,8 @@ class LocalHead(nn.Module):
         """torch's hook behind ``to``, ``half``, ``cuda`` and the like."""
         embeddings, output = self.embed_tokens, self.lm_head
         if isinstance(embeddings, PackedEmbedding) and isinstance(output, PackedOutput):
-            probe = fn(self.norm.new_empty(0))
-            if probe.dtype != self.norm.dtype or probe.device != self.norm.device:
+            moved = fn(self.anchor)
+            if moved.dtype != self.anchor.dtype or moved.device != self.anchor.device:
                 self._unpack(embeddings, output)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

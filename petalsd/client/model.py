@@ -23,12 +23,11 @@ from petalsd.client.swarm_client import SwarmClient
 from petalsd.errors import BadRequest, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_rule import HeadRule
+from petalsd.models.head_weights import HeadWeights, PackedHeadWeights, load_packed_head
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.naming import dht_prefix as derive_prefix
 from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import HeadWeights, PackedHeadWeights, load_packed_head
-from petalsd.ops.norm import rms_norm
 
 _GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -53,9 +52,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         rule: HeadRule | None = None,
     ) -> None:
         super().__init__(config)
-        self.head_rule = rule or HeadRule()
         self.loss_type = "ForCausalLM"
-        self.head = LocalHead(head, self.head_rule.embedding_scale, self.head_rule.norm_offset)
+        self.head = LocalHead(head, rule or HeadRule())
         self.runtime = runtime
         self.client = client
         self.eval()
@@ -84,7 +82,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         architecture = Architecture.read(raw)
         blocks, rule = architecture.config, architecture.head_rule()
         prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
-        head = load_packed_head(files, blocks, dtype or blocks.dtype or torch.float32)
+        head = load_packed_head(files, blocks, rule, dtype or blocks.dtype or torch.float32)
         config = CONFIG_MAPPING[blocks.model_type].from_dict(raw)
         client = SwarmClient(prefix, blocks.num_blocks, initial_peers, options, _whole_from(blocks))
         runtime = ClientRuntime()
@@ -137,19 +135,27 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         if (input_ids is None) == (inputs_embeds is None):
             raise BadRequest("input_ids", input_ids, "exactly one of input_ids and inputs_embeds is needed")
         embeds = self.head.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = self.head_rule.entering(embeds)
+        hidden = self.head.entering(embeds, 0 if past_key_values is None else past_key_values.position)
         if past_key_values is not None:
             hidden = past_key_values.step(hidden)
         else:
             hidden = remote_blocks(self.runtime, self.client.passes, hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        normed = rms_norm(hidden[:, kept], self.head.norm, self.config.rms_norm_eps)
-        product = self.head.lm_head(normed)
-        logits = self.head_rule.logits(product)
+        logits = self.head.logits(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the local parts are; transformers would ask for a parameter, and packed tables are none."""
+        return self.head.anchor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the local parts."""
+        return self.head.anchor.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.head.embed_tokens

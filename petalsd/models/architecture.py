@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from petalsd.errors import UnsupportedModel
 from petalsd.models.block_config import FUSED_FAMILIES, BlockConfig
 from petalsd.models.head_rule import HeadRule
-from petalsd.models.hf.families import FAMILIES, family_of
+from petalsd.models.hf.families import family_of
 from petalsd.models.hf.layer import Layers
 from petalsd.models.model_config import ModelConfig, check_sizes, common_facts, read_hf_config
 from petalsd.models.source import ModelSource
@@ -30,15 +29,8 @@ class Architecture:
         return self.layers.family.kind(self.layers.hf, index)
 
     def head_rule(self) -> HeadRule:
-        """How a client uses ``HeadWeights``. UnsupportedModel where something else stands around the blocks."""
-        head = self.layers.family.head
-        if head is None:
-            raise UnsupportedModel(
-                f"model_type = {self.config.model_type!r}: this client has no embeddings and output head for it, "
-                "its blocks are served all the same",
-                hint=f"it has them for {', '.join(name for name, row in FAMILIES.items() if row.head)}",
-            )
-        return head(self.layers.hf)
+        """What stands around the blocks. UnsupportedModel where this client cannot have it."""
+        return self.layers.family.head(self.layers.hf)
 
     def largest_block(self) -> list[tuple[int, ...]]:
         """The shapes of its tensors, in a checkpoint."""

@@ -1,4 +1,4 @@
-"""Which tensors a block or a head is made of, and reading just those from safetensors files."""
+"""Which tensors a block is made of, and reading just those from safetensors files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -18,7 +17,6 @@ from petalsd.errors import WeightsError
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.files import check_readable
-from petalsd.models.model_config import ModelConfig
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
@@ -29,31 +27,6 @@ from petalsd.ops.staging import Copy, copying_to
 from petalsd.ops.weight_packing import pack_rows
 
 log = structlog.get_logger(__name__)
-
-_EMBEDDING = "model.embed_tokens.weight"
-_FINAL_NORM = "model.norm.weight"
-_LM_HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class HeadWeights:
-    """What a client computes itself: embeddings ``[V, M]``, final RMSNorm ``[M]``, output head ``[V, M]``.
-
-    With tied embeddings ``lm_head`` is ``embed_tokens``, the same tensor.
-    """
-
-    embed_tokens: torch.Tensor
-    norm: torch.Tensor
-    lm_head: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PackedHeadWeights:
-    """The same, packed for the CPU; ``norm`` has the dtype of what is computed."""
-
-    embed_tokens: PackedWeight
-    norm: torch.Tensor
-    lm_head: PackedWeight
 
 
 def block_tensors(config: BlockConfig, index: int) -> dict[str, tuple[int, ...]]:
@@ -81,13 +54,6 @@ def block_tensors(config: BlockConfig, index: int) -> dict[str, tuple[int, ...]]
     if config.qk_norm:
         shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
     return {prefix + name: shape for name, shape in shapes.items()}
-
-
-def head_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what ``load_head`` reads."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes = {_EMBEDDING: table, _FINAL_NORM: table[1:]}
-    return shapes if config.tie_word_embeddings else {**shapes, _LM_HEAD: table}
 
 
 def files_with(source: ModelSource, tensors: Iterable[str]) -> list[str]:
@@ -132,10 +98,10 @@ def assemble_block(
     """A block from the tensors of ``block_tensors``, each asked for once by name, copied into its own memory."""
     shapes = block_tensors(config, index).values()
     with copying_to(storage.device) as copy:
-        return _place_block(config, _Placement(tensor, f"model.layers.{index}.", storage, shapes, copy))
+        return _place_block(config, Placement(tensor, f"model.layers.{index}.", storage, shapes, copy))
 
 
-def _place_block(config: BlockConfig, place: _Placement) -> BlockWeights:
+def _place_block(config: BlockConfig, place: Placement) -> BlockWeights:
     qkv = [f"self_attn.{part}_proj" for part in "qkv"]
     gate_up = ["mlp.gate_proj", "mlp.up_proj"]
     return BlockWeights(
@@ -154,39 +120,7 @@ def _place_block(config: BlockConfig, place: _Placement) -> BlockWeights:
     )
 
 
-def load_head(source: ModelSource, config: ModelConfig, dtype: torch.dtype) -> HeadWeights:
-    """Read embeddings, final norm and output head to the CPU, cast to ``dtype``. Raises WeightsError."""
-    shapes = head_tensors(config)
-    tensors = read_tensors(source, shapes)
-    storage = WeightStorage(dtype, torch.device("cpu"), None)
-    place = _Placement(tensors.__getitem__, "", storage, shapes.values())
-    embed_tokens = place.fuse([_EMBEDDING])
-    lm_head = embed_tokens if config.tie_word_embeddings else place.fuse([_LM_HEAD])
-    return HeadWeights(embed_tokens, place.fuse([_FINAL_NORM]), lm_head)
-
-
-def load_packed_head(
-    source: ModelSource, config: ModelConfig, dtype: torch.dtype
-) -> PackedHeadWeights | HeadWeights:
-    """As ``load_head``, packed where there is a format for ``dtype``.
-
-    For float32 a checkpoint in bfloat16 stays in bfloat16: the values are the same, and half as many bytes.
-    """
-    shapes = head_tensors(config)
-    tensors = read_tensors(source, shapes)
-    cpu = torch.device("cpu")
-    stored = {tensors[name].dtype for name, shape in shapes.items() if len(shape) == 2}
-    is_exact = dtype == torch.float32 and stored == {torch.bfloat16}
-    format = WeightFormat.BFLOAT16 if is_exact else WeightStorage.choose(dtype, cpu).format
-    if format is None:
-        return load_head(source, config, dtype)
-    place = _Placement(tensors.__getitem__, "", WeightStorage(dtype, cpu, format), shapes.values())
-    embed_tokens = place.pack([_EMBEDDING], format)
-    lm_head = embed_tokens if config.tie_word_embeddings else place.pack([_LM_HEAD], format)
-    return PackedHeadWeights(embed_tokens, place.fuse([_FINAL_NORM]), lm_head)
-
-
-class _Placement:
+class Placement:
     """Copies tensors to their places, side by side in the order in which they are asked for."""
 
     def __init__(

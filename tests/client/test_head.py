@@ -9,14 +9,15 @@ import torch
 
 from petalsd.client.head import LocalHead, PackedOutput
 from petalsd.models.architecture import Architecture
+from petalsd.models.head_rule import HeadRule
+from petalsd.models.head_weights import HeadWeights, PackedHeadWeights, load_head, load_packed_head
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import HeadWeights, PackedHeadWeights, load_head, load_packed_head
 from petalsd.ops.packed_weight import WeightFormat
 from tests.numeric import assert_close
 from tests.tiny_models import make_tiny
 
 IDS = torch.tensor([[3, 0, 17], [4, 255, 16]])
-SCALE, OFFSET = 1.5, 0.25
+RULE = HeadRule(embedding_scale=1.5, norm_offset=0.25)
 
 
 def make_checkpoint(path: Path, dtype: torch.dtype, tied: bool) -> ModelSource:
@@ -26,8 +27,9 @@ def make_checkpoint(path: Path, dtype: torch.dtype, tied: bool) -> ModelSource:
 
 
 def load(source: ModelSource, dtype: torch.dtype) -> tuple[HeadWeights, PackedHeadWeights | HeadWeights]:
-    config = Architecture.read(source.config()).config
-    return load_head(source, config, dtype), load_packed_head(source, config, dtype)
+    architecture = Architecture.read(source.config())
+    what = source, architecture.config, architecture.head_rule(), dtype
+    return load_head(*what), load_packed_head(*what)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -38,9 +40,10 @@ def test_a_packed_head_is_the_plain_one(
 ) -> None:
     """Embeddings bit for bit, logits to 1e-5 in float32 and to its rounding in bfloat16, gradients too."""
     plain, packed = (
-        LocalHead(weights, SCALE, OFFSET) for weights in load(make_checkpoint(tmp_path, stored, tied), dtype)
+        LocalHead(weights, RULE) for weights in load(make_checkpoint(tmp_path, stored, tied), dtype)
     )
     assert isinstance(packed.lm_head, PackedOutput)
+    assert packed.norm is not None and plain.norm is not None
     assert torch.equal(packed.norm, plain.norm)
     embeds = packed.embed_tokens(IDS)
     assert torch.equal(embeds, plain.embed_tokens(IDS))
@@ -61,7 +64,8 @@ def test_values_that_bfloat16_holds_stay_in_it(tmp_path: Path, tied: bool) -> No
     _, packed = load(make_checkpoint(tmp_path, torch.bfloat16, tied), torch.float32)
     assert isinstance(packed, PackedHeadWeights)
     assert packed.lm_head.format is packed.embed_tokens.format is WeightFormat.BFLOAT16
-    assert packed.norm.dtype == torch.float32
+    assert packed.vectors.norm is not None
+    assert packed.vectors.norm.dtype == torch.float32
     assert (packed.lm_head is packed.embed_tokens) == tied
 
 
@@ -75,12 +79,12 @@ def test_other_dtypes_stay_plain(tmp_path: Path) -> None:
 def test_a_head_that_is_cast_becomes_plain(tmp_path: Path, tied: bool) -> None:
     """``to`` another dtype gives tensors of that dtype; to the same one changes nothing."""
     _, weights = load(make_checkpoint(tmp_path, torch.bfloat16, tied), torch.float32)
-    head = LocalHead(weights, SCALE, OFFSET)
+    head = LocalHead(weights, RULE)
     expected = head.embed_tokens.weight
     assert isinstance(head.to(torch.float32).lm_head, PackedOutput)
     head.to(torch.float16)
     assert isinstance(head.lm_head, torch.nn.Linear)
-    assert head.lm_head.weight.dtype == head.embed_tokens.weight.dtype == head.norm.dtype == torch.float16
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.float16}
     assert (head.lm_head.weight is head.embed_tokens.weight) == tied
     assert_close(head.embed_tokens.weight.float(), expected, 1e-3, 1e-3, "table")
 
@@ -90,4 +94,4 @@ def test_an_unknown_token_is_refused(tmp_path: Path, index: int) -> None:
     """As by torch's embedding."""
     _, weights = load(make_checkpoint(tmp_path, torch.bfloat16, True), torch.float32)
     with pytest.raises(IndexError, match=f"row {index}: there are 258"):
-        LocalHead(weights, SCALE, OFFSET).embed_tokens(torch.tensor([index]))
+        LocalHead(weights, RULE).embed_tokens(torch.tensor([index]))

@@ -21,7 +21,7 @@ from petalsd.client.runtime import ClientRuntime
 from petalsd.client.session import InferenceSession
 from petalsd.client.span_session import StreamTerms
 from petalsd.errors import BadRequest
-from petalsd.models.weights import HeadWeights
+from petalsd.models.head_weights import HeadVectors, HeadWeights
 from petalsd.ops.norm import rms_norm
 from petalsd.types import BlockSpan
 from tests.client.fake_swarm import HIDDEN, FakeServer, FakeSwarm, dies_at, make_span, run_blocks
@@ -35,7 +35,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 def make_head() -> HeadWeights:
     generator = torch.Generator().manual_seed(5)
     embed = torch.randn(VOCAB, HIDDEN, generator=generator)
-    return HeadWeights(embed, torch.rand(HIDDEN, generator=generator) + 0.5, embed)
+    return HeadWeights(embed, embed, HeadVectors(torch.rand(HIDDEN, generator=generator) + 0.5))
 
 
 def make_config() -> LlamaConfig:
@@ -63,7 +63,12 @@ class LocalModel(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         hidden = run_blocks(BLOCKS, self.head.embed_tokens[input_ids])
-        return CausalLMOutputWithPast(logits=rms_norm(hidden, self.head.norm, 1e-6) @ self.head.lm_head.T)
+        return CausalLMOutputWithPast(logits=self.logits(hidden))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        norm = self.head.vectors.norm
+        assert norm is not None
+        return rms_norm(hidden, norm, 1e-6) @ self.head.lm_head.T
 
 
 class FakeClient:
@@ -199,7 +204,7 @@ def test_a_call_without_cache_is_differentiable(model: RemoteCausalLM, local: Lo
     result = model(inputs_embeds=embeds, labels=PROMPT)
     result.loss.backward()
     here = local.head.embed_tokens[PROMPT].clone().requires_grad_()
-    logits = rms_norm(run_blocks(BLOCKS, here), local.head.norm, 1e-6) @ local.head.lm_head.T
+    logits = local.logits(run_blocks(BLOCKS, here))
     loss = nn.functional.cross_entropy(logits[0, :-1], PROMPT[0, 1:])
     loss.backward()
     torch.testing.assert_close(result.loss, loss)

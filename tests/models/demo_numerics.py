@@ -10,20 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from petalsd.client.head import LocalHead
 from petalsd.config import Quantization
 from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.head_rule import HeadRule
+from petalsd.models.head_weights import load_head
 from petalsd.models.native_span import NativeSpan, paged_span
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import load_block, load_head
-from petalsd.ops.norm import rms_norm
+from petalsd.models.weights import load_block
 from petalsd.types import BlockSpan
 from tests.paged_rows import PagedRows
 
@@ -79,7 +81,8 @@ class DemoNumerics:
         self._tier = tier
         self._spans: dict[tuple[torch.dtype, Quantization], NativeSpan] = {}
         self.config = BlockConfig.from_hf(self._source.config())
-        self._head = load_head(self._source, self.config, torch.float32)
+        rule = HeadRule(norm_eps=self.config.norm_eps)
+        self._head = LocalHead(load_head(self._source, self.config, rule, torch.float32), rule)
         paragraphs = TEXT.read_text(encoding="utf-8").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -93,7 +96,7 @@ class DemoNumerics:
     @cached_property
     def embedded(self) -> torch.Tensor:
         """What enters the first block; float32 ``[n, M]``."""
-        return self._head.embed_tokens[self.ids]
+        return cast(torch.Tensor, self._head.embed_tokens(self.ids))
 
     @cached_property
     def states(self) -> list[torch.Tensor]:
@@ -116,8 +119,8 @@ class DemoNumerics:
 
     def perplexity(self, form: Form) -> float:
         """exp of the mean negative log-likelihood of each token after the first; norm and head in float32."""
-        normed = rms_norm(self.run(form, self.embedded), self._head.norm, self.config.norm_eps)
-        loss = functional.cross_entropy(functional.linear(normed[:-1], self._head.lm_head), self.ids[1:])
+        logits = self._head.logits(self.run(form, self.embedded)[:-1])
+        loss = functional.cross_entropy(logits, self.ids[1:])
         return math.exp(loss)
 
     def span(self, form: Form) -> NativeSpan:

@@ -143,9 +143,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         Ladder(Architecture.read(source.config()), source, WeightStorage.choose(torch.float32, CPU)).load(0)
 
 
-def test_a_client_says_for_which_families_it_has_a_head() -> None:
-    """Others are refused by name, and what has one is listed."""
-    assert Architecture.read({"model_type": "mixtral"}).head_rule() == HeadRule()
+def test_heads_differ_by_family() -> None:
+    """What the config says, and what the family's code has."""
+    assert Architecture.read({"model_type": "mixtral"}).head_rule() == HeadRule(norm_eps=1e-5)
     assert Architecture.read(GEMMA).head_rule() == HeadRule(embedding_scale=8.0, norm_offset=1.0)
-    with pytest.raises(UnsupportedModel, match=r"'bloom': this client has no embeddings.*qwen3_moe"):
-        Architecture.read({"model_type": "bloom"}).head_rule()
+    assert Architecture.read({"model_type": "cohere"}).head_rule().logit_scale == 0.0625

@@ -14,8 +14,10 @@ from petalsd.errors import WeightsError
 from petalsd.models import disk_budget, hub_download
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.disk_budget import DiskBudget
+from petalsd.models.head_rule import HeadRule
+from petalsd.models.head_weights import HeadTensors, load_head
 from petalsd.models.source import INDEX_FILE, ModelSource
-from petalsd.models.weights import block_tensors, files_with, head_tensors, load_block, load_head
+from petalsd.models.weights import block_tensors, files_with, load_block
 from tests.models.fake_hub import COMMIT, FakeHub
 from tests.numeric import assert_close
 from tests.tiny_models import make_tiny
@@ -69,8 +71,9 @@ def test_the_head_fetches_only_its_shards(hub: FakeHub, checkpoint: Path, tmp_pa
     """A client downloads embeddings, norm and head, not the blocks."""
     source = _source(tmp_path)
     config = BlockConfig.from_hf(source.config())
-    head = load_head(source, config, torch.float32)
-    assert hub.downloaded() == {"config.json", INDEX_FILE, *files_with(source, head_tensors(config))}
+    head = load_head(source, config, HeadRule(), torch.float32)
+    tensors = HeadTensors.of(source, config, HeadRule())
+    assert hub.downloaded() == {"config.json", INDEX_FILE, *files_with(source, tensors.shapes)}
     assert head.lm_head.shape == (config.vocab_size, config.hidden_size)
 
 

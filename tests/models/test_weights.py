@@ -17,13 +17,10 @@ from petalsd.errors import WeightsError
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.source import INDEX_FILE, SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
-from petalsd.models.weights import block_tensors, files_with, load_block, load_head
-from petalsd.ops.linear import linear
-from petalsd.ops.norm import rms_norm
+from petalsd.models.weights import block_tensors, files_with, load_block
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.weight_packing import pack_weight
-from tests.numeric import assert_close
-from tests.tiny_models import FAMILIES, HIDDEN_SIZE, make_tiny
+from tests.tiny_models import HIDDEN_SIZE, make_tiny
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -46,24 +43,6 @@ def _rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
     for name, tensor in changes.items():
         tensors.pop(name) if tensor is None else tensors.update({name: tensor})
     save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("max_shard_size", [None, "100KB"])
-def test_the_head_equals_transformers(family: str, max_shard_size: str | None, tmp_path: Path) -> None:
-    """Embedding, final norm and head, tied or not, give transformers' logits around its own layers."""
-    model = make_tiny(family, tmp_path, max_shard_size=max_shard_size)
-    source = ModelSource(str(tmp_path))
-    config = BlockConfig.from_hf(source.config())
-    head = load_head(source, config, torch.float32)
-    ids = torch.arange(20)[None]
-    hidden = head.embed_tokens[ids]
-    for index in range(config.num_blocks):
-        hidden = load_block(source, config, index, torch.float32, CPU).forward_dense(hidden)
-    logits = linear(rms_norm(hidden, head.norm, config.norm_eps), head.lm_head)
-    with torch.no_grad():
-        assert_close(logits, model(ids).logits, 1e-3, 1e-4, "logits")
-    assert (head.lm_head is head.embed_tokens) == config.tie_word_embeddings
 
 
 def test_only_the_blocks_tensors_are_named(directory: Path) -> None:

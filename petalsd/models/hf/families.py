@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from petalsd.errors import UnsupportedModel
 from petalsd.models.head_rule import HeadRule
+from petalsd.models.hf import heads
 from petalsd.models.hf.family import ExpertNames, Family, same_kind
 from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
 
@@ -30,26 +31,11 @@ def family_of(model_type: object) -> Family:
     return family
 
 
-def _usual(package: str, name: str, **differing: Any) -> Family:
+def _usual(
+    package: str, name: str, head: Callable[[Any], HeadRule] = heads.llama_head, **differing: Any
+) -> Family:
     """Class names as most families form them."""
-    return Family(package, f"{name}DecoderLayer", f"{name}RotaryEmbedding", **differing)
-
-
-def _llama_like(package: str, name: str, **differing: Any) -> Family:
-    """With embeddings, final norm and output head as Llama has them."""
-    return _usual(package, name, head=lambda _: HeadRule(), **differing)
-
-
-def _gemma_head(hf: Any) -> HeadRule:
-    return HeadRule(
-        embedding_scale=hf.hidden_size**0.5,
-        norm_offset=1.0,
-        logit_softcap=getattr(hf, "final_logit_softcapping", None),
-    )
-
-
-def _granite_head(hf: Any) -> HeadRule:
-    return HeadRule(input_scale=hf.embedding_multiplier, logit_scale=1 / hf.logits_scaling)
+    return Family(package, f"{name}DecoderLayer", f"{name}RotaryEmbedding", head, **differing)
 
 
 def _no_windows(hf: Any) -> tuple[None, ...]:
@@ -97,42 +83,43 @@ def _adapt_falcon(layer: nn.Module, hf: Any, index: int) -> None:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "bloom": Family(
-            "bloom", "BloomBlock", None, _PETALS_PREFIXES, facts=_bloom_facts, adapt=_adapt_bloom,
-            plain_arguments=bloom_arguments,
+            "bloom", "BloomBlock", None, heads.bloom_head, _PETALS_PREFIXES, facts=_bloom_facts,
+            adapt=_adapt_bloom, plain_arguments=bloom_arguments,
         ),
-        "cohere": _usual("cohere", "Cohere"),
-        "cohere2": _usual("cohere2", "Cohere2"),
+        "cohere": _usual("cohere", "Cohere", heads.cohere_head),
+        "cohere2": _usual("cohere2", "Cohere2", heads.cohere_head),
         "falcon": Family(
-            "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", _PETALS_PREFIXES, facts=_falcon_facts,
-            adapt=_adapt_falcon, plain_arguments=falcon_arguments,
+            "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", heads.falcon_head, _PETALS_PREFIXES,
+            facts=_falcon_facts, adapt=_adapt_falcon, plain_arguments=falcon_arguments,
         ),
-        "gemma": _usual("gemma", "Gemma", head=_gemma_head),
-        "gemma2": _usual("gemma2", "Gemma2", head=_gemma_head),
-        "gemma3_text": _usual("gemma3", "Gemma3", head=_gemma_head),
-        "glm4": _llama_like("glm4", "Glm4"),
+        "gemma": _usual("gemma", "Gemma", heads.gemma_head),
+        "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head),
+        "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head),
+        "glm4": _usual("glm4", "Glm4"),
         "gpt_neox": Family(
-            "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", _NEOX_PREFIXES, facts=_ungrouped
+            "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
+            facts=_ungrouped,
         ),
-        "granite": _usual("granite", "Granite", head=_granite_head),
-        "llama": _llama_like("llama", "Llama", windows=_no_windows),
-        "mistral": _llama_like("mistral", "Mistral"),
-        "mixtral": _llama_like(
+        "granite": _usual("granite", "Granite", heads.granite_head),
+        "llama": _usual("llama", "Llama", windows=_no_windows),
+        "mistral": _usual("mistral", "Mistral"),
+        "mixtral": _usual(
             "mixtral", "Mixtral", renames={"mlp.gate.": "block_sparse_moe.gate."},
             experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
         ),
-        "olmo": _usual("olmo", "Olmo"),
-        "olmo2": _llama_like("olmo2", "Olmo2"),
-        "olmo3": _llama_like("olmo3", "Olmo3"),
-        "olmoe": _llama_like("olmoe", "Olmoe", experts=ExpertNames()),
-        "opt": Family("opt", "OPTDecoderLayer", None, _OPT_PREFIXES, facts=_ungrouped),
-        "phi": _usual("phi", "Phi"),
-        "phi3": _llama_like("phi3", "Phi3"),
-        "qwen2": _llama_like("qwen2", "Qwen2"),
-        "qwen2_moe": _llama_like("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
-        "qwen3": _llama_like("qwen3", "Qwen3"),
-        "qwen3_moe": _llama_like("qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
-        "smollm3": _llama_like("smollm3", "SmolLM3", kind=_smollm3_kind),
-        "starcoder2": _usual("starcoder2", "Starcoder2"),
+        "olmo": _usual("olmo", "Olmo", heads.olmo_head),
+        "olmo2": _usual("olmo2", "Olmo2"),
+        "olmo3": _usual("olmo3", "Olmo3"),
+        "olmoe": _usual("olmoe", "Olmoe", experts=ExpertNames()),
+        "opt": Family("opt", "OPTDecoderLayer", None, heads.opt_head, _OPT_PREFIXES, facts=_ungrouped),
+        "phi": _usual("phi", "Phi", heads.phi_head),
+        "phi3": _usual("phi3", "Phi3"),
+        "qwen2": _usual("qwen2", "Qwen2"),
+        "qwen2_moe": _usual("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
+        "qwen3": _usual("qwen3", "Qwen3"),
+        "qwen3_moe": _usual("qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
+        "smollm3": _usual("smollm3", "SmolLM3", kind=_smollm3_kind),
+        "starcoder2": _usual("starcoder2", "Starcoder2", heads.starcoder2_head),
     }
 )  # fmt: skip
 

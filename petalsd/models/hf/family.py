@@ -61,6 +61,7 @@ class Family:
     package    the classes are in ``transformers.models.<package>.modeling_<package>``
     layer      name of the decoder layer's class
     rotary     name of the class that computes rotary angles; None where positions enter in another way
+    head       what stands around the blocks; UnsupportedModel where a client cannot have it
     prefixes   what comes before ``<index>.`` in the names of tensors: the first that a checkpoint uses
     renames    parts of a module's tensor names, and what the files have instead
     windows    each block's sliding window, from transformers' config
@@ -69,13 +70,12 @@ class Family:
     adapt      changes a layer on the meta device so that its attention comes to ``AttentionCall``; None where
                the attention can be registered
     plain_arguments  what the unchanged layer needs beside mask and angles
-    head       how what stands around the blocks is used, if that is ``HeadWeights``: a table, an RMS norm and a
-               matrix; None where it is something else
     """
 
     package: str
     layer: str
     rotary: str | None
+    head: Callable[[Any], HeadRule]
     prefixes: tuple[str, ...] = ("model.layers.", "layers.")
     renames: Mapping[str, str] | None = None
     windows: Callable[[Any], tuple[int | None, ...]] = usual_windows
@@ -84,7 +84,6 @@ class Family:
     adapt: Callable[[nn.Module, Any, int], None] | None = None
     plain_arguments: Callable[[Any, int, torch.dtype], LayerArguments] = no_arguments
     experts: ExpertNames | None = None
-    head: Callable[[Any], HeadRule] | None = None
 
     @property
     def module(self) -> ModuleType:
