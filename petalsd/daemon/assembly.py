@@ -37,6 +37,7 @@ from petalsd.daemon.speed import Speed
 from petalsd.daemon.spilling import plan_spill
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
+from petalsd.engine.captures import Capturing
 from petalsd.engine.engine import Engine
 from petalsd.engine.graphs import CudaGraphs
 from petalsd.engine.iteration_cost import AttentionShare
@@ -96,11 +97,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     rng = random.Random()
     limit = SpanLimit(plan.need, lambda: device_memory_bytes(plan.device), board)
     live = LiveRates(AttentionShare.of(plan.model))
-    recorder = EngineRecorder(metrics, live)
-    engine = Engine(
-        plan.limits, plan.device, config.engine.threads, recorder, _runners(config, plan, recorder)
-    )
-    ladder = Ladder(plan.architecture, plan.source, plan.storage, config.engine.threads)
+    recorder, num_threads = EngineRecorder(metrics, live), config.engine.threads
+    capturing = _capturing(plan)
+    on_graphs = partial(_report_graphs, board)
+    runners = RunnerFactory(plan.device, num_threads, plan.limits, recorder, capturing, on_graphs)
+    engine = Engine(plan.limits, plan.device, num_threads, recorder, runners)
+    ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads)
     link = LinkMeter()
     speed = Speed(plan, config, paths, live, link)
     member = Membership(
@@ -111,7 +113,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     )
 
     start_progress = partial(_start_progress, activity, metrics)
-    loader = SpanLoader(ModelReader(plan, ladder), start_progress, board, metrics)
+    loader = SpanLoader(
+        ModelReader(plan, ladder, None if capturing is None else capturing.turn),
+        start_progress,
+        board,
+        metrics,
+    )
     placement = PlacementRecord(metrics)
     metrics.read_from(placement.read)
     rebalancer = Rebalancer(
@@ -126,7 +133,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         return demand_for(plan, settings.config.blocks, limit.most)
 
     make_pool = partial(_make_pool, config, plan, paths, CacheRecorder(metrics))
-    installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of, board)
+    installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of)
     return Parts(
         engine=engine,
         member=member,
@@ -149,9 +156,16 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     )
 
 
-def _runners(config: Config, plan: ServingPlan, recorder: EngineRecorder) -> RunnerFactory:
-    make_graphs = partial(CudaGraphs, plan.device) if plan.has_graphs else None
-    return RunnerFactory(plan.device, config.engine.threads, plan.limits, recorder, make_graphs)
+def _capturing(plan: ServingPlan) -> Capturing | None:
+    """Half of what passes need stays free: other blocks' graphs take a little more or less than was measured."""
+    return Capturing(CudaGraphs(plan.device), plan.need.reserve_bytes // 2) if plan.has_graphs else None
+
+
+def _report_graphs(board: WarningBoard, failure: str | None) -> None:
+    if failure is None:
+        board.clear("graphs_failed")
+    else:
+        board.set("graphs_failed", failure)
 
 
 def _start_progress(activity: Activity, metrics: Metrics) -> ProgressSink:

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from petalsd.daemon.cache_room import cache_pages
 from petalsd.daemon.plan import ServingPlan
-from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
@@ -26,14 +25,12 @@ class Installation:
         angles: Angles,
         make_pool: MakePool,
         measure: Callable[[Engine], Awaitable[None]],
-        board: WarningBoard,
     ) -> None:
         self._plan = plan
         self._engine = engine
         self._angles = angles
         self._make_pool = make_pool
         self._measure = measure
-        self._board = board
         self._num_cached = 0  # blocks that the cache was made for
 
     async def install(self, span: BlockSpan, blocks: Mapping[int, Block]) -> None:
@@ -42,21 +39,12 @@ class Installation:
         pool.allocate()
         await self._engine.load_span(blocks, pool, self._angles)
         self._num_cached = len(span)
-        self._report_graphs()
         await self._measure(self._engine)
 
     async def exchange(self, blocks: Mapping[int, Block]) -> None:
         """Over the pool that there is; errors as of ``Engine.change_span``."""
         await self._engine.change_span(blocks)
-        self._report_graphs()
 
     def has_pages(self, num_blocks: int) -> bool:
         """Whether the pool suffices for so many blocks."""
         return num_blocks <= self._num_cached
-
-    def _report_graphs(self) -> None:
-        graphs = self._engine.graphs
-        if graphs is not None and graphs.failure is not None:
-            self._board.set("graphs_failed", graphs.failure)
-        else:
-            self._board.clear("graphs_failed")

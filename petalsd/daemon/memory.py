@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from petalsd.ops.memory import free_gpu_bytes
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -25,10 +27,7 @@ def device_memory_bytes(device: torch.device) -> int:
 
 def free_memory_bytes(device: torch.device) -> int:
     """What can be taken now, beside all that we have taken already."""
-    if device.type != "cuda":
-        return device_memory_bytes(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_gpu_bytes(device) if device.type == "cuda" else device_memory_bytes(device)
 
 
 def available_bytes(meminfo: Path) -> int:

@@ -5,6 +5,7 @@ Nothing is started or allocated here; ``petalsd check`` and ``petalsd run`` make
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,17 +207,22 @@ def open_source(section: ModelSection, paths: InstancePaths) -> ModelSource:
 
 
 class ModelReader:
-    """``span_loader.WeightsReader`` over the plan's source."""
+    """``span_loader.WeightsReader`` over the plan's source.
 
-    def __init__(self, plan: ServingPlan, ladder: Ladder) -> None:
+    A block takes its memory in its ``turn``: see ``engine.captures.Capturing``.
+    """
+
+    def __init__(self, plan: ServingPlan, ladder: Ladder, turn: threading.Lock | None = None) -> None:
         self._plan = plan
         self._ladder = ladder
+        self._turn = turn or threading.Lock()
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         self._plan.source.fetch(self._plan.files_of(span), progress)
 
     def load_block(self, index: int) -> Block:
-        return self._ladder.load(index)
+        with self._turn:
+            return self._ladder.load(index)
 
 
 def gib(num_bytes: int) -> str:

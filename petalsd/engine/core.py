@@ -15,9 +15,9 @@ import torch
 
 from petalsd.device_faults import raise_if_lost
 from petalsd.engine.batch import BatchItem
+from petalsd.engine.captures import Captures
 from petalsd.engine.fair_queue import Job
 from petalsd.engine.gathering import Gathering
-from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.kv_transfer import Transfer
 from petalsd.engine.limits import EngineLimits
@@ -38,6 +38,7 @@ from petalsd.types import BlockSpan
 log = structlog.get_logger(__name__)
 
 _FORGETTING = 0.999  # per batch: a slow one counts for some thousand more
+_CAPTURE_PAUSE_S = 0.05  # until an idle engine asks again whether it may capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +135,23 @@ class EngineCore:
         self.passes = PassLane(self._pass_runner(), attention, outbox)
 
     @property
-    def graphs(self) -> GraphedSpan | None:
+    def captures(self) -> Captures | None:
         """Captured steps of the span; None where nothing is captured."""
-        return self._runner.graphs
+        return self._runner.captures
 
     @property
     def has_work(self) -> bool:
         return bool(self._scheduler or self.passes or self._deferred or self._transfers)
 
+    @property
+    def has_captures(self) -> bool:
+        """Whether steps are still to be captured, which goes between iterations."""
+        return self.captures is not None and not self.captures.are_complete
+
     def pause_s(self) -> float:
-        """Seconds that the next iteration should wait for sessions that are about to come."""
+        """Seconds that the next turn should wait: for sessions that are about to come, or to capture."""
+        if not self.has_work and self.captures is not None and self.captures.must_wait:
+            return _CAPTURE_PAUSE_S
         if self._deferred or self._transfers or not self._scheduler:
             return 0.0
         return self._gathering.pause_s(time.monotonic())
@@ -160,6 +168,7 @@ class EngineCore:
         Pages know no blocks, only the first one of their session, so sessions whose blocks are still served go
         on; the others were closed before. A pass under way keeps the blocks that it began with.
         """
+        runner.take_over(self._runner)
         self.served, self._runner = served, runner
         self.passes.runner = self._pass_runner()
 
@@ -229,6 +238,13 @@ class EngineCore:
         if plan.pass_s is not None:
             self.passes.run(plan.pass_s)
         self._progress.end()
+
+    def capture_next(self) -> None:
+        """Capture one step of those that are still to be, if any is: nobody waits for more than that one."""
+        if self.captures is not None and self.has_captures:
+            self._progress.begin(0)
+            self.captures.capture_next()
+            self._progress.busy_since_monotonic_s = None  # no end(): what was captured proves nothing
 
     def _transfer(self, transfer: Transfer) -> None:
         self._progress.begin(0)

@@ -18,7 +18,6 @@ import torch
 
 from petalsd.engine.checks import Restriction, check_pass, check_session, check_span
 from petalsd.engine.core import EngineCore, Progress, ServedSpan
-from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.handle import Session, SessionInfo
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver, NullObserver
@@ -119,11 +118,6 @@ class Engine:
     def hidden_size(self) -> int | None:
         return self._core.served.hidden_size if self._core else None
 
-    @property
-    def graphs(self) -> GraphedSpan | None:
-        """Captured steps of what is served; None where none were wanted."""
-        return self._core.graphs if self._core else None
-
     async def measure_graphs(self, blocks: Mapping[int, Block], pool: KVPool) -> int:
         """Device memory that captured steps of these blocks take, whatever the size of ``pool``; may be 0."""
         return await self._runners.measure_graphs(blocks, pool.kv, self._running_thread())
@@ -133,7 +127,7 @@ class Engine:
         thread = self._running_thread()
         served = ServedSpan.of(blocks, pool, rope)
         await self.drop_span(f"blocks {served.span} are served instead")
-        runner = await self._runners.make(served, thread)
+        runner = await self._runners.make(served, thread, is_idle=True)
         core = EngineCore(
             served, runner, self.limits, self.device, thread.outbox, self._progress, self._observer
         )
@@ -143,12 +137,13 @@ class Engine:
     async def change_span(self, blocks: Mapping[int, Block]) -> None:
         """Serve these blocks, which are consecutive, with the pages and sessions that there are.
 
-        A session keeps its pages wherever its blocks stay; work on others is ended as by ``end_work``. The
-        restriction is lifted. DeadlineExceeded when the engine thread does not take the blocks over.
+        A session keeps its pages wherever its blocks stay; work on others is ended as by ``end_work``. Steps of
+        new blocks are captured afterwards, one at a time beside the sessions. The restriction is lifted.
+        DeadlineExceeded when the engine thread does not take the blocks over.
         """
         thread, core = self._running_thread(), self._serving_core()
         served = ServedSpan.of(blocks, core.served.pool, core.served.rope)
-        runner = await self._runners.make(served, thread)
+        runner = await self._runners.make(served, thread, is_idle=False)
         async with self._canary_turn:
             reason = f"blocks {served.span} are served instead"
             self.restrict(core.served.span.intersect(served.span), reason)
@@ -299,7 +294,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         num_sessions = sum(session.spec.peer != CANARY_PEER for session in self._sessions)
-        return EngineStats.of(self._progress, num_sessions, self._num_rows, len(self._passes), self.graphs)
+        captures = self._core.captures if self._core else None
+        return EngineStats.of(self._progress, num_sessions, self._num_rows, len(self._passes), captures)
 
     def open_sessions(self) -> list[SessionInfo]:
         """The open ones of clients, the oldest first."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 
 from petalsd.engine.batch import BatchItem, step_ends
+from petalsd.engine.captures import Captures
 from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.staging import Part, Staging
 from petalsd.kvcache.pool import KVPool
@@ -51,9 +52,14 @@ class SpanRunner:
         self._staging = staging
 
     @property
-    def graphs(self) -> GraphedSpan | None:
-        """To be captured on the engine thread before the first batch; None where nothing is."""
-        return self._span if isinstance(self._span, GraphedSpan) else None
+    def captures(self) -> Captures | None:
+        """The captured steps; None where nothing is captured."""
+        return self._span.captures if isinstance(self._span, GraphedSpan) else None
+
+    def take_over(self, before: SpanRunner) -> None:
+        """Go on in the place of ``before``, over the same pages, with what it has captured of the same blocks."""
+        if self.captures is not None and before.captures is not None:
+            self.captures.take_over(before.captures)
 
     def run(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
         """Compute the items; one ``[rows * tokens, M]`` CPU tensor in the model's dtype for each.

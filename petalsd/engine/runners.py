@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 
+from petalsd.engine.captures import Captures, Capturing, OnSettled
 from petalsd.engine.core import ServedSpan
-from petalsd.engine.graphed_span import CapturableSpan, GraphedSpan, GraphLimits
-from petalsd.engine.graphs import GraphBackend
+from petalsd.engine.graphed_span import GraphedSpan, capturable, parts_of
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.staging import InPlace, Staged
+from petalsd.engine.step_memory import CapturableSpan, GraphLimits
 from petalsd.engine.thread import EngineThread
 from petalsd.errors import DeadlineExceeded
 from petalsd.models.contract import Angles, Block
@@ -26,7 +27,9 @@ from petalsd.ops.ragged import PagedKV
 class RunnerFactory:
     """For one device. ``num_threads`` of the CPU, 0: torch's own choice.
 
-    make_graphs  makes what captures the steps of a span; None: every step is launched anew
+    capturing   how steps of a span are captured; None: every step is launched anew
+    on_settled  called on the loop when everything of what is served is captured, with None, or when the rest will
+                not be, with the reason
     """
 
     def __init__(
@@ -35,62 +38,71 @@ class RunnerFactory:
         num_threads: int,
         limits: EngineLimits,
         observer: EngineObserver,
-        make_graphs: Callable[[], GraphBackend] | None = None,
+        capturing: Capturing | None = None,
+        on_settled: OnSettled = lambda failure: None,
     ) -> None:
-        self._device = device
-        self._num_threads = num_threads
-        self._limits = limits
+        self.device = device
+        self.num_threads = num_threads
+        self.limits = limits
         self._observer = observer
-        self._make_graphs = make_graphs
+        self._capturing = capturing
+        self._on_settled = on_settled
 
-    async def make(self, served: ServedSpan, thread: EngineThread) -> SpanRunner:
-        """Ready to run on ``thread``: where steps are captured, it has captured them there."""
+    async def make(self, served: ServedSpan, thread: EngineThread, *, is_idle: bool) -> SpanRunner:
+        """Ready to run on ``thread``. Where steps are captured, and it ``is_idle``, it has captured them there."""
         span = await asyncio.to_thread(self.make_span, served.blocks)  # sessions may go on meanwhile
         if not self.is_staged:
             return SpanRunner(span, served.pool, served.rope, InPlace())
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             # Else pinned memory would open a context on the first GPU, too.
-            thread.post(partial(torch.cuda.set_device, self._device))
-        staging = Staged(self._device, self._graph_limits(served.pool.kv).max_runs)
-        if not isinstance(span, CapturableSpan) or span.is_length_dependent:
-            return SpanRunner(span, served.pool, served.rope, staging)
-        graphed = await self._captured(span, served.pool.kv, thread)
-        return SpanRunner(graphed or span, served.pool, KnownAngles(served.rope), staging)
+            thread.post(partial(torch.cuda.set_device, self.device))
+        kv, parts = served.pool.kv, parts_of(span)
+        staging, fused = Staged(self.device, self._graph_limits(kv).max_runs), capturable(parts)
+        angles = KnownAngles(served.rope) if fused and len(fused) == len(parts) else served.rope
+        if not fused or self._capturing is None:
+            self._on_settled(None)
+            return SpanRunner(span, served.pool, angles, staging)
+        captures = self._captures(self._capturing, fused, kv, partial(thread.outbox.call, self._on_settled))
+        if is_idle:
+            await self._capture_all(captures, thread)
+        return SpanRunner(GraphedSpan(parts, captures, self._observer), served.pool, angles, staging)
 
     @property
     def is_staged(self) -> bool:
         """Whether the device has memory of its own, to which batches are copied."""
-        return self._device.type != "cpu"
+        return self.device.type != "cpu"
 
     def make_span(self, blocks: Mapping[int, Block]) -> PagedSpan:
         """What computes the blocks."""
-        return paged_span(blocks, self._num_threads or torch.get_num_threads())
+        return paged_span(blocks, self.num_threads or torch.get_num_threads())
 
     async def measure_graphs(self, blocks: Mapping[int, Block], kv: PagedKV, thread: EngineThread) -> int:
         """Device memory that captured steps of the blocks take, over any number of such pages.
 
         Graphs have the addresses of the pages in them, so the pages must be there first, and cannot be sized by
         what is free afterwards. This captures everything as a trial, and throws it away. 0 where nothing is
-        captured, or capturing fails.
+        captured.
         """
-        span = self.make_span(blocks)
-        if not isinstance(span, CapturableSpan) or span.is_length_dependent:
+        fused = capturable(parts_of(self.make_span(blocks)))
+        if not fused or self._capturing is None:
             return 0
-        trial = await self._captured(span, kv, thread)
-        return 0 if trial is None else trial.nbytes
+        trial = self._captures(self._capturing, fused, kv, lambda failure: None)
+        await self._capture_all(trial, thread)
+        return trial.nbytes
 
-    async def _captured(self, span: CapturableSpan, kv: PagedKV, thread: EngineThread) -> GraphedSpan | None:
-        """None where no graphs are wanted. DeadlineExceeded when the thread does not come back."""
-        if self._make_graphs is None:
-            return None
-        graphed = GraphedSpan(span, kv, self._graph_limits(kv), self._make_graphs(), self._observer)
-        thread.post(graphed.capture)
-        if not await thread.wait_for_commands(self._limits.step_deadline_s):
+    async def _capture_all(self, captures: Captures, thread: EngineThread) -> None:
+        """DeadlineExceeded when the thread does not come back."""
+        thread.post(captures.capture_all)
+        if not await thread.wait_for_commands(self.limits.step_deadline_s):
             raise DeadlineExceeded("the engine thread did not come back from capturing steps")
-        return graphed
+
+    def _captures(
+        self, capturing: Capturing, fused: Sequence[CapturableSpan], kv: PagedKV, on_settled: OnSettled
+    ) -> Captures:
+        return Captures(fused, kv, self._graph_limits(kv), capturing, on_settled)
 
     def _graph_limits(self, kv: PagedKV) -> GraphLimits:
-        return GraphLimits.of(self._limits, kv.page_tokens)
+        return GraphLimits.of(self.limits, kv.page_tokens)
 
 
 class KnownAngles:

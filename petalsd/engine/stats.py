@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petalsd.engine.captures import Captures
 from petalsd.engine.core import Progress
-from petalsd.engine.graphed_span import GraphedSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class EngineStats:
     busy_tokens             tokens of what it does now, or did last
     slowest_token_s         seconds per token of the slowest batches so far
     graphs, graph_bytes     captured steps, and the device memory that they take
+    graphs_wanted           how many there are to be; 0 where nothing is captured
+    graphs_failure          why the rest is not captured
     """
 
     sessions: int
@@ -37,10 +39,12 @@ class EngineStats:
     slowest_token_s: float
     graphs: int = 0
     graph_bytes: int = 0
+    graphs_wanted: int = 0
+    graphs_failure: str | None = None
 
     @classmethod
     def of(
-        cls, progress: Progress, sessions: int, rows: int, queued_passes: int, graphs: GraphedSpan | None
+        cls, progress: Progress, sessions: int, rows: int, queued_passes: int, captures: Captures | None
     ) -> EngineStats:
         """With what the engine thread writes down of its work, and the captured steps of what is served."""
         return cls(
@@ -54,6 +58,8 @@ class EngineStats:
             busy_since_monotonic_s=progress.busy_since_monotonic_s,
             busy_tokens=progress.busy_tokens,
             slowest_token_s=progress.slowest_token_s,
-            graphs=0 if graphs is None else graphs.num_graphs,
-            graph_bytes=0 if graphs is None else graphs.nbytes,
+            graphs=0 if captures is None else captures.num_graphs,
+            graph_bytes=0 if captures is None else captures.nbytes,
+            graphs_wanted=0 if captures is None else captures.num_wanted,
+            graphs_failure=None if captures is None else captures.failure,
         )

@@ -88,12 +88,15 @@ class EngineThread:
         self.outbox.flush()
 
     def _turn(self) -> None:
-        """One command or one iteration."""
-        command = self._next_command()
+        """One command, or one iteration and what is done between two."""
+        command, core = self._next_command(), self._core
         if command is not None:
             self._obey(command)
-        elif self._core is not None:
-            self._iterate(self._core)
+        elif core is not None:
+            if core.has_work:
+                self._iterate(core)
+            if core is self._core:
+                core.capture_next()
 
     def _give_up(self, error: Exception) -> None:
         """It would come back at every turn: end what is under way, and compute no more."""
@@ -109,11 +112,11 @@ class EngineThread:
             self.outbox.flush()
 
     def _next_command(self) -> Command | None:
-        """What was posted next, waiting for it while there is no work or a batch gathers; None: iterate now."""
+        """What was posted next, waiting for it while there is nothing to do or a batch gathers; None: go on."""
         commands, core = self._commands, self._core
         if commands.empty():
             self.outbox.flush()
-            if core is not None and core.has_work:
+            if core is not None and (core.has_work or core.has_captures):
                 pause_s = core.pause_s()
                 try:
                     return commands.get(timeout=pause_s) if pause_s > 0 else None

@@ -86,11 +86,13 @@ class StepStates:
 class StepPlan:
     """What a step needs beside its rows, and other steps of its size too; the tensors never move.
 
-    decode  by the window of a block; empty where no row has a single token
+    decode     by the window of a block; empty where no row has a single token
+    workspace  for packed weights
     """
 
     rotation: Rotation
     decode: Mapping[int | None, DecodePlan]
+    workspace: SplitWorkspace | None
 
 
 class KernelSpan:
@@ -105,9 +107,11 @@ class KernelSpan:
         self.config, self.dtype, self.device = first.config, first.dtype, first.device
         self._num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
         is_packed = any(isinstance(block.weights.qkv, PackedWeight) for block in blocks.values())
-        workspace = SplitWorkspace.allocate(self.device, self._num_sms) if is_packed else None
-        self._blocks = {index: KernelBlock(block, workspace) for index, block in blocks.items()}
-        self._windows = {block.window for block in blocks.values()}
+        self._workspace = SplitWorkspace.allocate(self.device, self._num_sms) if is_packed else None
+        self._sources = blocks
+        self._blocks = {index: KernelBlock(block) for index, block in blocks.items()}
+        # Of all the model's blocks, so that what is planned here serves other blocks of it too.
+        self._windows = set(first.config.windows)
         self._rope = first.rope
         self._angles = torch.empty(0)
 
@@ -127,7 +131,7 @@ class KernelSpan:
         rotation = self._rotation_of(cos_sin) if self.is_length_dependent else self._rotation(batch.longest)
         num_decodes = 0 if rows.decode is None else len(rows.decode.context_lens)
         states.enter(hidden)
-        plan = StepPlan(rotation, self._decode_plans(num_decodes, kv))
+        plan = StepPlan(rotation, self._decode_plans(num_decodes, kv), self._workspace)
         self.compute(blocks, states, rows, kv, plan)
         return states.leave(len(hidden))
 
@@ -137,9 +141,13 @@ class KernelSpan:
     def plan_decode(self, num_rows: int, kv: PagedKV, end: int) -> StepPlan:
         """For steps of ``num_rows`` rows of one token, padding included, at positions below ``end``.
 
-        Not where angles depend on the length of a row.
+        Through any blocks of the model. Not where angles depend on the length of a row.
         """
-        return StepPlan(self._rotation(end), self._decode_plans(num_rows, kv))
+        return StepPlan(self._rotation(end), self._decode_plans(num_rows, kv), self._workspace)
+
+    def source(self, block: int) -> TransformerBlock:
+        """What is computed; captured steps have the addresses of its weights."""
+        return self._sources[block]
 
     def compute(
         self, blocks: BlockSpan, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan
@@ -172,9 +180,9 @@ class KernelSpan:
 
 
 class KernelBlock:
-    """One block as a sequence of launches. Blocks share ``workspace``, which packed weights need."""
+    """One block as a sequence of launches."""
 
-    def __init__(self, block: TransformerBlock, workspace: SplitWorkspace | None) -> None:
+    def __init__(self, block: TransformerBlock) -> None:
         config, weights = block.config, block.weights
         self.index = block.index
         self._window = block.window
@@ -187,22 +195,22 @@ class KernelBlock:
             if weights.q_norm is None or weights.k_norm is None
             else HeadNorms(weights.q_norm, weights.k_norm, config.norm_eps)
         )
-        self._qkv = Projection(weights.qkv, weights.qkv_bias, workspace)
-        self._output = Projection(weights.output, weights.output_bias, workspace)
-        self._gate_up = Projection(weights.gate_up, weights.gate_up_bias, workspace)
-        self._down = Projection(weights.down, weights.down_bias, workspace)
+        self._qkv = Projection(weights.qkv, weights.qkv_bias)
+        self._output = Projection(weights.output, weights.output_bias)
+        self._gate_up = Projection(weights.gate_up, weights.gate_up_bias)
+        self._down = Projection(weights.down, weights.down_bias)
 
     def compute(self, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan) -> None:
         """As ``KernelSpan.compute``."""
         add_norm(states.delta, states.residual, self._input_norm, states.normed)
-        self._qkv.multiply(states.normed, states.qkv)
+        self._qkv.multiply(states.normed, states.qkv, plan.workspace)
         rope_and_write(states.qkv, states.q, kv, rows.places, self.index, plan.rotation, self._head_norms)
         self._attend(states, rows, kv, plan)
-        self._output.multiply(states.attended.flatten(1), states.delta)
+        self._output.multiply(states.attended.flatten(1), states.delta, plan.workspace)
         add_norm(states.delta, states.residual, self._mlp_norm, states.normed)
-        self._gate_up.multiply(states.normed, states.gate_up)
+        self._gate_up.multiply(states.normed, states.gate_up, plan.workspace)
         gated_activation(states.gate_up, states.activated, self._activation)
-        self._down.multiply(states.activated, states.delta)
+        self._down.multiply(states.activated, states.delta, plan.workspace)
 
     def _attend(self, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan) -> None:
         q, out, first = states.q, states.attended, 0
@@ -215,18 +223,17 @@ class KernelBlock:
 
 
 class Projection:
-    """The product with one weight, and its bias, in one launch. ``workspace``: for a packed weight."""
+    """The product with one weight, and its bias, in one launch."""
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None, workspace: SplitWorkspace | None) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
-        self._workspace = workspace
 
-    def multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """``out = x @ weight.T + bias``; x ``[T, in]``, out ``[T, out]``."""
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, workspace: SplitWorkspace | None) -> None:
+        """``out = x @ weight.T + bias``; x ``[T, in]``, out ``[T, out]``. ``workspace``: for a packed weight."""
         if isinstance(self._weight, PackedWeight):
-            assert self._workspace is not None
-            quantized_linear(x, self._weight, self._bias, out, self._workspace)
+            assert workspace is not None
+            quantized_linear(x, self._weight, self._bias, out, workspace)
         elif self._bias is None:
             torch.mm(x, self._weight.t(), out=out)
         else:

@@ -46,15 +46,15 @@ class BlockByBlock:
 
 
 class ChainedSpans:
-    """Spans of different kinds, one behind the other."""
+    """Spans of different kinds, one behind the other: ``parts``."""
 
     def __init__(self, parts: Sequence[tuple[BlockSpan, PagedSpan]]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     def forward_paged(
         self, blocks: BlockSpan, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
     ) -> torch.Tensor:
-        for served, part in self._parts:
+        for served, part in self.parts:
             asked = served.intersect(blocks)
             if asked is not None:
                 hidden = part.forward_paged(asked, hidden, kv, batch, cos_sin)

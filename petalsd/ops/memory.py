@@ -31,6 +31,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     return mapped[start : start + nbytes].view(dtype).view(*shape)
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What can be taken on a GPU now: what the driver has, and what torch keeps for the next tensor."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 class Arena:
     """One piece of memory that tensors are cut from; it is given back with the last of them."""
 

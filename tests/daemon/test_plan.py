@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +127,13 @@ def test_graphs_are_for_gpus(model_dir: Path, paths: InstancePaths) -> None:
     assert not make_plan(configured(model_dir), paths).has_graphs
     with pytest.raises(ConfigError, match=r"engine\.graphs = 'on': there are CUDA graphs on a GPU only"):
         make_plan(configured(model_dir, "engine.graphs=on"), paths)
+
+
+def test_a_block_takes_its_memory_while_nothing_is_captured(plan: ServingPlan) -> None:
+    turn = threading.Lock()
+    ladder: Any = SimpleNamespace(load=lambda index: turn.locked())
+    assert ModelReader(plan, ladder, turn).load_block(0)
+    assert not turn.locked()
 
 
 def test_the_cache_leaves_room_for_graphs_and_passes(plan: ServingPlan) -> None:

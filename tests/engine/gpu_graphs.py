@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from petalsd.engine.batch import BatchItem
-from petalsd.engine.graphed_span import GraphedSpan, GraphLimits
+from petalsd.engine.captures import Captures, Capturing
+from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.graphs import CudaGraphs
 from petalsd.engine.observer import NullObserver
 from petalsd.engine.staging import Staged
+from petalsd.engine.step_memory import GraphLimits
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.sizing import KVGeometry
@@ -93,16 +95,17 @@ def compare(span: KernelSpan) -> dict[str, object]:
     batch = staging.build(items, pool, [])[0].ragged
     hidden = staging.bring([item.hidden for item in items])
     eager = span.forward_paged(SPAN, hidden, pool.kv, batch, ())
-    graphed = GraphedSpan(span, pool.kv, LIMITS, graphs, NullObserver())
-    graphed.capture()
+    captures = Captures([span], pool.kv, LIMITS, Capturing(graphs), lambda failure: None)
+    captures.capture_all()
+    graphed = GraphedSpan([(SPAN, span)], captures, NullObserver())
     whole = graphed.forward_paged(SPAN, hidden, pool.kv, batch, ())
     chain = hidden
     for block in SPAN:
         chain = graphed.forward_paged(BlockSpan(block, block + 1), chain, pool.kv, batch, ())
     return {
-        "failure": graphed.failure,
-        "num_graphs": graphed.num_graphs,
-        "bytes": graphed.nbytes,
+        "failure": captures.failure,
+        "num_graphs": captures.num_graphs,
+        "bytes": captures.nbytes,
         "kernels": kernels_of(graphs.graphs[0]) if graphs.graphs else None,
         "error": float((whole - eager).float().abs().max() / eager.float().abs().max()),
         "error_of_a_chain": float((chain - whole).float().abs().max() / whole.float().abs().max()),

@@ -29,6 +29,8 @@ _NOT_CAPTURABLE = {
 _WITHOUT_KERNEL = ("view", "slice", "select", "t", "flatten", "empty", "alias", "split", "unbind")
 _run = Launch.run
 
+MEMORY_BYTES = 1 << 30
+
 
 @dataclass(slots=True)
 class Call:
@@ -115,19 +117,29 @@ class Launched:
 class LaunchedGraphs:
     """``engine.graphs.GraphBackend`` of those."""
 
+    def warm_up(self, compute: Callable[[], None]) -> None:
+        compute()
+
     def capture(self, compute: Callable[[], None]) -> Launched:
         return Launched(compute)
 
-    def used_bytes(self) -> int:
-        return 0
+    def free_bytes(self) -> int:
+        return MEMORY_BYTES
 
 
 @dataclass(slots=True)
 class RecordedGraphs:
-    """``engine.graphs.GraphBackend``. ``fail_at``: the number of the capture that fails, from 0."""
+    """``engine.graphs.GraphBackend`` of a device on which a noted call takes a byte.
+
+    fail_at  number of the capture that fails, from 0
+    """
 
     fail_at: int | None = None
+    memory_bytes: int = MEMORY_BYTES
     graphs: list[RecordedGraph] = field(default_factory=list)
+
+    def warm_up(self, compute: Callable[[], None]) -> None:
+        compute()
 
     def capture(self, compute: Callable[[], None]) -> RecordedGraph:
         if len(self.graphs) == self.fail_at:
@@ -137,5 +149,5 @@ class RecordedGraphs:
         self.graphs.append(RecordedGraph(tape))
         return self.graphs[-1]
 
-    def used_bytes(self) -> int:
-        return sum(len(graph.tape) for graph in self.graphs)
+    def free_bytes(self) -> int:
+        return self.memory_bytes - sum(len(graph.tape) for graph in self.graphs)

@@ -3,116 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from petalsd.engine.captures import Capturing
 from petalsd.engine.engine import Engine
-from petalsd.engine.graphs import GraphBackend
-from petalsd.engine.limits import EngineLimits
-from petalsd.engine.observer import EngineObserver, NullObserver
-from petalsd.engine.runners import RunnerFactory
-from petalsd.engine.step import SessionSpec, Step
+from petalsd.engine.observer import NullObserver
+from petalsd.engine.step import Step
 from petalsd.kvcache.pool import KVPool
-from petalsd.kvcache.sizing import KVGeometry
-from petalsd.models.block import TransformerBlock
-from petalsd.models.contract import Block
-from petalsd.models.paged_span import PagedSpan
 from petalsd.types import BlockSpan
+from tests.engine.kernel_rig import (
+    LIMITS,
+    NUM_TOKENS,
+    Counter,
+    KernelRunners,
+    StagedRunners,
+    generate,
+    geometry_of,
+    serving,
+)
 from tests.engine.recorded_graphs import RecordedGraphs
-from tests.engine.rig import CPU, PAGE_TOKENS, TinyModel, feed, opened, states
-from tests.models.kernel_blocks import kernel_span
+from tests.engine.rig import CPU, TinyModel, feed, opened, states
 from tests.numeric import assert_close
 
-LIMITS = EngineLimits(max_batch_tokens=32, prefill_chunk_tokens=8, max_sessions=4, max_session_tokens=64)
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 32},  # with norms of q and k
     "mistral": {},  # with a window of 12 tokens
 }
 PROMPTS = [[7, 23, 91, 4, 55, 120, 8, 17, 33, 2, 64, 5, 99, 31, 76, 200, 12], [42, 3], [150, 9, 61, 18, 77]]
-NUM_TOKENS = 3
-F32 = torch.float32
-
-
-class KernelRunners(RunnerFactory):
-    """What a GPU's factory makes, over blocks on the CPU."""
-
-    @property
-    def is_staged(self) -> bool:
-        return True
-
-    def make_span(self, blocks: Mapping[int, Block]) -> PagedSpan:
-        return kernel_span(block for block in blocks.values() if isinstance(block, TransformerBlock))
-
-
-class StagedRunners(RunnerFactory):
-    """What a GPU's factory makes for blocks that no kernel computes."""
-
-    @property
-    def is_staged(self) -> bool:
-        return True
-
-
-class Counter(NullObserver):
-    def __init__(self) -> None:
-        self.runs = {True: 0, False: 0}
-
-    def span_computed(self, *, is_replayed: bool) -> None:
-        self.runs[is_replayed] += 1
-
-
-@asynccontextmanager
-async def serving(
-    model: TinyModel,
-    observer: EngineObserver,
-    graphs: GraphBackend | None = None,
-    runners: RunnerFactory | None = None,
-) -> AsyncIterator[Engine]:
-    """All blocks of the model, with pages of garbage."""
-    make_graphs = None if graphs is None else lambda: graphs
-    runners = runners or KernelRunners(CPU, 1, LIMITS, observer, make_graphs)
-    engine = Engine(LIMITS, CPU, 1, observer, runners)
-    geometry = KVGeometry(PAGE_TOKENS, model.config.num_kv_heads, model.config.head_dim, 4)
-    pool = KVPool(geometry, 64, F32, CPU)
-    for slab in pool.allocate().slabs:
-        slab.fill_(torch.nan)
-    await engine.start()
-    try:
-        await engine.load_span(model.blocks, pool, model.rope)
-        yield engine
-    finally:
-        await engine.stop(deadline_s=10)
-
-
-def greedy(model: TinyModel, hidden: torch.Tensor) -> int:
-    """The next token after the last of these states ``[1, n, M]``."""
-    reference: Any = model.reference
-    with torch.no_grad():
-        return int(reference.lm_head(reference.model.norm(hidden[:, -1])).argmax())
-
-
-async def generate(engine: Engine, model: TinyModel, prompt: list[int], cut: int) -> list[int]:
-    """Tokens through two sessions, of the blocks before and after ``cut``; 0: one of all blocks."""
-    whole = model.span
-    spans = [BlockSpan(0, cut), BlockSpan(cut, whole.end)] if cut else [whole]
-    embedding: Any = model.reference.get_input_embeddings()
-    sessions = [await engine.open_session(SessionSpec(span, 1, 48, f"peer-{cut}")) for span in spans]
-    tokens, new = [], prompt
-    for _ in range(NUM_TOKENS):
-        with torch.no_grad():
-            hidden = embedding(torch.tensor([new]))
-        for session in sessions:
-            hidden = await session.step(Step(hidden, session.position))
-        new = [greedy(model, hidden)]
-        tokens += new
-    for session in sessions:
-        await session.close()
-    return tokens
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -191,21 +113,14 @@ async def test_graph_memory_is_known_before_there_are_pages(tmp_path: Path) -> N
     model = TinyModel(tmp_path, num_hidden_layers=1)
     async with serving(model, Counter(), RecordedGraphs()) as engine:
         captured = engine.stats().graph_bytes
-    made: list[RecordedGraphs] = []
-
-    def make_graphs() -> RecordedGraphs:
-        made.append(RecordedGraphs())
-        return made[-1]
-
-    engine = Engine(LIMITS, CPU, 1, None, KernelRunners(CPU, 1, LIMITS, NullObserver(), make_graphs))
+    capturing = Capturing(RecordedGraphs())
+    engine = Engine(LIMITS, CPU, 1, None, KernelRunners(CPU, 1, LIMITS, NullObserver(), capturing))
     await engine.start()
     try:
-        pool = KVPool(
-            KVGeometry(PAGE_TOKENS, model.config.num_kv_heads, model.config.head_dim, 4), 2, F32, CPU
-        )
+        pool = KVPool(geometry_of(model), 2, torch.float32, CPU)
         pool.allocate()
         assert await engine.measure_graphs(model.blocks, pool) == captured > 0
-        assert engine.graphs is None and len(made) == 1
+        assert engine.stats().graphs_wanted == 0
     finally:
         await engine.stop(deadline_s=10)
 
@@ -214,8 +129,9 @@ async def test_a_failed_capture_is_told_and_steps_are_computed(tmp_path: Path) -
     model = TinyModel(tmp_path, num_hidden_layers=1)
     hidden = states(1, 3)
     async with serving(model, Counter(), RecordedGraphs(fail_at=0)) as engine:
-        assert engine.graphs is not None and engine.graphs.failure is not None
-        assert (engine.stats().graphs, engine.stats().graph_bytes) == (0, 0)
+        stats = engine.stats()
+        assert (stats.graphs, stats.graphs_wanted, stats.graph_bytes) == (0, 3, 0)
+        assert stats.graphs_failure == "RuntimeError: operation not permitted when stream is capturing"
         async with opened(engine) as session:
             actual = await feed(session, hidden, [2, 1])
     assert_close(actual, model.expected(hidden).detach(), 1e-4, 1e-4, "without graphs")

@@ -1,0 +1,211 @@
+"""Capturing decode steps, one at a time, so that sessions need not wait for all of it.
+
+There is a graph for every (block, bucket of rows), so that any part of the blocks is a chain of replays, and one
+for every (consecutive blocks that can be captured, bucket). All of them work in the same ``StepMemory``. A graph
+has the addresses of pages and weights in it: other pages or weights need other graphs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import structlog
+import torch
+
+from petalsd.device_faults import raise_if_lost
+from petalsd.engine.graphs import Graph, GraphBackend
+from petalsd.engine.step_memory import CapturableSpan, GraphLimits, StepMemory
+from petalsd.ops.ragged import PagedKV
+from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
+
+StepKey: TypeAlias = tuple[int, int, int]
+"""First block, the one after the last, and the bucket."""
+
+OnSettled: TypeAlias = Callable[[str | None], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Capturing:
+    """How steps are captured on a device.
+
+    spare_bytes  of its memory that captures leave free: what is computed without graphs needs room too
+    turn         held while a step is captured, and by whoever takes much memory of the device meanwhile: while
+                 anything is captured torch gives back nothing of what it keeps, and a thread that needs it would
+                 be told that there is no memory
+    """
+
+    backend: GraphBackend
+    spare_bytes: int = 0
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedStep:
+    """``sources``: what computes its blocks, whose weights the graph reads."""
+
+    graph: Graph
+    sources: tuple[object, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    span: CapturableSpan
+    blocks: BlockSpan
+    bucket: int
+
+    @property
+    def key(self) -> StepKey:
+        return self.blocks.start, self.blocks.end, self.bucket
+
+    @property
+    def sources(self) -> tuple[object, ...]:
+        return tuple(self.span.source(block) for block in self.blocks)
+
+
+class Captures:
+    """The captured steps of ``spans``, over the pages of ``kv``. Belongs to the engine thread.
+
+    on_settled  told when everything is captured (None), or that the rest will not be, and why
+    memory      what they work in; None before the first is captured
+    steps       those that there are
+    failure     why the rest is not captured; it is computed all the same
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[CapturableSpan],
+        kv: PagedKV,
+        limits: GraphLimits,
+        capturing: Capturing,
+        on_settled: OnSettled,
+    ) -> None:
+        self._kv = kv
+        self._limits = limits
+        self._capturing = capturing
+        self._on_settled = on_settled
+        self._missing = deque(_all_steps(spans, limits))
+        self.num_wanted = len(self._missing)
+        self.steps: dict[StepKey, CapturedStep] = {}
+        self.memory: StepMemory | None = None
+        self.failure: str | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self.steps)
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether nothing will be captured any more."""
+        return not self._missing
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether somebody has the turn just now who must not be disturbed."""
+        return self._capturing.turn.locked()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the graphs take, their static memory included."""
+        memory = 0 if self.memory is None else self.memory.nbytes
+        return memory + sum(step.nbytes for step in tuple(self.steps.values()))
+
+    def are_over(self, kv: PagedKV) -> bool:
+        """Whether these are the pages whose addresses were captured."""
+        return kv is self._kv
+
+    def take_over(self, before: Captures) -> None:
+        """Have the graphs of ``before``, which computed until now, as far as they are of the same blocks."""
+        if before.memory is None or not before.are_over(self._kv) or before._limits != self._limits:
+            return
+        self.memory = before.memory
+        for missing in self._missing:
+            step = before.steps.get(missing.key)
+            if step is not None and step.sources == missing.sources:
+                self.steps[missing.key] = step
+        self._missing = deque(missing for missing in self._missing if missing.key not in self.steps)
+        if not self._missing:
+            self._settle()
+
+    def capture_all(self) -> None:
+        """Capture what is missing, as ``capture_next``."""
+        while self._missing:
+            with self._capturing.turn:
+                self._capture_first()
+
+    def capture_next(self) -> None:
+        """Capture one of the steps that are missing, if any is; later, when it is not our turn.
+
+        What goes wrong ends capturing, and ``failure`` says why; raises DeviceLost only.
+        """
+        if not self._missing or not self._capturing.turn.acquire(blocking=False):
+            return
+        try:
+            self._capture_first()
+        finally:
+            self._capturing.turn.release()
+
+    def _capture_first(self) -> None:
+        missing = self._missing[0]
+        try:
+            with torch.inference_mode():
+                self.steps[missing.key] = self._capture(missing)
+        except Exception as error:
+            raise_if_lost(error)
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning(
+                "graph_capture_failed", graphs=len(self.steps), wanted=self.num_wanted, exc_info=error
+            )
+            self._missing.clear()
+            if not self.steps:
+                self.memory = None
+        else:
+            self._missing.popleft()
+        if not self._missing:
+            self._settle()
+
+    def _capture(self, missing: _Missing) -> CapturedStep:
+        backend, free = self._capturing.backend, self._capturing.backend.free_bytes()
+        largest = max((step.nbytes for step in self.steps.values()), default=0)
+        if free < self._capturing.spare_bytes + largest:
+            raise MemoryError(f"{free >> 20} MiB of the device are left, which is for what is not captured")
+        if self.memory is None:
+            self.memory = StepMemory(missing.span, self._kv, self._limits)
+            free = backend.free_bytes()
+        memory = self.memory
+        memory.pad(missing.bucket)
+
+        def compute() -> None:
+            states, rows = memory.states.first(missing.bucket), memory.rows(missing.bucket)
+            missing.span.compute(missing.blocks, states, rows, self._kv, memory.plans[missing.bucket])
+
+        if len(missing.blocks) == 1:  # others consist of these
+            backend.warm_up(compute)
+        graph = backend.capture(compute)
+        return CapturedStep(graph, missing.sources, max(0, free - backend.free_bytes()))
+
+    def _settle(self) -> None:
+        if self.failure is None:
+            log.info("graphs_captured", graphs=len(self.steps), bytes=self.nbytes)
+        self._on_settled(self.failure)
+
+
+def _all_steps(spans: Sequence[CapturableSpan], limits: GraphLimits) -> list[_Missing]:
+    """The largest first, since later ones fit into what those allocated."""
+    return [
+        _Missing(span, blocks, bucket)
+        for bucket in reversed(limits.buckets)
+        for span in spans
+        for blocks in _captured_alone(span.span)
+    ]
+
+
+def _captured_alone(whole: BlockSpan) -> list[BlockSpan]:
+    singles = [BlockSpan(block, block + 1) for block in whole]
+    return singles if len(whole) == 1 else [*singles, whole]
