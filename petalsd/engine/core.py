@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
@@ -171,6 +171,12 @@ class EngineCore:
         runner.take_over(self._runner)
         self.served, self._runner = served, runner
         self.passes.runner = self._pass_runner()
+
+    def retire(self) -> None:
+        """Let go of the blocks and what computes them: sessions that are over may be held by others for long."""
+        self.served = replace(self.served, blocks={})
+        self.passes.runner = self._pass_runner()
+        self._runner.release()
 
     def submit_step(self, session: EngineSession, job: StepJob) -> None:
         """Take on a step that was checked against the session; its first one makes the session known here."""

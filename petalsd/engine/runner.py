@@ -14,7 +14,7 @@ from petalsd.engine.graphed_span import GraphedSpan
 from petalsd.engine.staging import Part, Staging
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles
-from petalsd.models.paged_span import CosSin, PagedSpan
+from petalsd.models.paged_span import BlockByBlock, CosSin, PagedSpan
 from petalsd.ops.ragged import RaggedBatch
 from petalsd.types import BlockSpan
 
@@ -60,6 +60,10 @@ class SpanRunner:
         """Go on in the place of ``before``, over the same pages, with what it has captured of the same blocks."""
         if self.captures is not None and before.captures is not None:
             self.captures.take_over(before.captures)
+
+    def release(self) -> None:
+        """Let go of the blocks, their graphs included; nothing is run any more."""
+        self._span = BlockByBlock({})
 
     def run(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
         """Compute the items; one ``[rows * tokens, M]`` CPU tensor in the model's dtype for each.

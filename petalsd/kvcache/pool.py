@@ -98,7 +98,8 @@ class KVPool:
         return self._kv
 
     def close(self) -> None:
-        """Give the disk back, once no session will run any more; the memory goes with the tensors."""
+        """Give memory and disk back, once no session will run any more."""
+        self._kv = None
         if self._spill is not None:
             self._spill.close()
 

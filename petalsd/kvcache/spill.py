@@ -96,7 +96,7 @@ class Spill:
     def close(self) -> None:
         """Give disk and memory back; the last thing to be done with it."""
         self.file.close()
-        self._host = None
+        self._slabs, self._host = (), None
 
     @property
     def host_bytes(self) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, SessionSpec, Step
 from petalsd.errors import DeadlineExceeded, Draining, EngineError, NotServed, SessionClosed
+from petalsd.kvcache.spill import SpillArea
 from petalsd.types import BlockSpan
 from tests.engine.rig import CPU, Gate, HookedBlock, TinyModel, opened, serving, states, with_hook
 from tests.numeric import assert_close
@@ -233,3 +237,24 @@ async def test_a_bug_between_iterations_is_noticed(llama: TinyModel, monkeypatch
 
 def _broken(core: EngineCore) -> float:
     raise RuntimeError("a bug")
+
+
+async def test_dropped_blocks_and_pages_are_free_whoever_holds_a_session(
+    llama: TinyModel, tmp_path: Path
+) -> None:
+    """At once, without the garbage collector: what is loaded next needs the memory."""
+    blocks, pool = with_hook(llama, 1, lambda hidden: None), llama.pool(spill=SpillArea(tmp_path, 1 << 20, 0))
+    engine = Engine(EngineLimits(), CPU, 1)
+    await engine.start()
+    await engine.load_span(blocks, pool, llama.rope)
+    session = await engine.open_session(SessionSpec(llama.span, 1, 8, "peer"))
+    await session.step(Step(states(1, 2), 0))
+    held = [weakref.ref(blocks.pop(1)), weakref.ref(pool.kv.k)]
+    del pool
+    gc.disable()
+    try:
+        await engine.drop_span("the test drops it")
+        assert [one() for one in held] == [None, None] and session.end_reason is not None
+    finally:
+        gc.enable()
+        await engine.stop(deadline_s=10)
