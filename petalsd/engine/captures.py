@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import structlog
@@ -178,13 +179,10 @@ class Captures:
         if self.memory is None:
             self.memory = StepMemory(missing.span, self._kv, self._limits)
             free = backend.free_bytes()
-        memory = self.memory
-        memory.pad(missing.bucket)
-
-        def compute() -> None:
-            states, rows = memory.states.first(missing.bucket), memory.rows(missing.bucket)
-            missing.span.compute(missing.blocks, states, rows, self._kv, memory.plans[missing.bucket])
-
+        span, blocks, bucket = missing.span, missing.blocks, missing.bucket
+        self.memory.pad(bucket)
+        states, rows = self.memory.states.first(bucket), self.memory.rows(bucket)
+        compute = partial(span.compute, blocks, states, rows, self._kv, self.memory.plans[bucket])
         if len(missing.blocks) == 1:  # others consist of these
             backend.warm_up(compute)
         graph = backend.capture(compute)

@@ -67,8 +67,8 @@ class Counter(NullObserver):
         self.runs[is_replayed] += 1
 
 
-def geometry_of(model: TinyModel) -> KVGeometry:
-    return KVGeometry(PAGE_TOKENS, model.config.num_kv_heads, model.config.head_dim, 4)
+def geometry_of(model: TinyModel, page_tokens: int = PAGE_TOKENS) -> KVGeometry:
+    return KVGeometry(page_tokens, model.config.num_kv_heads, model.config.head_dim, 4)
 
 
 @asynccontextmanager
