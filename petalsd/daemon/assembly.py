@@ -42,7 +42,9 @@ from petalsd.engine.engine import Engine
 from petalsd.engine.graphs import CudaGraphs
 from petalsd.engine.iteration_cost import AttentionShare
 from petalsd.engine.live_rates import LiveRates
+from petalsd.engine.observer import NullObserver
 from petalsd.engine.runners import RunnerFactory
+from petalsd.engine.throughput import MEASURE_LIMITS
 from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.spill import SpillArea
@@ -104,7 +106,8 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     engine = Engine(plan.limits, plan.device, num_threads, recorder, runners)
     ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads)
     link = LinkMeter()
-    speed = Speed(plan, config, paths, live, link)
+    measuring = RunnerFactory(plan.device, num_threads, MEASURE_LIMITS, NullObserver(), capturing)
+    speed = Speed(plan, config, paths, measuring, live, link)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),

@@ -13,6 +13,7 @@ from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.sizing import announced_throughput, network_rps
 from petalsd.engine.engine import Engine
 from petalsd.engine.live_rates import LiveRates
+from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.throughput import BlockRates, RateCache, measure, measure_served, rate_key
 from petalsd.errors import DeadlineExceeded, OutOfPages, Overloaded
 from petalsd.log import error_fields
@@ -79,12 +80,22 @@ class _Steady:
 
 
 class Speed:
-    """``rates`` are known once ``find_out`` has returned, and follow what ``live`` and ``link`` see then."""
+    """``rates`` are known once ``find_out`` has returned, and follow what ``live`` and ``link`` see then.
+
+    ``runners`` make what a random block is measured with; as in ``throughput.measure``.
+    """
 
     def __init__(
-        self, plan: ServingPlan, config: Config, paths: InstancePaths, live: LiveRates, link: LinkMeter
+        self,
+        plan: ServingPlan,
+        config: Config,
+        paths: InstancePaths,
+        runners: RunnerFactory,
+        live: LiveRates,
+        link: LinkMeter,
     ) -> None:
         self._plan = plan
+        self._runners = runners
         self._section = config.swarm
         self._num_threads = config.engine.threads
         self._cache = RateCache(paths.throughput_file)
@@ -146,9 +157,9 @@ class Speed:
 
     def _key(self, measured_on: RateSource) -> str:
         plan = self._plan
-        form = (
-            f"{plan.weights_name}{' with int8 cache' if plan.geometry.is_int8 else ''}, {measured_on} blocks"
-        )
+        cache = " with int8 cache" if plan.geometry.is_int8 else ""
+        graphs = " in captured graphs" if plan.has_graphs else ""
+        form = f"{plan.weights_name}{cache}, {measured_on} blocks{graphs}"
         return rate_key(plan.source.source, form, plan.device, self._num_threads)
 
     def _network(self) -> tuple[float, NetworkSource]:
@@ -162,8 +173,7 @@ class Speed:
         plan = self._plan
         log.info("measuring_throughput", device=str(plan.device), form=plan.weights_name)
         block, angles = random_block(plan, self._num_threads)
-        is_int8 = plan.geometry.is_int8
-        return await measure({0: block}, angles, plan.device, self._num_threads, is_int8_cache=is_int8)
+        return await measure({0: block}, angles, self._runners, is_int8_cache=plan.geometry.is_int8)
 
 
 def random_block(plan: ServingPlan, num_threads: int) -> tuple[Block, Angles]:

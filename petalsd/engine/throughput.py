@@ -25,6 +25,7 @@ from petalsd import _C, __version__
 from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
+from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
 from petalsd.errors import DeadlineExceeded, NotServed
 from petalsd.kvcache.pool import KVPool
@@ -42,6 +43,9 @@ PASS_TOKENS = 1024
 _MAX_PASSES = 10
 _BUDGET_S = 2.0  # for each of the two figures; exceeded by one step or pass at most
 _LOCK_POLL_S = 0.2
+
+MEASURE_LIMITS = EngineLimits(max_sessions=1)
+"""Of an engine that measures: one session of one row, and no more than that is captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +66,20 @@ class BlockRates:
 
 
 async def measure(
-    blocks: Mapping[int, Block],
-    rope: Angles,
-    device: torch.device,
-    num_threads: int = 0,
-    *,
-    is_int8_cache: bool = False,
+    blocks: Mapping[int, Block], rope: Angles, runners: RunnerFactory, *, is_int8_cache: bool = False
 ) -> BlockRates:
     """Measure ``blocks``, consecutive ones of the same kind, in an engine of their own; one is enough.
 
-    Takes up to some ten seconds and the memory of a small KV pool. EngineError when computing fails.
+    ``runners``, for ``MEASURE_LIMITS``, make what computes them: captured steps, where those of the serving engine
+    make such. Takes up to some ten seconds and the memory of a small KV pool, which is free afterwards.
+    EngineError when computing fails.
     """
-    first = next(iter(blocks.values()))
+    first, device = next(iter(blocks.values())), runners.device
     geometry = cache_geometry(first.config, _PAGE_TOKENS, first.dtype, device, is_int8_cache)
     num_pages = pages_for(_WARM_UP_STEPS + _MAX_STEPS, len(blocks), _PAGE_TOKENS)
     pool = KVPool(geometry, num_pages, first.dtype, device)
     pool.allocate()
-    engine = Engine(EngineLimits(), device, num_threads)
+    engine = Engine(runners.limits, device, runners.num_threads, runners=runners)
     await engine.start()
     try:
         await engine.load_span(blocks, pool, rope)

@@ -14,7 +14,9 @@ from petalsd.daemon.speed import Rates, Speed
 from petalsd.engine.engine import Engine
 from petalsd.engine.iteration_cost import AttentionShare, Work
 from petalsd.engine.live_rates import WINDOW_S, LiveRates
-from petalsd.engine.observer import BatchReport
+from petalsd.engine.observer import BatchReport, NullObserver
+from petalsd.engine.runners import RunnerFactory
+from petalsd.engine.throughput import MEASURE_LIMITS
 from petalsd.paths import InstancePaths
 from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.protocol import ServerState
@@ -35,7 +37,8 @@ def speed_of(
     overrides = (f"model.source={model_dir}", "engine.device=cpu", "engine.threads=1", *overrides)
     config = load_config(None, {}, overrides).config
     plan, live = make_plan(config, paths), live or LiveRates(AttentionShare())
-    return Speed(plan, config, paths, live, link or LinkMeter())
+    runners = RunnerFactory(plan.device, 1, MEASURE_LIMITS, NullObserver())
+    return Speed(plan, config, paths, runners, live, link or LinkMeter())
 
 
 async def test_a_configured_throughput_stands_alone(model_dir: Path, tmp_path: Path) -> None:

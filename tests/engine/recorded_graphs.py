@@ -107,7 +107,7 @@ class RecordedGraph:
                 one.again()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Launched:
     """A ``Graph`` that computes anew: the same step in the same memory, without a capture."""
 

@@ -6,16 +6,25 @@ import asyncio
 import fcntl
 import json
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from petalsd.engine.throughput import BlockRates, RateCache, measure, rate_key
+from petalsd.engine import throughput
+from petalsd.engine.captures import Capturing
+from petalsd.engine.observer import NullObserver
+from petalsd.engine.runners import RunnerFactory
+from petalsd.engine.throughput import MEASURE_LIMITS, BlockRates, RateCache, measure, rate_key
 from petalsd.errors import DeadlineExceeded, EngineError
+from tests.engine.kernel_rig import Counter, KernelRunners, geometry_of
+from tests.engine.recorded_graphs import Launched, LaunchedGraphs
 from tests.engine.rig import CPU, HookedBlock, TinyModel
 
 RATES = BlockRates(inference_rps=100.0, forward_rps=2000.0)
+RUNNERS = RunnerFactory(CPU, 1, MEASURE_LIMITS, NullObserver())
 
 
 async def no_measurement() -> BlockRates:
@@ -24,10 +33,36 @@ async def no_measurement() -> BlockRates:
 
 async def test_rates_are_per_block(llama: TinyModel) -> None:
     """A measurement gives two positive rates, counted through one block whatever the number of blocks."""
-    rates = await measure({2: llama.blocks[2]}, llama.rope, CPU, num_threads=1)
+    rates = await measure({2: llama.blocks[2]}, llama.rope, RUNNERS)
     assert type(rates.inference_rps) is float
     assert type(rates.forward_rps) is float
     assert rates.forward_rps > rates.inference_rps > 0
+
+
+async def test_a_block_is_measured_through_captured_steps_that_are_gone_afterwards(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the blocks that serve are captured; of one size of batch, the only one that a measurement has."""
+    monkeypatch.setattr(throughput, "cache_geometry", lambda *args: geometry_of(llama, args[1]))  # a GPU's
+    monkeypatch.setattr(throughput, "_BUDGET_S", 0.01)
+    counter, graphs = Counter(), ForgottenGraphs()
+    runners = KernelRunners(CPU, 1, MEASURE_LIMITS, counter, Capturing(graphs))
+    rates = await measure({2: llama.blocks[2]}, llama.rope, runners)
+    assert rates.inference_rps > 0
+    assert counter.runs[True] >= 1 and counter.runs[False] == 0
+    assert [graph() for graph in graphs.captured] == [None]
+
+
+class ForgottenGraphs(LaunchedGraphs):
+    """Knows what it captured, without keeping it."""
+
+    def __init__(self) -> None:
+        self.captured: list[weakref.ref[Launched]] = []
+
+    def capture(self, compute: Callable[[], None]) -> Launched:
+        graph = super().capture(compute)
+        self.captured.append(weakref.ref(graph))
+        return graph
 
 
 async def test_measuring_broken_blocks_raises(llama: TinyModel) -> None:
@@ -37,7 +72,7 @@ async def test_measuring_broken_blocks_raises(llama: TinyModel) -> None:
         raise RuntimeError("device lost")
 
     with pytest.raises(EngineError):
-        await measure({0: HookedBlock(llama.blocks[0], explode)}, llama.rope, CPU)
+        await measure({0: HookedBlock(llama.blocks[0], explode)}, llama.rope, RUNNERS)
 
 
 async def test_figures_are_measured_once(tmp_path: Path) -> None:
