@@ -95,6 +95,7 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
     ),
     "Captured graphs": (
         _gauge("graphs", "Captured steps of blocks, over all sizes of batches; 0 where steps are not captured"),
+        _gauge("graphs_wanted", "How many there are to be; more than there are while new blocks are captured"),
         _gauge("graph_memory_bytes", "Memory of the device that they take"),
         _counter(
             "graph_runs_total",

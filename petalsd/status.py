@@ -111,6 +111,15 @@ class KVStatus(Document):
     spill: SpillStatus | None = Field(description="null where the cache of idle sessions stays in memory")
 
 
+class GraphStatus(Document):
+    """Decode steps of the served blocks as captured graphs."""
+
+    captured: int = Field(description="graphs, over blocks and sizes of batches")
+    wanted: int = Field(description="how many there are to be; until then the rest is launched")
+    memory_bytes: int = Field(description="of the device, that they take")
+    failure: str | None = Field(description="why the rest will not be captured")
+
+
 class SessionCounts(Document):
     active: int
     limit: int = Field(description="rows that may be open at once")
@@ -188,6 +197,7 @@ class Status(Answer):
     span: Span | None
     loading: Loading | None
     kv: KVStatus | None
+    graphs: GraphStatus | None = Field(description="null where steps are not captured")
     sessions: SessionCounts
     throughput: Throughput | None
     balance: Balance

@@ -97,6 +97,7 @@ class Figures:
         yield Reading("queued_passes", stats.queued_passes)
 
         yield Reading("graphs", stats.graphs)
+        yield Reading("graphs_wanted", stats.graphs_wanted)
         yield Reading("graph_memory_bytes", stats.graph_bytes)
 
     def _cache(self) -> Iterator[Reading]:

@@ -15,6 +15,7 @@ from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.span_loader import LoadProgress
+from petalsd.engine.stats import EngineStats
 from petalsd.errors import SwarmError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.ladder import Choice, Rung
@@ -23,6 +24,7 @@ from petalsd.status import (
     Balance,
     BlockKind,
     DrainStatus,
+    GraphStatus,
     KVStatus,
     LastMove,
     Loading,
@@ -101,6 +103,7 @@ class Reporter:
             span=Span.of(daemon.span),
             loading=self.loading(),
             kv=self._kv(),
+            graphs=_graphs(parts.engine.stats()),
             sessions=self._session_counts(),
             throughput=self._throughput(),
             balance=self._balance(),
@@ -321,6 +324,17 @@ def _spill(pool: KVPool, stats: PoolStats) -> SpillStatus | None:
         file_bytes=pool.spill_bytes,
         pages_promisable=stats.pages_promisable,
         pages_spilled=stats.pages_spilled,
+    )
+
+
+def _graphs(stats: EngineStats) -> GraphStatus | None:
+    if not stats.graphs_wanted:
+        return None
+    return GraphStatus(
+        captured=stats.graphs,
+        wanted=stats.graphs_wanted,
+        memory_bytes=stats.graph_bytes,
+        failure=stats.graphs_failure,
     )
 
 

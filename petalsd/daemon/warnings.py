@@ -70,7 +70,7 @@ KINDS = {
         "end what else uses the device or lower engine.kv_tokens, then restart",
     ),
     "graphs_failed": Kind(
-        "decode steps are launched without captured graphs", "warning",
+        "decode steps, or some of them, are launched without captured graphs", "warning",
         "everything works, steps take longer; the journal (graph_capture_failed) has the error",
     ),
     "record_missing": Kind(

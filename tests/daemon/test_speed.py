@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,13 @@ def speed_of(
     *overrides: str,
     link: LinkMeter | None = None,
     live: LiveRates | None = None,
+    has_graphs: bool = False,
 ) -> Speed:
     paths = InstancePaths("t", tmp_path, tmp_path)
     overrides = (f"model.source={model_dir}", "engine.device=cpu", "engine.threads=1", *overrides)
     config = load_config(None, {}, overrides).config
-    plan, live = make_plan(config, paths), live or LiveRates(AttentionShare())
+    plan = replace(make_plan(config, paths), has_graphs=has_graphs)
+    live = live or LiveRates(AttentionShare())
     runners = RunnerFactory(plan.device, 1, MEASURE_LIMITS, NullObserver())
     return Speed(plan, config, paths, runners, live, link or LinkMeter())
 
@@ -95,6 +98,15 @@ async def test_each_form_of_the_weights_is_measured(model_dir: Path, tmp_path: P
     keys = json.loads((tmp_path / "throughput.json").read_text())
     for key, weights in zip(keys, ("", " with int8 weights", " with int4 weights"), strict=True):
         assert f"{model_dir} bfloat16{weights}, sample blocks on cpu (" in key
+
+
+async def test_figures_with_and_without_graphs_are_kept_apart(model_dir: Path, tmp_path: Path) -> None:
+    """They differ most where blocks are small."""
+    speeds = [speed_of(model_dir, tmp_path, has_graphs=has_graphs) for has_graphs in (False, True)]
+    for speed in speeds:
+        await speed.find_out()
+    keys = json.loads((tmp_path / "throughput.json").read_text())
+    assert ["in captured graphs" in key for key in keys] == [False, True]
 
 
 async def test_the_served_blocks_are_measured_once_and_count_from_then_on(tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         ),
     )
     yield from _path_fields(model)
+    if graphs := document.get("graphs"):
+        yield "graphs", _graphs_line(graphs)
     if model["dht_prefix"] not in (None, model["source"]):
         yield "in the swarm", f"{model['dht_prefix']}"
     total = model["num_blocks"]
@@ -144,6 +146,17 @@ def _path_fields(model: Mapping[str, Any]) -> Iterable[tuple[str, Line | str]]:
             what = f"not {_PATHS[trial['path']]}: error {_error_text(trial)}"
             yield "", line(Piece(what, "bad"), Piece(f"  {trial['kernels']}", "dim"))
         name = ""
+
+
+def _graphs_line(graphs: Mapping[str, Any]) -> Line:
+    """How many of the captured graphs there are to be there are."""
+    captured, wanted = graphs["captured"], graphs["wanted"]
+    memory = Piece(f"  {size(graphs['memory_bytes'])}", "dim")
+    if graphs["failure"] is not None:
+        return line(Piece(f"{count(captured)} of {count(wanted)} captured, the rest failed", "bad"), memory)
+    if captured < wanted:
+        return line(Piece(f"{count(captured)} of {count(wanted)} captured", "busy"), memory)
+    return line(f"{count(captured)} captured", memory)
 
 
 def _error_text(trial: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ STATUS: dict[str, Any] = {
             "pages_spilled": 512,
         },
     },
+    "graphs": None,
     "sessions": {"active": 3, "limit": 256, "rows": 4, "waiting": 0},
     "throughput": {
         "tokens_per_s": 123.4,

@@ -136,6 +136,24 @@ def test_each_kind_of_blocks_is_told_and_what_was_rejected(daemon: FakeDaemon, c
     ) in out
 
 
+@pytest.mark.parametrize(
+    ("captured", "failure", "told"),
+    [
+        (738, None, "738 captured  120.0 MiB"),
+        (41, None, "41 of 738 captured  120.0 MiB"),
+        (41, "MemoryError: 12 MiB", "41 of 738 captured, the rest failed  120.0 MiB"),
+    ],
+)
+def test_captured_graphs_are_counted(
+    daemon: FakeDaemon, ctl: Ctl, captured: int, failure: str | None, told: str
+) -> None:
+    """While new blocks are captured beside sessions it is said how far that is."""
+    graphs = {"captured": captured, "wanted": 738, "memory_bytes": 120 << 20, "failure": failure}
+    daemon.answers["GET /v1/status"] = document(STATUS, graphs=graphs)
+    _, out, _ = ctl("status")
+    assert f"  graphs        {told}\n" in out
+
+
 def test_a_move_and_a_relay_are_told(daemon: FakeDaemon, ctl: Ctl) -> None:
     """The last move with its reason and age; pinned blocks never move; relays are slow, so they are named."""
     move = {
