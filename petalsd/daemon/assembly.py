@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -99,11 +100,9 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     rng = random.Random()
     limit = SpanLimit(plan.need, lambda: device_memory_bytes(plan.device), board)
     live = LiveRates(AttentionShare.of(plan.model))
-    recorder, num_threads = EngineRecorder(metrics, live), config.engine.threads
-    capturing = _capturing(plan)
-    on_graphs = partial(_report_graphs, board)
-    runners = RunnerFactory(plan.device, num_threads, plan.limits, recorder, capturing, on_graphs)
-    engine = Engine(plan.limits, plan.device, num_threads, recorder, runners)
+    num_threads, turn = config.engine.threads, threading.Lock()
+    capturing = _capturing(plan, turn)
+    engine = _engine(plan, num_threads, EngineRecorder(metrics, live), capturing, board)
     ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads)
     link = LinkMeter()
     measuring = RunnerFactory(plan.device, num_threads, MEASURE_LIMITS, NullObserver(), capturing)
@@ -116,12 +115,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     )
 
     start_progress = partial(_start_progress, activity, metrics)
-    loader = SpanLoader(
-        ModelReader(plan, ladder, None if capturing is None else capturing.turn),
-        start_progress,
-        board,
-        metrics,
-    )
+    loader = SpanLoader(ModelReader(plan, ladder, turn), start_progress, board, metrics)
     placement = PlacementRecord(metrics)
     metrics.read_from(placement.read)
     rebalancer = Rebalancer(
@@ -159,9 +153,23 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     )
 
 
-def _capturing(plan: ServingPlan) -> Capturing | None:
+def _capturing(plan: ServingPlan, turn: threading.Lock) -> Capturing | None:
     """Half of what passes need stays free: other blocks' graphs take a little more or less than was measured."""
-    return Capturing(CudaGraphs(plan.device), plan.need.reserve_bytes // 2) if plan.has_graphs else None
+    if not plan.has_graphs:
+        return None
+    return Capturing(CudaGraphs(plan.device), plan.need.reserve_bytes // 2, turn)
+
+
+def _engine(
+    plan: ServingPlan,
+    num_threads: int,
+    recorder: EngineRecorder,
+    capturing: Capturing | None,
+    board: WarningBoard,
+) -> Engine:
+    on_settled = partial(_report_graphs, board)
+    runners = RunnerFactory(plan.device, num_threads, plan.limits, recorder, capturing, on_settled)
+    return Engine(plan.limits, plan.device, num_threads, recorder, runners)
 
 
 def _report_graphs(board: WarningBoard, failure: str | None) -> None:

@@ -8,6 +8,7 @@ has the addresses of pages and weights in it: other pages or weights need other 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from petalsd.ops.ragged import PagedKV
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
+
+# For memory that is about to be given back: blocks that a move leaves keep theirs until the new ones are tested.
+_MEMORY_PATIENCE_S = 60.0
 
 StepKey: TypeAlias = tuple[int, int, int]
 """First block, the one after the last, and the bucket."""
@@ -96,6 +100,7 @@ class Captures:
         self.steps: dict[StepKey, CapturedStep] = {}
         self.memory: StepMemory | None = None
         self.failure: str | None = None
+        self._short_since_s: float | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -108,8 +113,8 @@ class Captures:
 
     @property
     def must_wait(self) -> bool:
-        """Whether somebody has the turn just now who must not be disturbed."""
-        return self._capturing.turn.locked()
+        """Whether somebody else has the turn just now, or memory that is about to be free."""
+        return self._short_since_s is not None or self._capturing.turn.locked()
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +150,9 @@ class Captures:
 
         What goes wrong ends capturing, and ``failure`` says why; raises DeviceLost only.
         """
-        if not self._missing or not self._capturing.turn.acquire(blocking=False):
+        if not self._missing or self._is_awaiting_memory():
+            return
+        if not self._capturing.turn.acquire(blocking=False):
             return
         try:
             self._capture_first()
@@ -171,14 +178,31 @@ class Captures:
         if not self._missing:
             self._settle()
 
+    def _is_awaiting_memory(self) -> bool:
+        """Whether there is too little now but may be soon: blocks that were left have theirs for a moment more."""
+        if self._free_bytes() >= self._least_bytes:
+            self._short_since_s = None
+            return False
+        now_s = time.monotonic()
+        if self._short_since_s is None:
+            self._short_since_s = now_s
+        return now_s - self._short_since_s < _MEMORY_PATIENCE_S
+
+    def _free_bytes(self) -> int:
+        return self._capturing.backend.free_bytes()
+
+    @property
+    def _least_bytes(self) -> int:
+        """What must be free for the next capture."""
+        return self._capturing.spare_bytes + max((step.nbytes for step in self.steps.values()), default=0)
+
     def _capture(self, missing: _Missing) -> CapturedStep:
-        backend, free = self._capturing.backend, self._capturing.backend.free_bytes()
-        largest = max((step.nbytes for step in self.steps.values()), default=0)
-        if free < self._capturing.spare_bytes + largest:
+        backend, free = self._capturing.backend, self._free_bytes()
+        if free < self._least_bytes:
             raise MemoryError(f"{free >> 20} MiB of the device are left, which is for what is not captured")
         if self.memory is None:
             self.memory = StepMemory(missing.span, self._kv, self._limits)
-            free = backend.free_bytes()
+            free = self._free_bytes()
         span, blocks, bucket = missing.span, missing.blocks, missing.bucket
         self.memory.pad(bucket)
         states, rows = self.memory.states.first(bucket), self.memory.rows(bucket)
@@ -186,7 +210,7 @@ class Captures:
         if len(missing.blocks) == 1:  # others consist of these
             backend.warm_up(compute)
         graph = backend.capture(compute)
-        return CapturedStep(graph, missing.sources, max(0, free - backend.free_bytes()))
+        return CapturedStep(graph, missing.sources, max(0, free - self._free_bytes()))
 
     def _settle(self) -> None:
         if self.failure is None:

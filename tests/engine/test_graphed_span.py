@@ -242,6 +242,23 @@ def test_captures_leave_memory_free(case: Case, captured: Captured) -> None:
     assert captures.failure is not None and captures.failure.startswith("MemoryError: 0 MiB of the device")
 
 
+def test_captures_wait_for_memory_that_others_give_back(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a move the old blocks are there for a while; but not for ever."""
+    scene, graphs = Scene(case, STARTS), RecordedGraphs(memory_bytes=0)
+    capturing = Capturing(graphs, spare_bytes=100)
+    captures = Captures([scene.span], scene.pool.kv, LIMITS, capturing, scene.told.append)
+    captures.capture_next()
+    assert captures.must_wait and not captures.are_complete
+    graphs.memory_bytes = 10_000
+    captures.capture_next()
+    assert captures.num_graphs == 1 and not captures.must_wait
+    graphs.memory_bytes = 0
+    monkeypatch.setattr("petalsd.engine.captures._MEMORY_PATIENCE_S", 0.0)
+    with capture_logs():
+        captures.capture_next()
+    assert captures.are_complete and len(scene.told) == 1 and captures.failure is not None
+
+
 def test_nothing_is_captured_while_somebody_else_has_the_turn(case: Case) -> None:
     """The engine does not wait for it either."""
     scene = Scene(case, STARTS)
