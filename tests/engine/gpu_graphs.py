@@ -88,6 +88,36 @@ def kernels_of(graph: torch.cuda.CUDAGraph) -> list[str] | None:
     return [node["kernel_name"] or node["node_type"] for node in nodes]
 
 
+def recovers() -> bool:
+    """Whether a capture that the device refuses leaves others possible, and torch able to give memory back."""
+    graphs, x = CudaGraphs(DEVICE), torch.ones(8, device=DEVICE)
+
+    def read_a_value() -> None:
+        x.mul_(x.sum().item())
+
+    def double() -> None:
+        x.mul_(2)
+
+    try:
+        graphs.capture(read_a_value)
+    except RuntimeError:
+        torch.cuda.empty_cache()
+        graphs.warm_up(double)
+        graphs.capture(double).replay()
+        return x.sum().item() == 32.0
+    return False
+
+
+def growth_bytes(span: KernelSpan, pool: KVPool) -> int:
+    """How much less memory is free after everything was captured three times more, as by moves."""
+    capturing, free = Capturing(CudaGraphs(DEVICE)), []
+    for _ in range(4):
+        captures = Captures([span], pool.kv, LIMITS, capturing, lambda failure: None)
+        captures.capture_all()
+        free.append(capturing.backend.free_bytes())
+    return free[0] - free[-1]
+
+
 @torch.inference_mode()
 def compare(span: KernelSpan) -> dict[str, object]:
     pool, staging, graphs = make_pool(span), Staged(DEVICE, LIMITS.max_runs), KeptGraphs()
@@ -109,6 +139,8 @@ def compare(span: KernelSpan) -> dict[str, object]:
         "kernels": kernels_of(graphs.graphs[0]) if graphs.graphs else None,
         "error": float((whole - eager).float().abs().max() / eager.float().abs().max()),
         "error_of_a_chain": float((chain - whole).float().abs().max() / whole.float().abs().max()),
+        "recovers": recovers(),
+        "growth": growth_bytes(span, pool),
         "arrives": bool(staging.fetch(whole).isfinite().all()),
     }
 

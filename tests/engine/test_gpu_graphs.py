@@ -43,6 +43,16 @@ def test_a_replay_equals_a_step_that_is_launched(found: Any) -> None:
     assert found["arrives"]
 
 
+def test_a_refused_capture_leaves_others_possible(found: Any) -> None:
+    """The stream has left the capture, and the allocator knows it."""
+    assert found["recovers"]
+
+
+def test_capturing_again_takes_no_more_memory(found: Any) -> None:
+    """Less than another workspace of cuBLAS; graphs that are gone have given theirs back."""
+    assert found["growth"] < 4 << 20
+
+
 def test_a_block_is_at_most_ten_launches(found: Any) -> None:
     """Counted in the captured graph."""
     if found["kernels"] is None:

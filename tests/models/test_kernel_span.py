@@ -101,3 +101,12 @@ def test_blocks_on_a_gpu_get_kernels_where_these_can_compute_them(
     assert made == [[0]]
     monkeypatch.undo()
     assert not native_span.can_use_kernels(case.blocks[0])
+
+
+def test_a_plan_serves_all_blocks_of_the_model(tmp_path: Path) -> None:
+    """Captured steps work by the plan of whichever span was first, also those of blocks that came later."""
+    case = make_case(tmp_path, *MODELS["windows"][:1], **MODELS["windows"][1])
+    span = make_kernel_span(case.blocks[:1])
+    pages = PagedRows(len(SPAN), case.config.num_kv_heads, case.config.head_dim, page_tokens=16)
+    assert span.plan_decode(2, pages.kv, 64).decode.keys() == set(case.config.windows)
+    assert len(set(case.config.windows)) == 2
