@@ -26,8 +26,9 @@ from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
-# For memory that is about to be given back: blocks that a move leaves keep theirs until the new ones are tested.
-_MEMORY_PATIENCE_S = 60.0
+# For a block that is being loaded, and for memory that is about to be given back: blocks that a move leaves keep
+# theirs until the new ones are tested.
+_PATIENCE_S = 60.0
 
 StepKey: TypeAlias = tuple[int, int, int]
 """First block, the one after the last, and the bucket."""
@@ -140,10 +141,12 @@ class Captures:
             self._settle()
 
     def capture_all(self) -> None:
-        """Capture what is missing, as ``capture_next``."""
+        """Capture what is missing, as ``capture_next``, where no session waits for it."""
         while self._missing:
-            with self._capturing.turn:
-                self._capture_first()
+            if not self._capturing.turn.acquire(timeout=_PATIENCE_S):
+                self._end(TimeoutError("a block that is being loaded does not come to an end"))
+                return
+            self._capture_first()
 
     def capture_next(self) -> None:
         """Capture one of the steps that are missing, if any is; later, when it is not our turn.
@@ -152,31 +155,33 @@ class Captures:
         """
         if not self._missing or self._is_awaiting_memory():
             return
-        if not self._capturing.turn.acquire(blocking=False):
-            return
-        try:
+        if self._capturing.turn.acquire(blocking=False):
             self._capture_first()
-        finally:
-            self._capturing.turn.release()
 
     def _capture_first(self) -> None:
+        """In our turn, which is over then."""
         missing = self._missing[0]
         try:
             with torch.inference_mode():
                 self.steps[missing.key] = self._capture(missing)
         except Exception as error:
             raise_if_lost(error)
-            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            log.warning(
-                "graph_capture_failed", graphs=len(self.steps), wanted=self.num_wanted, exc_info=error
-            )
-            self._missing.clear()
-            if not self.steps:
-                self.memory = None
-        else:
-            self._missing.popleft()
+            self._end(error)
+            return
+        finally:
+            self._capturing.turn.release()
+        self._missing.popleft()
         if not self._missing:
             self._settle()
+
+    def _end(self, error: Exception) -> None:
+        """Capture no more; what there is stays."""
+        self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.warning("graph_capture_failed", graphs=len(self.steps), wanted=self.num_wanted, exc_info=error)
+        self._missing.clear()
+        if not self.steps:
+            self.memory = None
+        self._settle()
 
     def _is_awaiting_memory(self) -> bool:
         """Whether there is too little now but may be soon: blocks that were left have theirs for a moment more."""
@@ -186,7 +191,7 @@ class Captures:
         now_s = time.monotonic()
         if self._short_since_s is None:
             self._short_since_s = now_s
-        return now_s - self._short_since_s < _MEMORY_PATIENCE_S
+        return now_s - self._short_since_s < _PATIENCE_S
 
     def _free_bytes(self) -> int:
         return self._capturing.backend.free_bytes()

@@ -253,14 +253,16 @@ def test_captures_wait_for_memory_that_others_give_back(case: Case, monkeypatch:
     captures.capture_next()
     assert captures.num_graphs == 1 and not captures.must_wait
     graphs.memory_bytes = 0
-    monkeypatch.setattr("petalsd.engine.captures._MEMORY_PATIENCE_S", 0.0)
+    monkeypatch.setattr("petalsd.engine.captures._PATIENCE_S", 0.0)
     with capture_logs():
         captures.capture_next()
     assert captures.are_complete and len(scene.told) == 1 and captures.failure is not None
 
 
-def test_nothing_is_captured_while_somebody_else_has_the_turn(case: Case) -> None:
-    """The engine does not wait for it either."""
+def test_nothing_is_captured_while_somebody_else_has_the_turn(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions do not wait for that, and a start not for ever."""
     scene = Scene(case, STARTS)
     capturing = Capturing(RecordedGraphs())
     captures = Captures([scene.span], scene.pool.kv, LIMITS, capturing, scene.told.append)
@@ -269,6 +271,10 @@ def test_nothing_is_captured_while_somebody_else_has_the_turn(case: Case) -> Non
         assert captures.must_wait and captures.num_graphs == 0 and not captures.are_complete
     captures.capture_next()
     assert captures.num_graphs == 1 and not captures.must_wait
+    monkeypatch.setattr("petalsd.engine.captures._PATIENCE_S", 0.0)
+    with capturing.turn, capture_logs():
+        captures.capture_all()
+    assert captures.num_graphs == 1 and scene.told == [captures.failure] != [None]
 
 
 def _read_a_value(x: torch.Tensor) -> None:
