@@ -360,6 +360,7 @@ class Engine:
             session.end(error.message)
         self._fail_passes(self._passes_outside(None), error)
         thread.post(partial(thread.set_core, None))
+        thread.post(core.retire)
 
     def _check_offered(self, work: SessionSpec | PassRequest) -> None:
         """NotServed or Draining unless new work on these blocks is taken; the canary goes everywhere."""

@@ -63,10 +63,8 @@ class EngineThread:
         return True
 
     def set_core(self, core: EngineCore | None) -> None:
-        """Command: iterate this core from now on; the one before is over."""
-        before, self._core = self._core, core
-        if before is not None:
-            before.retire()
+        """Command: iterate this core from now on."""
+        self._core = core
 
     async def stop(self, timeout_s: float) -> bool:
         """Leave after the commands posted so far; False when the running iteration did not end in time."""
