@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 # For a block that is being loaded, and for memory that is about to be given back: blocks that a move leaves keep
 # theirs until the new ones are tested.
 _PATIENCE_S = 60.0
+# Graphs of blocks that were left, which are given up instead of a capture: hundreds at once would be felt.
+_GIVEN_UP_AT_ONCE = 8
 
 StepKey: TypeAlias = tuple[int, int, int]
 """First block, the one after the last, and the bucket."""
@@ -102,6 +104,7 @@ class Captures:
         self.memory: StepMemory | None = None
         self.failure: str | None = None
         self._short_since_s: float | None = None
+        self._spent: list[Graph] = []
 
     @property
     def num_graphs(self) -> int:
@@ -109,8 +112,8 @@ class Captures:
 
     @property
     def are_complete(self) -> bool:
-        """Whether nothing will be captured any more."""
-        return not self._missing
+        """Whether nothing is left to do."""
+        return not self._missing and not self._spent
 
     @property
     def must_wait(self) -> bool:
@@ -128,7 +131,10 @@ class Captures:
         return kv is self._kv
 
     def take_over(self, before: Captures) -> None:
-        """Have the graphs of ``before``, which computed until now, as far as they are of the same blocks."""
+        """Have the graphs of ``before``, which computed until now, as far as they are of the same blocks.
+
+        The others hold no weights any more, and are given up in the turns of ``capture_next``.
+        """
         if before.memory is None or not before.are_over(self._kv) or before._limits != self._limits:
             return
         self.memory = before.memory
@@ -137,6 +143,8 @@ class Captures:
             if step is not None and step.sources == missing.sources:
                 self.steps[missing.key] = step
         self._missing = deque(missing for missing in self._missing if missing.key not in self.steps)
+        spent = (step.graph for key, step in before.steps.items() if self.steps.get(key) is not step)
+        self._spent = [*before._spent, *spent]
         if not self._missing:
             self._settle()
 
@@ -153,6 +161,9 @@ class Captures:
 
         What goes wrong ends capturing, and ``failure`` says why; raises DeviceLost only.
         """
+        if self._spent:
+            del self._spent[-_GIVEN_UP_AT_ONCE:]
+            return
         if not self._missing or self._is_awaiting_memory():
             return
         if self._capturing.turn.acquire(blocking=False):

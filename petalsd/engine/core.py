@@ -145,7 +145,7 @@ class EngineCore:
 
     @property
     def has_captures(self) -> bool:
-        """Whether steps are still to be captured, which goes between iterations."""
+        """Whether steps are still to be captured, or graphs given up, which goes between iterations."""
         return self.captures is not None and not self.captures.are_complete
 
     def pause_s(self) -> float:
@@ -246,7 +246,7 @@ class EngineCore:
         self._progress.end()
 
     def capture_next(self) -> None:
-        """Capture one step of those that are still to be, if any is: nobody waits for more than that one."""
+        """Capture one of the steps that are still to be, if any is: nobody waits for more than that one."""
         if self.captures is not None and self.has_captures:
             self._progress.begin(0)
             self.captures.capture_next()

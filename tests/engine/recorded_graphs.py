@@ -7,6 +7,7 @@ order of streams, what an allocator gives out twice, or that a device can captur
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +126,22 @@ class LaunchedGraphs:
 
     def free_bytes(self) -> int:
         return MEMORY_BYTES
+
+
+class ForgottenGraphs(LaunchedGraphs):
+    """Knows what it captured, without keeping it."""
+
+    def __init__(self) -> None:
+        self.captured: list[weakref.ref[Launched]] = []
+
+    def capture(self, compute: Callable[[], None]) -> Launched:
+        graph = super().capture(compute)
+        self.captured.append(weakref.ref(graph))
+        return graph
+
+    @property
+    def num_alive(self) -> int:
+        return sum(graph() is not None for graph in self.captured)
 
 
 @dataclass(slots=True)

@@ -25,13 +25,20 @@ from petalsd.engine.step_memory import GraphLimits, StepMemory
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.kernel_span import KernelSpan
 from petalsd.models.paged_span import PagedSpan
 from petalsd.ops.decode_batch import DECODE_BUCKETS, bucket_of
 from petalsd.ops.launching import Launch
 from petalsd.ops.ragged import RaggedBatch
 from petalsd.types import BlockSpan
-from tests.engine.recorded_graphs import LaunchedGraphs, RecordedGraph, RecordedGraphs, recording
-from tests.models.kernel_blocks import kernel_span
+from tests.engine.recorded_graphs import (
+    ForgottenGraphs,
+    LaunchedGraphs,
+    RecordedGraph,
+    RecordedGraphs,
+    recording,
+)
+from tests.models.kernel_blocks import NUM_SMS, kernel_span
 from tests.models.test_block import CPU, Case
 from tests.numeric import assert_close
 
@@ -227,6 +234,25 @@ def test_after_a_failed_capture_the_rest_is_launched(case: Case, fail_at: int) -
     assert (captures.nbytes > 0) is (captures.memory is not None) is (fail_at > 0)
     assert_close(scene.step(graphed), scene.step(scene.span), 1e-5, 1e-5, "partly replayed")
     assert counter.runs == {True: fail_at, False: 1}
+
+
+def test_graphs_of_blocks_that_are_left_go_little_by_little(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of blocks that stay are the same ones, and what was left is no more held by anything."""
+    monkeypatch.setattr("petalsd.engine.captures._GIVEN_UP_AT_ONCE", 4)
+    scene, graphs = Scene(case, STARTS), ForgottenGraphs()
+    before = scene.capture(graphs).captures
+    kept = KernelSpan({1: scene.span.source(1)}, NUM_SMS)
+    captures = Captures([kept], scene.pool.kv, LIMITS, Capturing(graphs), scene.told.append)
+    captures.take_over(before)
+    del before
+    assert captures.num_graphs == captures.num_wanted == 3 and scene.told == [None, None]
+    alive = [graphs.num_alive]
+    while not captures.are_complete:
+        captures.capture_next()
+        alive.append(graphs.num_alive)
+    assert alive == [9, 5, 3] and len(graphs.captured) == 9
 
 
 def test_captures_leave_memory_free(case: Case, captured: Captured) -> None:
