@@ -30,7 +30,7 @@ std::vector<Handle> AdmissionQueue::serve(std::int64_t capacity, double now_s,
       ++at;
     } else {
       for (Waiter* waiter : passed) waiter->bypasses += is_in_line(waiter) ? 1 : 0;
-      if (!applicant.peer.empty()) held_[applicant.peer] += applicant.credit;
+      hold(applicant.peer, applicant.credit);
       served.push_back(applicant.handle);
       at = waiting_.erase(at);
     }
@@ -47,6 +47,11 @@ void AdmissionQueue::give_back(const std::string& peer, std::int64_t credit) {
   if (found == held_.end()) return;
   found->second -= credit;
   if (found->second == 0) held_.erase(found);
+}
+
+void AdmissionQueue::pass_on(const std::string& from, const std::string& to, std::int64_t credit) {
+  give_back(from, credit);
+  hold(to, credit);
 }
 
 std::int64_t AdmissionQueue::held_by(const std::string& peer) const {

@@ -50,6 +50,9 @@ class AdmissionQueue {
   // The peer gives back credit that was promised to it.
   void give_back(const std::string& peer, std::int64_t credit);
 
+  // Credit that was promised to one peer is held by another from now on, whatever that holds.
+  void pass_on(const std::string& from, const std::string& to, std::int64_t credit);
+
   std::size_t size() const { return waiting_.size(); }
   std::int64_t held_by(const std::string& peer) const;
   double oldest_wait_s(double now_s) const { return waiting_.empty() ? 0.0 : now_s - waiting_.front().since_s; }
@@ -66,6 +69,9 @@ class AdmissionQueue {
     int bypasses;
   };
 
+  void hold(const std::string& peer, std::int64_t credit) {
+    if (!peer.empty()) held_[peer] += credit;
+  }
   bool lets_pass(const Waiter& waiter, double now_s) const {
     return now_s - waiter.since_s < rules_.bypass_wait_s && waiter.bypasses < rules_.max_bypasses;
   }

@@ -54,6 +54,16 @@ Handle PagePool::try_open(const SessionShape& shape, const std::string& peer) {
   return handle;
 }
 
+void PagePool::charge(Handle handle, const std::string& peer) {
+  const std::lock_guard lock(mutex_);
+  Session& session = find_open(handle);
+  if (session.peer == peer) return;
+  check_share(session.shape, session.credit, peer);
+  queue_.pass_on(session.peer, peer, session.credit);
+  session.peer = peer;
+  serve_waiting();
+}
+
 std::vector<Handle> PagePool::granted() {
   const std::lock_guard lock(mutex_);
   return std::exchange(granted_, {});
@@ -248,16 +258,20 @@ void PagePool::serve_waiting() {
 
 void PagePool::refuse(const SessionShape& shape, const std::string& peer) {
   const Page credit = credit_of(shape);
-  if (queue_.is_capped({0, credit, peer}, promisable())) {
-    throw OutOfPages(text("the session needs ", credit, " pages (", describe(shape, page_tokens_),
-                          "), this peer holds ", queue_.held_by(peer), " of ", promisable(),
-                          " and may not hold as much as that together"),
-                     "close a session first, or use another server");
-  }
+  check_share(shape, credit, peer);
   const std::int64_t left = std::max<std::int64_t>(0, promisable() - reserved_);
   throw OutOfPages(text("the session needs ", credit, " pages (", describe(shape, page_tokens_), "), ", left, " of ",
                         promisable(), " are not reserved and ", queue_.size(), " session(s) wait for them"),
                    "retry later, or ask for a smaller max_length");
+}
+
+// OutOfPages when the peer may not hold so much beside what it holds.
+void PagePool::check_share(const SessionShape& shape, Page credit, const std::string& peer) const {
+  if (!queue_.is_capped({0, credit, peer}, promisable())) return;
+  throw OutOfPages(text("the session needs ", credit, " pages (", describe(shape, page_tokens_),
+                        "), this peer holds ", queue_.held_by(peer), " of ", promisable(),
+                        " and may not hold as much as that together"),
+                   "close a session first, or use another server");
 }
 
 // The credit of an open session; and the disk, once little is promised and nothing is stored there.

@@ -69,7 +69,7 @@ struct BatchPlan {
 // its content changes: what was full stays as it is there, and need not be written again.
 //
 // Who is served when is AdmissionQueue's to say. Nothing here waits: a caller asks `granted` after every call that
-// may give credit back (`close`) and after `request` and `try_open`.
+// may give credit back (`close`, `charge`) and after `request` and `try_open`.
 //
 // Threads: every method may be called from any thread; one mutex, held for the length of one call. The pages of a
 // batch stay where they are from `fill_origins` until the next `extend`, `plan_batch` or `start_restores`, which alone
@@ -79,7 +79,7 @@ struct BatchPlan {
 //     calls `start_restores`, makes the copies, reads what is to be restored; extends; makes the copies.
 // Where nothing is promised beyond the memory all of that but the last two may be left out.
 //
-// Throws OutOfPages (`request`, `try_open`), ClosedHandle (a closed handle, but for `close` and `plan_batch`), and
+// Throws OutOfPages (`request`, `try_open`, `charge`), ClosedHandle (a closed handle, but for `close` and `plan_batch`), and
 // PoolError for a call against this contract. A call that throws has changed nothing.
 class PagePool {
  public:
@@ -94,6 +94,9 @@ class PagePool {
 
   // Opens at once, or OutOfPages; also when the credit is there but others who may not be passed wait for it.
   Handle try_open(const SessionShape& shape, const std::string& peer = "");
+
+  // Counts an open session to the share of `peer` from now on; OutOfPages when that peer may not hold as much.
+  void charge(Handle handle, const std::string& peer);
 
   // The requests that got their credit since the last call, in order, but for those closed meanwhile.
   std::vector<Handle> granted();
@@ -171,6 +174,7 @@ class PagePool {
   Handle add(const SessionShape& shape, const std::string& peer);
   void serve_waiting();
   [[noreturn]] void refuse(const SessionShape& shape, const std::string& peer);
+  void check_share(const SessionShape& shape, Page credit, const std::string& peer) const;
   void give_back(const Session& session);
   void release(Session& session, RunId run);
   void own_last_runs(Session& session);

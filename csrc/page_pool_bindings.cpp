@@ -119,6 +119,7 @@ void register_page_pool(py::module_& module) {
           },
           py::arg("first_block"), py::arg("num_blocks"), py::arg("batch"), py::arg("max_tokens"), py::arg("peer") = "",
           NoGil())
+      .def("charge", &PagePool::charge, py::arg("handle"), py::arg("peer"), NoGil())
       .def("granted", &PagePool::granted, NoGil())
       .def("plan_batch", &plan_batch, py::arg("handles"), py::arg("lengths"), py::arg("may_spill"))
       .def("finish_spills", &PagePool::finish_spills, py::arg("are_written"), NoGil())

@@ -101,9 +101,11 @@ class PagePool:
         ``granted`` has named it. OutOfPages at once when the memory is too small. No bound for an empty peer."""
     def try_open(self, first_block: int, num_blocks: int, batch: int, max_tokens: int, peer: str = "") -> int:
         """A handle at once, or OutOfPages; also when others wait who may not be passed."""
+    def charge(self, handle: int, peer: str) -> None:
+        """Count an open session to the share of ``peer`` from now on; OutOfPages when it may not hold as much."""
     def granted(self) -> list[int]:
-        """The requests granted since the last call, in order; to be asked after ``request``, ``try_open`` and
-        ``close``."""
+        """The requests granted since the last call, in order; to be asked after ``request``, ``try_open``,
+        ``close`` and ``charge``."""
     def plan_batch(
         self, handles: Sequence[int], lengths: Sequence[int], may_spill: bool
     ) -> tuple[list[int], bytearray]:

@@ -12,7 +12,7 @@ from petalsd._C import PagePool
 class KVRequest:
     """Room for ``batch`` rows of up to ``max_tokens`` tokens in ``num_blocks`` blocks from ``first_block`` on.
 
-    ``peer`` is whose share of the pool it counts to; nobody's when it is empty.
+    ``peer`` is whose share of the pool it counts to at first; nobody's when it is empty.
     """
 
     first_block: int
@@ -28,19 +28,19 @@ class KVRequest:
 class KVSession:
     """The pages of an open session. It never runs out of them before ``max_tokens``.
 
-    All rows have the same length. Everything but ``close`` belongs to the engine thread, and raises SessionClosed
-    once the session is closed, KVPoolError when an argument breaks the rule stated for it.
+    All rows have the same length. Everything but ``charge_to`` and ``close`` belongs to the engine thread, and
+    raises SessionClosed once the session is closed, KVPoolError when an argument breaks the rule stated for it.
     """
 
-    __slots__ = ("_on_close", "_pages", "handle", "request")
+    __slots__ = ("_on_credit", "_pages", "handle", "request")
 
     def __init__(
-        self, request: KVRequest, pages: PagePool, handle: int, on_close: Callable[[], None]
+        self, request: KVRequest, pages: PagePool, handle: int, on_credit: Callable[[], None]
     ) -> None:
         self.request = request
         self.handle = handle
         self._pages = pages
-        self._on_close = on_close
+        self._on_credit = on_credit
 
     @property
     def batch(self) -> int:
@@ -67,10 +67,15 @@ class KVSession:
         """Row j continues from old row ``hypo_ids[j]``: ``batch`` numbers in ``[0, batch)``. No copy yet."""
         self._pages.reorder(self.handle, hypo_ids)
 
+    def charge_to(self, peer: str) -> None:
+        """Count to the share of ``peer`` from now on, on any thread; OutOfPages when that may not hold as much."""
+        self._pages.charge(self.handle, peer)
+        self._on_credit()
+
     def close(self) -> None:
         """Give the pages back; on any thread, any number of times.
 
         Their content stays until the engine thread extends a session, so a running batch may still read them.
         """
         self._pages.close(self.handle)
-        self._on_close()
+        self._on_credit()

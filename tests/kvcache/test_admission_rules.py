@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalsd._C import PagePool
-from petalsd.errors import KVPoolError, OutOfPages
+from petalsd.errors import KVPoolError, OutOfPages, SessionClosed
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.spill import SpillArea
@@ -99,6 +99,27 @@ async def test_who_waits_for_itself_is_in_nobodys_way(make_pool: Callable[..., K
         await pool.reserve(pages(2, "other"), 0)
     own.close()
     assert (await asyncio.wait_for(waiting, LONG_S)).batch == 2
+
+
+async def test_a_session_can_be_charged_to_another_peer(shared: KVPool) -> None:
+    """Within that peer's share; beyond it nothing changes. Who paid until then has room again, at once."""
+    session = await shared.reserve(pages(10, "giver"), 0)
+    own = await shared.reserve(pages(9, "client"), 0)
+    with pytest.raises(OutOfPages, match="this peer holds 9 of 24"):
+        session.charge_to("client")
+    waiting = await queued(shared, pages(9, "giver"))
+    own.close()
+    await asyncio.sleep(0)
+    assert not waiting.done(), "the giver has its share still"
+    session.charge_to("client")
+    assert (await asyncio.wait_for(waiting, LONG_S)).batch == 9
+    shared.check_integrity()
+    with pytest.raises(OutOfPages, match="this peer holds 10 of 24"):
+        await shared.reserve(pages(9, "client"), 0)
+    session.close()
+    shared.check_integrity()
+    with pytest.raises(SessionClosed):
+        session.charge_to("giver")
 
 
 async def test_sessions_of_nobody_are_not_bounded(shared: KVPool) -> None:
