@@ -18,6 +18,7 @@ log = structlog.get_logger(__name__)
 
 _POLL_S = 0.1
 _REPORT_PERIOD_S = 10.0
+_HAND_OVER_PERIOD_S = 5.0
 
 
 @dataclass(slots=True)
@@ -82,15 +83,18 @@ class Drain:
         return self.abandoned
 
     async def _hand_over(self) -> None:
-        """Those that another server takes need not be waited for; as well as the swarm allows."""
-        if not self.left:
-            return
-        try:
-            moved = await self._member.hand_over(self._kept, self.deadline_left_s)
-        except (SwarmError, DeadlineExceeded) as error:
-            log.warning("hand_over_failed", **error_fields(error))
-        else:
-            log.info("handed_over", sessions=moved, left=self.left)
+        """Those that another server takes need not be waited for; as well as the swarm allows.
+
+        Again and again: a taker that was full has room once clients have come for what it took.
+        """
+        while self.left:
+            try:
+                moved = await self._member.hand_over(self._kept, self.deadline_left_s)
+            except (SwarmError, DeadlineExceeded) as error:
+                log.warning("hand_over_failed", **error_fields(error))
+            else:
+                log.info("handed_over", sessions=moved, left=self.left)
+            await asyncio.sleep(_HAND_OVER_PERIOD_S)
 
     async def _outlast(self, cut_short: asyncio.Event) -> int:
         report_s = self._clock()

@@ -114,12 +114,16 @@ class Mover:
         await engine.self_test()
 
     async def _narrow(self, route: Route) -> None:
-        """No new sessions on blocks that are left, and the swarm knows it."""
+        """No new sessions on blocks that are left, and the swarm knows it.
+
+        That they are OFFLINE is said for as long as the move lasts: takers of their sessions look us up there.
+        """
         self._parts.engine.restrict(route.kept, f"this server moves to blocks {route.new}")
         self.takes_sessions = route.kept is not None
         kept = [] if route.kept is None else [(ServerState.ONLINE, route.kept)]
         joining = [(ServerState.JOINING, span) for span in route.arriving]
-        await self._announce(joining + kept)
+        leaving = [(ServerState.OFFLINE, span) for span in route.left]
+        await self._announce(leaving + joining + kept)
 
     async def _see_off(self, route: Route) -> None:
         """Let sessions on blocks that are left go on elsewhere or finish, and end those that do not in time."""

@@ -38,7 +38,12 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     administration = administer(stage)
     running = await moving(stage)
     await eventually(lambda: stage.member.handed_over == [KEPT])
-    assert stage.calls == ["engine keeps 2:4", "announce JOINING 4:6, ONLINE 2:4", "load 4", "load 5"]
+    assert stage.calls == [
+        "engine keeps 2:4",
+        "announce OFFLINE 0:2, JOINING 4:6, ONLINE 2:4",
+        "load 4",
+        "load 5",
+    ]
     assert stage.swarm.states_of(PEER) == {
         0: OFFLINE, 1: OFFLINE, 2: ONLINE, 3: ONLINE, 4: JOINING, 5: JOINING
     }  # fmt: skip
@@ -62,14 +67,16 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     await stopped(stage, running)
 
 
-async def test_sessions_on_left_blocks_have_the_time_of_a_drain() -> None:
-    """At the deadline those that nobody took are ended, the others are not."""
+async def test_sessions_on_left_blocks_have_the_time_of_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takers are asked again until the deadline; then those that nobody took are ended, the others are not."""
+    monkeypatch.setattr("petalsd.daemon.drain._HAND_OVER_PERIOD_S", 0.01)
     stage = Stage("blocks.count=4", "daemon.drain_deadline_s=0.05")
     stage.member.failures["hand_over"] = [SwarmError("the directory cannot be read")]
     running = await moving(stage)
     online = stage.until(DaemonState.ONLINE)
     await asyncio.wait_for(online, DEADLINE_S)
     assert "sessions end: the server moved to blocks 2:6" in stage.calls
+    assert stage.member.handed_over[:3] == [KEPT, KEPT, KEPT]
     assert stage.engine.open_spans == [KEPT]
     stage.engine.open_spans.clear()
     await stopped(stage, running)
@@ -103,8 +110,8 @@ async def test_without_room_the_left_blocks_go_before_the_new_ones_come() -> Non
     stage.engine.open_spans.remove(OLD)
     await asyncio.wait_for(online, DEADLINE_S)
     assert calls(stage) == [
-        "engine keeps 2:4", "announce JOINING 4:6, ONLINE 2:4", "engine changes to 2:4", "load 4", "load 5",
-        "engine changes to 2:6", "announce ONLINE 2:6",
+        "engine keeps 2:4", "announce OFFLINE 0:2, JOINING 4:6, ONLINE 2:4", "engine changes to 2:4",
+        "load 4", "load 5", "engine changes to 2:6", "announce ONLINE 2:6",
     ]  # fmt: skip
     stage.engine.open_spans.clear()
     await stopped(stage, running)
