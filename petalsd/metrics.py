@@ -155,6 +155,12 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _counter("wire_received_bytes_total", "Messages of other peers, without what libp2p adds"),
         _counter("wire_sent_bytes_total", "Messages to other peers, without what libp2p adds"),
         _gauge("wire_held_bytes", "Large messages that are being received"),
+        _counter(
+            "hand_overs_total", "Sessions that other servers offered, and what became of those that were taken",
+            "outcome",
+        ),
+        _gauge("awaited_sessions", "Sessions of other servers that wait here for their clients, or arrive"),
+        _gauge("awaited_pages", "Pages of the attention cache promised to them, at the cost of their givers"),
         _counter("pushes_total", "Answers handed on to the next server of a chain", "outcome"),
     ),
     "Swarm": (

@@ -123,6 +123,8 @@ class Figures:
         if told is not None:
             yield Reading("dht_announcement_age_seconds", _age_s(told.at_monotonic_s))
         yield Reading("open_streams", member.open_streams)
+        yield Reading("awaited_sessions", member.awaited.sessions)
+        yield Reading("awaited_pages", member.awaited.pages)
         yield Reading("wire_held_bytes", member.held_bytes)
 
     def _span(self) -> Iterator[Reading]:

@@ -152,6 +152,7 @@ class Membership:
             held_bytes=connection.node.budget.held_bytes,
             announcement=connection.announcer.last_stored,
             num_ghosts=len(connection.ghosts.known),
+            awaited=connection.handler.awaited,
         )
 
     async def is_in_touch(self) -> bool:

@@ -13,6 +13,7 @@ from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
 from petalsd.swarm.announcer import Announcement, Part
 from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.escrow import NOTHING, Amount
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
@@ -27,6 +28,7 @@ class MemberStats:
     held_bytes    of large messages that are being received
     announcement  what was last stored since we joined
     num_ghosts    servers in the directory that are thought to have gone
+    awaited       sessions that other servers handed to us and whose clients have not come yet
     """
 
     is_member: bool = False
@@ -35,6 +37,7 @@ class MemberStats:
     held_bytes: int = 0
     announcement: Announcement | None = None
     num_ghosts: int = 0
+    awaited: Amount = NOTHING
 
 
 class ServingEngine(Protocol):

@@ -10,6 +10,7 @@ from petalsd.daemon.supervisor import Cause
 from petalsd.engine.live_rates import LiveRates
 from petalsd.engine.observer import BatchReport, PassTiming
 from petalsd.metrics import Metrics
+from petalsd.swarm.escrow import Outcome
 from petalsd.swarm.faults import CODES
 from petalsd.swarm.link import LinkMeter
 from petalsd.swarm.protocol import HAND_OVER_METHOD, STREAM_METHODS, UNARY_METHODS
@@ -136,6 +137,8 @@ class SwarmRecorder:
         self._sent = metrics.counter("wire_sent_bytes_total")
         self._first_answer = metrics.histogram("first_answer_seconds")
         pushes, announcements = metrics.counter("pushes_total"), metrics.counter("dht_announcements_total")
+        hand_overs = metrics.counter("hand_overs_total")
+        self._hand_overs = {outcome: hand_overs.labels(outcome.value) for outcome in Outcome}
         self._pushes = {True: pushes.labels("delivered"), False: pushes.labels("failed")}
         self._announcements = {True: announcements.labels("stored"), False: announcements.labels("failed")}
 
@@ -165,6 +168,9 @@ class SwarmRecorder:
 
     def pushed(self, is_delivered: bool) -> None:
         self._pushes[is_delivered].inc()
+
+    def handed_over(self, outcome: Outcome) -> None:
+        self._hand_overs[outcome].inc()
 
     def announced(self, is_stored: bool) -> None:
         self._announcements[is_stored].inc()

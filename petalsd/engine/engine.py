@@ -189,10 +189,11 @@ class Engine:
 
     # Sessions
 
-    async def open_session(self, spec: SessionSpec) -> Session:
+    async def open_session(self, spec: SessionSpec, payer: str | None = None) -> Session:
         """Reserve pages for a session, waiting for them up to ``spec.alloc_timeout_s``.
 
-        Raises NotServed, BadRequest, Draining, Overloaded (too many rows are open), OutOfPages.
+        They count to the share of ``payer``, by default the session's own peer. Raises NotServed, BadRequest,
+        Draining, Overloaded (too many rows are open), OutOfPages.
         """
         core = self._serving_core()
         self._check_offered(spec)
@@ -205,7 +206,7 @@ class Engine:
         self._num_rows += spec.batch
         asked_at = time.monotonic()
         try:
-            session = self._admit(core, spec, await self._reserve(core, spec))
+            session = self._admit(core, spec, await self._reserve(core, spec, payer or spec.peer))
         except BaseException:
             self._num_rows -= spec.batch
             raise
@@ -213,9 +214,9 @@ class Engine:
             self._observer.session_admitted(time.monotonic() - asked_at)
         return session
 
-    async def _reserve(self, core: EngineCore, spec: SessionSpec) -> KVSession:
+    async def _reserve(self, core: EngineCore, spec: SessionSpec, payer: str) -> KVSession:
         tokens = max(1, spec.max_tokens)  # a session of none is legal on the wire, but not in the pool
-        request = KVRequest(spec.span.start, len(spec.span), spec.batch, tokens, spec.peer)
+        request = KVRequest(spec.span.start, len(spec.span), spec.batch, tokens, payer)
         return await core.served.pool.reserve(request, spec.alloc_timeout_s)
 
     def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession) -> Session:

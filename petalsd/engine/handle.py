@@ -143,6 +143,11 @@ class Session:
         self._position = position
         self._thread.post(partial(self._state.resume_at, position))
 
+    def charge_to(self, peer: str) -> None:
+        """Its pages count to the share of ``peer`` from now on. OutOfPages when that may not hold as much;
+        SessionClosed."""
+        self._state.kv.charge_to(peer)
+
     async def _transfer(self, make: Callable[[asyncio.Future[Any]], Transfer]) -> Any:
         if self._end_reason is not None:
             raise SessionClosed(self._end_reason)

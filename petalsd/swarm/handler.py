@@ -15,9 +15,11 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
 from petalsd.errors import Overloaded, PetalsdError, SessionClosed
-from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.directory import SwarmView, read_view
+from petalsd.swarm.escrow import Amount
 from petalsd.swarm.faults import CallFailed, wire_code, wire_text
 from petalsd.swarm.frames import take_over
+from petalsd.swarm.givers import KnownGivers
 from petalsd.swarm.inference_stream import InferenceCall
 from petalsd.swarm.info import answer_info
 from petalsd.swarm.node import Node
@@ -42,6 +44,7 @@ StreamCall = Callable[[MessageStream], Awaitable[None]]
 _STOP_TIMEOUT_S = 3.0
 _TAKE = handle_name(HAND_OVER_METHOD, HAND_OVER_SERVICE)
 _FAREWELL_S = 0.5
+_READ_S = 5.0  # givers wait for it
 
 
 class TransformerConnectionHandler:
@@ -53,8 +56,8 @@ class TransformerConnectionHandler:
         self._observer = serving.observer
         self._sessions = SessionRegistry()
         self._calls: set[InferenceCall] = set()
-        self._tickets = TicketOffice(serving.limits.step_timeout_s)
-        self._taker = SessionTaker(serving, self._tickets)
+        self._tickets = TicketOffice(serving.limits.step_timeout_s, serving.observer)
+        self._taker = SessionTaker(serving, KnownGivers(self._read_view), self._tickets)
         self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s, serving.observer)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
         self._streams: dict[asyncio.Task[None], str] = {}
@@ -104,6 +107,11 @@ class TransformerConnectionHandler:
     @property
     def num_streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def awaited(self) -> Amount:
+        """Of sessions that other servers handed to us and whose clients have not come yet."""
+        return self._taker.escrow.held
 
     # ----------------------------------------------------------------------------------- unary calls
 
@@ -200,6 +208,10 @@ class TransformerConnectionHandler:
         except TimeoutError:
             log.info("hand_over_unfinished", sessions=sum(not one.over.is_set() for one in relocations))
         return sum(relocation.has_moved for relocation in relocations)
+
+    async def _read_view(self) -> SwarmView:
+        model = self._serving.model
+        return await read_view(self._node, model.prefix, model.num_blocks, _READ_S)
 
     # ------------------------------------------------------------------------------------- machinery
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from petalsd.swarm.escrow import Outcome
+
 
 class SwarmObserver(Protocol):
     """Called on the loop. Must be quick, and must not raise."""
@@ -34,6 +36,9 @@ class SwarmObserver(Protocol):
 
     def pushed(self, is_delivered: bool) -> None:
         """An answer was handed on to the next server of a chain, or could not be."""
+
+    def handed_over(self, outcome: Outcome) -> None:
+        """A session that another server offered was taken or refused; or one that was taken left our custody."""
 
     def announced(self, is_stored: bool) -> None:
         """Our record was stored under all blocks of a span, or could not be."""
@@ -67,6 +72,9 @@ class NullObserver:
         pass
 
     def pushed(self, is_delivered: bool) -> None:
+        pass
+
+    def handed_over(self, outcome: Outcome) -> None:
         pass
 
     def announced(self, is_stored: bool) -> None:

@@ -1,12 +1,17 @@
-"""The taker's side of a hand-over: pages under the same admission as for any session, then a ticket."""
+"""The taker's side of a hand-over: who may give, what it may leave here, the pages, and then a ticket."""
 
 from __future__ import annotations
 
 import structlog
 from hivemind.proto import runtime_pb2
 
+from petalsd.engine.checks import check_span
 from petalsd.engine.handle import Session
-from petalsd.errors import BadRequest
+from petalsd.engine.step import SessionSpec
+from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded
+from petalsd.kvcache.pool import KVPool
+from petalsd.swarm.escrow import Amount, Deposit, Escrow, EscrowFull, EscrowLimits, Outcome
+from petalsd.swarm.givers import KnownGivers, UnknownGiver
 from petalsd.swarm.handover import KVShape, Offer, Seal, pack_text, unpack_chunk, unpack_text
 from petalsd.swarm.serving import Serving
 from petalsd.swarm.stream import MessageStream
@@ -14,21 +19,42 @@ from petalsd.swarm.tickets import TicketOffice
 
 log = structlog.get_logger(__name__)
 
+_LIMITS = EscrowLimits()
+
 
 class SessionTaker:
     """Answers ``rpc_take``; whatever fails gives the pages back, and the giver is told why."""
 
-    def __init__(self, serving: Serving, tickets: TicketOffice) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        givers: KnownGivers,
+        tickets: TicketOffice,
+        limits: EscrowLimits = _LIMITS,
+    ) -> None:
         self._serving = serving
+        self._givers = givers
         self._tickets = tickets
+        self.escrow = Escrow(self._whole, limits)
 
     async def take(self, stream: MessageStream) -> None:
         """One offer from its begin to the ticket. The caller sets the deadline."""
+        try:
+            await self._take(stream)
+        except BaseException as error:
+            outcome = _refusal(error)
+            self._serving.observer.handed_over(outcome)
+            log.info("session_not_taken", giver=stream.peer, outcome=outcome.value, error=str(error))
+            raise
+
+    async def _take(self, stream: MessageStream) -> None:
         opening = await self._receive(stream)
         offer = Offer.parse(opening, self._serving.model.prefix)
         self._serving.check_open()
-        self._tickets.check_room()
-        session = await self._serving.engine.open_session(offer.spec)
+        check_span(offer.spec.span, self._serving.engine.span)
+        await self._givers.check(stream.peer, offer.spec.span)
+        deposit = self.escrow.take_in(stream.peer, self._amount(offer.spec))
+        session = await self._open(offer.spec, stream.peer, deposit)
         try:
             self._check_shape(session, offer)
             await stream.send(runtime_pb2.ExpertResponse())
@@ -37,13 +63,38 @@ class SessionTaker:
             session.end("its hand-over failed")
             raise
         session.resume_at(offer.position)
-        ticket = self._tickets.issue(session)
+        ticket = self._tickets.issue(session, deposit)
         log.info("session_taken", giver=stream.peer, span=str(offer.spec.span), position=offer.position)
         try:
             await stream.send(runtime_pb2.ExpertResponse(metadata=pack_text("ticket", ticket)))
         except BaseException:  # nobody will ever know it
             self._tickets.revoke(ticket)
             raise
+        self._serving.observer.handed_over(Outcome.TAKEN)
+
+    async def _open(self, spec: SessionSpec, giver: str, deposit: Deposit) -> Session:
+        """At the giver's expense: only it says whose session it is. However it ends, the deposit goes back."""
+        try:
+            session = await self._serving.engine.open_session(spec, giver)
+        except BaseException:
+            deposit.release()
+            raise
+        session.when_ended(lambda _: deposit.release())
+        return session
+
+    @property
+    def _pool(self) -> KVPool:
+        pool = self._serving.engine.pool
+        if pool is None:
+            raise NotServed("no blocks are served here now")
+        return pool
+
+    def _whole(self) -> Amount:
+        return Amount(0, self._serving.engine.limits.max_sessions, self._pool.stats().pages_promisable)
+
+    def _amount(self, spec: SessionSpec) -> Amount:
+        runs = self._pool.geometry.tokens_to_pages(max(1, spec.max_tokens))
+        return Amount(1, spec.batch, spec.batch * runs * len(spec.span))
 
     def _check_shape(self, session: Session, offer: Offer) -> None:
         ours = KVShape.of(session, self._serving.model.dtype)
@@ -67,3 +118,11 @@ class SessionTaker:
         if message is None:
             raise BadRequest("message", None, "the hand-over ended before its digest")
         return message
+
+
+def _refusal(error: BaseException) -> Outcome:
+    if isinstance(error, UnknownGiver):
+        return Outcome.UNKNOWN_GIVER
+    if isinstance(error, EscrowFull):
+        return Outcome.OVER_SHARE
+    return Outcome.NO_ROOM if isinstance(error, OutOfPages | Overloaded) else Outcome.FAILED

@@ -10,7 +10,9 @@ import structlog
 
 from petalsd.engine.handle import Session
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, NotServed, Overloaded
+from petalsd.errors import BadRequest, NotServed, OutOfPages
+from petalsd.swarm.escrow import Deposit, Outcome
+from petalsd.swarm.observer import SwarmObserver
 
 log = structlog.get_logger(__name__)
 
@@ -20,62 +22,75 @@ _TICKET_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class _Held:
     session: Session
+    deposit: Deposit
     expiry: asyncio.TimerHandle
 
 
 class TicketOffice:
-    """Holds at most ``max_held`` sessions, each for ``lifetime_s``, and ends those that nobody came for."""
+    """Holds sessions for ``lifetime_s``, and ends those that nobody came for. How many, their deposits bound."""
 
-    def __init__(self, lifetime_s: float, max_held: int = 256) -> None:
+    def __init__(self, lifetime_s: float, observer: SwarmObserver) -> None:
         self._lifetime_s = lifetime_s
-        self._max_held = max_held
+        self._observer = observer
         self._held: dict[str, _Held] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def check_room(self) -> None:
-        if len(self._held) >= self._max_held:
-            raise Overloaded(f"{self._max_held} sessions that were handed over wait for their clients here")
-
-    def issue(self, session: Session) -> str:
+    def issue(self, session: Session, deposit: Deposit) -> str:
         """Own the session from now on; the ticket for its client."""
         ticket = secrets.token_urlsafe(_TICKET_BYTES)
         expiry = asyncio.get_running_loop().call_later(self._lifetime_s, self._expire, ticket)
-        self._held[ticket] = _Held(session, expiry)
+        self._held[ticket] = _Held(session, deposit, expiry)
         return ticket
 
     def claim(self, ticket: str, spec: SessionSpec) -> Session:
-        """The caller owns the session from now on.
+        """The caller owns the session from now on, and its client's share of the pool pays for it.
 
-        NotServed when there is none for this ticket and peer (any more), BadRequest when it is another one than
-        ``spec`` says; then it waits on.
+        NotServed when there is none for this ticket and peer (any more); BadRequest when it is another one than
+        ``spec`` says, then it waits on; OutOfPages when the client may not hold as much, then it is ended.
         """
         held = self._held.get(ticket)
         if held is None or held.session.spec.peer != spec.peer:
             raise NotServed("no session of this peer waits under this ticket")
-        ours = held.session.spec
+        session = held.session
+        ours = session.spec
         if (ours.span, ours.batch, ours.max_tokens) != (spec.span, spec.batch, spec.max_tokens):
             held_as = f"blocks {ours.span}, {ours.batch} rows, {ours.max_tokens} tokens"
             raise BadRequest("session_ticket", str(spec.span), f"the session was opened for {held_as}")
-        del self._held[ticket]
-        held.expiry.cancel()
-        return held.session
+        if session.end_reason is None:
+            self._charge(ticket, session)
+        self._take_out(ticket)
+        self._observer.handed_over(Outcome.CLAIMED if session.end_reason is None else Outcome.ENDED)
+        return session
 
     def revoke(self, ticket: str) -> None:
-        """End a session that its client cannot know of."""
-        self._end(ticket, "its hand-over failed")
+        """End a session that its client cannot know of: it was not handed over."""
+        self._take_out(ticket).end("its hand-over failed")
 
     def close(self, reason: str) -> None:
         """End what is held."""
         for ticket in list(self._held):
-            self._end(ticket, reason)
+            self._end(ticket, reason, Outcome.ENDED)
+
+    def _charge(self, ticket: str, session: Session) -> None:
+        try:
+            session.charge_to(session.spec.peer)
+        except OutOfPages as error:
+            log.info("claim_refused", client=session.spec.peer, error=error.message)
+            self._end(ticket, error.message, Outcome.OVER_CLIENTS)
+            raise
 
     def _expire(self, ticket: str) -> None:
-        log.info("ticket_expired")
-        self._end(ticket, "nobody came for the session")
+        log.info("ticket_expired", lifetime_s=self._lifetime_s)
+        self._end(ticket, "nobody came for the session", Outcome.EXPIRED)
 
-    def _end(self, ticket: str, reason: str) -> None:
+    def _end(self, ticket: str, reason: str, outcome: Outcome) -> None:
+        self._take_out(ticket).end(reason)
+        self._observer.handed_over(outcome)
+
+    def _take_out(self, ticket: str) -> Session:
         held = self._held.pop(ticket)
         held.expiry.cancel()
-        held.session.end(reason)
+        held.deposit.release()
+        return held.session

@@ -21,6 +21,7 @@ from petalsd.engine.step import SessionSpec, Step
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.kvcache.spill import SpillArea
+from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
 from petalsd.models.ladder import Ladder
@@ -32,6 +33,7 @@ from tests.tiny_models import HIDDEN_SIZE, make_tiny
 
 CPU = torch.device("cpu")
 PAGE_TOKENS = 16
+_ALL_FOR_ONE = AdmissionRules()
 
 
 class TinyModel:
@@ -55,11 +57,13 @@ class TinyModel:
     def span(self) -> BlockSpan:
         return BlockSpan(0, self.config.num_blocks)
 
-    def pool(self, kv_tokens: int = 512, spill: SpillArea | None = None) -> KVPool:
+    def pool(
+        self, kv_tokens: int = 512, spill: SpillArea | None = None, rules: AdmissionRules = _ALL_FOR_ONE
+    ) -> KVPool:
         """Room for ``kv_tokens`` tokens in each block, in pages of garbage."""
         geometry = cache_geometry(self.config, PAGE_TOKENS, torch.float32, CPU)
         num_pages = pages_for(kv_tokens, self.config.num_blocks, PAGE_TOKENS)
-        pool = KVPool(geometry, num_pages, torch.float32, CPU, spill=spill)
+        pool = KVPool(geometry, num_pages, torch.float32, CPU, rules, spill)
         kv = pool.allocate()
         for slab in kv.slabs:
             slab.fill_(torch.nan)

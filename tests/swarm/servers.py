@@ -11,6 +11,7 @@ from typing import Any
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
 from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
 from petalsd.swarm.observer import SwarmObserver
@@ -87,11 +88,12 @@ async def server(
     kv_tokens: int = 512,
     model: TinyModel | None = None,
     observer: SwarmObserver | None = None,
+    max_peer_share: float = 1.0,
 ) -> AsyncIterator[Server]:
     """Serve a tiny Llama on a started node; at the end everything must be given back."""
     model = model or TinyModel(path)
     engine = Engine(engine_limits or EngineLimits(), CPU, num_threads=1)
-    pool = model.pool(kv_tokens)
+    pool = model.pool(kv_tokens, rules=AdmissionRules(max_peer_share=max_peer_share))
     await engine.start()
     await engine.load_span(model.blocks, pool, model.rope)
     config = model.config

@@ -15,6 +15,7 @@ from hivemind.p2p import P2PHandlerError
 from petalsd.engine.step import PassRequest
 from petalsd.errors import BadRequest, DeadlineExceeded, Draining, RemoteFailure, SwarmError
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions
+from petalsd.swarm.escrow import Outcome
 from petalsd.swarm.faults import CODES, wire_code, wire_text
 from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import ServerState, make_chain
@@ -44,6 +45,7 @@ class Notes:
         self.acknowledgements: list[tuple[str, int, float]] = []
         self.first_answers: list[float] = []
         self.pushes: list[bool] = []
+        self.hand_overs: list[Outcome] = []
         self.announcements: list[bool] = []
 
     def call_began(self, method: str) -> None:
@@ -72,6 +74,9 @@ class Notes:
 
     def pushed(self, is_delivered: bool) -> None:
         self.pushes.append(is_delivered)
+
+    def handed_over(self, outcome: Outcome) -> None:
+        self.hand_overs.append(outcome)
 
     def announced(self, is_stored: bool) -> None:
         self.announcements.append(is_stored)

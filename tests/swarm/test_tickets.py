@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, NotServed, Overloaded, SessionClosed, SessionMoved
+from petalsd.errors import BadRequest, NotServed, SessionClosed, SessionMoved
 from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.escrow import NOTHING, Amount, Escrow, EscrowFull, EscrowLimits, Outcome
+from petalsd.swarm.givers import KnownGivers, UnknownGiver
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.session_giver import takers
@@ -16,41 +18,115 @@ from petalsd.swarm.stream import RemoteError
 from petalsd.swarm.tickets import TicketOffice
 from petalsd.types import BlockSpan
 from tests.engine.rig import TinyModel, serving
+from tests.swarm.test_observer import Notes
 from tests.waiting import eventually
 
 GHOST = "Qm" + "g" * 44
 
 
+def escrow(num_per_giver: int = 2, num_of_all: int = 3) -> Escrow:
+    """Of a server with 8 rows and 80 pages: a giver may have 2 rows and 20 pages, all of them 4 and 40."""
+    return Escrow(lambda: Amount(0, 8, 80), EscrowLimits(num_per_giver, num_of_all))
+
+
+ONE = Amount(1, 1, 10)
+
+
 async def test_a_session_that_nobody_comes_for_is_ended(tmp_path: Path) -> None:
-    """After its time its pages are back, and so are those of the rest when the office closes."""
+    """After its time its pages are back, its giver is charged no more, and so for the rest at the close."""
     spec = SessionSpec(BlockSpan(0, 4), 1, 32, GHOST)
+    holding, notes = escrow(), Notes()
     async with serving(TinyModel(tmp_path)) as engine:
-        office = TicketOffice(lifetime_s=0.02, max_held=1)
-        ticket = office.issue(await engine.open_session(spec))
-        with pytest.raises(Overloaded):
-            office.check_room()
+        office = TicketOffice(0.02, notes)
+        ticket = office.issue(await engine.open_session(spec, "giver"), holding.take_in("giver", ONE))
         await eventually(lambda: len(office) == 0 and engine.stats().sessions == 0)
+        assert (holding.held, notes.hand_overs) == (NOTHING, [Outcome.EXPIRED])
         with pytest.raises(NotServed):
             office.claim(ticket, spec)
-        office = TicketOffice(lifetime_s=60)
-        office.issue(await engine.open_session(spec))
+        office = TicketOffice(60, notes)
+        office.issue(await engine.open_session(spec, "giver"), holding.take_in("giver", ONE))
         office.close("the server is stopping")
-        assert engine.stats().sessions == 0
+        assert (engine.stats().sessions, holding.held) == (0, NOTHING)
+        assert notes.hand_overs == [Outcome.EXPIRED, Outcome.ENDED]
 
 
 async def test_a_session_that_ended_meanwhile_says_why(tmp_path: Path) -> None:
     """A claim of other terms leaves it there; the right one gets it, with the reason of its end."""
     spec = SessionSpec(BlockSpan(0, 4), 1, 32, GHOST)
+    notes = Notes()
     async with serving(TinyModel(tmp_path)) as engine:
-        office = TicketOffice(lifetime_s=60)
-        ticket = office.issue(await engine.open_session(spec))
+        office = TicketOffice(60, notes)
+        ticket = office.issue(await engine.open_session(spec, "giver"), escrow().take_in("giver", ONE))
         engine.end_work("the blocks went")
         with pytest.raises(BadRequest, match="session_ticket"):
             office.claim(ticket, SessionSpec(BlockSpan(0, 3), 1, 32, GHOST))
         session = office.claim(ticket, spec)
-        assert session.end_reason == "the blocks went"
+        assert (session.end_reason, notes.hand_overs) == ("the blocks went", [Outcome.ENDED])
         with pytest.raises(SessionClosed):
             await session.write_kv(None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [ONE._replace(pages=11), ONE._replace(rows=2), ONE],
+    ids=["pages", "rows", "sessions"],
+)
+def test_what_a_giver_may_leave_is_bounded(more: Amount) -> None:
+    """In pages, rows and number, whatever it gives back in between; its first session alone may be larger."""
+    holding = escrow(num_per_giver=1 if more is ONE else 2)
+    first = holding.take_in("giver", ONE)
+    with pytest.raises(EscrowFull, match="of yours, 1 sessions, 1 rows and 10 pages wait"):
+        holding.take_in("giver", more)
+    assert holding.held == ONE
+    first.release()
+    first.release()
+    holding.take_in("giver", Amount(1, 4, 40))
+    with pytest.raises(EscrowFull, match="of all givers, 1 sessions"):
+        holding.take_in("another", Amount(1, 1, 1))
+
+
+def test_what_all_givers_may_leave_is_bounded() -> None:
+    """However many of them there are: the rest is for clients that are here."""
+    holding = escrow(num_of_all=3)
+    deposits = [holding.take_in(f"giver {number}", Amount(1, 1, 1)) for number in range(3)]
+    with pytest.raises(EscrowFull, match="at most 3 sessions, 4 rows and 40 pages may"):
+        holding.take_in("giver 4", Amount(1, 1, 1))
+    deposits[0].release()
+    holding.take_in("giver 4", Amount(1, 1, 1))
+
+
+async def test_only_servers_of_the_blocks_may_give() -> None:
+    """In whatever state; one reading of the directory is enough for a while, whoever asks."""
+    now, views = [0.0], [listing("Qa", ServerState.OFFLINE)]
+    readings: list[float] = []
+
+    async def read() -> SwarmView:
+        readings.append(now[0])
+        return views[-1]
+
+    givers = KnownGivers(read, lambda: now[0])
+    await givers.check("Qa", BlockSpan(1, 3))
+    for span in (BlockSpan(0, 2), BlockSpan(2, 5)):
+        with pytest.raises(UnknownGiver, match="giver = 'Qa'"):
+            await givers.check("Qa", span)
+    with pytest.raises(UnknownGiver):
+        await givers.check("Qb", BlockSpan(1, 2))
+    assert readings == [0.0]
+    now[0] = 6.0
+    views.append(listing("Qb", ServerState.ONLINE))
+    await givers.check("Qb", BlockSpan(1, 3))
+    now[0] = 60.0
+    await givers.check("Qb", BlockSpan(1, 3))
+    assert readings == [0.0, 6.0]
+    now[0] = 67.0
+    await givers.check("Qb", BlockSpan(1, 3))
+    assert readings == [0.0, 6.0, 67.0]
+
+
+def listing(peer: str, state: ServerState) -> SwarmView:
+    """A directory with one server, of blocks 1 to 3 of four."""
+    record = ServerRecord(state, 1.0, BlockSpan(1, 4))
+    return SwarmView("tiny", 4, [{}, {peer: record}, {peer: record}, {peer: record}])
 
 
 def test_who_is_asked_to_take_a_session() -> None:
