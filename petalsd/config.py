@@ -108,7 +108,10 @@ class ModelSection(Section):
 
 
 class BlocksSection(Section):
-    count: AutoCount = _live("auto", "number of blocks to serve; auto: as many as fit the memory")
+    count: AutoCount = _live(
+        "auto",
+        "number of blocks to serve; auto: as many as fit the memory, or fewer where the swarm gains by it",
+    )
     span: Span | None = _live(None, 'pins the blocks, for instance "0:16"; no rebalancing then')
     balance_quality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
         0.75, "a move must win 1/quality times the work that it costs the swarm; 0 never moves"

@@ -77,14 +77,18 @@ class Administration:
             self._check_target(to, demand)
         elif demand.pinned is not None:
             return self._staying(current, _why_pinned(demand, self._num_blocks))
-        decision = await self._decide(current, to)
+        decision = await self._decide(current, to, demand)
         if to == current:
             return self._staying(current, "these blocks are served already", decision)
         if not decision.is_move:
             is_off = self._parts.settings.config.blocks.balance_quality == 0
-            why = "blocks.balance_quality = 0: it never moves by itself" if is_off else explain(decision)
+            why = (
+                "blocks.balance_quality = 0: it never moves by itself"
+                if is_off
+                else explain(decision, demand)
+            )
             return self._staying(current, why, decision)
-        why = f"these blocks were asked for; {explain(decision)}" if to else explain(decision)
+        why = f"these blocks were asked for; {explain(decision, demand)}" if to else explain(decision, demand)
         return self._plan(decision, would_move=True, explanation=why)
 
     async def rebalance(self, to: BlockSpan | None) -> Plan:
@@ -130,10 +134,11 @@ class Administration:
             )
         if not BlockSpan(0, self._num_blocks).covers(to):
             raise BadRequest("to", str(to), f"the model has the blocks 0:{self._num_blocks}")
-        if len(to) != demand.num_blocks:
-            raise BadRequest("to", str(to), f"the configuration asks for {demand.num_blocks} blocks")
+        if not demand.allows(to):
+            how_many = f"{'at most ' if demand.may_be_fewer else ''}{demand.num_blocks}"
+            raise BadRequest("to", str(to), f"the configuration asks for {how_many} blocks")
 
-    async def _decide(self, current: BlockSpan, to: BlockSpan | None) -> Decision:
+    async def _decide(self, current: BlockSpan, to: BlockSpan | None, demand: Demand) -> Decision:
         """What the rule says, or what going to ``to`` would do. NotServed while the swarm does not show us."""
         rebalancer, own = self._parts.rebalancer, OwnSpan(self._parts.member.peer_id, current)
         view = await self._parts.member.read_live_view()
@@ -143,7 +148,7 @@ class Administration:
             )
         if to is not None:
             return rebalancer.judge(view, own, to)
-        return rebalancer.decide(view, own, self._parts.settings.config.blocks.balance_quality)
+        return rebalancer.decide(view, own, self._parts.settings.config.blocks.balance_quality, demand)
 
     def _staying(self, current: BlockSpan, why: str, decision: Decision | None = None) -> Plan:
         if decision is None:

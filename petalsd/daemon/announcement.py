@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from petalsd import __version__
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.speed import Speed
@@ -14,13 +16,24 @@ VERSION = f"petalsd {__version__}"
 
 
 class RecordWriter:
-    """Fills the server record of protocol.md 2.3; the announcer adds the pings."""
+    """Fills the server record of protocol.md 2.3; the announcer adds the pings.
 
-    def __init__(self, plan: ServingPlan, engine: Engine, speed: Speed, public_name: str | None) -> None:
+    ``max_blocks``: how many blocks may be served, None where it is not for the rule of placement to say.
+    """
+
+    def __init__(
+        self,
+        plan: ServingPlan,
+        engine: Engine,
+        speed: Speed,
+        public_name: str | None,
+        max_blocks: Callable[[], int | None],
+    ) -> None:
         self._plan = plan
         self._engine = engine
         self._speed = speed
         self._public_name = public_name
+        self._max_blocks = max_blocks
 
     def describe(self, state: ServerState, span: BlockSpan, is_relayed: bool) -> ServerRecord:
         """``cache_tokens_left`` counts K rows and V rows separately, over all our blocks: the wire's unit."""
@@ -38,5 +51,6 @@ class RecordWriter:
             torch_dtype=self._plan.dtype_name,
             quant_type=self._plan.storage.quantization,
             using_relay=is_relayed,
+            max_blocks=self._max_blocks(),
             cache_tokens_left=None if pool is None else 2 * pool.tokens_free,
         )

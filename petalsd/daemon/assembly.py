@@ -99,6 +99,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))
     rng = random.Random()
     limit = SpanLimit(plan.need, lambda: device_memory_bytes(plan.device), board)
+    demand = partial(_demand, plan, settings, limit)
     live = LiveRates(AttentionShare.of(plan.model))
     num_threads, turn = config.engine.threads, threading.Lock()
     capturing = _capturing(plan, turn)
@@ -111,7 +112,9 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
         Serving(engine, _served_model(plan), _handler_limits(config), SwarmRecorder(metrics, link)),
-        RecordWriter(plan, engine, speed, config.swarm.public_name).describe,
+        RecordWriter(
+            plan, engine, speed, config.swarm.public_name, partial(_max_blocks, settings, demand)
+        ).describe,
     )
 
     start_progress = partial(_start_progress, activity, metrics)
@@ -126,11 +129,8 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         placement,
     )
 
-    def demand() -> Demand:
-        return demand_for(plan, settings.config.blocks, limit.most)
-
     make_pool = partial(_make_pool, config, plan, paths, CacheRecorder(metrics))
-    installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of)
+    installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of, demand)
     return Parts(
         engine=engine,
         member=member,
@@ -177,6 +177,16 @@ def _report_graphs(board: WarningBoard, failure: str | None) -> None:
         board.clear("graphs_failed")
     else:
         board.set("graphs_failed", failure)
+
+
+def _demand(plan: ServingPlan, settings: Settings, limit: SpanLimit) -> Demand:
+    return demand_for(plan, settings.config.blocks, limit.most)
+
+
+def _max_blocks(settings: Settings, demand: Callable[[], Demand]) -> int | None:
+    """What others may reckon with; None where nothing but the configuration changes how many blocks are served."""
+    wanted, never_moves = demand(), settings.config.blocks.balance_quality == 0
+    return None if never_moves or not wanted.may_be_fewer else wanted.num_blocks
 
 
 def _start_progress(activity: Activity, metrics: Metrics) -> ProgressSink:

@@ -8,6 +8,7 @@ import structlog
 
 from petalsd.daemon.memory import free_memory_bytes
 from petalsd.daemon.plan import ServingPlan
+from petalsd.daemon.sizing import block_weights_bytes
 from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for, tokens_for
@@ -18,18 +19,21 @@ log = structlog.get_logger(__name__)
 _TRIAL_PAGES = 2  # the one that is never used, and one
 
 
-async def cache_pages(plan: ServingPlan, engine: Engine, blocks: Mapping[int, Block]) -> int:
-    """Pages of the pool for ``blocks``, page 0 included: the plan's, as far as what is free after a trial capture
-    holds them. Errors as of ``Engine.measure_graphs``."""
-    planned = pages_for(plan.kv_tokens, len(blocks), plan.geometry.page_tokens)
+async def cache_pages(plan: ServingPlan, engine: Engine, blocks: Mapping[int, Block], num_blocks: int) -> int:
+    """Pages of the pool for ``num_blocks`` blocks, of which ``blocks`` are loaded, page 0 included: the plan's, as
+    far as what is free after a trial capture, and the other blocks, leave room. Errors as of
+    ``Engine.measure_graphs``."""
+    planned = pages_for(plan.kv_tokens, num_blocks, plan.geometry.page_tokens)
     if not plan.has_graphs:
         return planned
     trial = KVPool(plan.geometry, _TRIAL_PAGES, plan.dtype, plan.device)
     trial.allocate()
     graph_bytes = await engine.measure_graphs(blocks, trial)
-    kv_tokens = cache_tokens(plan, len(blocks), free_memory_bytes(plan.device) - graph_bytes)
+    missing_bytes = (num_blocks - len(blocks)) * block_weights_bytes(plan.architecture, plan.storage)
+    room_bytes = free_memory_bytes(plan.device) - graph_bytes - missing_bytes
+    kv_tokens = cache_tokens(plan, num_blocks, room_bytes)
     log.info("graphs_measured", bytes=graph_bytes, kv_tokens=kv_tokens, planned_kv_tokens=plan.kv_tokens)
-    return pages_for(kv_tokens, len(blocks), plan.geometry.page_tokens)
+    return pages_for(kv_tokens, num_blocks, plan.geometry.page_tokens)
 
 
 def cache_tokens(plan: ServingPlan, num_blocks: int, room_bytes: int) -> int:

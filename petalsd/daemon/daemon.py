@@ -192,7 +192,7 @@ class Daemon:
     async def _target(self, old: BlockSpan, departure: Departure) -> BlockSpan:
         """Where to go: the departure's target if it fits the configuration still; ``old`` when nobody knows."""
         demand, target = self._parts.demand(), departure.target
-        if target is not None and demand.pinned is None and len(target) == demand.num_blocks:
+        if target is not None and demand.allows(target):
             return target
         try:
             return await self._parts.rebalancer.target(demand)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 from petalsd.daemon.cache_room import cache_pages
-from petalsd.daemon.plan import ServingPlan
+from petalsd.daemon.plan import Demand, ServingPlan
 from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
@@ -16,7 +16,7 @@ MakePool = Callable[[int, int], KVPool]
 
 
 class Installation:
-    """``measure`` finds out how fast the installed blocks are."""
+    """``measure`` finds out how fast the installed blocks are; ``demand`` says how many more may come."""
 
     def __init__(
         self,
@@ -25,20 +25,28 @@ class Installation:
         angles: Angles,
         make_pool: MakePool,
         measure: Callable[[Engine], Awaitable[None]],
+        demand: Callable[[], Demand],
     ) -> None:
         self._plan = plan
         self._engine = engine
         self._angles = angles
         self._make_pool = make_pool
         self._measure = measure
+        self._demand = demand
         self._num_cached = 0  # blocks that the cache was made for
 
     async def install(self, span: BlockSpan, blocks: Mapping[int, Block]) -> None:
-        """With a fresh KV pool, instead of what was served. Errors as of ``Engine.load_span`` and of memory."""
-        pool = self._make_pool(await cache_pages(self._plan, self._engine, blocks), len(span))
+        """With a fresh KV pool, instead of what was served. Errors as of ``Engine.load_span`` and of memory.
+
+        Where placement may leave blocks to others, the pool is made for all that may come back: sessions have more
+        of it until then.
+        """
+        demand = self._demand()
+        num_cached = max(len(span), demand.num_blocks if demand.may_be_fewer else 0)
+        pool = self._make_pool(await cache_pages(self._plan, self._engine, blocks, num_cached), num_cached)
         pool.allocate()
         await self._engine.load_span(blocks, pool, self._angles)
-        self._num_cached = len(span)
+        self._num_cached = num_cached
         await self._measure(self._engine)
 
     async def exchange(self, blocks: Mapping[int, Block]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -104,10 +104,19 @@ class ServingPlan:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """How many blocks are served, and which, if that is not for the swarm to decide."""
+    """How many blocks are served, and which, if that is not for the swarm to decide.
+
+    ``may_be_fewer``: the rule of placement may leave some of them to others.
+    """
 
     num_blocks: int
     pinned: BlockSpan | None
+    may_be_fewer: bool = False
+
+    def allows(self, span: BlockSpan) -> bool:
+        if self.pinned is not None:
+            return span == self.pinned
+        return len(span) == self.num_blocks or (self.may_be_fewer and len(span) < self.num_blocks)
 
 
 def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
@@ -172,7 +181,7 @@ def demand_for(plan: ServingPlan, blocks: BlocksSection, most: int | None = None
             f"there are {gib(plan.memory_bytes)} for it on {plan.device}",
             hint="lower engine.kv_tokens, or set blocks.count to try all the same",
         )
-    return _whole_or_free(fitting, total)
+    return replace(_whole_or_free(fitting, total), may_be_fewer=fitting < total)
 
 
 def choose_device(setting: str) -> torch.device:

@@ -15,6 +15,7 @@ from petalsd.daemon.plan import Demand
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, decide, judge
 from petalsd.swarm.placement.joining import choose_span
+from petalsd.swarm.placement.lengths import read_lengths, with_lengths
 from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.reading import read_state
 from petalsd.swarm.protocol import ServerState
@@ -62,22 +63,27 @@ class Rebalancer:
         """The span to move to: as ``choose``, but at once, and what is announced stays."""
         return demand.pinned or self._best(await self._member.read_live_view(), demand.num_blocks)
 
-    def decide(self, view: SwarmView, own: OwnSpan, balance_quality: float) -> Decision:
+    def decide(self, view: SwarmView, own: OwnSpan, balance_quality: float, demand: Demand) -> Decision:
         """What to do now, and why. Our record must be in ``view``, else ValueError.
 
         A ``balance_quality`` of 0 never moves; else a move must win 1 / quality times what it costs.
         """
-        return decide(read_state(view), own, self._costs(balance_quality), self._policy)
+        state, costs = read_state(view), self._costs(balance_quality)
+        decision = decide(state, own, costs, self._policy)
+        if not demand.may_be_fewer:
+            return decision
+        return with_lengths(decision, state, read_lengths(view, state), own, costs, self._policy)
 
-    def check(self, view: SwarmView, own: OwnSpan, balance_quality: float) -> Decision:
+    def check(self, view: SwarmView, own: OwnSpan, balance_quality: float, demand: Demand) -> Decision:
         """``decide`` for the daemon itself, which leaves a trace and, if it moves, is held to it."""
-        decision = self.decide(view, own, balance_quality)
+        decision = self.decide(view, own, balance_quality, demand)
         self._record.checked(decision)
         return decision
 
     def judge(self, view: SwarmView, own: OwnSpan, target: BlockSpan) -> Decision:
         """The decision to move to ``target`` because somebody asked for it. ValueError as for ``decide``."""
-        return judge(read_state(view), own, target, self._costs(1.0), self._policy)
+        costs, rate = self._costs(1.0), self._throughput(len(target))
+        return judge(read_state(view), own, target, costs, self._policy, rate)
 
     def _costs(self, balance_quality: float) -> MoveCosts:
         margin = 1 / balance_quality if balance_quality else math.inf

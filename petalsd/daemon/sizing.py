@@ -1,4 +1,4 @@
-"""How much is served: blocks that fit the memory, tokens of cache, announced throughput. Pure arithmetic."""
+"""How much is served: blocks that fit the memory, tokens of cache, what the link carries. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -100,16 +100,6 @@ def block_weights_bytes(architecture: Architecture, storage: WeightStorage) -> i
 def network_rps(network_mbps: float, hidden_size: int) -> float:
     """Tokens/s that the link carries: a token's hidden state takes 16 bits per element."""
     return network_mbps * 1e6 / (16 * hidden_size)
-
-
-def announced_throughput(
-    forward_rps: float, network_rps: float, num_blocks: int, *, is_relayed: bool
-) -> float:
-    """Requests' tokens/s of a span, as the swarm compares servers (protocol.md 6.4).
-
-    A request enters at a random block of the span, so it uses (n+1)/2 blocks on average; relays are slow.
-    """
-    return min(forward_rps / ((num_blocks + 1) / 2), network_rps * (0.2 if is_relayed else 1.0))
 
 
 def _by_groups(setting: int | str, config: ModelConfig, defaults: tuple[int, int]) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from petalsd.config import Config
 from petalsd.daemon.plan import ServingPlan
-from petalsd.daemon.sizing import announced_throughput, network_rps
+from petalsd.daemon.sizing import network_rps
 from petalsd.engine.engine import Engine
 from petalsd.engine.live_rates import LiveRates
 from petalsd.engine.runners import RunnerFactory
@@ -26,6 +26,7 @@ from petalsd.models.weights import assemble_block, block_tensors
 from petalsd.paths import InstancePaths
 from petalsd.status import NetworkSource, RateSource
 from petalsd.swarm.link import LinkMeter
+from petalsd.swarm.protocol import announced_throughput
 
 log = structlog.get_logger(__name__)
 

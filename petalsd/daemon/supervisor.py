@@ -147,7 +147,7 @@ class Supervisor:
         if problem is not None:
             return Departure(Cause.ENGINE_BROKEN, problem)
         demand, may_move = self._demand(), time.monotonic() >= self._stay_until_s
-        if may_move and (len(span) != demand.num_blocks or demand.pinned not in (None, span)):
+        if may_move and not demand.allows(span):
             return Departure(Cause.RECONFIGURED, f"the configuration asks for {demand}")
         try:
             view = await self._member.read_live_view()
@@ -156,15 +156,16 @@ class Supervisor:
             log.warning("check_failed", span=str(span), **error_fields(error))
             return None
         is_free = is_complete and may_move and demand.pinned is None
-        return self._judge(span, view) if is_free else None
+        return self._judge(span, view, demand) if is_free else None
 
-    def _judge(self, span: BlockSpan, view: SwarmView) -> Departure | None:
+    def _judge(self, span: BlockSpan, view: SwarmView, demand: Demand) -> Departure | None:
         """Ask the placement rule."""
         own = OwnSpan(self._member.peer_id, span, time.monotonic() - self._served_since)
-        decision = self._rebalancer.check(view, own, self._blocks().balance_quality)
+        decision = self._rebalancer.check(view, own, self._blocks().balance_quality, demand)
         if not decision.is_move:
             return None
-        return Departure(Cause.BALANCE, "the swarm is served better from other blocks", decision.target)
+        what = "other blocks" if len(decision.target) == len(span) else "another number of blocks"
+        return Departure(Cause.BALANCE, f"the swarm is served better from {what}", decision.target)
 
     async def _restore_record(self, span: BlockSpan, view: SwarmView) -> bool:
         """Announce again what got lost (others restart, clocks differ); whether ``view`` had all of it."""

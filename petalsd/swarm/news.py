@@ -17,6 +17,7 @@ _FACTS = (
     "torch_dtype",
     "quant_type",
     "using_relay",
+    "max_blocks",
 )
 _RATES = ("throughput", "network_rps", "forward_rps", "inference_rps")
 

@@ -82,3 +82,13 @@ def parse_span(text: str) -> tuple[str, BlockSpan]:
     if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
         raise BadRequest("uid", text, "blocks must be consecutive and ascending")
     return prefix, BlockSpan(blocks[0], blocks[-1] + 1)
+
+
+def announced_throughput(
+    forward_rps: float, network_rps: float, num_blocks: int, *, is_relayed: bool
+) -> float:
+    """Requests' tokens/s of a span, as the swarm compares servers (protocol.md 6.4).
+
+    A request enters at a random block of the span, so it uses (n+1)/2 blocks on average; relays are slow.
+    """
+    return min(forward_rps / ((num_blocks + 1) / 2), network_rps * (0.2 if is_relayed else 1.0))

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from petalsd.config import Config
@@ -51,15 +51,18 @@ QUICK = Backoff(attempts=3, first_delay_s=0.0, max_delay_s=0.0)
 
 
 class FakeSwarm:
-    """The directory: per block, peer to record."""
+    """The directory: per block, peer to record. ``records`` has what peers say beside what is put."""
 
     def __init__(self) -> None:
+        self.records: dict[str, ServerRecord] = {}
         self.blocks: list[dict[str, ServerRecord]] = [{} for _ in range(NUM_BLOCKS)]
         self.ghosts: set[str] = set()
 
     def put(self, peer: str, state: ServerState, span: BlockSpan, throughput: float = 1.0) -> None:
+        plain = ServerRecord(state, throughput, version=VERSION)
+        record = replace(self.records.get(peer, plain), state=state, throughput=throughput, span=span)
         for block in span:
-            self.blocks[block][peer] = ServerRecord(state, throughput, span=span, version=VERSION)
+            self.blocks[block][peer] = record
 
     def states_of(self, peer: str) -> dict[int, ServerState]:
         return {index: records[peer].state for index, records in enumerate(self.blocks) if peer in records}
@@ -350,7 +353,9 @@ class Stage:
                 raise ConfigError(f"blocks.span = {blocks.span}: outside the model")
             span = blocks.span.first(most)
             return Demand(len(span), span)
-        return Demand(min(most, 4 if blocks.count == "auto" else blocks.count), None)
+        if blocks.count == "auto":
+            return Demand(min(most, 4), None, may_be_fewer=True)
+        return Demand(min(most, blocks.count), None)
 
     async def _prepare(self) -> None:
         self.calls.append("prepare")

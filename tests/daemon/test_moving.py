@@ -6,9 +6,11 @@ import asyncio
 
 import pytest
 
+from petalsd.daemon.announcement import VERSION
 from petalsd.daemon.lifecycle import DaemonState
 from petalsd.errors import Conflict, EngineError, SwarmError, WeightsError
 from petalsd.swarm.protocol import ServerState
+from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
 from tests.daemon.fakes import OTHER, PEER, Stage
 from tests.daemon.test_administration import administer, check
@@ -198,3 +200,38 @@ async def test_a_member_that_breaks_in_mid_move_is_replaced() -> None:
     assert [call for call in stage.calls if call in ("part", "join")] == ["part", "join"]
     assert stage.engine.span == stage.daemon.span
     await stopped(stage, running)
+
+
+async def test_blocks_are_given_up_and_taken_back() -> None:
+    """With ``auto`` it is faster at the one that only it has; once the others have nobody it serves all again."""
+    stage = Stage("blocks.count=auto")
+    stage.swarm.records[PEER] = ServerRecord(
+        ONLINE, 1.0, version=VERSION, network_rps=1e6, forward_rps=10.0, max_blocks=4
+    )
+    stage.swarm.put(OTHER, ONLINE, BlockSpan(1, 8), throughput=90.0)
+    running = await until_online(stage)
+    stage.calls.clear()
+    plan = await administer(stage).plan(None)
+    assert plan.proposed is not None and (plan.proposed.start, plan.proposed.end) == (0, 1)
+    assert "faster at blocks 0:1" in plan.explanation
+    await checked(stage)
+    assert calls(stage) == [
+        "engine keeps 0:1", "announce OFFLINE 1:4, ONLINE 0:1", "engine changes to 0:1", "announce ONLINE 0:1"
+    ]  # fmt: skip
+    assert (stage.daemon.span, sorted(stage.daemon._parts.loader.blocks)) == (BlockSpan(0, 1), [0])
+    stage.calls.clear()
+    stage.swarm.put(OTHER, OFFLINE, BlockSpan(1, 8))
+    await checked(stage)
+    assert calls(stage) == [
+        "engine keeps 0:1", "announce JOINING 1:4, ONLINE 0:1", "load 1", "load 2", "load 3",
+        "engine changes to 0:4", "announce ONLINE 0:4",
+    ]  # fmt: skip
+    await stopped(stage, running)
+
+
+async def checked(stage: Stage) -> None:
+    """The next check, long after the last move, has led to another one."""
+    online = stage.until(DaemonState.ONLINE)
+    stage.supervisor._served_since -= 1000.0
+    stage.supervisor.check_now()
+    await asyncio.wait_for(online, DEADLINE_S)

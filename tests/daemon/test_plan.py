@@ -75,9 +75,23 @@ def test_auto_serves_as_many_blocks_as_fit(model_dir: Path, plan: ServingPlan) -
     """The count follows the memory; when not even one block fits the error gives both figures."""
     blocks = configured(model_dir).blocks
     tight = replace(plan, need=MemoryNeed(block_bytes=2**30, reserve_bytes=2**30), memory_bytes=7 * 2**29)
-    assert demand_for(tight, blocks) == Demand(2, None)
+    assert demand_for(tight, blocks) == Demand(2, None, may_be_fewer=True)
     with pytest.raises(ConfigError, match=r"one block takes 2\.0 GiB, there are 0\.5 GiB"):
         demand_for(replace(tight, memory_bytes=2**29), blocks)
+
+
+@pytest.mark.parametrize(
+    ("demand", "allowed"),
+    [
+        (Demand(2, None), ["0:2", "1:3"]),
+        (Demand(2, None, may_be_fewer=True), ["0:1", "0:2", "1:3"]),
+        (Demand(2, BlockSpan(1, 3)), ["1:3"]),
+    ],
+)
+def test_what_a_demand_allows(demand: Demand, allowed: list[str]) -> None:
+    """As many blocks as it says, fewer where the rule may choose, and only the named ones where they are named."""
+    spans = [BlockSpan(0, 1), BlockSpan(0, 2), BlockSpan(1, 3), BlockSpan(0, 3)]
+    assert [str(span) for span in spans if demand.allows(span)] == allowed
 
 
 def test_blocks_are_read_for_the_plan(plan: ServingPlan) -> None:
@@ -96,7 +110,7 @@ def test_fewer_blocks_after_they_did_not_fit(model_dir: Path, paths: InstancePat
         demand_for(plan, configured(model_dir, f"blocks.{override}").blocks, most=1)
         for override in ("span=1:3", f"count={total}", "count=auto")
     ]
-    assert demands == [Demand(1, BlockSpan(1, 2)), Demand(1, None), Demand(1, None)]
+    assert demands == [Demand(1, BlockSpan(1, 2)), Demand(1, None), Demand(1, None, may_be_fewer=True)]
 
 
 def test_what_a_gpu_has_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

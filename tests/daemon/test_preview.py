@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from petalsd.daemon.plan import Demand
 from petalsd.daemon.preview import explain
 from petalsd.swarm.placement.decision import Decision, Estimate, Turn, Verdict
 from petalsd.types import BlockSpan
@@ -25,4 +26,16 @@ FIGURES = Estimate(1.0, 2.0, 1.0, 0.5, 60.0, gain_tokens=1234.4, cost_tokens=567
 )
 def test_every_verdict_is_explained(verdict: Verdict, words: str) -> None:
     turns = (Turn("a", HERE, THERE), Turn("b", HERE, THERE))
-    assert words in explain(Decision(verdict, HERE, THERE, FIGURES, turns))
+    assert words in explain(Decision(verdict, HERE, THERE, FIGURES, turns), Demand(4, None))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "target", "words"),
+    [
+        (Verdict.MOVE, BlockSpan(1, 3), "faster at blocks 1:3 and leaves the others to others"),
+        (Verdict.MOVE, BlockSpan(0, 6), "takes blocks 0:6, though it is slower at each"),
+        (Verdict.FITS, HERE, "and fewer or more of them would not help"),
+    ],
+)
+def test_how_many_blocks_is_explained(verdict: Verdict, target: BlockSpan, words: str) -> None:
+    assert words in explain(Decision(verdict, HERE, target, FIGURES), Demand(6, None, may_be_fewer=True))

@@ -13,7 +13,6 @@ from petalsd.daemon.memory import available_bytes, cgroup_left_bytes
 from petalsd.daemon.sizing import (
     GraphMemory,
     MemoryNeed,
-    announced_throughput,
     kv_tokens_for,
     max_session_tokens_for,
     memory_need,
@@ -86,14 +85,6 @@ def test_as_many_blocks_as_fit() -> None:
     assert need.of_blocks(3) == 35
 
 
-def test_announced_throughput_counts_half_of_the_span_and_the_network() -> None:
-    """min(forward / ((n+1)/2), network), a relayed network counting a fifth."""
-    assert announced_throughput(1000.0, 1e9, 9, is_relayed=False) == 200.0
-    assert announced_throughput(1000.0, 50.0, 9, is_relayed=False) == 50.0
-    assert announced_throughput(1000.0, 50.0, 9, is_relayed=True) == 10.0
-    assert network_rps(100.0, 8192) == pytest.approx(762.9, abs=0.1)
-
-
 def test_available_memory_is_read_in_bytes(tmp_path: Path) -> None:
     """MemAvailable of /proc/meminfo is given in KiB."""
     meminfo = tmp_path / "meminfo"
@@ -111,3 +102,7 @@ def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
     (group.parent / "memory.max").write_text("1000\n")
     (group.parent / "memory.current").write_text("400\n")
     assert cgroup_left_bytes(tmp_path, "/system.slice/petalsd.service") == 600
+
+
+def test_a_link_carries_tokens_of_two_bytes_per_element() -> None:
+    assert network_rps(100.0, 8192) == pytest.approx(762.9, abs=0.1)

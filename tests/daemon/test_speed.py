@@ -165,7 +165,7 @@ async def test_the_record_before_anything_is_loaded(model_dir: Path, tmp_path: P
     await speed.find_out()
     overrides = [f"model.source={model_dir}", "engine.device=cpu", "model.quantization=int4"]
     plan = make_plan(load_config(None, {}, overrides).config, InstancePaths("t", tmp_path, tmp_path))
-    writer = RecordWriter(plan, Engine(plan.limits, plan.device), speed, "somebody")
+    writer = RecordWriter(plan, Engine(plan.limits, plan.device), speed, "somebody", lambda: 3)
     record = writer.describe(ServerState.JOINING, BlockSpan(1, 3), True)
     assert (record.state, record.throughput, record.span) == (ServerState.JOINING, 7.0, BlockSpan(1, 3))
     assert (record.cache_tokens_left, record.using_relay, record.public_name) == (None, True, "somebody")

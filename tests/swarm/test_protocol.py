@@ -52,3 +52,10 @@ def test_the_wire_names_are_those_that_stock_clients_dial() -> None:
         "TransformerConnectionHandler.rpc_info",
         "TransformerConnectionHandler.rpc_push",
     ]
+
+
+def test_announced_throughput_counts_half_of_the_span_and_the_network() -> None:
+    """min(forward / ((n+1)/2), network), a relayed network counting a fifth."""
+    assert protocol.announced_throughput(1000.0, 1e9, 9, is_relayed=False) == 200.0
+    assert protocol.announced_throughput(1000.0, 50.0, 9, is_relayed=False) == 50.0
+    assert protocol.announced_throughput(1000.0, 50.0, 9, is_relayed=True) == 10.0

@@ -128,7 +128,7 @@ def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) ->
         if move.row == row:
             figures = estimate(later, row, target, costs, policy)
             return Decision(
-                _own_turn(own, costs, figures, policy), own.span, target, figures, tuple(turns), weakest
+                own_turn(own, costs, figures, policy), own.span, target, figures, tuple(turns), weakest
             )
         turns.append(Turn(state.peers[move.row], _span(int(state.start[move.row]), len(target)), target))
         if is_listed:
@@ -140,16 +140,31 @@ def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) ->
     return Decision(Verdict.WAITS, own.span, target, figures, tuple(turns), weakest)
 
 
-def judge(state: SwarmState, own: OwnSpan, target: BlockSpan, costs: MoveCosts, policy: Policy) -> Decision:
-    """The decision to move to ``target`` whatever it is worth. ValueError when ``own`` is not in ``state``."""
+def judge(
+    state: SwarmState, own: OwnSpan, target: BlockSpan, costs: MoveCosts, policy: Policy, rate: float
+) -> Decision:
+    """The decision to move to ``target`` whatever it is worth. ValueError when ``own`` is not in ``state``.
+
+    ``rate``: tokens/s through each of its blocks there.
+    """
     row = state.row_of(own.peer)
-    figures = estimate(state, row, target, costs, policy)
+    figures = estimate(state, row, target, costs, policy, rate)
     verdict = Verdict.FITS if target == own.span else Verdict.MOVE
     return Decision(verdict, own.span, target, figures, weakest=weakest_blocks(state))
 
 
-def estimate(state: SwarmState, row: int, target: BlockSpan, costs: MoveCosts, policy: Policy) -> Estimate:
-    """What a move of server ``row`` to ``target`` would win and cost now, the others staying where they are."""
+def estimate(
+    state: SwarmState,
+    row: int,
+    target: BlockSpan,
+    costs: MoveCosts,
+    policy: Policy,
+    rate: float | None = None,
+) -> Estimate:
+    """What a move of server ``row`` to ``target`` would win and cost now, the others staying where they are.
+
+    ``rate``: tokens/s through each block there; None: as it is.
+    """
     own = _span(int(state.start[row]), int(state.length[row]))
     kept = own.intersect(target)
     num_new = len(target) - (0 if kept is None else len(kept))
@@ -157,6 +172,8 @@ def estimate(state: SwarmState, row: int, target: BlockSpan, costs: MoveCosts, p
     if costs.load_block_s is not None:
         load_s = costs.load_block_s * num_new
     after = state.moved(row, target)
+    if rate is not None:
+        after.throughput[row] = rate
     tau = scale(state, policy)
     gain = soft_minimum(after.planned_cover(), tau) - soft_minimum(state.planned_cover(), tau)
     lost = _lost_rate(state, row, target, tau, policy)
@@ -187,7 +204,8 @@ def _best_target(state: SwarmState, row: int, policy: Policy) -> BlockSpan:
     return _span(best if values[best] > 0 else int(state.start[row]), int(state.length[row]))
 
 
-def _own_turn(own: OwnSpan, costs: MoveCosts, figures: Estimate, policy: Policy) -> Verdict:
+def own_turn(own: OwnSpan, costs: MoveCosts, figures: Estimate, policy: Policy) -> Verdict:
+    """Whether it should do now what ``figures`` tell of, there being nobody before it."""
     if own.served_s < policy.min_stay_s and figures.weakest_before > 0:
         return Verdict.SETTLING
     if math.isinf(costs.margin) or figures.gain_tokens <= costs.margin * figures.cost_tokens:

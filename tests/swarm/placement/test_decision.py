@@ -126,7 +126,7 @@ def test_servers_that_follow_another_rule_are_not_counted_on() -> None:
 def test_a_target_that_was_asked_for_is_judged_and_taken() -> None:
     """Even where it makes things worse; the figures say so."""
     state = state_of(8, (0, 4, 10.0), (4, 8, 7.0))
-    decision = judge(state, OwnSpan("a", BlockSpan(0, 4)), BlockSpan(2, 6), MoveCosts(), Policy())
+    decision = judge(state, OwnSpan("a", BlockSpan(0, 4)), BlockSpan(2, 6), MoveCosts(), Policy(), rate=10.0)
     assert decision.is_move
     assert (decision.estimate.weakest_before, decision.estimate.weakest_after) == (7.0, 0.0)
     assert decision.estimate.gain < 0 < decision.estimate.lost_rate
