@@ -135,8 +135,7 @@ class Administration:
         if not BlockSpan(0, self._num_blocks).covers(to):
             raise BadRequest("to", str(to), f"the model has the blocks 0:{self._num_blocks}")
         if not demand.allows(to):
-            how_many = f"{'at most ' if demand.may_be_fewer else ''}{demand.num_blocks}"
-            raise BadRequest("to", str(to), f"the configuration asks for {how_many} blocks")
+            raise BadRequest("to", str(to), f"the configuration asks for {demand}")
 
     async def _decide(self, current: BlockSpan, to: BlockSpan | None, demand: Demand) -> Decision:
         """What the rule says, or what going to ``to`` would do. NotServed while the swarm does not show us."""

@@ -30,7 +30,7 @@ class Parts:
     prepare    what has to be known before the first announcement (the measured throughput)
     install    gives loaded blocks and a fresh KV pool to the engine
     exchange   gives other blocks to the engine; sessions on those that stay go on
-    has_pages  whether the KV pool that there is suffices for so many blocks
+    has_pages  whether the KV pool that there is does for so many blocks; while it is used, a small one may
     has_room   whether so many more blocks fit into memory beside those that are loaded
     demand     which blocks the configuration in force asks for
     limit      is lowered when they do not fit the device

@@ -218,7 +218,9 @@ class Daemon:
     async def _until_departure(self, span: BlockSpan) -> Departure:
         """Watch the span; while a drain holds the daemon, there is nothing to watch or to move."""
         while True:
-            watching = asyncio.create_task(self._parts.supervisor.until_departure(span), name="supervisor")
+            watching = asyncio.create_task(
+                self._parts.supervisor.until_departure(span, self._parts.has_pages), name="supervisor"
+            )
             held = asyncio.create_task(self._hold.asked.wait())
             try:
                 await asyncio.wait({watching, held}, return_when=asyncio.FIRST_COMPLETED)

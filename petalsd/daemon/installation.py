@@ -8,6 +8,7 @@ from petalsd.daemon.cache_room import cache_pages
 from petalsd.daemon.plan import Demand, ServingPlan
 from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.sizing import pages_for
 from petalsd.models.contract import Angles, Block
 from petalsd.types import BlockSpan
 
@@ -54,5 +55,15 @@ class Installation:
         await self._engine.change_span(blocks)
 
     def has_pages(self, num_blocks: int) -> bool:
-        """Whether the pool suffices for so many blocks."""
-        return num_blocks <= self._num_cached
+        """Whether the pool does for so many blocks.
+
+        Making another one ends all sessions. So while there is any, one that holds less than the plan says does,
+        as long as the longest session fits into it.
+        """
+        if num_blocks <= self._num_cached:
+            return True
+        pool, plan = self._engine.pool, self._plan
+        if pool is None or not self._engine.work_outside(None):
+            return False
+        longest = pages_for(plan.limits.max_session_tokens, num_blocks, plan.geometry.page_tokens)
+        return longest <= pool.num_pages

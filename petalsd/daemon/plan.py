@@ -113,6 +113,11 @@ class Demand:
     pinned: BlockSpan | None
     may_be_fewer: bool = False
 
+    def __str__(self) -> str:
+        if self.pinned is not None:
+            return f"blocks {self.pinned}"
+        return f"{'at most ' if self.may_be_fewer else ''}{self.num_blocks} blocks"
+
     def allows(self, span: BlockSpan) -> bool:
         if self.pinned is not None:
             return span == self.pinned

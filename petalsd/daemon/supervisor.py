@@ -98,8 +98,11 @@ class Supervisor:
         self._wanted = departure
         self._check_now.set()
 
-    async def until_departure(self, span: BlockSpan) -> Departure:
-        """Look at the libp2p daemon often and at the rest at random intervals, until there is a reason to go."""
+    async def until_departure(self, span: BlockSpan, has_pages: Callable[[int], bool]) -> Departure:
+        """Look at the libp2p daemon often and at the rest at random intervals, until there is a reason to go.
+
+        ``has_pages``: whether the cache does for so many blocks, as things are.
+        """
         self._served_since = time.monotonic()
         failure = asyncio.create_task(self._member.until_failed(), name="member-failure")
         try:
@@ -110,7 +113,7 @@ class Supervisor:
                     return Departure(Cause.MEMBER_BROKEN, problem)
                 was_asked = self._check_now.is_set()
                 self._check_now.clear()
-                departure = self._wanted or await self._check(span)
+                departure = self._wanted or await self._check(span, has_pages)
                 if departure is not None:
                     return departure
                 if was_asked:
@@ -142,13 +145,17 @@ class Supervisor:
     async def _broken_member(self, failure: asyncio.Task[str]) -> str | None:
         return failure.result() if failure.done() else await member_problem(self._member)
 
-    async def _check(self, span: BlockSpan) -> Departure | None:
+    async def _check(self, span: BlockSpan, has_pages: Callable[[int], bool]) -> Departure | None:
         problem = await engine_problem(self._engine)
         if problem is not None:
             return Departure(Cause.ENGINE_BROKEN, problem)
         demand, may_move = self._demand(), time.monotonic() >= self._stay_until_s
         if may_move and not demand.allows(span):
             return Departure(Cause.RECONFIGURED, f"the configuration asks for {demand}")
+        if may_move and not has_pages(len(span)):
+            return Departure(
+                Cause.RECONFIGURED, "the cache was made for fewer blocks, and nobody uses it now"
+            )
         try:
             view = await self._member.read_live_view()
             is_complete = await self._restore_record(span, view)

@@ -275,7 +275,7 @@ class Stage:
         self.reader = FakeReader(self.calls)
         self.choices: list[Choice] = []
         self.rates = Rates(throughput=1.0)
-        self.has_room, self.max_blocks = True, 4
+        self.has_room, self.max_blocks, self.stretched_blocks = True, 4, 5
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
@@ -303,7 +303,9 @@ class Stage:
                 prepare=self._prepare,
                 install=self._install,
                 exchange=self.engine.change_span,
-                has_pages=lambda num_blocks: num_blocks <= self.max_blocks,
+                has_pages=lambda num_blocks: (
+                    num_blocks <= (self.stretched_blocks if self.engine.open_spans else self.max_blocks)
+                ),
                 has_room=lambda num_blocks: self.has_room,
                 demand=self.demand,
                 limit=self.limit,

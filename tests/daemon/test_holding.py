@@ -134,5 +134,7 @@ async def test_a_move_may_be_asked_for_in_the_moment_of_coming_online() -> None:
     """Before the watch over the new span has begun: the wish is not lost."""
     stage = Stage("blocks.count=2")
     stage.supervisor.leave(Departure(Cause.REQUESTED, "at once"))
-    departure = await asyncio.wait_for(stage.supervisor.until_departure(BlockSpan(0, 2)), DEADLINE_S)
+    departure = await asyncio.wait_for(
+        stage.supervisor.until_departure(BlockSpan(0, 2), lambda num_blocks: True), DEADLINE_S
+    )
     assert departure.reason == "at once"

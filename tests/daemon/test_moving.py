@@ -155,12 +155,12 @@ def _out_of_memory(index: int) -> None:
 
 
 async def test_another_number_of_blocks() -> None:
-    """Fewer keep the pool and the sessions on what stays; for more than it holds all are seen off."""
+    """Fewer keep the pool and the sessions on what stays, more do so as far as it goes; then all must leave."""
     stage = Stage("blocks.count=4", "daemon.drain_deadline_s=0.05")
     stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(3, 8))
     running = await until_online(stage)
     stage.engine.open_spans = [BlockSpan(1, 2)]
-    for count, span, sessions in (3, BlockSpan(0, 3), 1), (5, BlockSpan(0, 5), 0):
+    for count, span, sessions in (3, BlockSpan(0, 3), 1), (5, BlockSpan(0, 5), 1), (6, BlockSpan(0, 6), 0):
         stage.calls.clear()
         online = stage.until(DaemonState.ONLINE)
         stage.overrides.append(f"blocks.count={count}")
@@ -169,8 +169,27 @@ async def test_another_number_of_blocks() -> None:
         assert (stage.engine.span, len(stage.engine.open_spans)) == (span, sessions)
     assert stage.member.handed_over[-1] is None
     assert stage.calls.index("sessions end: the server's drain reached its deadline") < stage.calls.index(
-        "load 3"
+        "load 5"
     )
+    await stopped(stage, running)
+
+
+async def test_a_cache_that_was_made_for_fewer_blocks_is_made_anew_when_nobody_uses_it() -> None:
+    """Until then sessions use it; the blocks that are loaded stay so."""
+    stage = Stage("blocks.count=5")
+    stage.engine.open_spans = [BlockSpan(1, 2)]
+    running = await until_online(stage)
+    stage.calls.clear()
+    stage.supervisor.check_now()
+    await eventually(lambda: stage.calls == ["self-test"])
+    loading, online = stage.until(DaemonState.LOADING), stage.until(DaemonState.ONLINE)
+    stage.engine.open_spans.clear()
+    stage.supervisor.check_now()
+    await asyncio.wait_for(loading, DEADLINE_S)
+    stage.max_blocks = 5
+    await asyncio.wait_for(online, DEADLINE_S)
+    assert "engine drops" in stage.calls and "engine loads" in stage.calls
+    assert not any(call.startswith("load ") for call in stage.calls)
     await stopped(stage, running)
 
 
