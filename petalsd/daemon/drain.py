@@ -93,7 +93,8 @@ class Drain:
             except (SwarmError, DeadlineExceeded) as error:
                 log.warning("hand_over_failed", **error_fields(error))
             else:
-                log.info("handed_over", sessions=moved, left=self.left)
+                say = log.info if moved else log.debug
+                say("handed_over", sessions=moved, left=self.left)
             await asyncio.sleep(_HAND_OVER_PERIOD_S)
 
     async def _outlast(self, cut_short: asyncio.Event) -> int:
