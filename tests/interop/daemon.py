@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from petalsd.types import BlockSpan
@@ -15,6 +15,7 @@ from tests.interop.child import Child
 
 START_DEADLINE_S = 90.0
 _ONLINE = r'^\{.*"event": ?"online".*\}$'
+_MOVED = r'^\{.*"event": ?"moved".*\}$'
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class DaemonOptions:
     initial_peers: Sequence[str] = ()
     dtype: str = "float32"
     threads: int = 1
+
+    @property
+    def file(self) -> Path:
+        return self.directory / "petalsd.toml"
 
     def toml(self) -> str:
         sections: dict[str, dict[str, object]] = {
@@ -54,17 +59,30 @@ class DaemonOptions:
 @contextmanager
 def petalsd_daemon(options: DaemonOptions) -> Iterator[list[str]]:
     """Run a daemon until the block ends; yields its multiaddresses once it is online. It must stop in order."""
+    with running_daemon(options) as (_, maddrs):
+        yield maddrs
+
+
+@contextmanager
+def running_daemon(options: DaemonOptions) -> Iterator[tuple[Child, list[str]]]:
+    """The same, with the process."""
     options.directory.mkdir(parents=True, exist_ok=True)
-    file = options.directory / "petalsd.toml"
-    file.write_text(options.toml())
-    command = [sys.executable, "-m", "petalsd", "run", "--config", str(file)]
+    options.file.write_text(options.toml())
+    command = [sys.executable, "-m", "petalsd", "run", "--config", str(options.file)]
     environment = {"XDG_STATE_HOME": str(options.directory), "OMP_NUM_THREADS": str(options.threads)}
     child = Child(command, options.directory / "daemon.log", environment)
     child.start()
     try:
-        yield json.loads(child.wait_for(_ONLINE, START_DEADLINE_S)[0])["maddrs"]
+        yield child, json.loads(child.wait_for(_ONLINE, START_DEADLINE_S)[0])["maddrs"]
     except BaseException:
         child.kill()
         raise
     code = child.stop(signal.SIGTERM)
     assert code == 0, f"stopped with {code}:\n{child.last_lines()}"
+
+
+def move(daemon: Child, options: DaemonOptions, span: BlockSpan) -> None:
+    """Have a daemon that was started with ``options`` serve other blocks; returns when it does."""
+    options.file.write_text(replace(options, span=span).toml())
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for(_MOVED, START_DEADLINE_S)

@@ -95,6 +95,11 @@ class StockClient:
         answer: dict[str, Any] = json.loads(match[2])
         return answer
 
+    @property
+    def log(self) -> str:
+        """All that it said."""
+        return self._child.output()
+
     def __enter__(self) -> StockClient:
         self._child.start()
         self._child.wait_for("^ready$", START_DEADLINE_S)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from petalsd.types import BlockSpan
+from tests.interop.child import ChildFailed
 from tests.interop.clients import stock_greedy_ids, stock_pass
+from tests.interop.daemon import DaemonOptions, move, petalsd_daemon, running_daemon
 from tests.interop.models import DEMO_PROMPT, PROMPT, Model
 from tests.interop.reference import assert_same_pass, greedy_ids, random_inputs, run_pass
 from tests.interop.stock import StockClient
@@ -60,6 +64,42 @@ def test_large_forward_and_backward(wide: Model, stock_client: StockClient, tmp_
     with two_servers(wide, tmp_path, "petalsd", "petalsd") as peers:
         result = stock_pass(stock_client, wide, peers, inputs, tmp_path)
     assert_same_pass(result, run_pass(wide.local, inputs))
+
+
+def test_a_session_on_blocks_that_a_server_leaves(
+    tiny: Model, stock_client: StockClient, tmp_path: Path
+) -> None:
+    """It cannot be handed over; the error that ends it sends the stock client to another server at once.
+
+    There the client trips over its own cache, as it does whenever a session is lost after its first step
+    (protocol.md 4.6): that is why such sessions have the time of a drain. Its next session is whole.
+    """
+
+    def options(name: str, span: BlockSpan, initial_peers: list[str]) -> DaemonOptions:
+        return DaemonOptions(tiny.directory, tmp_path / name, tiny.dht_prefix, span, initial_peers)
+
+    leaving = options("leaving", BlockSpan(0, 3), [])
+    with (
+        running_daemon(leaving) as (process, peers),
+        petalsd_daemon(options("upper", BlockSpan(2, 4), peers)) as upper,
+    ):
+        swarm = tiny.swarm(peers + upper)
+        begun = stock_client.call(
+            "begin_generation", swarm=swarm, input_ids=[PROMPT], max_new_tokens=6, max_length=32
+        )
+        assert begun["servers"][0] == _peer_id(peers)
+        assert begun["output_ids"] == greedy_ids(tiny.local, [PROMPT], 6)
+        with petalsd_daemon(options("taker", BlockSpan(0, 3), peers)) as taker:
+            move(process, leaving, BlockSpan(2, 4))
+            with pytest.raises(ChildFailed, match=rf"Broken input cache: .*{_peer_id(taker)}"):
+                stock_client.call("finish_generation", swarm=swarm, max_new_tokens=8)
+            ids = stock_greedy_ids(stock_client, tiny, peers + upper, [PROMPT], 14)
+    assert re.search(r"retry in 0 sec.*session_closed: the server moved to blocks 2:4", stock_client.log)
+    assert ids == greedy_ids(tiny.local, [PROMPT], 14)
+
+
+def _peer_id(maddrs: list[str]) -> str:
+    return maddrs[0].rpartition("/")[2]
 
 
 @pytest.mark.demo_model

@@ -3,7 +3,7 @@
     in    {"id": 1, "job": "generate", "arguments": {"swarm": {...}, "input_ids": [[5, 99]], ...}}
     out   answer 1 {"output_ids": [[5, 99, 17]]}      or      failed 1 (with the traceback before it)
 
-The jobs are the functions of generate.py, passes.py and load.py.
+The jobs are the functions of generate.py, interrupted.py, passes.py and load.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from generate import generate
+from interrupted import begin_generation, finish_generation
 from load import close_sessions, decode, open_sessions
 from passes import passes
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
+    "begin_generation": begin_generation,
+    "finish_generation": finish_generation,
     "passes": passes,
     "open_sessions": open_sessions,
     "decode": decode,
