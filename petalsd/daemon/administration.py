@@ -80,15 +80,12 @@ class Administration:
         decision = await self._decide(current, to, demand)
         if to == current:
             return self._staying(current, "these blocks are served already", decision)
+        why = explain(decision, demand)
         if not decision.is_move:
             is_off = self._parts.settings.config.blocks.balance_quality == 0
-            why = (
-                "blocks.balance_quality = 0: it never moves by itself"
-                if is_off
-                else explain(decision, demand)
-            )
+            why = "blocks.balance_quality = 0: it never moves by itself" if is_off else why
             return self._staying(current, why, decision)
-        why = f"these blocks were asked for; {explain(decision, demand)}" if to else explain(decision, demand)
+        why = f"these blocks were asked for; {why}" if to else why
         return self._plan(decision, would_move=True, explanation=why)
 
     async def rebalance(self, to: BlockSpan | None) -> Plan:

@@ -32,9 +32,9 @@ from petalsd.types import BlockSpan
 # Where devices bound the servers, the weakest block gained 15 % in random swarms of 10, 2 % in those of 30 and
 # less than 1 % in those of 60: beyond this nobody gives blocks up.
 _MAX_SERVERS = 64
-# What a change must win, in what it costs: more than a move, for it is one of the details.
-_MARGIN = 2.0
-_NOTHING = 1e-9  # of tau: what rounding makes of equal levels
+_MARGIN = 2.0  # a change must win that many times what it costs, whatever a server asks of moves
+_NOTHING = 1e-9  # what rounding makes of equal sums
+_STEEPEST = 600.0  # exponents beyond it make no difference any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,8 @@ class _Choice:
         others = state.without(state.peers[row])
         self._cover = others.planned_cover()
         is_alone = others.served_cover() <= 0
-        weight = np.exp(np.maximum((self._cover.min() - self._cover) / self._tau, -600.0))
+        lowest = float(self._cover_with(self.span).min())
+        weight = np.exp(np.clip((lowest - self._cover) / self._tau, -_STEEPEST, _STEEPEST))
         self._before = np.concatenate(([0.0], np.cumsum(weight)))
         self._behind = np.concatenate((np.cumsum(weight[::-1])[::-1], [0.0]))
         self._alone_before = np.concatenate(([0], np.cumsum(is_alone)))
