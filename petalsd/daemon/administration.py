@@ -85,7 +85,9 @@ class Administration:
             is_off = self._parts.settings.config.blocks.balance_quality == 0
             why = "blocks.balance_quality = 0: it never moves by itself" if is_off else why
             return self._staying(current, why, decision)
-        why = f"these blocks were asked for; {why}" if to else why
+        if to is not None:
+            pays = decision.estimate.gain_tokens > decision.estimate.cost_tokens
+            why = f"these blocks were asked for; {why if pays else 'by itself it would not go there'}"
         return self._plan(decision, would_move=True, explanation=why)
 
     async def rebalance(self, to: BlockSpan | None) -> Plan:

@@ -197,6 +197,21 @@ async def test_a_drain_says_whom_its_deadline_ended() -> None:
     await stopped(stage, running)
 
 
+async def test_fewer_blocks_than_fit_may_be_asked_for() -> None:
+    """Where their number is free; what the rule would not do is said to be so, with its figures."""
+    stage = Stage("blocks.count=auto")
+    administration = administer(stage)
+    running = await until_online(stage)
+    stage.swarm.put(OTHER, ServerState.ONLINE, BlockSpan(4, 8))
+    plan = await administration.plan(BlockSpan(1, 3))
+    assert plan.would_move and plan.proposed is not None and plan.gain is not None
+    assert (plan.gain.swarm_throughput_before, plan.gain.swarm_throughput_after) == (1.0, 0.0)
+    assert plan.explanation == "these blocks were asked for; by itself it would not go there"
+    with pytest.raises(BadRequest, match="at most 4 blocks"):
+        await administration.plan(BlockSpan(0, 5))
+    await stopped(stage, running)
+
+
 async def test_a_plan_to_where_the_swarm_needs_us() -> None:
     """Its figures, and nothing has changed; then the move that it foretold."""
     stage = Stage("blocks.count=4")
