@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from petalsd.swarm.node import Node, NodeOptions
-from tests.daemon.processes import DaemonProcess
+from tests.daemon.processes import Launch, launching
 from tests.tiny_models import make_tiny
-
-Launch = Callable[..., DaemonProcess]
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +31,5 @@ async def node() -> AsyncIterator[Node]:
 @pytest.fixture
 async def launch(tmp_path: Path, node: Node, model_dir: Path) -> AsyncIterator[Launch]:
     """Makes daemons that join the test's node; ends them all."""
-    daemons: list[DaemonProcess] = []
-    maddr = (await node.visible_maddrs())[0]
-
-    def make(name: str, *overrides: str) -> DaemonProcess:
-        daemon = DaemonProcess(
-            name, tmp_path, f"model.source={model_dir}", "model.dtype=float32", "engine.device=cpu",
-            "engine.kv_tokens=256", "engine.threads=1", "swarm.throughput=10", f"swarm.initial_peers={maddr}",
-            "swarm.host_maddrs=/ip4/127.0.0.1/tcp/0", "blocks.join_delay_s=0.1", *overrides,
-        )  # fmt: skip
-        daemons.append(daemon)
-        return daemon
-
-    yield make
-    for daemon in daemons:
-        await daemon.end()
+    async with launching(tmp_path, node, model_dir) as make:
+        yield make

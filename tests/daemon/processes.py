@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+
+from petalsd.swarm.node import Node
 
 START_S = 90
 
@@ -97,6 +100,30 @@ class DaemonProcess:
             self._changed.set()
             self._changed = asyncio.Event()
         self._changed.set()
+
+
+Launch = Callable[..., DaemonProcess]
+
+
+@contextlib.asynccontextmanager
+async def launching(home: Path, node: Node, model_dir: Path) -> AsyncIterator[Launch]:
+    """Makes daemons that join through ``node``; ends them all."""
+    daemons: list[DaemonProcess] = []
+    maddr = (await node.visible_maddrs())[0]
+
+    def make(name: str, *overrides: str) -> DaemonProcess:
+        daemon = DaemonProcess(
+            name, home, f"model.source={model_dir}", "model.dtype=float32", "engine.device=cpu",
+            "engine.kv_tokens=256", "engine.threads=1", "swarm.throughput=10", f"swarm.initial_peers={maddr}",
+            "swarm.host_maddrs=/ip4/127.0.0.1/tcp/0", "blocks.join_delay_s=0.1", *overrides,
+        )  # fmt: skip
+        daemons.append(daemon)
+        return daemon
+
+    try:
+        yield make
+    finally:
+        await asyncio.gather(*(daemon.end() for daemon in daemons))
 
 
 def child_pids(pid: int) -> list[int]:

@@ -15,8 +15,7 @@ import pytest
 from petalsd.status import schema_of
 from petalsd.swarm.node import Node
 from tests.control.double import ask
-from tests.daemon.conftest import Launch
-from tests.daemon.processes import DaemonProcess
+from tests.daemon.processes import DaemonProcess, Launch
 
 ANSWER_S = 60
 

@@ -14,8 +14,7 @@ from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import ServerState, make_chain
 from petalsd.swarm.stub import InferenceStream, ServerStub
 from petalsd.types import BlockSpan
-from tests.daemon.conftest import Launch
-from tests.daemon.processes import DaemonProcess
+from tests.daemon.processes import DaemonProcess, Launch
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow, pytest.mark.timeout(240)]
 

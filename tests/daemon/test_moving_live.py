@@ -25,8 +25,7 @@ from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.stub import ServerStub
 from petalsd.types import BlockSpan
-from tests.daemon.conftest import Launch
-from tests.daemon.processes import DaemonProcess
+from tests.daemon.processes import DaemonProcess, Launch
 from tests.daemon.test_control_live import Ctl
 from tests.engine.rig import states
 from tests.numeric import assert_close

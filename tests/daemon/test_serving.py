@@ -13,8 +13,7 @@ import pytest
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import ServerState
-from tests.daemon.conftest import Launch
-from tests.daemon.processes import child_pids, is_running
+from tests.daemon.processes import Launch, child_pids, is_running
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow, pytest.mark.timeout(240)]
 
