@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from petalsd.daemon.backoff import Backoff
+from petalsd.daemon.claiming import claim
 from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain, Hold
 from petalsd.daemon.health import engine_problem
@@ -143,7 +144,7 @@ class Daemon:
         while True:
             try:
                 span = await self._choose()
-                await self._take(span)
+                span = await self._take(span)
                 self._failed_rounds = 0
                 departure = await self._serve_on(span)
             except torch.OutOfMemoryError as error:
@@ -246,13 +247,15 @@ class Daemon:
         self._hold, self._own_drain = Hold(), None
         await self._go_online(span)
 
-    async def _take(self, span: BlockSpan) -> None:
-        """Announce, load, prove and serve ``span``; ONLINE is announced when it is true and not before."""
+    async def _take(self, span: BlockSpan) -> BlockSpan:
+        """Announce, load, prove and serve ``span``, or what is left to us where others have chosen the same.
+
+        ONLINE is announced when it is true and not before.
+        """
         parts = self._parts
-        self.lifecycle.move(DaemonState.LOADING, f"blocks {span}")
+        self.lifecycle.move(DaemonState.LOADING, f"{len(span)} blocks")
         self.span = span
-        parts.activity.at(f"announcing blocks {span}")
-        await parts.member.announce(ServerState.JOINING, span)
+        self.span = span = await claim(parts, span)
         parts.loader.drop_outside(span)
         blocks = await parts.loader.load(span)
         parts.activity.at("testing the blocks")
@@ -265,6 +268,7 @@ class Daemon:
         await self._go_online(span)
         parts.board.clear("engine_failed", "p2pd_failed", "load_failed", "join_failed")
         self._note_move(span)
+        return span
 
     async def _go_online(self, span: BlockSpan) -> None:
         member = self._parts.member

@@ -13,6 +13,7 @@ from petalsd.daemon.parts import SwarmMember
 from petalsd.daemon.placement_record import PlacementRecord
 from petalsd.daemon.plan import Demand
 from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.placement.claims import Review, newcomers, review
 from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, decide, judge
 from petalsd.swarm.placement.joining import choose_span
 from petalsd.swarm.placement.lengths import read_lengths, with_lengths
@@ -84,6 +85,10 @@ class Rebalancer:
         """The decision to move to ``target`` because somebody asked for it. ValueError as for ``decide``."""
         costs, rate = self._costs(1.0), self._throughput(len(target))
         return judge(read_state(view), own, target, costs, self._policy, rate)
+
+    def review(self, view: SwarmView) -> Review:
+        """What our claim of blocks that we are about to load is worth beside others'. ValueError as ``decide``."""
+        return review(read_state(view), newcomers(view), self._member.peer_id, self._policy)
 
     def _costs(self, balance_quality: float) -> MoveCosts:
         margin = 1 / balance_quality if balance_quality else math.inf

@@ -6,7 +6,7 @@ import numpy as np
 
 from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.potential import scale
-from petalsd.swarm.placement.state import SwarmState
+from petalsd.swarm.placement.state import Floats, SwarmState
 from petalsd.types import BlockSpan
 
 
@@ -17,12 +17,20 @@ def choose_start(state: SwarmState, length: int, throughput: float, policy: Poli
     """
     if not 1 <= length <= state.num_blocks:
         raise ValueError(f"cannot place {length} blocks among {state.num_blocks}")
-    cover = state.planned_cover()
     tau = scale(state, policy, length * throughput / state.num_blocks)
+    worth = worths(state.planned_cover(), length, tau)
+    return int(np.flatnonzero(worth >= worth.max() * (1 - 1e-9))[0])
+
+
+def worths(cover: Floats, length: int, tau: float) -> Floats:
+    """[num_blocks - length + 1] what a little more throughput from each start on is worth, by any one measure.
+
+    ``cover`` is the others', in the unit of ``tau``, which says how soft the minimum over blocks is.
+    """
     weight = np.exp(np.maximum((cover.min() - cover) / tau, -60.0))
     total = np.concatenate(([0.0], np.cumsum(weight)))
-    worth = total[length:] - total[: state.num_blocks - length + 1]
-    return int(np.flatnonzero(worth >= worth.max() * (1 - 1e-9))[0])
+    worth: Floats = total[length:] - total[: len(cover) - length + 1]
+    return worth
 
 
 def choose_span(state: SwarmState, length: int, throughput: float, policy: Policy) -> BlockSpan:

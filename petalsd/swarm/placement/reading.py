@@ -7,9 +7,10 @@ import numpy as np
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.placement.state import SwarmState
 from petalsd.swarm.protocol import ServerState
+from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
 
-_OURS = "petalsd"  # how the version of a server that follows this rule begins
+_OURS = "petalsd"  # how its version begins
 
 
 def read_state(view: SwarmView) -> SwarmState:
@@ -30,7 +31,7 @@ def read_state(view: SwarmView) -> SwarmState:
     free = [
         peer in served
         and peer not in loading
-        and (served[peer].record.version or "").startswith(_OURS)
+        and is_ours(served[peer].record)
         and len(span) < view.num_blocks
         for peer, span in zip(peers, spans, strict=True)
     ]
@@ -44,6 +45,11 @@ def read_state(view: SwarmView) -> SwarmState:
         throughput=np.array(rates, np.float64),
         is_free=np.array(free, bool),
     )
+
+
+def is_ours(record: ServerRecord) -> bool:
+    """Whether the server that wrote it follows this rule."""
+    return (record.version or "").startswith(_OURS)
 
 
 def _loading(view: SwarmView) -> dict[str, tuple[BlockSpan, float]]:
