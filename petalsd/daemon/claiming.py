@@ -16,7 +16,9 @@ from petalsd.types import BlockSpan
 log = structlog.get_logger(__name__)
 
 _LOOKS = 4
-_MIN_PAUSE_S = 0.2
+# Others may be slower at it than we were.
+_ANNOUNCEMENTS = 3.0
+_MIN_PAUSE_S = 0.5
 
 
 async def claim(parts: Parts, span: BlockSpan) -> BlockSpan:
@@ -52,4 +54,4 @@ async def _announce(parts: Parts, span: BlockSpan) -> float:
     began_s = time.monotonic()
     await parts.member.announce(ServerState.JOINING, span)
     longest_s = 2.0 * parts.settings.config.blocks.join_delay_s
-    return min(max(2.0 * (time.monotonic() - began_s), _MIN_PAUSE_S), longest_s)
+    return min(max(_ANNOUNCEMENTS * (time.monotonic() - began_s), _MIN_PAUSE_S), longest_s)
