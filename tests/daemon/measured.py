@@ -27,6 +27,9 @@ from petalsd.systemd import Notifier
 from tests.daemon.fakes import Stage
 from tests.daemon.placement_checks import MOVE, staying
 
+# (name, sorted labels) to value.
+Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
 
 class MeasuredStage(Stage):
     """``model_dir`` holds the model that the daemon is said to serve; ``home`` is its place on the disk."""
@@ -57,11 +60,14 @@ class MeasuredStage(Stage):
         return read(self.metrics).get((name, tuple(sorted(labels.items()))))
 
 
-def read(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """(name, sorted labels) to value."""
+def read(metrics: Metrics) -> Series:
+    return parse(metrics.exposition())
+
+
+def parse(exposition: bytes) -> Series:
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for family in text_string_to_metric_families(exposition.decode())
         for sample in family.samples
     }
 
