@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from petalsd.types import BlockSpan
@@ -20,15 +20,20 @@ _MOVED = r'^\{.*"event": ?"moved".*\}$'
 
 @dataclass(frozen=True, slots=True)
 class DaemonOptions:
-    """What a daemon serves; ``directory`` keeps its configuration, identity and log."""
+    """What a daemon serves; ``directory`` keeps its configuration, identity and log.
+
+    span    its blocks, or how many of its own choice
+    others  more keys of the configuration, by section
+    """
 
     model: Path
     directory: Path
     dht_prefix: str
-    span: BlockSpan
+    span: BlockSpan | int
     initial_peers: Sequence[str] = ()
     dtype: str = "float32"
     threads: int = 1
+    others: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -37,7 +42,7 @@ class DaemonOptions:
     def toml(self) -> str:
         sections: dict[str, dict[str, object]] = {
             "model": {"source": str(self.model), "dht_prefix": self.dht_prefix, "dtype": self.dtype},
-            "blocks": {"span": str(self.span)},
+            "blocks": {"count": self.span} if isinstance(self.span, int) else {"span": str(self.span)},
             "swarm": {
                 "initial_peers": list(self.initial_peers),
                 "host_maddrs": ["/ip4/127.0.0.1/tcp/0"],
@@ -49,11 +54,21 @@ class DaemonOptions:
             "daemon": {"drain_deadline_s": 0.0, "log_format": "json"},
         }
         lines = []
-        for name, keys in sections.items():
+        for name, section in sections.items():
+            keys = {**section, **self.others.get(name, {})}
             lines.append(f"[{name}]")
             # Strings, numbers and lists of strings look the same in TOML as in JSON.
             lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
         return "\n".join(lines) + "\n"
+
+
+def daemon_process(options: DaemonOptions) -> Child:
+    """A daemon that is not started yet."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    options.file.write_text(options.toml())
+    command = [sys.executable, "-m", "petalsd", "run", "--config", str(options.file)]
+    environment = {"XDG_STATE_HOME": str(options.directory), "OMP_NUM_THREADS": str(options.threads)}
+    return Child(command, options.directory / "daemon.log", environment)
 
 
 @contextmanager
@@ -66,11 +81,7 @@ def petalsd_daemon(options: DaemonOptions) -> Iterator[list[str]]:
 @contextmanager
 def running_daemon(options: DaemonOptions) -> Iterator[tuple[Child, list[str]]]:
     """The same, with the process."""
-    options.directory.mkdir(parents=True, exist_ok=True)
-    options.file.write_text(options.toml())
-    command = [sys.executable, "-m", "petalsd", "run", "--config", str(options.file)]
-    environment = {"XDG_STATE_HOME": str(options.directory), "OMP_NUM_THREADS": str(options.threads)}
-    child = Child(command, options.directory / "daemon.log", environment)
+    child = daemon_process(options)
     child.start()
     try:
         yield child, json.loads(child.wait_for(_ONLINE, START_DEADLINE_S)[0])["maddrs"]

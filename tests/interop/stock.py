@@ -15,7 +15,8 @@ from tests.interop.child import Child, ChildFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-petals" / "bin" / "python"
-WORKER = Path(__file__).resolve().parent / "petals_side" / "worker.py"
+_SCRIPTS = Path(__file__).resolve().parent / "petals_side"
+WORKER, SERVER = _SCRIPTS / "worker.py", _SCRIPTS / "server.py"
 
 START_DEADLINE_S = 90.0
 JOB_DEADLINE_S = 100.0
@@ -36,24 +37,31 @@ def is_built() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What a stock server is started with; ``directory`` keeps its identity and its log."""
+    """What a stock server is started with; ``directory`` keeps its identity and its log.
+
+    span              its blocks, or how many of its own choice
+    balance_period_s  mean time between two looks at whether other blocks are better
+    """
 
     model: Path
     directory: Path
     dht_prefix: str
-    span: BlockSpan
+    span: BlockSpan | int
     initial_peers: Sequence[str] = ()
     dtype: str = "float32"
     num_handlers: int = 2
     threads: int = 1
+    balance_period_s: float = 60.0
 
     def command(self) -> list[str]:
         swarm = ["--initial_peers", *self.initial_peers] if self.initial_peers else ["--new_swarm"]
+        span = ["--num_blocks"] if isinstance(self.span, int) else ["--block_indices"]
         return [
-            str(PYTHON), "-m", "petals.cli.run_server", str(self.model),
+            str(PYTHON), str(SERVER), str(self.model),
             *swarm,
             "--dht_prefix", self.dht_prefix,
-            "--block_indices", str(self.span),
+            *span, str(self.span),
+            "--mean_balance_check_period", str(self.balance_period_s),
             "--identity_path", str(self.directory / "identity"),
             "--host_maddrs", "/ip4/127.0.0.1/tcp/0",
             "--device", "cpu",
@@ -65,12 +73,17 @@ class ServerOptions:
         ]  # fmt: skip
 
 
+def server_process(options: ServerOptions) -> Child:
+    """A stock server that is not started yet."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(options.threads)}
+    return Child(options.command(), options.directory / "server.log", environment)
+
+
 @contextmanager
 def stock_server(options: ServerOptions) -> Iterator[list[str]]:
     """Run a stock server until the block ends; yields its multiaddresses once it computes."""
-    options.directory.mkdir(parents=True, exist_ok=True)
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(options.threads)}
-    with Child(options.command(), options.directory / "server.log", environment) as child:
+    with server_process(options) as child:
         running = child.wait_for(r"Running a server on (\[.*\])", START_DEADLINE_S)
         child.wait_for(r"\[INFO\] Started$", START_DEADLINE_S)
         yield list(ast.literal_eval(running[1]))
