@@ -72,6 +72,15 @@ def parse(exposition: bytes) -> Series:
     }
 
 
+def total(series: Series, name: str, **labels: str) -> float:
+    """The sum over all series of the family that have these labels."""
+    return sum(
+        value
+        for (one, its), value in series.items()
+        if one == f"petalsd_{name}" and labels.items() <= dict(its).items()
+    )
+
+
 def plan_of(model_dir: Path, home: Path) -> ServingPlan:
     overrides = [f"model.source={model_dir}", "engine.device=cpu", "model.dtype=float32"]
     return make_plan(load_config(None, {}, overrides).config, _paths(home))

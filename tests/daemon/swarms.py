@@ -28,7 +28,7 @@ class Member:
     def __init__(self, daemon: DaemonProcess, online: dict[str, Any], socket: Path) -> None:
         self.daemon = daemon
         self.peer = str(online["peer_id"])
-        self._socket = socket
+        self.socket = socket
 
     @property
     def mark(self) -> int:
@@ -46,12 +46,18 @@ class Member:
         await eventually(lambda: len(self.checks(after)) >= times, times * BUSY_S, 0.05)
 
     async def metrics(self) -> Series:
-        return parse((await ask(self._socket, "GET", "/metrics")).body)
+        return parse((await ask(self.socket, "GET", "/metrics")).body)
 
     async def kill(self) -> None:
         """As a power cut would."""
         self.daemon.send(signal.SIGKILL)
         await self.daemon.ended()
+
+
+async def member_of(daemon: DaemonProcess) -> Member:
+    """Once it is online."""
+    opened = await daemon.event("control_socket_open")
+    return Member(daemon, await daemon.online(), Path(opened["path"]))
 
 
 class Swarm:
@@ -66,7 +72,7 @@ class Swarm:
     async def start(self, daemons: Sequence[DaemonProcess]) -> None:
         """All at the same moment; returns when all are online."""
         await asyncio.gather(*(daemon.start() for daemon in daemons))
-        self.members += await asyncio.gather(*map(_member, daemons))
+        self.members += await asyncio.gather(*map(member_of, daemons))
 
     async def view(self, without: Collection[Member] = ()) -> SwarmView:
         """The directory, less the records of some members."""
@@ -96,8 +102,3 @@ class Swarm:
             return is_calm and not view.missing_blocks()
 
         await eventually(is_served, 2 * BUSY_S, 0.1)
-
-
-async def _member(daemon: DaemonProcess) -> Member:
-    socket = await daemon.event("control_socket_open")
-    return Member(daemon, await daemon.online(), Path(socket["path"]))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import statistics
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,9 @@ from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.stub import ServerStub
 from petalsd.types import BlockSpan
-from tests.daemon.processes import DaemonProcess, Launch
+from tests.daemon.measured import total
+from tests.daemon.processes import Launch
+from tests.daemon.swarms import Member, member_of
 from tests.daemon.test_control_live import Ctl
 from tests.engine.rig import states
 from tests.numeric import assert_close
@@ -64,7 +63,6 @@ class Decoder:
 
     def __init__(self, session: InferenceSession, expected: torch.Tensor, hidden: torch.Tensor) -> None:
         self.session = session
-        self.step_s: list[float] = []
         self.rounds = 0
         self.is_over = asyncio.Event()
         self._hidden, self._expected = hidden, expected
@@ -75,14 +73,12 @@ class Decoder:
         while not self.is_over.is_set():
             self.session.position = PROMPT
             for position in range(PROMPT, END):
-                began_s = time.perf_counter()
                 answer = await self.session.step(self._hidden[:, position : position + 1])
-                self.step_s.append(time.perf_counter() - began_s)
                 assert_close(answer[:, 0], self._expected[:, position], 1e-4, 1e-4, f"position {position}")
             self.rounds += 1
 
 
-async def two_daemons(launch: Launch) -> tuple[DaemonProcess, DaemonProcess]:
+async def two_daemons(launch: Launch) -> tuple[Member, Member]:
     """One with a free choice, at 0:2, and one that has all blocks."""
     whole = launch("whole", "blocks.span=0:4", "engine.kv_tokens=512")
     await whole.start()
@@ -90,7 +86,7 @@ async def two_daemons(launch: Launch) -> tuple[DaemonProcess, DaemonProcess]:
     mover = launch("mover", "blocks.count=2", "blocks.balance_quality=0", "engine.kv_tokens=512")
     await mover.start()
     assert (await mover.online())["span"] == "0:2"
-    return mover, whole
+    return await member_of(mover), await member_of(whole)
 
 
 def decoders(node: Node, peer: str, model: Any, spans: list[BlockSpan]) -> list[Decoder]:
@@ -110,36 +106,46 @@ async def a_round_more(running: list[Decoder]) -> None:
     )
 
 
-def report(what: str, steps_s: list[float]) -> None:
-    median_s, worst_s = statistics.median(steps_s), max(steps_s)
-    figures = f"median {median_s * 1e3:.1f} ms, worst {worst_s / median_s:.1f} times that"
-    sys.stdout.write(f"{what}: {len(steps_s)} steps, {figures}\n")
+async def calls(member: Member) -> dict[str, float]:
+    """What its metrics say of sessions: opened, taken from others, left to others, ended by another error, fed."""
+    series = await member.metrics()
+    left = total(series, "rpc_errors_total", method="rpc_inference", code="session_moved")
+    return {
+        "opened": total(series, "rpc_calls_total", method="rpc_inference"),
+        "taken": total(series, "rpc_calls_total", method="rpc_take"),
+        "left": left,
+        "failed": total(series, "rpc_errors_total") - left,
+        "fed": total(series, "tokens_total", phase="prefill"),
+    }
 
 
 async def test_no_session_is_lost_by_a_move_or_a_stop(launch: Launch, node: Node, model_dir: Path) -> None:
-    """Four stay through ``rebalance --to``, four go on at the other daemon; a stop sends the rest there."""
+    """Four stay through ``rebalance --to``, four go on at the other daemon; a stop sends the rest there.
+
+    None is opened again, none is fed its history again: the other daemon sees no prompt at all.
+    """
     mover, whole = await two_daemons(launch)
-    ctl = Ctl(Path((await mover.event("control_socket_open"))["path"]))
-    peer, other = (await mover.online())["peer_id"], (await whole.online())["peer_id"]
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    staying = decoders(node, peer, model, [STAYING] * 4)
-    leaving = decoders(node, peer, model, [LEAVING, LEAVING, LEAVING, BlockSpan(0, 1)])
+    staying = decoders(node, mover.peer, model, [STAYING] * 4)
+    leaving = decoders(node, mover.peer, model, [LEAVING, LEAVING, LEAVING, BlockSpan(0, 1)])
     running = [asyncio.create_task(decoder.run()) for decoder in (*staying, *leaving)]
     await a_round_more([*staying, *leaving])
-    await a_round_more([*staying, *leaving])
-    before = [len(decoder.step_s) for decoder in staying]
-    report("before the move", [s for one in staying for s in one.step_s])
+    assert await calls(mover) == {"opened": 8, "taken": 0, "left": 0, "failed": 0, "fed": 8 * PROMPT}
+    ctl = Ctl(mover.socket)
     assert (await ctl("rebalance", "--to", "1:3", "--wait")).endswith("done: blocks 1:3 are served\n")
-    report("during the move", [s for one, n in zip(staying, before, strict=True) for s in one.step_s[n:]])
     await a_round_more([*staying, *leaving])
-    assert {decoder.session.route[0].peer for decoder in staying} == {peer}
-    assert {decoder.session.route[0].peer for decoder in leaving} == {other}
-    assert (await mover.event("handed_over"))["sessions"] == 4
-    mover.send(signal.SIGTERM)
-    assert await mover.ended() == 0
+    assert {decoder.session.route[0].peer for decoder in staying} == {mover.peer}
+    assert {decoder.session.route[0].peer for decoder in leaving} == {whole.peer}
+    handed = await mover.daemon.event("handed_over")
+    assert (handed["sessions"], handed["left"]) == (4, 0)
+    assert await calls(mover) == {"opened": 8, "taken": 0, "left": 4, "failed": 0, "fed": 8 * PROMPT}
+    assert await calls(whole) == {"opened": 4, "taken": 4, "left": 0, "failed": 0, "fed": 0}
+    mover.daemon.send(signal.SIGTERM)
+    assert await mover.daemon.ended() == 0
     await a_round_more([*staying, *leaving])
-    assert {decoder.session.route[0].peer for decoder in staying} == {other}
-    assert not [event for event in mover.events if event.get("event") == "drain_abandoned"]
+    assert {decoder.session.route[0].peer for decoder in staying} == {whole.peer}
+    assert not mover.events("drain_abandoned")
+    assert await calls(whole) == {"opened": 8, "taken": 8, "left": 0, "failed": 0, "fed": 0}
     for decoder in (*staying, *leaving):
         decoder.is_over.set()
     await asyncio.gather(*running)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from petalsd.swarm.node import Node, NodeOptions
 from petalsd.types import BlockSpan
 from tests.daemon.generating import Generator
-from tests.daemon.measured import Series
+from tests.daemon.measured import total
 from tests.daemon.processes import launching
 from tests.daemon.swarms import BUSY_S, Member, Swarm
 from tests.tiny_models import make_tiny
@@ -96,8 +96,8 @@ async def test_a_hangup_with_nothing_to_gain_changes_nothing(swarm: Swarm) -> No
     assert await swarm.records(member) == records
     after = await member.metrics()
     for name in ("load_seconds_count", "dht_announcements_total", "rebalances_total", "moves_total"):
-        assert _sum(after, name) == _sum(series, name), name
-    assert _sum(after, "placement_checks_total") > _sum(series, "placement_checks_total")
+        assert total(after, name) == total(series, name), name
+    assert total(after, "placement_checks_total") > total(series, "placement_checks_total")
 
 
 async def test_two_that_crash_are_replaced_by_one_move(
@@ -130,7 +130,3 @@ async def test_two_that_crash_are_replaced_by_one_move(
 
 async def _until_all_checked(members: Sequence[Member], times: int) -> None:
     await asyncio.gather(*(member.until_checked(times, member.mark) for member in members))
-
-
-def _sum(series: Series, name: str) -> float:
-    return sum(value for (one, _), value in series.items() if one == f"petalsd_{name}")
