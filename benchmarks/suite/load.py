@@ -64,4 +64,4 @@ def to_rows(provider: str, kind: str, found: dict[str, Any]) -> list[Row]:
     return rows
 
 
-BENCHMARK = Benchmark("load", "loading in every format, resident memory, and memory of a session", run, 70.0)
+BENCHMARK = Benchmark("load", "loading in every format, resident memory, and memory of a session", run, 60.0)

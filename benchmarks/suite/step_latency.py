@@ -65,4 +65,4 @@ async def measure(providers: list[Provider], rounds: int, steps: int) -> dict[st
     return samples
 
 
-BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 40.0)
+BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 35.0)

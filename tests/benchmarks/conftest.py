@@ -13,9 +13,9 @@ from tests.tiny_models import make_tiny
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of two blocks."""
+    """A random llama of three blocks: a server of two of them can move."""
     path = tmp_path_factory.mktemp("model")
-    make_tiny("llama", path, num_hidden_layers=2)
+    make_tiny("llama", path, num_hidden_layers=3)
     return path
 
 

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-SERVED = ("admission", "aggregate_decode", "generation", "interference", "passes", "step_latency")
+SERVED = ("admission", "aggregate_decode", "generation", "interference", "move", "passes", "step_latency")

@@ -13,17 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from petalsd.client.options import ClientOptions
-from petalsd.client.routing import Hop
 from petalsd.client.session import InferenceSession
 from petalsd.client.span_session import StreamTerms
-from petalsd.swarm.directory import RemoteSpan
 from petalsd.swarm.node import Node
-from petalsd.swarm.protocol import ServerState
-from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.stub import ServerStub
 from petalsd.types import BlockSpan
 from tests.daemon.measured import total
 from tests.daemon.processes import Launch
+from tests.daemon.routes import OnlyTo
 from tests.daemon.swarms import Member, member_of
 from tests.daemon.test_control_live import Ctl
 from tests.engine.rig import states
@@ -36,26 +33,6 @@ pytestmark = [pytest.mark.swarm, pytest.mark.slow, pytest.mark.timeout(240)]
 PREFIX = "tiny-hf"
 STAYING, LEAVING = BlockSpan(1, 2), BlockSpan(0, 2)
 PROMPT, END = 8, 24
-
-
-class OnlyTo:
-    """Routes to one server; a failure of it would be a replay, which these tests forbid."""
-
-    def __init__(self, peer: str, span: BlockSpan) -> None:
-        record = ServerRecord(ServerState.ONLINE, 1.0, span, version="petalsd")
-        self._server = RemoteSpan(peer, span, record)
-
-    def route_session(self, blocks: BlockSpan, max_tokens: int) -> list[Hop]:
-        return [Hop(self._server, blocks)]
-
-    async def refresh(self) -> None:
-        """There is nothing to read."""
-
-    def report_failure(self, peer: str) -> None:
-        raise AssertionError(f"{peer} failed")
-
-    def report_success(self, peer: str) -> None:
-        """As it should be."""
 
 
 class Decoder:
