@@ -36,12 +36,15 @@ class RecordWriter:
         self._max_blocks = max_blocks
 
     def describe(self, state: ServerState, span: BlockSpan, is_relayed: bool) -> ServerRecord:
-        """``cache_tokens_left`` counts K rows and V rows separately, over all our blocks: the wire's unit."""
-        rates = self._speed.rates
-        pool = self._engine.pool
+        """``cache_tokens_left`` counts K rows and V rows separately, over all our blocks: the wire's unit.
+
+        A part of what is served, or what joins it, is as fast as the whole and no faster: others plan with it.
+        """
+        rates, served, pool = self._speed.rates, self._engine.span, self._engine.pool
+        num_blocks = max(len(span), 0 if served is None else len(served))
         return ServerRecord(
             state=state,
-            throughput=rates.announced(len(span), is_relayed=is_relayed),
+            throughput=rates.announced(num_blocks, is_relayed=is_relayed),
             span=span,
             public_name=self._public_name,
             version=VERSION,

@@ -88,6 +88,11 @@ class PagePoolMachine(RuleBasedStateMachine):
         handles = sorted([*self.engine.open, *self.engine.waiting])
         self.engine.close(data.draw(st.sampled_from(handles), label="session"))
 
+    @precondition(lambda self: self.engine.open)
+    @rule(data=st.data(), peer=st.sampled_from(["", "one", "other"]))
+    def charge(self, data: st.DataObject, peer: str) -> None:
+        self.engine.pool.charge(self.pick(data), peer)
+
     @rule()
     def read_all(self) -> None:
         self.engine.check_contents()
