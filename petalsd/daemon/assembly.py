@@ -167,16 +167,9 @@ def _engine(
     capturing: Capturing | None,
     board: WarningBoard,
 ) -> Engine:
-    on_settled = partial(_report_graphs, board)
+    on_settled = partial(board.note, "graphs_failed")
     runners = RunnerFactory(plan.device, num_threads, plan.limits, recorder, capturing, on_settled)
     return Engine(plan.limits, plan.device, num_threads, recorder, runners)
-
-
-def _report_graphs(board: WarningBoard, failure: str | None) -> None:
-    if failure is None:
-        board.clear("graphs_failed")
-    else:
-        board.set("graphs_failed", failure)
 
 
 def _demand(plan: ServingPlan, settings: Settings, limit: SpanLimit) -> Demand:

@@ -124,6 +124,13 @@ class WarningBoard:
                     "warning_cleared", code=code, after_s=round(self._clock() - old.since_monotonic_s, 1)
                 )
 
+    def note(self, code: str, problem: str | None) -> None:
+        """Raise ``code`` with what the problem is; clear it when there is none."""
+        if problem is None:
+            self.clear(code)
+        else:
+            self.set(code, problem)
+
     def active(self) -> list[ActiveWarning]:
         """The worst first, then the oldest."""
         order = ("critical", "warning", "info")

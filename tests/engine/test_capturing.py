@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import torch
 from structlog.testing import capture_logs
 
+from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.captures import Capturing
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
@@ -123,7 +124,7 @@ def _last(events: list[str], event: str) -> int:
 
 async def test_what_fails_beside_sessions_is_launched_and_told(llama: TinyModel) -> None:
     """What was captured before stays; so do the sessions."""
-    stage, hidden = Stage(llama, Journal(fail_at=NUM_GRAPHS + 1)), states(1, 4)
+    stage, hidden, board = Stage(llama, Journal(fail_at=NUM_GRAPHS + 1)), states(1, 4), WarningBoard()
     async with stage.serving() as engine:
         with capture_logs() as logs:
             await stage.change(NEW)
@@ -132,6 +133,9 @@ async def test_what_fails_beside_sessions_is_launched_and_told(llama: TinyModel)
         assert stage.counts == (2 + 1, NUM_GRAPHS)
         assert stage.told == [None, "RuntimeError: operation not permitted when stream is capturing"]
         assert engine.stats().graphs_failure == stage.told[1]
+        for failure in stage.told:
+            board.note("graphs_failed", failure)
+        assert [warning.detail for warning in board.active()] == [stage.told[1]]
         async with opened(engine, NEW) as session:
             answer = await feed(session, hidden, [3, 1])
     assert_close(answer, llama.expected(hidden, NEW).detach(), 1e-4, 1e-4, "after the failure")
