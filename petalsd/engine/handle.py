@@ -61,6 +61,7 @@ class Session:
         self._opened_s = self._last_active_s = time.monotonic()
         self._deadline = Alarm(self._miss_deadline)
         self._answer: asyncio.Future[torch.Tensor] | None = None
+        self._chunk: asyncio.Future[Any] | None = None  # of keys and values, on its way
         self._end_reason: str | None = None
         self._tell_end: Callable[[str], None] | None = None
 
@@ -152,13 +153,15 @@ class Session:
         if self._end_reason is not None:
             raise SessionClosed(self._end_reason)
         check_alive(self._thread)
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer = self._chunk = asyncio.get_running_loop().create_future()
         self._thread.post(partial(self._core.submit_transfer, make(answer)))
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await answer
         except TimeoutError:
             raise DeadlineExceeded(f"keys and values were not moved within {self._deadline_s:g} s") from None
+        finally:
+            self._chunk = None
 
     def _miss_deadline(self) -> None:
         if self._answer is not None and not self._answer.done():
@@ -171,8 +174,9 @@ class Session:
             return
         self._end_reason = reason
         self._deadline.close()
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(SessionClosed(reason))
+        for waiting in (self._answer, self._chunk):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(SessionClosed(reason))
         self._thread.post(partial(self._core.close_session, self._state))
         self._on_end(self)
         if self._tell_end is not None:

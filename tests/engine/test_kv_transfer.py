@@ -14,7 +14,7 @@ from petalsd.engine.step import Step
 from petalsd.errors import SessionClosed
 from petalsd.kvcache.spill import SpillArea
 from petalsd.types import BlockSpan
-from tests.engine.rig import TinyModel, feed, opened, serving, states
+from tests.engine.rig import Gate, TinyModel, feed, opened, serving, states, with_hook
 from tests.numeric import assert_close
 
 SPAN = BlockSpan(1, 3)
@@ -81,3 +81,22 @@ async def test_an_ended_session_moves_nothing(llama: TinyModel) -> None:
             await reading
         with pytest.raises(SessionClosed, match="moving out"):
             await session.read_kv(Place(1, 0, 4))
+
+
+async def test_a_chunk_that_waits_hears_that_the_span_is_dropped(llama: TinyModel, gate: Gate) -> None:
+    """At once: nobody will ever move it, and the deadline of a step is a minute."""
+    blocks = with_hook(llama, 3, gate)
+    async with serving(llama, blocks=blocks) as engine, opened(engine, SPAN) as session:
+        await session.step(Step(states(1, 4), 0))
+        async with opened(engine, BlockSpan(3, 4)) as other:
+            step = asyncio.create_task(other.step(Step(states(1, 1), 0)))
+            await gate.wait_until_reached()
+            reading = asyncio.create_task(session.read_kv(Place(1, 0, 4)))
+            await asyncio.sleep(0)  # it waits behind the step now
+            dropping = asyncio.create_task(engine.drop_span("all blocks move"))
+            with pytest.raises(SessionClosed, match="all blocks move"):
+                await reading
+            gate.opened.set()
+            await dropping
+            with pytest.raises(SessionClosed):
+                await step
