@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 _POLL_S = 0.1
 _REPORT_PERIOD_S = 10.0
 _HAND_OVER_PERIOD_S = 5.0
+_LAST_WORD_S = 1.0  # for the hand-over that took the last session
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class Drain:
         self._kept = kept
         self._clock = clock
         self._end_s = clock() + deadline_s
+        self._is_over = asyncio.Event()
         self.abandoned: int | None = None
 
     @property
@@ -77,6 +79,9 @@ class Drain:
         handing_over = asyncio.create_task(self._hand_over(), name="hand-over")
         try:
             self.abandoned = await self._outlast(cut_short)
+            self._is_over.set()
+            if not self.abandoned:
+                await asyncio.wait({handing_over}, timeout=_LAST_WORD_S)
         finally:
             handing_over.cancel()
             await asyncio.gather(handing_over, return_exceptions=True)
@@ -95,7 +100,7 @@ class Drain:
             else:
                 say = log.info if moved else log.debug
                 say("handed_over", sessions=moved, left=self.left)
-            await asyncio.sleep(_HAND_OVER_PERIOD_S)
+            await _pause(self._is_over, _HAND_OVER_PERIOD_S)
 
     async def _outlast(self, cut_short: asyncio.Event) -> int:
         report_s = self._clock()
