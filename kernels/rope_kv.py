@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from petalsd.kernels.float8 import to_float8
+
 
 @triton.jit
 def _split_heads(
@@ -28,6 +30,14 @@ def _split_heads(
 
 
 @triton.jit
+def _rounded(part, dtype: tl.constexpr):
+    """float32 to ``dtype``."""
+    if dtype == tl.float8e4nv:
+        return to_float8(part)
+    return part.to(dtype)
+
+
+@triton.jit
 def _join_heads(
     base, first, is_head, left, right, tail, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
@@ -39,14 +49,17 @@ def _join_heads(
     rest = ROTARY + tl.arange(0, REST_BLOCK)
     if INTERLEAVED:
         pair = tl.arange(0, 2 * HALF_BLOCK)
-        both = tl.reshape(tl.join(left, right), (first.shape[0], 2 * HALF_BLOCK)).to(dtype)
-        tl.store(heads + pair[None, :], both, mask=is_head[:, None] & (pair < ROTARY)[None, :])
+        both = tl.reshape(tl.join(left, right), (first.shape[0], 2 * HALF_BLOCK))
+        tl.store(
+            heads + pair[None, :], _rounded(both, dtype), mask=is_head[:, None] & (pair < ROTARY)[None, :]
+        )
     else:
         inside = is_head[:, None] & (half < ROTARY // 2)[None, :]
-        tl.store(heads + half[None, :], left.to(dtype), mask=inside)
-        tl.store(heads + ROTARY // 2 + half[None, :], right.to(dtype), mask=inside)
+        tl.store(heads + half[None, :], _rounded(left, dtype), mask=inside)
+        tl.store(heads + ROTARY // 2 + half[None, :], _rounded(right, dtype), mask=inside)
     if ROTARY < HEAD_DIM:
-        tl.store(heads + rest[None, :], tail.to(dtype), mask=is_head[:, None] & (rest < HEAD_DIM)[None, :])
+        inside = is_head[:, None] & (rest < HEAD_DIM)[None, :]
+        tl.store(heads + rest[None, :], _rounded(tail, dtype), mask=inside)
 
 
 @triton.jit

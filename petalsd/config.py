@@ -166,9 +166,10 @@ class EngineSection(Section):
     max_peer_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = _restart(
         0.75, "share of the attention cache that the sessions of one peer may reserve; 1: all of it"
     )
-    kv_dtype: Literal["auto", "int8"] = _restart(
+    kv_dtype: Literal["auto", "int8", "float8"] = _restart(
         "auto",
-        "the attention cache's precision; auto: the model's; int8: about half of bfloat16's bytes",
+        "the attention cache's precision; auto: the model's; int8: about half of bfloat16's bytes; float8: half, "
+        "on GPUs of compute capability 8.9 and above",
     )
     page_tokens: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = _restart(
         32, "tokens per page of the attention cache, a multiple of 16"

@@ -35,6 +35,7 @@ from petalsd.models.naming import dht_prefix
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import files_with
+from petalsd.ops.eight_bit_kv import FLOAT8
 from petalsd.paths import InstancePaths
 from petalsd.types import BlockSpan
 
@@ -43,6 +44,7 @@ _CREDENTIAL = "credential:"
 # Of the memory that is available at start; the rest is left to the system and to what others do meanwhile. What
 # else a GPU needs is counted in the reserve.
 _CPU_MEMORY_SHARE = 0.7
+_KV_DTYPES = {"int8": torch.int8, "float8": FLOAT8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,15 @@ class ServingPlan:
         quantization = self.storage.quantization
         return self.dtype_name if quantization == "none" else f"{self.dtype_name} with {quantization} weights"
 
+    @property
+    def form_name(self) -> str:
+        """The weights' name, with that of the cache where it has a precision of its own."""
+        stored = self.geometry.stored
+        if stored == self.dtype:
+            return self.weights_name
+        precision = str(stored).removeprefix("torch.").partition("_")[0]
+        return f"{self.weights_name} with {precision} cache"
+
     def has_room_beside(self, num_blocks: int) -> bool:
         """Whether the weights of so many more blocks fit now; the cache they will use is there already."""
         share = _CPU_MEMORY_SHARE if self.device.type == "cpu" else 1.0
@@ -132,9 +143,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
     storage = WeightStorage.choose(dtype, device, config.model.quantization)
-    geometry = cache_geometry(
-        model, config.engine.page_tokens, dtype, device, is_int8=config.engine.kv_dtype == "int8"
-    )
+    geometry = _geometry(config.engine, model, dtype, device)
     kv_tokens = kv_tokens_for(config.engine.kv_tokens, model)
     share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0
     has_graphs = _has_graphs(config.engine, device)
@@ -154,6 +163,18 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
         has_graphs=has_graphs,
     )
+
+
+def _geometry(
+    engine: EngineSection, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> KVGeometry:
+    try:
+        return cache_geometry(model, engine.page_tokens, dtype, device, _KV_DTYPES.get(engine.kv_dtype))
+    except ValueError as error:
+        raise ConfigError(
+            f"engine.kv_dtype = {engine.kv_dtype!r}: {error}",
+            hint="set engine.kv_dtype to int8, which takes little more memory, or to auto",
+        ) from error
 
 
 def _has_graphs(engine: EngineSection, device: torch.device) -> bool:

@@ -158,9 +158,8 @@ class Speed:
 
     def _key(self, measured_on: RateSource) -> str:
         plan = self._plan
-        cache = " with int8 cache" if plan.geometry.is_int8 else ""
         graphs = " in captured graphs" if plan.has_graphs else ""
-        form = f"{plan.weights_name}{cache}, {measured_on} blocks{graphs}"
+        form = f"{plan.form_name}, {measured_on} blocks{graphs}"
         return rate_key(plan.source.source, form, plan.device, self._num_threads)
 
     def _network(self) -> tuple[float, NetworkSource]:
@@ -172,9 +171,9 @@ class Speed:
 
     async def _measure_sample(self) -> BlockRates:
         plan = self._plan
-        log.info("measuring_throughput", device=str(plan.device), form=plan.weights_name)
+        log.info("measuring_throughput", device=str(plan.device), form=plan.form_name)
         block, angles = random_block(plan, self._num_threads)
-        return await measure({0: block}, angles, self._runners, is_int8_cache=plan.geometry.is_int8)
+        return await measure({0: block}, angles, self._runners, stored=plan.geometry.stored)
 
 
 def random_block(plan: ServingPlan, num_threads: int) -> tuple[Block, Angles]:

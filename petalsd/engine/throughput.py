@@ -66,16 +66,16 @@ class BlockRates:
 
 
 async def measure(
-    blocks: Mapping[int, Block], rope: Angles, runners: RunnerFactory, *, is_int8_cache: bool = False
+    blocks: Mapping[int, Block], rope: Angles, runners: RunnerFactory, *, stored: torch.dtype | None = None
 ) -> BlockRates:
     """Measure ``blocks``, consecutive ones of the same kind, in an engine of their own; one is enough.
 
     ``runners``, for ``MEASURE_LIMITS``, make what computes them: captured steps, where those of the serving engine
-    make such. Takes up to some ten seconds and the memory of a small KV pool, which is free afterwards.
-    EngineError when computing fails.
+    make such. ``stored`` is the dtype of the pages' elements. Takes up to some ten seconds and the memory of a
+    small KV pool, which is free afterwards. EngineError when computing fails.
     """
     first, device = next(iter(blocks.values())), runners.device
-    geometry = cache_geometry(first.config, _PAGE_TOKENS, first.dtype, device, is_int8_cache)
+    geometry = cache_geometry(first.config, _PAGE_TOKENS, first.dtype, device, stored)
     num_pages = pages_for(_WARM_UP_STEPS + _MAX_STEPS, len(blocks), _PAGE_TOKENS)
     pool = KVPool(geometry, num_pages, first.dtype, device)
     pool.allocate()

@@ -15,7 +15,7 @@ from petalsd.kvcache.session import KVRequest, KVSession
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.kvcache.spill import Spill, SpillArea
 from petalsd.kvcache.waiting import AdmissionRules, WaitingRoom
-from petalsd.ops.eight_bit_kv import Int8KV
+from petalsd.ops.eight_bit_kv import EIGHT_BIT_KV
 from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
@@ -82,14 +82,14 @@ class KVPool:
     def allocate(self) -> PagedKV:
         """Take the memory, of undefined content; on a CPU the system maps it as it is first written."""
         geometry = self.geometry
-        if self.dtype.itemsize != geometry.dtype_bytes and not geometry.is_int8:
-            raise KVPoolError(f"{self.dtype} does not have {geometry.dtype_bytes} bytes")
+        stored = geometry.stored
+        if stored != self.dtype and stored not in EIGHT_BIT_KV:
+            raise KVPoolError(f"pages of {stored} are not for blocks that compute in {self.dtype}")
         shape = (self.num_pages, *geometry.page_shape)
         if geometry.is_head_major:
-            stored = torch.int8 if geometry.is_int8 else self.dtype
             self._kv = HeadMajorKV.allocate(shape, self.dtype, stored)
-        elif geometry.is_int8:
-            self._kv = Int8KV.allocate(shape, self.dtype, self.device)
+        elif stored in EIGHT_BIT_KV:
+            self._kv = EIGHT_BIT_KV[stored].allocate(shape, self.dtype, self.device)
         else:
             k, v = (empty(shape, self.dtype, self.device) for _ in range(2))
             self._kv = PagedKV(k, v)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 _SCALE_BYTES = 4
 
 
@@ -11,7 +13,7 @@ _SCALE_BYTES = 4
 class KVGeometry:
     """The shape of one page: ``page_tokens`` tokens of one row in one block, keys and values.
 
-    dtype_bytes    of one element; 1: int8, with a float32 scale for each token and KV head
+    stored         dtype of the elements; int8 has a float32 scale for each token and KV head
     is_head_major  in the order of the CPU kernels (``ops.head_major``) instead of token by token
 
     Raises ValueError when a number is not positive.
@@ -20,22 +22,19 @@ class KVGeometry:
     page_tokens: int
     num_kv_heads: int
     head_dim: int
-    dtype_bytes: int
+    stored: torch.dtype
     is_head_major: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("page_tokens", "num_kv_heads", "head_dim", "dtype_bytes"):
+        for name in ("page_tokens", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: a page needs at least 1")
 
     @property
-    def is_int8(self) -> bool:
-        return self.dtype_bytes == 1
-
-    @property
     def slab_page_bytes(self) -> int:
         """Bytes of a page's keys, or of its values."""
-        head_bytes = self.head_dim * self.dtype_bytes + (_SCALE_BYTES if self.is_int8 else 0)
+        scale_bytes = _SCALE_BYTES if self.stored == torch.int8 else 0
+        head_bytes = self.head_dim * self.stored.itemsize + scale_bytes
         return self.page_tokens * self.num_kv_heads * head_bytes
 
     @property

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from petalsd.ops.decode_batch import ORIGINS_MULTIPLE
-from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
+from petalsd.ops.eight_bit_kv import Float8KV, Int8KV, check_float8
 from petalsd.ops.launching import Argument, check_tensor
 from petalsd.ops.ragged import PagedKV
 
 MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 16
-_FP8_CAPABILITY = (8, 9)
 
 
 def check_queries(name: str, states: torch.Tensor, kv: PagedKV, like: torch.Tensor) -> None:
@@ -50,16 +49,7 @@ def check_pages(kv: PagedKV, dtype: torch.dtype) -> None:
     if computed != dtype:
         raise ValueError(f"pages are for blocks that compute in {computed}, not in {dtype}")
     if isinstance(kv, Float8KV) and kv.k.device.type == "cuda":
-        check_fp8(torch.cuda.get_device_capability(kv.k.device))
-
-
-def check_fp8(capability: tuple[int, int]) -> None:
-    """ValueError where the device has no instructions for pages in float8."""
-    if capability < _FP8_CAPABILITY:
-        found, needed = (".".join(map(str, version)) for version in (capability, _FP8_CAPABILITY))
-        raise ValueError(
-            f"float8 pages need compute capability {needed}, the device has {found}: use int8 pages"
-        )
+        check_float8(kv.k.device)
 
 
 def check_rows(num_rows: int, context_lens: torch.Tensor, origins: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from petalsd.ops.kv_rounding import quantize_states
 from petalsd.ops.memory import empty
 from petalsd.ops.ragged import PagedKV
 
-_FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+FLOAT8 = torch.float8_e4m3fn
+_FLOAT8_MAX = torch.finfo(FLOAT8).max
+_FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass(slots=True)
@@ -65,18 +68,36 @@ class Float8KV(PagedKV):
     @classmethod
     def allocate(cls, pages: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Float8KV:
         """Pages ``(N, P, Hkv, D)`` of undefined content."""
-        k, v = (empty(pages, torch.float8_e4m3fn, device) for _ in range(2))
+        k, v = (empty(pages, FLOAT8, device) for _ in range(2))
         return cls(k, v, dtype)
 
+    @property
+    def slabs(self) -> tuple[torch.Tensor, ...]:
+        """As bytes: torch copies no rows of float8 on every device."""
+        return self.k.view(torch.uint8), self.v.view(torch.uint8)
+
     def write(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        for states, slab in ((k, self.k), (v, self.v)):
-            rounded = states.clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(slab.dtype)
-            # As bytes: torch copies no rows of float8 on a CPU.
-            slab.flatten(0, 1).view(torch.uint8).index_copy_(0, slots, rounded.view(torch.uint8))
+        for states, slab in zip((k, v), self.slabs, strict=True):
+            rounded = states.clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(FLOAT8)
+            slab.flatten(0, 1).index_copy_(0, slots, rounded.view(torch.uint8))
 
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (
-            slab.flatten(0, 1).view(torch.uint8).index_select(0, slots).view(slab.dtype).to(self.dtype)
-            for slab in (self.k, self.v)
-        )
+        k, v = (slab.flatten(0, 1).index_select(0, slots).view(FLOAT8).to(self.dtype) for slab in self.slabs)
         return k, v
+
+
+EIGHT_BIT_KV: Mapping[torch.dtype, type[Int8KV | Float8KV]] = {torch.int8: Int8KV, FLOAT8: Float8KV}
+"""The slabs of 8 bits by the dtype of their elements."""
+
+
+def check_float8(device: torch.device) -> None:
+    """ValueError where there are no instructions for pages in float8."""
+    needed = ".".join(map(str, _FLOAT8_CAPABILITY))
+    if device.type != "cuda":
+        raise ValueError(
+            f"float8 pages need a GPU of compute capability {needed}, not the {device.type.upper()}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLOAT8_CAPABILITY:
+        found = ".".join(map(str, capability))
+        raise ValueError(f"float8 pages need compute capability {needed}, {device} has {found}")

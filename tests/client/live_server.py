@@ -57,7 +57,7 @@ async def serve_blocks(
         Architecture.read(source.config()), source, WeightStorage.choose(torch.float32, CPU), num_threads=1
     )
     config, blocks = ladder.architecture.config, {index: ladder.load(index) for index in span}
-    geometry = KVGeometry(PAGE_TOKENS, config.num_kv_heads, config.head_dim, dtype_bytes=4)
+    geometry = KVGeometry(PAGE_TOKENS, config.num_kv_heads, config.head_dim, torch.float32)
     pool = KVPool(geometry, pages_for(KV_TOKENS, len(span), PAGE_TOKENS), torch.float32, CPU)
     pool.allocate()
     engine, node = Engine(EngineLimits(), CPU, num_threads=1), Node(NodeOptions(initial_peers=initial_peers))

@@ -28,6 +28,7 @@ from petalsd.daemon.plan import (
 from petalsd.daemon.sizing import MemoryNeed
 from petalsd.errors import ConfigError
 from petalsd.models.ladder import Ladder
+from petalsd.ops.eight_bit_kv import FLOAT8
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.paths import InstancePaths
 from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
@@ -148,6 +149,21 @@ def test_a_block_takes_its_memory_while_nothing_is_captured(plan: ServingPlan) -
     ladder: Any = SimpleNamespace(load=lambda index: turn.locked())
     assert ModelReader(plan, ladder, turn).load_block(0)
     assert not turn.locked()
+
+
+def test_a_cache_that_the_device_cannot_read_is_refused(model_dir: Path, paths: InstancePaths) -> None:
+    """With the setting, its value and what serves instead."""
+    with pytest.raises(ConfigError, match=r"engine\.kv_dtype = 'float8': .* not the CPU") as caught:
+        make_plan(configured(model_dir, "engine.kv_dtype=float8"), paths)
+    assert (caught.value.hint or "").startswith("set engine.kv_dtype to int8")
+
+
+def test_the_form_names_what_speed_depends_on(model_dir: Path, paths: InstancePaths) -> None:
+    """A cache of another precision is part of it; measured speeds are kept by it."""
+    form = make_plan(configured(model_dir, "engine.kv_dtype=int8", "model.quantization=int4"), paths)
+    assert form.form_name == "bfloat16 with int4 weights with int8 cache"
+    float8 = replace(form.geometry, stored=FLOAT8)
+    assert replace(form, geometry=float8).form_name == "bfloat16 with int4 weights with float8 cache"
 
 
 def test_the_cache_leaves_room_for_graphs_and_passes(plan: ServingPlan) -> None:

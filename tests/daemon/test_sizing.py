@@ -36,7 +36,7 @@ ARCHITECTURE = Architecture(GROUPED, GROUPED, Layers(FAMILIES["llama"], None))
 UNGROUPED = replace(GROUPED, num_kv_heads=64)
 PLAIN = WeightStorage(torch.bfloat16, torch.device("cuda:0"), None)
 PARAMETERS = 855_654_400  # of a block, as published
-GEOMETRY = KVGeometry(page_tokens=16, num_kv_heads=8, head_dim=128, dtype_bytes=2)
+GEOMETRY = KVGeometry(page_tokens=16, num_kv_heads=8, head_dim=128, stored=torch.bfloat16)
 
 
 def test_cache_and_session_limits_are_the_reference_ones() -> None:

@@ -62,7 +62,7 @@ def load(path: Path) -> KernelSpan:
 
 def make_pool(span: KernelSpan) -> KVPool:
     """Full of random keys and values."""
-    geometry = KVGeometry(PAGE_TOKENS, span.config.num_kv_heads, span.config.head_dim, DTYPE.itemsize)
+    geometry = KVGeometry(PAGE_TOKENS, span.config.num_kv_heads, span.config.head_dim, DTYPE)
     pool = KVPool(geometry, 100, DTYPE, DEVICE)
     for slab in pool.allocate().slabs:
         slab.normal_()

@@ -68,7 +68,7 @@ class Counter(NullObserver):
 
 
 def geometry_of(model: TinyModel, page_tokens: int = PAGE_TOKENS) -> KVGeometry:
-    return KVGeometry(page_tokens, model.config.num_kv_heads, model.config.head_dim, 4)
+    return KVGeometry(page_tokens, model.config.num_kv_heads, model.config.head_dim, torch.float32)
 
 
 @asynccontextmanager

@@ -60,7 +60,7 @@ async def make_items(pool: KVPool, shapes: list[tuple[int, int, int]]) -> list[B
 )
 async def test_tokens_are_written_where_the_page_table_says(shapes: list[tuple[int, int, int]]) -> None:
     """Each token's origin and offset are those of its position in its row's table; all places are different."""
-    pool = KVPool(KVGeometry(4, 1, 8, 4), 400, torch.float32, CPU)
+    pool = KVPool(KVGeometry(4, 1, 8, torch.float32), 400, torch.float32, CPU)
     pool.allocate()
     items = await make_items(pool, shapes)
     batch = build_batch(items, pool)
@@ -82,7 +82,7 @@ async def test_tokens_are_written_where_the_page_table_says(shapes: list[tuple[i
 
 async def test_selecting_items_gives_their_own_batch() -> None:
     """The part of a batch that belongs to some items equals the batch built of these items alone."""
-    pool = KVPool(KVGeometry(4, 1, 8, 4), 400, torch.float32, CPU)
+    pool = KVPool(KVGeometry(4, 1, 8, torch.float32), 400, torch.float32, CPU)
     pool.allocate()
     items = await make_items(pool, [(2, 3, 6), (1, 0, 1), (1, 5, 9), (2, 12, 1)])
     part, tokens = select_items(build_batch(items, pool), [1, 3])

@@ -65,7 +65,7 @@ class Scene:
     def __init__(self, case: Case, starts: list[int]) -> None:
         self.span, self.told = kernel_span(case.blocks[: len(WHOLE)]), list[str | None]()
         self.staging = Staged(CPU, LIMITS.max_runs)
-        geometry = KVGeometry(PAGE_TOKENS, case.config.num_kv_heads, case.config.head_dim, 4)
+        geometry = KVGeometry(PAGE_TOKENS, case.config.num_kv_heads, case.config.head_dim, torch.float32)
         self.pool = KVPool(geometry, 64, torch.float32, CPU)
         self.pool.allocate()
         hidden = torch.randn(len(starts), case.config.hidden_size, generator=torch.Generator().manual_seed(3))

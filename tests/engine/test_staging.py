@@ -22,7 +22,7 @@ MIXED = [(2, 12, 1), (1, 0, 1), (2, 3, 6), (1, 5, 9)]
 
 
 async def staged(shapes: list[tuple[int, int, int]]) -> tuple[KVPool, list[BatchItem]]:
-    pool = KVPool(KVGeometry(4, 1, 16, 4), 2000, torch.float32, CPU)
+    pool = KVPool(KVGeometry(4, 1, 16, torch.float32), 2000, torch.float32, CPU)
     pool.allocate()
     return pool, await make_items(pool, shapes)
 

@@ -59,7 +59,7 @@ class AttentionCase(NamedTuple):
         if self.stored is not None:
             pages.kv = self.stored.allocate(tuple(shape), self.dtype, torch.device("cpu"))
             for slab in pages.kv.slabs:
-                slab.fill_(torch.nan if slab.is_floating_point() else -128)
+                slab.fill_(torch.nan if slab.is_floating_point() else 127)  # NaN in float8
         return AttentionRows(self.num_heads, pages, self.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from petalsd.ops.attention_checks import check_fp8, check_pages, check_queries, check_rows
+from petalsd.ops.attention_checks import check_pages, check_queries, check_rows
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_attention import MIN_TILES, DecodePlan, decode_attention, num_splits
 from petalsd.ops.decode_batch import DecodeBatch
@@ -63,14 +63,6 @@ def test_pages_that_kernels_cannot_read_are_refused(kv: PagedKV, dtype: torch.dt
     """A stride that is no multiple of 16 elements would cost all asynchronous copies."""
     with pytest.raises(ValueError, match=reason):
         check_pages(kv, dtype)
-
-
-def test_float8_pages_need_their_instructions() -> None:
-    """Below compute capability 8.9 there are none; the error names what serves instead."""
-    with pytest.raises(ValueError, match=r"capability 8\.9, the device has 8\.6: use int8 pages"):
-        check_fp8((8, 6))
-    check_fp8((8, 9))
-    check_fp8((12, 0))
 
 
 def test_queries_and_rows_that_do_not_fit_are_refused() -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 
+from petalsd.ops.eight_bit_kv import Float8KV
 from petalsd.ops.ragged import PagedKV
 from petalsd.ops.rope_kv import HeadNorms, Rotation, reference_rope_and_write, rope_and_write
 from tests.numeric import assert_close
@@ -163,6 +164,31 @@ def test_keys_and_values_are_rounded_where_the_slab_has_scales(case: Case) -> No
         assert (errors.abs() <= expected[:, None] * 0.501).all()
         assert factors[is_written & ~is_finite].isnan().all()
     assert int(rounded.v_scales.isnan().sum()) == 1, "only the one head that is not finite"
+
+
+@pytest.mark.parametrize(
+    "case", [CASES["halves"], CASES["partial, interleaved"], CASES["no rotation"]], ids=str
+)
+def test_keys_and_values_in_float8_are_what_torch_rounds_them_to(case: Case) -> None:
+    """Byte by byte, beyond the format's range and for NaN, too; padding and all other places stay."""
+    qkv, rotation, _ = inputs(case, torch.float32)
+    qkv[0, -3:] = torch.tensor([1e4, NAN, float("inf")])
+    qkv[1] *= 2**-8
+    shape = (PAGES, PAGE_TOKENS, case.kv_heads, case.head_dim)
+    exact = poisoned(case, torch.float32)
+    written, expected = (Float8KV.allocate(shape, torch.float32, torch.device("cpu")) for _ in range(2))
+    for kv in (written, expected):
+        for slab in kv.slabs:
+            slab.fill_(0x55)
+    batch, q = places(), torch.zeros(5, case.heads, case.head_dim)
+    rope_and_write(qkv, q, exact, batch, BLOCK, rotation)
+    rope_and_write(qkv, q.clone(), written, batch, BLOCK, rotation)
+    slots = ((batch.write_origins + BLOCK) * PAGE_TOKENS + batch.write_offsets)[[0, 1, 3, 4]].long()
+    expected.write(slots, *exact.gather(slots))
+    for found, wanted in zip(written.slabs, expected.slabs, strict=True):
+        is_nan = (wanted & 0x7F) == 0x7F
+        assert torch.equal(found[~is_nan], wanted[~is_nan])
+        assert ((found & 0x7F) == 0x7F)[is_nan].all()
 
 
 def test_angles_may_be_those_of_the_tokens() -> None:

@@ -27,7 +27,7 @@ def make_pool() -> Iterator[Callable[..., KVPool]]:
         rules: AdmissionRules = STRICTLY_IN_ORDER,
         **options: Any,
     ) -> KVPool:
-        geometry = KVGeometry(PAGE_TOKENS, num_kv_heads=2, head_dim=3, dtype_bytes=dtype.itemsize)
+        geometry = KVGeometry(PAGE_TOKENS, num_kv_heads=2, head_dim=3, stored=dtype)
         pool = KVPool(geometry, num_pages, dtype, torch.device("cpu"), rules, **options)
         pool.allocate()
         pools.append(pool)

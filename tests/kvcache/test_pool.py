@@ -143,7 +143,7 @@ async def test_a_failed_fill_leaves_the_table_alone(pool: KVPool) -> None:
 
 def test_memory_comes_when_it_is_asked_for() -> None:
     """A pool without memory says so; allocate makes two slabs of the geometry's shape."""
-    geometry = KVGeometry(4, num_kv_heads=2, head_dim=3, dtype_bytes=2)
+    geometry = KVGeometry(4, num_kv_heads=2, head_dim=3, stored=torch.bfloat16)
     pool = KVPool(geometry, 5, torch.bfloat16, torch.device("cpu"))
     with pytest.raises(KVPoolError, match="allocate"):
         _ = pool.kv
@@ -155,6 +155,6 @@ def test_memory_comes_when_it_is_asked_for() -> None:
 
 def test_a_geometry_of_another_dtype_is_refused() -> None:
     """Bytes that were budgeted for one dtype are not used for another."""
-    pool = KVPool(KVGeometry(4, 2, 3, dtype_bytes=2), 5, torch.float32, torch.device("cpu"))
-    with pytest.raises(KVPoolError, match="float32"):
+    pool = KVPool(KVGeometry(4, 2, 3, torch.bfloat16), 5, torch.float32, torch.device("cpu"))
+    with pytest.raises(KVPoolError, match=r"pages of torch.bfloat16 are not for blocks .* in torch.float32"):
         pool.allocate()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from petalsd.kvcache.sizing import KVGeometry, pages_for, tokens_for
 
-LLAMA_70B = KVGeometry(page_tokens=16, num_kv_heads=8, head_dim=128, dtype_bytes=2)
+LLAMA_70B = KVGeometry(page_tokens=16, num_kv_heads=8, head_dim=128, stored=torch.bfloat16)
 
 
 def test_a_page_holds_keys_and_values() -> None:
@@ -14,6 +17,14 @@ def test_a_page_holds_keys_and_values() -> None:
     assert LLAMA_70B.slab_page_bytes == 32 << 10
     assert LLAMA_70B.page_bytes == 64 << 10
     assert LLAMA_70B.page_shape == (16, 8, 128)
+
+
+def test_elements_of_8_bits_differ_by_their_scales() -> None:
+    """int8 has one of 4 bytes for each token and head, float8 none."""
+    page_bytes = [
+        replace(LLAMA_70B, stored=stored).page_bytes for stored in (torch.int8, torch.float8_e4m3fn)
+    ]
+    assert page_bytes == [2 * 16 * 8 * (128 + 4), 2 * 16 * 8 * 128]
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (16, 1), (17, 2), (16384, 1024)])
@@ -38,9 +49,9 @@ def test_what_fits_into_memory_is_the_most_that_fits(memory_bytes: int) -> None:
     assert pages_for(tokens + 16, 40, 16) * LLAMA_70B.page_bytes > memory_bytes
 
 
-@pytest.mark.parametrize("field", ["page_tokens", "num_kv_heads", "head_dim", "dtype_bytes"])
+@pytest.mark.parametrize("field", ["page_tokens", "num_kv_heads", "head_dim"])
 def test_an_empty_page_is_refused(field: str) -> None:
     """Every number of a geometry is at least 1; the error names the one that is not."""
-    numbers = {"page_tokens": 16, "num_kv_heads": 8, "head_dim": 128, "dtype_bytes": 2}
+    numbers = {"page_tokens": 16, "num_kv_heads": 8, "head_dim": 128}
     with pytest.raises(ValueError, match=f"{field} = 0"):
-        KVGeometry(**{**numbers, field: 0})
+        KVGeometry(**{**numbers, field: 0}, stored=torch.bfloat16)

@@ -159,8 +159,8 @@ class DemoSession:
     ) -> None:
         """Rows of at most so many tokens each, through ``blocks``, by default all."""
         config = model.config
-        is_int8 = form.kv_dtype == "int8"
-        geometry = cache_geometry(config, PAGE_TOKENS, form.dtype, CPU, is_int8)
+        stored = torch.int8 if form.kv_dtype == "int8" else None
+        geometry = cache_geometry(config, PAGE_TOKENS, form.dtype, CPU, stored)
         assert geometry.is_head_major, "the kernels read these pages"
         self._form, self._span, self._blocks = form, model.span(form), blocks or model.whole
         self._rope = Rope(config, form.dtype, CPU)
@@ -168,7 +168,7 @@ class DemoSession:
         num_blocks = len(self._blocks)
         self._rows = PagedRows(
             num_blocks, config.num_kv_heads, config.head_dim, PAGE_TOKENS, num_runs, form.dtype
-        ).in_head_major(torch.int8 if is_int8 else None)
+        ).in_head_major(stored)
         self._rows.first_block = self._blocks.start
         self._ids = [self._rows.add_row() for _ in row_tokens]
 

@@ -104,7 +104,7 @@ def test_what_is_not_finite_stays_in_its_head(dtype: torch.dtype, stored: torch.
 def test_pages_take_what_the_geometry_says(dtype: torch.dtype, stored: torch.dtype) -> None:
     """The first dimension of every slab is the pages', and their bytes are those that memory is planned with."""
     slabs = make_pages(dtype, stored).slabs
-    geometry = KVGeometry(PAGE_TOKENS, KV_HEADS, HEAD_DIM, stored.itemsize, is_head_major=True)
+    geometry = KVGeometry(PAGE_TOKENS, KV_HEADS, HEAD_DIM, stored, is_head_major=True)
     assert sum(slab.nbytes for slab in slabs) == PAGES * geometry.page_bytes
     assert {slab.shape[0] for slab in slabs} == {PAGES}
 
