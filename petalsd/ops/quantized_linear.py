@@ -35,6 +35,8 @@ _TILES = (
     _Tile(_MAX_SPLIT_ROWS, _OUT_BLOCK, 64, Options(num_warps=4, num_stages=4)),
     _Tile(128, 128, 64, Options(num_warps=8, num_stages=3)),
 )
+# Multiplied without matrix units, from registers. Larger tiles spill, and on 10.0 Triton rounds them to TF32.
+_FLOAT32_TILE = _Tile(16, 32, 32, Options(num_warps=4, num_stages=3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,13 @@ class SplitWorkspace:
         return cls(partials, torch.zeros(programs, dtype=torch.int32, device=device), num_multiprocessors)
 
     def num_splits(self, num_tiles: int, num_pieces: int) -> int:
-        """Into how many programs the inputs of each tile are split: a power of two, so that few kernels exist."""
+        """Into how many programs the inputs of each tile are split: a power of two, so that few kernels exist.
+
+        With as many programs in all as there is room for. There may be no tiles.
+        """
         wanted = min(
             _MAX_SPLITS,
-            _PROGRAMS_PER_MULTIPROCESSOR * self.num_multiprocessors // num_tiles,
+            _PROGRAMS_PER_MULTIPROCESSOR * self.num_multiprocessors // max(1, num_tiles),
             num_pieces // _MIN_PIECES_PER_SPLIT,
         )
         return 1 << max(0, wanted.bit_length() - 1)
@@ -91,12 +96,12 @@ def quantized_linear(
     if bias is not None:
         check_tensor("bias", bias, (weight.num_out,))
     bits = _BITS[weight.format]
-    tile = next((tile for tile in _TILES if rows <= tile.rows), _TILES[-1])
+    tile = _tile_of(rows, x.dtype)
     inputs = tile.inputs if bits == 8 else GROUP_INPUTS
     grid = (-(-rows // tile.rows), -(-weight.num_out // tile.outputs))
     num_splits = 1
     if rows <= _MAX_SPLIT_ROWS:
-        num_splits = workspace.num_splits(grid[1], -(-weight.num_in // inputs))
+        num_splits = workspace.num_splits(grid[0] * grid[1], -(-weight.num_in // inputs))
     launch(
         quantized_linear_kernel,
         (*grid, num_splits),
@@ -111,6 +116,12 @@ def quantized_linear(
         },
         tile.options,
     )  # fmt: skip
+
+
+def _tile_of(rows: int, dtype: torch.dtype) -> _Tile:
+    if dtype == torch.float32:
+        return _FLOAT32_TILE
+    return next((tile for tile in _TILES if rows <= tile.rows), _TILES[-1])
 
 
 def reference_quantized_linear(
