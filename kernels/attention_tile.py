@@ -39,16 +39,18 @@ def rounded_biases(slopes, positions):
 
 
 @triton.jit
-def attention_biases(slopes, factor, keys, queries, ALIBI: tl.constexpr):
-    """``[BM, BN]``: linear biases of keys ``[BN]``, counted from each query ``[BM]``.
+def attention_biases(slopes, factor, keys, anchor, ALIBI: tl.constexpr):
+    """``[BM, BN]``: linear biases of keys ``[BN]``, up to what is the same for all keys of a query.
 
+    Counted from ``anchor``, a position near the queries, and not from each query: the softmax of a query does not
+    know the difference, distances are then the same for all rows of a tile, and still small enough to be exact.
     slopes ``[BM]`` float32, of each row's head. ALIBI_DISTANCES: slope times distance. ALIBI_ROUNDED: the
     difference of two products of slope and position, each rounded to bfloat16.
     """
     if ALIBI == ALIBI_ROUNDED:
         of_keys = rounded_biases(slopes[:, None], keys[None, :])
-        return factor * (of_keys - rounded_biases(slopes, queries)[:, None])
-    return (factor * slopes)[:, None] * (keys[None, :] - queries[:, None]).to(tl.float32)
+        return factor * (of_keys - rounded_biases(slopes, anchor)[:, None])
+    return (factor * slopes)[:, None] * (keys - anchor).to(tl.float32)[None, :]
 
 
 @triton.jit

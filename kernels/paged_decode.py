@@ -77,7 +77,6 @@ def paged_decode(
             total += 1.0
     if ALIBI != NO_ALIBI:
         head_slopes = tl.load(slopes + head, mask=is_head, other=0.0)
-        positions = tl.full([BM], 0, tl.int32) + (context - 1)
 
     row_origins = origins + row.to(tl.int64) * origins_stride
     k_head = k + kv_head * D + dims[:, None]
@@ -99,7 +98,7 @@ def paged_decode(
             v_factor = tl.load(v_scales + slots * HKV + kv_head, mask=is_inside, other=0.0)
         scores = tile_scores(queries, k_tile, k_factor, scale, softcap, SOFTCAP, SCALED)
         if ALIBI != NO_ALIBI:
-            scores += attention_biases(head_slopes, alibi_factor, keys, positions, ALIBI) * LOG2E
+            scores += attention_biases(head_slopes, alibi_factor, keys, context - 1, ALIBI) * LOG2E
         is_seen = is_inside
         if WINDOW > 0:
             is_seen = is_seen & (keys >= context - WINDOW)

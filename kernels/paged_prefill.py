@@ -62,11 +62,14 @@ def attend_tiles(
             v_factor = tl.load(v_scales + slots * HKV + kv_head, mask=is_inside, other=0.0)
         scores = tile_scores(queries, k_tile, k_factor, scale, softcap, SOFTCAP, SCALED)
         if ALIBI != NO_ALIBI:
-            scores += attention_biases(slopes, alibi_factor, keys, positions, ALIBI) * LOG2E
+            scores += attention_biases(slopes, alibi_factor, keys, last, ALIBI) * LOG2E
         if MASKED:
-            is_seen = keys[None, :] <= positions[:, None]
             if WINDOW > 0:
-                is_seen = is_seen & (keys[None, :] > positions[:, None] - WINDOW)
+                # A later key is at a negative distance, which unsigned is past any window.
+                distance = positions[:, None] - keys[None, :]
+                is_seen = distance.to(tl.uint32, bitcast=True) < WINDOW
+            else:
+                is_seen = keys[None, :] <= positions[:, None]
             scores = tl.where(is_seen, scores, float("-inf"))
         greatest, total, acc = softmax_step(
             scores, v_tile, v_factor, greatest, total, acc, queries.dtype, SCALED

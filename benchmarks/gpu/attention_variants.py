@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.variants import TARGETS, Limits, Matrix, Variant, meta
+from benchmarks.gpu.variants import FLOAT8_TARGETS, TARGETS, Limits, Matrix, Variant, meta
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_attention import DecodePlan, decode_attention
 from petalsd.ops.decode_batch import DecodeBatch, PrefillBatch
@@ -20,18 +20,19 @@ from petalsd.ops.ragged import PagedKV
 
 _ROWS, _TOKENS, _PAGES, _PAGE_TOKENS, _MAX_RUNS = 8, 256, 1024, 16, 64
 _MULTIPROCESSORS, _MAX_CONTEXT = 132, 32768
-_FLOAT8_TARGETS = tuple(target for target in TARGETS if target >= 89)
 
 # Page ids, and scales of 8-bit pages, are fetched ahead in 4 bytes.
 _PLAIN = Limits(128, Matrix.FEW_ROWS, is_async=True, narrow_copies=8)
 _EIGHT_BIT = Limits(128, Matrix.FEW_ROWS, is_async=True, narrow_copies=24)
 _PREFILL = Limits(232, Matrix.MANY_ROWS, is_async=True)
+# No matrix instruction multiplies float32 without rounding it.
+_EXACT = Limits(160, Matrix.NONE, is_async=True, narrow_copies=8)
 _PREFILL_EIGHT_BIT = Limits(232, Matrix.MANY_ROWS, is_async=True, narrow_copies=32)
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Of one family; ``stored`` is what the pages are, when not of the model's dtype."""
+    """Of one family; ``stored`` is what the pages are, when not of ``dtype``."""
 
     heads: int
     kv_heads: int
@@ -42,6 +43,13 @@ class Attention:
     has_biases: bool = False
     rounds_biases: bool = False
     stored: type[Int8KV | Float8KV] | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    def limits(self) -> tuple[Limits, Limits]:
+        """Of decode and of prefill."""
+        if self.dtype == torch.float32:
+            return _EXACT, _EXACT
+        return (_PLAIN, _PREFILL) if self.stored is None else (_EIGHT_BIT, _PREFILL_EIGHT_BIT)
 
     def rule(self) -> AttentionRule:
         per_head = meta(self.heads, dtype=torch.float32)
@@ -57,29 +65,32 @@ class Attention:
     def pages(self) -> PagedKV:
         shape, here = (_PAGES, _PAGE_TOKENS, self.kv_heads, self.head_dim), torch.device("meta")
         if self.stored is None:
-            return PagedKV(meta(*shape), meta(*shape))
-        return self.stored.allocate(shape, torch.bfloat16, here)
+            return PagedKV(meta(*shape, dtype=self.dtype), meta(*shape, dtype=self.dtype))
+        return self.stored.allocate(shape, self.dtype, here)
 
     def queries(self, count: int) -> torch.Tensor:
-        return meta(count, self.heads, self.head_dim)
+        return meta(count, self.heads, self.head_dim, dtype=self.dtype)
 
 
 TESTED = {
-    "SmolLM2-135M": Attention(9, 3, 64),
     "Llama-3.1-8B": Attention(32, 8, 128),
     "Phi-3-mini": Attention(32, 32, 96, window=2047),
     "Gemma-2-9B": Attention(16, 8, 256, window=4096, softcap=50.0),
     "gpt-oss-20b": Attention(64, 8, 64, window=128, has_sinks=True),
     "BLOOM-7B": Attention(32, 32, 128, has_biases=True),
-    "Falcon-7B": Attention(71, 1, 64),
-    "Falcon-RW-1B": Attention(32, 32, 64, has_biases=True, rounds_biases=True),
     "Llama-3.1-8B, int8": Attention(32, 8, 128, stored=Int8KV),
     "Llama-3.1-8B, float8": Attention(32, 8, 128, stored=Float8KV),
+    "SmolLM2-135M, float32": Attention(9, 3, 64, dtype=torch.float32),
 }
-_EXCEEDING = "BLOOM-7B"
-"""Its prefill still spills two words on sm_100: --full shows it, and the tests do not accept it."""
 
 OTHERS = {
+    "SmolLM2-135M": Attention(9, 3, 64),
+    "Falcon-7B": Attention(71, 1, 64),
+    "Falcon-RW-1B": Attention(32, 32, 64, has_biases=True, rounds_biases=True),
+    "Llama-3.1-8B, float32": Attention(32, 8, 128, dtype=torch.float32),
+    "Phi-3-mini, float32": Attention(32, 32, 96, window=2047, dtype=torch.float32),
+    "Gemma-2-9B, float32": Attention(16, 8, 256, window=4096, softcap=50.0, dtype=torch.float32),
+    "BLOOM-7B, float32": Attention(32, 32, 128, has_biases=True, dtype=torch.float32),
     "Llama-2-7B": Attention(32, 32, 128),
     "Llama-3.1-70B": Attention(64, 8, 128),
     "Llama-3.1-405B": Attention(128, 8, 128),
@@ -89,6 +100,11 @@ OTHERS = {
     "gpt-oss-20b, full layers": Attention(64, 8, 64, has_sinks=True),
     "Falcon-40B": Attention(128, 8, 64),
     "SmolLM2-135M, int8": Attention(9, 3, 64, stored=Int8KV),
+    "SmolLM2-135M, float8": Attention(9, 3, 64, stored=Float8KV),
+    "Mistral-7B-v0.1, float8": Attention(32, 8, 128, window=4096, stored=Float8KV),
+    "Phi-3-mini, float8": Attention(32, 32, 96, window=2047, stored=Float8KV),
+    "Gemma-2-9B, float8": Attention(16, 8, 256, window=4096, softcap=50.0, stored=Float8KV),
+    "BLOOM-7B, float8": Attention(32, 32, 128, has_biases=True, stored=Float8KV),
     "Mistral-7B-v0.1, int8": Attention(32, 8, 128, window=4096, stored=Int8KV),
     "Phi-3-mini, int8": Attention(32, 32, 96, window=2047, stored=Int8KV),
     "Gemma-2-9B, int8": Attention(16, 8, 256, window=4096, softcap=50.0, stored=Int8KV),
@@ -98,13 +114,9 @@ OTHERS = {
 
 def variants(is_full: bool) -> Iterator[Variant]:
     for name, attention in {**TESTED, **(OTHERS if is_full else {})}.items():
-        targets = _FLOAT8_TARGETS if attention.stored is Float8KV else TARGETS
-        is_eight_bit = attention.stored is not None
-        decode = _EIGHT_BIT if is_eight_bit else _PLAIN
+        targets = FLOAT8_TARGETS if attention.stored is Float8KV else TARGETS
+        decode, prefill = attention.limits()
         yield Variant(f"decode {name}", partial(_decode, attention, _MULTIPROCESSORS), decode, targets)
-        if name == _EXCEEDING and not is_full:
-            continue
-        prefill = _PREFILL_EIGHT_BIT if is_eight_bit else _PREFILL
         yield Variant(f"prefill {name}", partial(_prefill, attention), prefill, targets)
     one_split = partial(_decode, TESTED["Llama-3.1-8B"], 1)
     yield Variant("decode Llama-3.1-8B, one split", one_split, _PLAIN)

@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.variants import MODELS, Limits, Shape, Variant, meta
+from benchmarks.gpu.variants import FLOAT8_TARGETS, MODELS, TARGETS, Limits, Shape, Variant, meta
 from petalsd.ops.add_norm import Norm, add_norm
+from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.gated_activation import ACTIVATIONS, gated_activation
 from petalsd.ops.ragged import PagedKV
 from petalsd.ops.rope_kv import HeadNorms, Rotation, rope_and_write
@@ -33,6 +34,9 @@ def variants(shapes: Iterable[Shape]) -> Iterator[Variant]:
         "rope_kv 32/8x128, interleaved", partial(_rope, 32, 8, 128, 128, is_interleaved=True), Limits()
     )
     yield Variant("rope_kv 32/32x80, 32 of 80 rotated", partial(_rope, 32, 32, 80, 32), Limits())
+    for name, stored, targets in (("int8", Int8KV, TARGETS), ("float8", Float8KV, FLOAT8_TARGETS)):
+        eight_bit = partial(_rope, 32, 8, 128, 128, stored=stored)
+        yield Variant(f"rope_kv 32/8x128, {name} pages", eight_bit, Limits(), targets)
     yield Variant("rope_kv 32/8x128, no rotation", partial(_rope, 32, 8, 128, 0), Limits())
 
 
@@ -77,12 +81,17 @@ def _rope(
     *,
     is_interleaved: bool = False,
     has_norms: bool = False,
+    stored: type[Int8KV | Float8KV] | None = None,
 ) -> None:
-    slab = meta(_PAGES, _PAGE_TOKENS, kv_heads, head_dim)
+    shape = (_PAGES, _PAGE_TOKENS, kv_heads, head_dim)
+    if stored is None:
+        kv = PagedKV(meta(*shape), meta(*shape))
+    else:
+        kv = stored.allocate(shape, torch.bfloat16, torch.device("meta"))
     rotation = None
     if rotary:
         angles = meta(_POSITIONS, 2, rotary // 2, dtype=torch.float32)
         rotation = Rotation(angles, is_interleaved=is_interleaved)
     norms = HeadNorms(meta(head_dim), meta(head_dim), 1e-6) if has_norms else None
     qkv, q = meta(_TOKENS, (heads + 2 * kv_heads) * head_dim), meta(_TOKENS, heads, head_dim)
-    rope_and_write(qkv, q, PagedKV(slab, slab), Places(), 3, rotation, norms)
+    rope_and_write(qkv, q, kv, Places(), 3, rotation, norms)

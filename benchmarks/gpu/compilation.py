@@ -91,7 +91,7 @@ def figures_of_kernel(compiled: Any) -> Figures:
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        figures = read_figures(cubin, TOOLS, compiled.metadata.shared)
+        figures = read_figures(cubin, compiled.asm["ptx"], TOOLS, compiled.metadata.shared)
     unfinished = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     unfinished.write_text(json.dumps(dataclasses.asdict(figures)))
     unfinished.rename(kept)

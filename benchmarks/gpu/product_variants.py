@@ -21,6 +21,8 @@ _LIMITS = {
     64: Limits(168, Matrix.MANY_ROWS, is_async=True),
     128: Limits(248, Matrix.MANY_ROWS, is_async=True),
 }
+# Exact, so by no matrix instructions.
+_FLOAT32_LIMITS = Limits(255, Matrix.NONE, is_async=True)
 _SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 4}
 
 
@@ -35,11 +37,23 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"{format} product, 16 rows, bias", whole, replace(_LIMITS[16], narrow_copies=scale_copies)
         )
+        exact = partial(_product, format, 16, True, dtype=torch.float32)
+        yield Variant(
+            f"{format} product, float32", exact, replace(_FLOAT32_LIMITS, narrow_copies=scale_copies)
+        )
 
 
-def _product(format: WeightFormat, rows: int, is_split: bool, has_bias: bool = False) -> None:
+def _product(
+    format: WeightFormat,
+    rows: int,
+    is_split: bool,
+    *,
+    has_bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     here = torch.device("meta")
     weight = PackedWeight.empty(format, _NUM_OUT, _NUM_IN, lambda shape, dtype: meta(*shape, dtype=dtype))
     workspace = SplitWorkspace.allocate(here, _MANY_MULTIPROCESSORS if is_split else 1)
     bias = meta(_NUM_OUT) if has_bias else None
-    quantized_linear(meta(rows, _NUM_IN), weight, bias, meta(rows, _NUM_OUT), workspace)
+    x, out = meta(rows, _NUM_IN, dtype=dtype), meta(rows, _NUM_OUT, dtype=dtype)
+    quantized_linear(x, weight, bias, out, workspace)

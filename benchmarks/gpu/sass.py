@@ -13,6 +13,8 @@ _TIMEOUT_S = 60
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)", re.MULTILINE)
 _MATRIX = re.compile(r"^(?:HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|UTC\w*MMA)")
+# Names of machine instructions do not tell it for all targets.
+_TF32 = re.compile(r"^\s*(?:@!?%p\d+\s+)?(?:mma|wgmma|tcgen05)\.\S*tf32", re.MULTILINE)
 _WIDE = (".64", ".128", ".256")
 
 
@@ -29,7 +31,8 @@ class Figures:
     async_narrow_loads  those of less than 8 bytes
     wide_loads          loads of global memory of 8 bytes and more to registers
     narrow_loads        of less
-    matrix              matrix instructions by name and type of their operands, as in ``HMMA.BF16``
+    matrix              matrix instructions by name and type of their operands, as in ``HMMA.BF16``; and as
+                        ``TF32`` those that the PTX code has on float32 operands, which lose 13 bits of them
     """
 
     registers: int
@@ -44,14 +47,17 @@ class Figures:
     matrix: dict[str, int]
 
 
-def read_figures(cubin: Path, tools: Path, shared_bytes: int) -> Figures:
-    """By CUDA's own tools in the directory ``tools``. RuntimeError when they fail."""
+def read_figures(cubin: Path, ptx: str, tools: Path, shared_bytes: int) -> Figures:
+    """By CUDA's own tools in the directory ``tools``, but for ``ptx``. RuntimeError when they fail."""
     usage = _run(tools / "cuobjdump", "-res-usage", cubin)
     found = _RESOURCES.search(usage)
     if found is None:
         raise RuntimeError(f"cuobjdump names no registers: {usage[:200]!r}")
     opcodes = _OPCODE.findall(_run(tools / "nvdisasm", "-c", cubin))
-    return count_instructions(opcodes, int(found[1]), int(found[2]), shared_bytes)
+    figures = count_instructions(opcodes, int(found[1]), int(found[2]), shared_bytes)
+    if rounded := len(_TF32.findall(ptx)):
+        figures.matrix["TF32"] = rounded
+    return figures
 
 
 def count_instructions(

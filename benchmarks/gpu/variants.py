@@ -14,6 +14,9 @@ import torch
 from benchmarks.gpu.sass import Figures
 
 TARGETS = (80, 86, 89, 90, 100)
+FLOAT8_TARGETS = tuple(target for target in TARGETS if target >= 89)
+"""Those that can read pages in float8."""
+
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """What a program may have of a multiprocessor's shared memory."""
 

@@ -28,7 +28,7 @@ _MAX_HEAD_DIM = 512
 # What the GPU kernels take: they move whole 16-byte words, and have a head, and a group of heads, in registers.
 _KERNEL_MULTIPLE = 16
 _MAX_KERNEL_HEAD_DIM = 256
-_MAX_KERNEL_GROUP = 64
+_MAX_KERNEL_GROUP = 32
 
 
 def paged_span(blocks: Mapping[int, PagedBlock], num_threads: int, tier: str = "auto") -> PagedSpan:

@@ -40,11 +40,13 @@ def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -
     return 1 << (max(1, useful).bit_length() - 1)
 
 
-def decode_tile(group: int, head_dim: int, is_eight_bit: bool) -> tuple[int, int, int]:
+def decode_tile(group: int, kv: PagedKV) -> tuple[int, int, int]:
     """Query heads and tokens of a tile, and warps that share it: what no compiled variant spills with.
 
-    Tiles of 8 bits pass through registers, to be raised to the dtype of the queries, so they hold fewer tokens.
+    Tiles of 8 bits pass through registers, to be raised to the dtype of the queries, so they hold fewer tokens; so
+    do those of float32, which is multiplied from registers.
     """
+    head_dim, is_eight_bit = kv.k.shape[-1], isinstance(kv, Int8KV | Float8KV)
     block_m = min(max(_MIN_BLOCK_M, next_power_of_2(group)), _MAX_BLOCK_M)
     is_padded = head_dim != next_power_of_2(head_dim)
     block_n = 64 if head_dim <= 128 else 32
@@ -53,6 +55,8 @@ def decode_tile(group: int, head_dim: int, is_eight_bit: bool) -> tuple[int, int
         block_n = 32 if head_dim <= 128 and not is_padded else 16
         if is_padded and head_dim <= 128 and block_m == _MIN_BLOCK_M:
             num_warps = 4
+    elif kv.k.dtype == torch.float32:
+        block_n, num_warps = block_n // 2, 8
     return block_m, block_n, num_warps
 
 
@@ -86,7 +90,7 @@ class DecodePlan:
         """
         num_kv_heads, head_dim = kv.k.shape[2:]
         group = num_heads // num_kv_heads
-        block_m, block_n, num_warps = decode_tile(group, head_dim, isinstance(kv, Int8KV | Float8KV))
+        block_m, block_n, num_warps = decode_tile(group, kv)
         programs = num_kv_heads * -(-group // block_m)
         # A window that begins within a tile reaches into one more.
         splits = num_splits(num_rows, programs, num_sms, -(-max_context // block_n) + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from petalsd.kernels.paged_prefill import paged_prefill
@@ -12,9 +14,11 @@ from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.launching import Options, check_tensor, launch, next_power_of_2, strides
 from petalsd.ops.ragged import PagedKV
 
-_OPTIONS = Options(num_warps=8, num_stages=2)
+_UNBOUND = Options(num_warps=8, num_stages=2)
 _BOUND = Options(num_warps=8, num_stages=2, max_registers=232)
 """Without a bound some registers are spilled to have 128 of them; with one, where about 200 are needed, too."""
+_FLOAT8 = replace(_BOUND, num_stages=3)
+"""The third fetches page ids ahead: addresses then take fewer registers at a time."""
 
 
 def prefill_attention(
@@ -41,10 +45,10 @@ def prefill_attention(
     check_rows(num_rows, batch.context_lens, batch.origins)
     check_tensor("row_starts", batch.row_starts, (num_rows + 1,), torch.int32)
     group = num_heads // num_kv_heads
-    block_m, block_n = prefill_tile(head_dim, rule, isinstance(kv, Int8KV | Float8KV))
-    if group > block_m:
-        raise ValueError(f"q has {group} heads to a KV head: at most {block_m} are served")
-    block_q = block_m // group
+    tile = prefill_tile(head_dim, kv, q.dtype)
+    if group > tile.block_m:
+        raise ValueError(f"q has {group} heads to a KV head: at most {tile.block_m} are served")
+    block_q = tile.block_m // group
     launch(
         paged_prefill,
         (num_tokens // block_q + num_rows if num_tokens else 0, num_kv_heads),
@@ -55,17 +59,37 @@ def prefill_attention(
         ),
         {
             "HKV": num_kv_heads, "G": group, "D": head_dim, "DP": next_power_of_2(head_dim),
-            "PAGE": kv.page_tokens, "BQ": block_q, "BM": block_m, "BN": block_n,
+            "PAGE": kv.page_tokens, "BQ": block_q, "BM": tile.block_m, "BN": tile.block_n,
             "SCALED": isinstance(kv, Int8KV), **rule.constants,
         },
-        _OPTIONS if 64 < head_dim <= 128 and not isinstance(kv, Float8KV) else _BOUND,
+        tile.options,
     )  # fmt: skip
 
 
-def prefill_tile(head_dim: int, rule: AttentionRule, is_eight_bit: bool) -> tuple[int, int]:
-    """Query rows and tokens of a tile: the largest that no device spills with, in the shared memory of all."""
+@dataclass(frozen=True, slots=True)
+class PrefillTile:
+    """Query rows and tokens of a tile, and how the kernel is compiled for it."""
+
+    block_m: int
+    block_n: int
+    options: Options
+
+
+def prefill_tile(head_dim: int, kv: PagedKV, dtype: torch.dtype) -> PrefillTile:
+    """The largest that no device spills with, in the shared memory of all; ``dtype`` is that of the queries.
+
+    Tiles of 8 bits take registers to be raised to it, so they hold fewer tokens; but of small heads as many as are
+    loaded in 16 bytes by every thread. Float32 is multiplied without matrix units, from registers.
+    """
+    if dtype == torch.float32:
+        if head_dim > 128:
+            return PrefillTile(32, 16, Options(num_warps=8, num_stages=2))
+        num_warps = 8 if head_dim <= 64 else 16
+        return PrefillTile(64, 16, Options(num_warps, num_stages=2, max_registers=128))
+    is_eight_bit = isinstance(kv, Int8KV | Float8KV)
     if head_dim > 128:
-        return 64, 16
-    # What is kept of positions, or converted on the way, takes the registers of half a tile.
-    takes_more = rule.window is not None or rule.slopes is not None or is_eight_bit
-    return 128, 32 if takes_more or head_dim <= 64 else 64
+        return PrefillTile(64, 16, _BOUND)
+    block_n = 64 if is_eight_bit == (head_dim <= 64) else 32
+    if head_dim <= 64:
+        return PrefillTile(128, block_n, _BOUND)
+    return PrefillTile(128, block_n, _FLOAT8 if isinstance(kv, Float8KV) else _UNBOUND)

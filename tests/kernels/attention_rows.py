@@ -85,8 +85,8 @@ class AttentionRows:
     def plan(self, num_rows: int, splits: int) -> DecodePlan:
         """A plan of exactly this many splits."""
         kv = self.rows.kv
-        num_kv_heads, head_dim = kv.k.shape[2:]
-        block_m, _, _ = decode_tile(self.num_heads // num_kv_heads, head_dim, False)
+        num_kv_heads = kv.k.shape[2]
+        block_m, _, _ = decode_tile(self.num_heads // num_kv_heads, kv)
         programs = num_rows * num_kv_heads * -(-self.num_heads // num_kv_heads // block_m)
         num_sms = 0 if splits == 1 else -(-splits * programs // 2)
         plan = DecodePlan.create(num_rows, self.num_heads, kv, num_sms, 1 << 15)

@@ -81,6 +81,15 @@ def test_queries_are_not_scaled_in_their_own_dtype() -> None:
     rows.check_decode(q * 2000, batch, AttentionRule(3e-8), rows.plan(1, 1))
 
 
+def test_biases_of_far_tokens_are_exact() -> None:
+    """They are counted from near the queries: counted from the first token they would leave no digits."""
+    rows, q, batch = decode_rows(AttentionCase(1, 1, 64, 64, 1, F32), 4000)
+    rule = AttentionRule(0.125, slopes=torch.tensor([0.5]))
+    rows.check_decode(q, batch, rule, rows.plan(1, 1))
+    q, batch = rows.append({0: 5})
+    rows.check_prefill(q, batch, rule)
+
+
 def test_weights_are_not_rounded_to_the_dtype_of_the_pages() -> None:
     """With float8 pages and float32 queries nothing but the pages is in float8."""
     rows, q, batch = decode_rows(AttentionCase(4, 1, 64, 16, 2, F32, stored=Float8KV), 300)
@@ -144,7 +153,7 @@ def test_rows_may_share_pages() -> None:
 
 def test_a_result_does_not_depend_on_the_other_rows() -> None:
     """Bit for bit, with the same plan; rows of NaN and padding rows included."""
-    rows, q, batch = decode_rows(AttentionCase(4, 1, 64, 16, 2, F32), 290, 40, 300)
+    rows, q, batch = decode_rows(AttentionCase(4, 1, 64, 16, 2, F32), 290, 20, 300)
     rule, plan = AttentionRule(0.125), rows.plan(3, 2)
     first = rows.check_decode(q, batch, rule, plan)
     q[1] = torch.nan

@@ -144,6 +144,33 @@ print([(figures.wide_loads, figures.narrow_loads > 8) for figures in found])
     assert result.stdout.strip() == "[(4, False), (2, True)]", result.stderr
 
 
+@pytest.mark.timeout(COMPILING_S + 10)
+def test_products_that_round_their_operands_are_found() -> None:
+    """float32 by TF32, on all generations of matrix units; "ieee" has none, and limits allow none anywhere."""
+    code = """
+import torch
+from benchmarks.gpu.compilation import figures_of, prepare_cache
+from petalsd.ops.launching import Launch, Options
+from tests.kernels.square_kernel import square_kernel
+prepare_cache()
+x = torch.empty(64, 64, device="meta")
+for precision in ("tf32", "ieee"):
+    launch = Launch(square_kernel, (1,), (x, x), {"PRECISION": precision}, Options())
+    print(["TF32" in figures_of(launch, target).matrix for target in (80, 90, 100)])
+"""
+    result = run_compiling("-c", code)
+    assert result.stdout.split("\n")[:2] == ["[True, True, True]", "[False, False, False]"], result.stderr
+    for limits in (Limits(128, Matrix.FEW_ROWS), Limits()):
+        matrix = {kind: 8 for kind in (limits.matrix.expected(80), "TF32") if kind}
+        assert len(limits.violations(replace(FINE, matrix=matrix), 80)) == 1
+
+
+def test_float8_is_not_asked_of_devices_without_it() -> None:
+    """Its conversions do not compile for them."""
+    targets = {variant.targets for name, variant in all_variants(is_full=True).items() if "float8" in name}
+    assert targets == {(89, 90, 100)}
+
+
 def test_an_interpreted_kernel_is_not_compiled() -> None:
     """In this process kernels are interpreted; the error says so."""
     (launch,) = launches_of(all_variants()["norm 4096"]).values()
