@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from petalsd.engine.captures import Capturing
 from petalsd.engine.engine import Engine
 from petalsd.engine.kv_transfer import Place
 from petalsd.engine.observer import NullObserver
@@ -51,7 +52,7 @@ async def test_states_are_off_by_the_format_alone(tmp_path: Path) -> None:
     model = TinyModel(tmp_path, num_hidden_layers=2)
     hidden, found = states(2, 20), []
     for runners in (
-        KernelRunners(CPU, 1, LIMITS, NullObserver(), RecordedGraphs),
+        KernelRunners(CPU, 1, LIMITS, NullObserver(), Capturing(RecordedGraphs())),
         StagedRunners(CPU, 1, LIMITS, NullObserver()),
     ):
         async with serving(model, runners) as engine, opened(engine, batch=2, max_tokens=24) as session:
