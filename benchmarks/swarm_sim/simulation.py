@@ -201,6 +201,7 @@ class Simulation:
             part = min(abs(goal - server.start) / server.n, 1.0)
             load_s = max(_MIN_LOAD_S, part * float(self.fleet.load_s[row]))
             fetch_s = self.scenario.fetch_share * load_s
+            self._announce(row, Record(ONLINE, server.start, server.start + server.n, goal))
             self._at(self.now + fetch_s, self._shift, row, goal, load_s - fetch_s)
 
     def _shift(self, row: int, goal: int, load_s: float) -> None:

@@ -104,6 +104,6 @@ class View:
             served_start=start,
             served_end=end,
             throughput=self.t[rows],
-            is_free=is_online & self.follows[rows] & (end - start == n) & (n < self.blocks),
+            is_free=is_online & self.follows[rows] & (start == goal) & (end - start == n) & (n < self.blocks),
         )
         return state, rows

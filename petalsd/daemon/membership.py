@@ -119,8 +119,8 @@ class Membership:
     async def renew(self) -> None:
         await self._joined.announcer.renew()
 
-    async def announce_parts(self, parts: Sequence[Part]) -> None:
-        await self._joined.announcer.announce_parts(parts)
+    async def announce_parts(self, parts: Sequence[Part], goal: BlockSpan | None = None) -> None:
+        await self._joined.announcer.announce_parts(parts, goal)
 
     def admit(self) -> None:
         self._serving.serve()

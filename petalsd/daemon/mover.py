@@ -87,16 +87,18 @@ class Mover:
         self._parts.loader.drop_outside(route.new)
         await self._announce([(ServerState.ONLINE, route.new)])
 
-    async def _announce(self, parts: Sequence[Part]) -> None:
+    async def _announce(self, parts: Sequence[Part], goal: BlockSpan | None = None) -> None:
         """A directory that does not take it is no reason to end anything: it is told again with each renewal."""
         try:
-            await self._parts.member.announce_parts(parts)
+            await self._parts.member.announce_parts(parts, goal)
         except (SwarmError, DeadlineExceeded) as error:
             log.warning("move_not_announced", **error_fields(error))
 
     async def _change(self, route: Route) -> None:
         """What may fail for long comes first, while everything is served: the download."""
         engine, loader = self._parts.engine, self._parts.loader
+        if route.arriving:
+            await self._announce_way(route, route.old)  # early, or others would fill the same gap
         self._parts.activity.at(f"all blocks go on serving, fetching {_blocks(route.arriving)}")
         await loader.fetch(route.new)
         await self._narrow(route)
@@ -120,10 +122,13 @@ class Mover:
         """
         self._parts.engine.restrict(route.kept, f"this server moves to blocks {route.new}")
         self.takes_sessions = route.kept is not None
-        kept = [] if route.kept is None else [(ServerState.ONLINE, route.kept)]
-        joining = [(ServerState.JOINING, span) for span in route.arriving]
-        leaving = [(ServerState.OFFLINE, span) for span in route.left]
-        await self._announce(leaving + joining + kept)
+        await self._announce_way(route, route.kept)
+
+    async def _announce_way(self, route: Route, served: BlockSpan | None) -> None:
+        online = [] if served is None else [served]
+        parts = [(ServerState.OFFLINE, span) for span in route.old.minus(*online)]
+        parts += [(ServerState.JOINING, span) for span in route.arriving]
+        await self._announce([*parts, *((ServerState.ONLINE, span) for span in online)], route.new)
 
     async def _see_off(self, route: Route) -> None:
         """Let sessions on blocks that are left go on elsewhere or finish, and end those that do not in time."""

@@ -114,8 +114,11 @@ class SwarmMember(Protocol):
     async def renew(self) -> None:
         """Write what was announced last once more, with fresh pings. SwarmError or DeadlineExceeded."""
 
-    async def announce_parts(self, parts: Sequence[Part]) -> None:
-        """The same for several spans, what is served last; blocks in none of them go OFFLINE first."""
+    async def announce_parts(self, parts: Sequence[Part], goal: BlockSpan | None = None) -> None:
+        """The same for several spans, what is served last; blocks in none of them go OFFLINE first.
+
+        JOINING ones are on the way to being served with all of ``goal``.
+        """
 
     def admit(self) -> None:
         """Answer requests."""

@@ -91,6 +91,7 @@ class Announcer:
         self._rng = random.Random()
         self._lock = asyncio.Lock()
         self._current: tuple[Part, ...] = ()
+        self._goal: BlockSpan | None = None
         self._expiration = 0.0
         self._told: dict[BlockSpan, ServerRecord] = {}  # what is stored of the current parts
         self.last_stored: Announcement | None = None
@@ -100,14 +101,16 @@ class Announcer:
         """Publish ``state`` for ``span``, and nothing else, as ``announce_parts``."""
         await self.announce_parts([(state, span)])
 
-    async def announce_parts(self, parts: Sequence[Part]) -> None:
+    async def announce_parts(self, parts: Sequence[Part], goal: BlockSpan | None = None) -> None:
         """Publish these now, in order, and keep renewing them; blocks of before that are in none go OFFLINE first.
 
-        The last one is what is served, if anything is. SwarmError or DeadlineExceeded when something could not be
-        stored; renewing goes on trying.
+        The last one is what is served, if anything is. JOINING ones claim ``goal``, which they are to be served
+        with; None: themselves. SwarmError or DeadlineExceeded when something could not be stored; renewing goes
+        on trying.
         """
         async with self._lock:
             old, self._current, self._told = self._current, tuple(parts), {}
+            self._goal = goal
             spans = [span for _, span in parts]
             for state, span in old:
                 for left in () if state == ServerState.OFFLINE else span.minus(*spans):
@@ -190,7 +193,8 @@ class Announcer:
 
     def _describe(self, state: ServerState, span: BlockSpan) -> ServerRecord:
         pings = None if state == ServerState.OFFLINE else self._pings.averages()
-        return replace(self._make_record(state, span), state=state, span=span, next_pings=pings)
+        claim = self._goal if state == ServerState.JOINING and self._goal is not None else span
+        return replace(self._make_record(state, span), state=state, span=claim, next_pings=pings)
 
     async def _publish(self, state: ServerState, span: BlockSpan) -> None:
         record = self._describe(state, span)

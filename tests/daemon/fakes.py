@@ -117,7 +117,7 @@ class FakeMember:
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
         await self.announce_parts([(state, span)])
 
-    async def announce_parts(self, parts: Sequence[Part]) -> None:
+    async def announce_parts(self, parts: Sequence[Part], goal: BlockSpan | None = None) -> None:
         self._call("announce", ", ".join(f"{state.name} {span}" for state, span in parts))
         if self.broken.is_set():
             raise SwarmError("p2pd died")

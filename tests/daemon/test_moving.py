@@ -41,6 +41,7 @@ async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     running = await moving(stage)
     await eventually(lambda: stage.member.handed_over == [KEPT])
     assert stage.calls == [
+        "announce JOINING 4:6, ONLINE 0:4",
         "engine keeps 2:4",
         "announce OFFLINE 0:2, JOINING 4:6, ONLINE 2:4",
         "load 4",
@@ -112,6 +113,7 @@ async def test_without_room_the_left_blocks_go_before_the_new_ones_come() -> Non
     stage.engine.open_spans.remove(OLD)
     await asyncio.wait_for(online, DEADLINE_S)
     assert calls(stage) == [
+        "announce JOINING 4:6, ONLINE 0:4",
         "engine keeps 2:4", "announce OFFLINE 0:2, JOINING 4:6, ONLINE 2:4", "engine changes to 2:4",
         "load 4", "load 5", "engine changes to 2:6", "announce ONLINE 2:6",
     ]  # fmt: skip
@@ -242,6 +244,7 @@ async def test_blocks_are_given_up_and_taken_back() -> None:
     stage.swarm.put(OTHER, OFFLINE, BlockSpan(1, 8))
     await checked(stage)
     assert calls(stage) == [
+        "announce JOINING 1:4, ONLINE 0:1",
         "engine keeps 0:1", "announce JOINING 1:4, ONLINE 0:1", "load 1", "load 2", "load 3",
         "engine changes to 0:4", "announce ONLINE 0:4",
     ]  # fmt: skip

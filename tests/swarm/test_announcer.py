@@ -116,7 +116,9 @@ async def test_a_move_announces_what_stays_what_comes_and_what_is_left() -> None
     assert dht.states() == parts
     await ours.renew()
     assert dht.states() == parts * 2
-    await ours.announce_parts([(JOINING, BlockSpan(4, 5)), (ONLINE, BlockSpan(2, 3))])
+    assert dht.record("m-hf.3").span == BlockSpan(3, 4)
+    await ours.announce_parts([(JOINING, BlockSpan(4, 5)), (ONLINE, BlockSpan(2, 3))], BlockSpan(2, 5))
+    assert [dht.record(f"m-hf.{block}").span for block in (4, 2)] == [BlockSpan(2, 5), BlockSpan(2, 3)]
     assert dht.states()[8:11] == [("m-hf.0", OFFLINE), ("m-hf.3", OFFLINE), ("m-hf.1", OFFLINE)]
     blocks = [parse_entries(key, dht.entries.get(key, {})) for key in (f"m-hf.{block}" for block in range(6))]
     (seen,) = SwarmView("m-hf", 6, blocks).spans(JOINING)

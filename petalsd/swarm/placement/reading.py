@@ -16,16 +16,14 @@ _OURS = "petalsd"  # how its version begins
 def read_state(view: SwarmView) -> SwarmState:
     """The servers of ``view`` that serve or load blocks.
 
-    A server that moves and keeps some blocks has ONLINE records for these and JOINING ones for the new: it counts
-    with both where the cover is planned, and with the former where it is served.
+    A server that moves has ONLINE records for what it still serves, and JOINING ones for the new blocks, which
+    claim all the blocks that it will have: it counts with the latter where the cover is planned, and with the
+    former where it is served.
     """
     served = {remote.peer: remote for remote in view.spans(ServerState.ONLINE)}
     loading = _loading(view)
     peers = sorted({*served, *loading})
-    spans = [
-        _hull(served[peer].span if peer in served else None, loading.get(peer, (None, 0.0))[0])
-        for peer in peers
-    ]
+    spans = [loading[peer][0] if peer in loading else served[peer].span for peer in peers]
     now = [served[peer].span if peer in served else None for peer in peers]
     rates = [served[peer].record.throughput if peer in served else loading[peer][1] for peer in peers]
     free = [
@@ -67,9 +65,6 @@ def _loading(view: SwarmView) -> dict[str, tuple[BlockSpan, float]]:
     return spans
 
 
-def _hull(one: BlockSpan | None, other: BlockSpan | None) -> BlockSpan:
-    """The smallest span that holds both; ValueError without any."""
-    spans = [span for span in (one, other) if span is not None]
-    if not spans:
-        raise ValueError("no span")
-    return BlockSpan(min(span.start for span in spans), max(span.end for span in spans))
+def _hull(one: BlockSpan, other: BlockSpan) -> BlockSpan:
+    """The smallest span that holds both."""
+    return BlockSpan(min(one.start, other.start), max(one.end, other.end))

@@ -43,17 +43,20 @@ def record(state: ServerState, span: BlockSpan, version: str | None = "petalsd 1
 
 
 def test_a_server_that_moves_counts_with_what_it_serves_and_what_it_loads() -> None:
-    """It keeps 2:4 and loads 4:6: planned with both, served with the former, and not to be moved again yet."""
-    view = view_of(
+    """From 0:4 to 2:6: planned with the latter from the beginning, and not to be moved again yet."""
+    arriving = ("a", BlockSpan(4, 6), record(ServerState.JOINING, BlockSpan(2, 6)))
+    fetching = view_of(8, ("a", BlockSpan(0, 4), record(ServerState.ONLINE, BlockSpan(0, 4))), arriving)
+    leaving = view_of(
         8,
         ("a", BlockSpan(0, 2), record(ServerState.OFFLINE, BlockSpan(0, 2))),
         ("a", BlockSpan(2, 4), record(ServerState.ONLINE, BlockSpan(2, 4))),
-        ("a", BlockSpan(4, 6), record(ServerState.JOINING, BlockSpan(4, 6))),
+        arriving,
     )
-    state = read_state(view)
-    assert state.planned_cover().tolist() == [0, 0, 2, 2, 2, 2, 0, 0]
-    assert state.served_cover().tolist() == [0, 0, 2, 2, 0, 0, 0, 0]
-    assert not state.is_free[0]
+    for view, served in ((fetching, [2, 2, 2, 2, 0, 0, 0, 0]), (leaving, [0, 0, 2, 2, 0, 0, 0, 0])):
+        state = read_state(view)
+        assert state.planned_cover().tolist() == [0, 0, 2, 2, 2, 2, 0, 0]
+        assert state.served_cover().tolist() == served
+        assert not state.is_free[0]
 
 
 def test_who_is_free() -> None:
