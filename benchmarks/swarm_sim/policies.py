@@ -54,12 +54,12 @@ class PetalsPolicy:
 
 
 class PetalsdPolicy:
-    """The product's placement, with the daemon's defaults: balance_period_s = 30, balance_quality = 0.75.
+    """The product's placement, with the daemon's defaults: balance_period_s = 10, balance_quality = 0.75.
 
     The list of moves is shared among servers with equal views, as it would be equal; those on it decide.
     """
 
-    follows, check_s = True, 30.0
+    follows, check_s = True, 10.0
 
     def __init__(self, constants: Constants | None = None, quality: float = 0.75) -> None:
         self.constants = constants or Constants()

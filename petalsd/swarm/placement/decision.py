@@ -71,7 +71,7 @@ class Estimate:
     lost_rate       by how much the swarm is slower while the move lasts
     load_s          how long it lasts
     gain_tokens     what it wins while it is expected to last, and
-    cost_tokens     what it costs
+    cost_tokens     what it costs until it is done, and until others have loaded what they announced
     """
 
     weakest_before: float
@@ -177,6 +177,7 @@ def estimate(
     tau = scale(state, policy)
     gain = soft_minimum(after.planned_cover(), tau) - soft_minimum(state.planned_cover(), tau)
     lost = _lost_rate(state, row, target, tau, policy)
+    missed = _missed_rate(state, row, target, tau)
     work = float(state.throughput[row]) * num_new / state.num_blocks
     return Estimate(
         weakest_before=float(state.planned_cover().min()),
@@ -185,7 +186,9 @@ def estimate(
         lost_rate=lost,
         load_s=load_s,
         gain_tokens=gain * policy.lasting_s(load_s),
-        cost_tokens=lost * load_s + (policy.move_s + costs.session_s) * work,
+        cost_tokens=lost * policy.leaving_share * load_s
+        + missed * policy.pending_s
+        + (policy.move_s + costs.session_s) * work,
     )
 
 
@@ -222,6 +225,17 @@ def _lost_rate(state: SwarmState, row: int, target: BlockSpan, tau: float, polic
     if float(left.min()) <= 0:
         return policy.hole_weight * lowest
     return min(soft_minimum(served, tau) - soft_minimum(left, tau), lowest)
+
+
+def _missed_rate(state: SwarmState, row: int, target: BlockSpan, tau: float) -> float:
+    """By how much the swarm is slower after the move while others still load what they announced."""
+    served, rate = state.served_cover(), state.throughput[row]
+    if np.array_equal(served, state.planned_cover()):
+        return 0.0
+    after = served.copy()
+    after[state.served_start[row] : state.served_end[row]] -= rate
+    after[target.start : target.end] += rate
+    return max(soft_minimum(served, tau) - soft_minimum(after, tau), 0.0)
 
 
 def _nothing(state: SwarmState) -> Estimate:

@@ -19,6 +19,10 @@ class Policy:
     horizon_s       how long a gain is expected to last; it counts for less the later it comes
     load_base_s     what loading a whole span takes at least, and
     load_block_s    for each of its blocks; a move loads the share of it that is new
+    leaving_share   of that time the blocks that are left are missing: until then, the new ones are downloaded
+    pending_s       how long blocks that others are loading will be missing yet, as far as one knows
+    margin          a move is listed if it wins that many times what it costs: what balance_quality is by default,
+                    as one that is listed and does not go lets the others wait in vain
     hole_weight     how many times worse no throughput is than a little: every session breaks at a hole
     move_s          seconds of the server's work that a whole move costs at least: small gains are left alone
     min_stay_s      a server that has come or moved stays at least that long, unless a block has nobody
@@ -27,17 +31,20 @@ class Policy:
     candidates_per_move  how many servers are looked at closely: those whose blocks are needed least
     """
 
-    softness: float = 0.03
+    softness: float = 0.02
     horizon_s: float = 100.0
     load_base_s: float = 60.0
     load_block_s: float = 2.0
+    leaving_share: float = 0.5
+    pending_s: float = 60.0
+    margin: float = 4 / 3
     hole_weight: float = 1.0
     move_s: float = 10.0
     min_stay_s: float = 60.0
     moves_share: float = 0.04
     min_moves: int = 4
     max_moves: int = 24
-    candidates_per_move: int = 10
+    candidates_per_move: int = 8
 
     def num_moves(self, servers: int) -> int:
         """Length of the list of a swarm of that many servers."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.state import Floats, Ints, SwarmState
+from petalsd.swarm.placement.state import Flags, Floats, Ints, SwarmState
 
 _NOTHING = 1e-6  # of a server's throughput: what rounding leaves of a block that nobody serves
 _HOLE = 1e100
+_MAX_EXPONENT = 200.0  # far above what a swarm with anything served can have, and e to it below _HOLE
 _TINY = 1e-300  # below what a sum of weights can be
 
 
@@ -34,6 +35,7 @@ class Landscape:
     def __init__(self, state: SwarmState, policy: Policy) -> None:
         self.policy = policy
         self.num_blocks = state.num_blocks
+        self._block = np.arange(state.num_blocks)
         self.tau = scale(state, policy)
         self.length, self.throughput = state.length, state.throughput
         self.start = state.start.copy()
@@ -53,66 +55,80 @@ class Landscape:
     def values(self, rows: Ints) -> Floats:
         """[K, num_blocks] tokens won over the horizon if server ``rows[k]`` moved to start at each block.
 
-        0 where it is, -inf where its span would not fit.
+        Costs count ``policy.margin`` times. 0 where it is, -inf where its span would not fit.
         """
         policy, length = self.policy, self.length[rows][:, None].astype(float)
-        moved = np.minimum(np.abs(np.arange(self.num_blocks) - self.start[rows][:, None]), length)
-        load_s = policy.load_s(length) * moved / length
-        work = self.throughput[rows][:, None] * moved / self.num_blocks
-        costs = self.losses(rows) * load_s + policy.move_s * work
-        values: Floats = self.gains(rows) * policy.lasting_s(load_s) - costs
+        part = np.minimum(np.abs(self._block - self.start[rows][:, None]) / length, 1.0)
+        load_s = policy.load_s(length) * part
+        work = self.throughput[rows][:, None] * length / self.num_blocks
+        costs = self.losses(rows) * (policy.leaving_share * load_s)
+        costs += (policy.move_s * work) * part
+        if not np.array_equal(self.served, self.cover):
+            costs += policy.pending_s * np.maximum(-self._gains(rows, self.served, 0.0), 0.0)
+        values: Floats = self.gains(rows) * policy.lasting_s(load_s)
+        values -= policy.margin * costs
         return values
 
     def gains(self, rows: Ints) -> Floats:
         """[K, num_blocks] tokens/s by which the soft minimum rises, once all is loaded."""
+        return self._gains(rows, self.cover, -np.inf)
+
+    def _gains(self, rows: Ints, cover: Floats, misfit: float) -> Floats:
+        """The same from another cover, with ``misfit`` where the span would not fit."""
         tau, at, length = self.tau, self.start[rows][:, None], self.length[rows][:, None]
-        rate, block = self.throughput[rows][:, None], np.arange(self.num_blocks)
-        is_own = (block >= at) & (block < at + length)
-        without = self.cover - rate * is_own
+        rate, block = self.throughput[rows][:, None], self._block
+        without = cover - rate * self._own(rows)
         weight = np.exp((without.min(1, keepdims=True) - without) / tau)
-        joined = weight * np.exp(-rate / tau)
-        before, inside = _sums(weight), _sums(joined)
+        before, inside = _sums(weight), _sums(weight * np.exp(-rate / tau))
         behind = _sums(weight[:, ::-1])[:, ::-1]
         end = np.minimum(block + length, self.num_blocks)
-        total = before[:, :-1] + behind[np.arange(len(rows))[:, None], end]
-        total += np.take_along_axis(inside, end, 1) - inside[:, :-1]
+        total = before[:, :-1] + _columns(behind, end)
+        total += _columns(inside, end) - inside[:, :-1]
         level = -tau * np.log(np.maximum(total, _TINY))
-        gain: Floats = level - np.take_along_axis(level, at, 1)
-        return np.where(block + length <= self.num_blocks, gain, -np.inf)
+        level -= _columns(level, at)
+        level[block + length > self.num_blocks] = misfit
+        return level
 
     def losses(self, rows: Ints) -> Floats:
         """[K, num_blocks] tokens/s that the swarm lacks while a server loads: it has left its leaving blocks."""
         at, length = self.start[rows][:, None], self.length[rows][:, None]
-        rate, block = self.throughput[rows][:, None], np.arange(self.num_blocks)
+        rate = self.throughput[rows][:, None]
         tau, lowest = self.tau, float(self.served.min())
         if lowest <= _NOTHING * float(rate.max()):
             return np.zeros((len(rows), self.num_blocks))  # no chain serves anybody: there is nothing to lose
-        is_own = (block >= at) & (block < at + length)
-        left = self.served - rate
-        is_hole = is_own & (left <= _NOTHING * rate)
         weight = np.exp((lowest - self.served) / tau)
+        more = weight * np.expm1(np.minimum(rate / tau, _MAX_EXPONENT))
         # A hole is far more than all other weights together, so that its presence shows in the same sum.
-        more = is_own * (np.where(is_hole, _HOLE, np.exp((lowest - np.maximum(left, 0.0)) / tau)) - weight)
-        rises = _leaving(more, at, length)
+        more[self.served - rate <= _NOTHING * rate] = _HOLE
+        more *= self._own(rows)
+        rises = self._leaving(more, at, length)
         loss = np.minimum(tau * np.log1p(rises / float(weight.sum())), lowest)
         return np.where(rises >= _HOLE / 2, self.policy.hole_weight * lowest, loss)
+
+    def _own(self, rows: Ints) -> Flags:
+        """[K, num_blocks] whether a block is one of the server's."""
+        at = self.start[rows][:, None]
+        return (self._block >= at) & (self._block < at + self.length[rows][:, None])
+
+    def _leaving(self, table: Floats, at: Ints, length: Ints) -> Floats:
+        """[K, L] sums over the own blocks that a start at each block leaves; ``table`` is 0 outside of them.
+
+        Summed from the end that is left, as differences of large sums would lose the small ones.
+        """
+        from_left, from_right = _sums(table)[:, :-1], _sums(table[:, ::-1])[:, ::-1]
+        end = np.minimum(self._block + length, self.num_blocks)
+        return np.where(self._block >= at, from_left, _columns(from_right, end))
 
 
 def _sums(table: Floats) -> Floats:
     """[K, L] -> [K, L + 1]: sums of the first 0, 1, ... columns."""
-    out = np.zeros((table.shape[0], table.shape[1] + 1))
+    out = np.empty((table.shape[0], table.shape[1] + 1))
+    out[:, 0] = 0.0
     np.cumsum(table, axis=1, out=out[:, 1:])
     return out
 
 
-def _leaving(table: Floats, at: Ints, length: Ints) -> Floats:
-    """[K, L] sums over the own blocks that a start at each block leaves; ``table`` is 0 outside the own blocks.
-
-    Summed from the end that is left, as differences of large sums would lose the small ones.
-    """
-    blocks = table.shape[1]
-    block = np.arange(blocks)[None, :]
-    from_left, from_right = _sums(table), _sums(table[:, ::-1])[:, ::-1]
-    right = np.take_along_axis(from_left, np.minimum(np.maximum(block, at), at + length), 1)
-    left = np.take_along_axis(from_right, np.minimum(np.maximum(block + length, at), blocks), 1)
-    return np.where(block >= at, right, left)
+def _columns(table: Floats, at: Ints) -> Floats:
+    """[K, M] of each row of ``table`` the columns ``at`` [K, M]."""
+    taken: Floats = table[np.arange(len(table))[:, None], at]
+    return taken

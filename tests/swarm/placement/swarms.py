@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from petalsd.swarm.placement.state import SwarmState
@@ -36,4 +38,12 @@ def random_state(seed: int, servers: int = 24, num_blocks: int = 16) -> SwarmSta
         served_end=start + length,
         throughput=rng.lognormal(2.0, 1.0, servers),
         is_free=np.ones(servers, bool),
+    )
+
+
+def loading(state: SwarmState, count: int) -> SwarmState:
+    """The first ``count`` servers have announced their blocks and serve none of them yet."""
+    is_there = np.arange(len(state.peers)) >= count
+    return replace(
+        state, served_end=np.where(is_there, state.served_end, state.served_start), is_free=is_there
     )

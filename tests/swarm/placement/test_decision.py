@@ -20,7 +20,7 @@ from petalsd.swarm.placement.plan import plan_moves
 from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.state import SwarmState
 from petalsd.types import BlockSpan
-from tests.swarm.placement.swarms import random_state, state_of
+from tests.swarm.placement.swarms import loading, random_state, state_of
 
 
 def asked(state: SwarmState, peer: str, costs: MoveCosts | None = None, served_s: float = 1e9) -> Decision:
@@ -70,6 +70,16 @@ def test_turns_lead_to_rest(seed: int) -> None:
         )
     assert plan_moves(state, Policy()) == []
     assert float(state.planned_cover().min()) > before
+
+
+def test_blocks_are_not_left_before_those_that_come_there_have_loaded() -> None:
+    """The crowd on the left half thins out for a small gap only when the newcomer there is up."""
+    spans = [(0, 4, 6.0), (0, 4, 2.0), (0, 4, 3.0), (4, 8, 8.0)]
+    state = state_of(8, *spans)
+    assert asked(state, "b").is_move
+    coming = loading(state, 1)
+    assert coming.planned_cover().tolist() == state.planned_cover().tolist()
+    assert not asked(coming, "b").is_move
 
 
 def test_the_only_holder_of_blocks_stays() -> None:

@@ -10,7 +10,7 @@ from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.potential import Landscape, soft_minimum
 from petalsd.swarm.placement.state import cover
 from petalsd.types import BlockSpan
-from tests.swarm.placement.swarms import random_state, state_of
+from tests.swarm.placement.swarms import loading, random_state, state_of
 
 
 def test_the_soft_minimum_is_below_the_minimum_and_near_it() -> None:
@@ -28,21 +28,22 @@ def test_a_block_that_nobody_serves_has_exactly_nothing() -> None:
     assert cover(5, start, end, spans[:, 2])[3] == 0.0
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_table_of_moves_agrees_with_each_move(seed: int) -> None:
+@pytest.mark.parametrize("num_loading", [0, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_table_of_moves_agrees_with_each_move(seed: int, num_loading: int) -> None:
     """Gain, loss and value of every move of every server are what the state after the move says."""
-    state, policy = random_state(seed), Policy()
-    land, rows = Landscape(state, policy), np.arange(len(state.peers))
+    state, policy = loading(random_state(seed), num_loading), Policy()
+    land, rows = Landscape(state, policy), np.arange(num_loading, len(state.peers))
     gains, losses, values = land.gains(rows), land.losses(rows), land.values(rows)
-    for row in rows.tolist():
+    for at, row in enumerate(rows.tolist()):
         length = int(state.length[row])
-        assert np.isneginf(gains[row, state.num_blocks - length + 1 :]).all()
+        assert np.isneginf(gains[at, state.num_blocks - length + 1 :]).all()
         for start in range(state.num_blocks - length + 1):
             figures = estimate(state, row, BlockSpan(start, start + length), MoveCosts(), policy)
-            assert gains[row, start] == pytest.approx(figures.gain, abs=1e-8)
-            assert losses[row, start] == pytest.approx(figures.lost_rate, abs=1e-6)
-            net = figures.gain_tokens - figures.cost_tokens
-            assert values[row, start] == pytest.approx(net, abs=1e-4)
+            assert gains[at, start] == pytest.approx(figures.gain, abs=1e-8)
+            assert losses[at, start] == pytest.approx(figures.lost_rate, abs=1e-6)
+            net = figures.gain_tokens - policy.margin * figures.cost_tokens
+            assert values[at, start] == pytest.approx(net, abs=1e-4)
 
 
 def test_planned_moves_change_the_ground() -> None:
