@@ -33,7 +33,7 @@ def test_defaults_are_at_least_those_of_petals() -> None:
     config = load_config(None, {}, ["model.source=owner/model"]).config
     assert config.blocks.count == "auto"
     assert config.blocks.balance_quality == 0.75
-    assert config.blocks.balance_period_s == 30
+    assert config.blocks.balance_period_s == 10
     assert config.swarm.update_period_s == 120
     assert config.swarm.initial_peers == ()
     assert (config.engine.request_timeout_s, config.engine.step_timeout_s) == (180, 300)
