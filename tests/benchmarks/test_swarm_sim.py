@@ -19,6 +19,7 @@ from benchmarks.swarm_sim.petals_rule import best_start, should_move
 from benchmarks.swarm_sim.reference import bound_shares, offline_best
 from benchmarks.swarm_sim.results import publish, summarize
 from benchmarks.swarm_sim.simulation import Ceiling, Outcome, Simulation
+from benchmarks.swarm_sim.view import ONLINE, Record, View
 
 SMALL = Scenario(
     model="70b", servers=8, hours=1.0, wave_at=1e9, outage_at=1800.0, outage_s=600.0, steady_from=900.0
@@ -53,6 +54,19 @@ def test_a_swarm_where_nobody_comes_or_goes_comes_to_rest() -> None:
         long = Simulation(replace(calm, hours=1.0), make_policies(policy), 5, policy)
         short.run(), long.run()
         assert short.num_moves == long.num_moves, policy
+
+
+def test_a_server_on_its_way_counts_where_it_goes_and_serves_where_it_was() -> None:
+    """As the records of a daemon that moves are read: nobody plans to move it once more."""
+    fleet = draw_fleet(SMALL, 1)
+    size, follows = int(fleet.n[0]), np.ones(len(fleet.n), bool)
+    view = View(80, fleet, follows)
+    view.put(0, Record(ONLINE, 0, size, 2))
+    state, rows = view.swarm_state()
+    assert rows.tolist() == [0] and not state.is_free[0]
+    assert (state.start[0], state.served_start[0], state.served_end[0]) == (2, 0, size)
+    view.put(0, Record(ONLINE, 2, 2 + size, 2))
+    assert view.swarm_state()[0].is_free[0]
 
 
 def test_fleets_do_not_depend_on_the_rule() -> None:
