@@ -116,7 +116,9 @@ class BlocksSection(Section):
     balance_quality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
         0.75, "a move must win 1/quality times the work that it costs the swarm; 0 never moves"
     )
-    balance_period_s: Seconds = _live(10.0, "mean time between health and balance checks")
+    balance_period_s: Seconds = _live(
+        10.0, "mean time between health and balance checks; longer in swarms where one takes over 2 % of it"
+    )
     join_delay_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
         5.0, "mean random delay before choosing blocks, so that servers started together see each other"
     )

@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 # A libp2p daemon that hangs is noticed within this and the deadline of its check.
 HEALTH_PERIOD_S = 5.0
 _CALM_PERIODS = 10
+_MAX_CHECK_SHARE = 0.02  # of one core: in a swarm of thousands reading what they announce takes a second
 
 
 class Cause(enum.Enum):
@@ -82,6 +83,7 @@ class Supervisor:
         self._wanted: Departure | None = None
         self._stay_until_s = 0.0
         self._served_since = 0.0
+        self._check_cost_s = 0.0
         self.next_check_monotonic_s: float | None = None
 
     def check_now(self) -> None:
@@ -125,7 +127,8 @@ class Supervisor:
 
     def _plan_check(self) -> None:
         """At random, so that servers that were started together do not act together."""
-        wait_s = self._rng.uniform(0.0, 2.0 * self._blocks().balance_period_s)
+        period_s = max(self._blocks().balance_period_s, self._check_cost_s / _MAX_CHECK_SHARE)
+        wait_s = self._rng.uniform(0.0, 2.0 * period_s)
         self.next_check_monotonic_s = time.monotonic() + wait_s
 
     async def _until_check(self, failure: asyncio.Task[str]) -> str | None:
@@ -168,7 +171,9 @@ class Supervisor:
     def _judge(self, span: BlockSpan, view: SwarmView, demand: Demand) -> Departure | None:
         """Ask the placement rule."""
         own = OwnSpan(self._member.peer_id, span, time.monotonic() - self._served_since)
+        began_s = time.thread_time()
         decision = self._rebalancer.check(view, own, self._blocks().balance_quality, demand)
+        self._check_cost_s = time.thread_time() - began_s
         if not decision.is_move:
             return None
         what = "other blocks" if len(decision.target) == len(span) else "another number of blocks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -285,4 +286,23 @@ async def test_a_directory_that_cannot_be_read_moves_nobody() -> None:
     await eventually(lambda: not stage.member.failures["read_view"])
     assert stage.daemon.lifecycle.state is DaemonState.ONLINE
     assert "refuse" not in stage.calls
+    await stopped(stage, running)
+
+
+@pytest.mark.parametrize(("check_s", "period_s"), [(0.1, 10.0), (3.0, 150.0)])
+async def test_checks_take_a_small_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, check_s: float, period_s: float
+) -> None:
+    """Where the directory is large and a check takes long, there are fewer of them."""
+    stage = Stage("blocks.balance_period_s=10")
+    running = await until_online(stage)
+    ticks = itertools.count(0.0, check_s)
+    monkeypatch.setattr(time, "thread_time", lambda: next(ticks))
+    monkeypatch.setattr(stage.supervisor._rng, "uniform", lambda low, high: high)
+    stage.supervisor.check_now()
+
+    def wait_s() -> float:
+        return (stage.supervisor.next_check_monotonic_s or 0.0) - time.monotonic()
+
+    await eventually(lambda: 2 * period_s - 5 < wait_s() <= 2 * period_s)
     await stopped(stage, running)
