@@ -19,7 +19,7 @@ import torch
 import uvloop
 
 from benchmarks.benchmark import Benchmark, Options
-from benchmarks.providers import DHT_PREFIX, Provider
+from benchmarks.providers import DHT_PREFIX, Provider, whole_model
 from benchmarks.report import OURS, Row
 from benchmarks.timing import summarize
 from petalsd.cli.petalsctl.connection import Connection
@@ -90,7 +90,8 @@ class Decoder:
 
 
 def run(options: Options) -> list[Row]:
-    (whole,) = options.serve(FORMAT)
+    # Alone: a move of stock Petals ends all sessions, so there is nothing to compare.
+    (whole,) = options.fleet.serve([OURS], whole_model(options.model, options.threads, FORMAT))
     with moving_server(whole, options.directory) as mover:
         samples = uvloop.run(measure(options, whole, mover))
     setting: dict[str, int | str] = {"format": FORMAT, "threads": options.threads, "sessions": 2 * SESSIONS}
