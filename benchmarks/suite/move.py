@@ -107,7 +107,7 @@ def moving_server(whole: Provider, directory: Path) -> Iterator[Mover]:
     places = BlockSpan(0, length), BlockSpan(length // 2, length // 2 + length)
     options = DaemonOptions(
         whole.job.model, directory / "mover", DHT_PREFIX, length, [whole.maddr], FORMAT, whole.job.threads,
-        {"blocks": {"balance_quality": 0.0, "join_delay_s": 0.0}, "daemon": {"drain_deadline_s": 30.0}},
+        {"blocks": {"balance_quality": 0.0, "join_delay_s": 0.0}, "daemon": {"drain_deadline_s": 10.0}},
     )  # fmt: skip
     with petalsd_daemon(options) as maddrs:
         yield Mover(maddrs[0], options.directory / "control.sock", places)
