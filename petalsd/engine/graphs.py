@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,8 @@ from petalsd.ops.memory import free_gpu_bytes
 
 # What one graph may take of the driver's own memory: one of a long span takes some tens of MiB.
 _DRIVER_BYTES = 128 << 20
+# A check of torch that its oldest supported releases do not have.
+_LIVENESS = "check_input_liveness"
 
 
 class Graph(Protocol):
@@ -50,7 +53,7 @@ class CudaGraphs:
     so that it can go between two steps.
 
     is_inspected  for tests and benchmarks: what was captured can be listed (``get_graph_data``), and a graph that
-                  reads memory which is gone is refused
+                  reads memory which is gone is refused, as far as this torch can do either
     """
 
     def __init__(self, device: torch.device, *, is_inspected: bool = False) -> None:
@@ -86,9 +89,10 @@ class CudaGraphs:
 
     def _fill(self, graph: torch.cuda.CUDAGraph, pool: Any, compute: Callable[[], None]) -> None:
         # Other threads may use the device meanwhile: only what this one does must be capturable.
-        graph.capture_begin(
-            pool=pool, capture_error_mode="thread_local", check_input_liveness=self._is_inspected
-        )
+        begin = partial(graph.capture_begin, pool=pool, capture_error_mode="thread_local")
+        if self._is_inspected and _LIVENESS in signature(graph.capture_begin).parameters:
+            begin = partial(begin, **{_LIVENESS: True})
+        begin()
         try:
             compute()
             graph.capture_end()

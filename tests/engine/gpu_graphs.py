@@ -80,10 +80,10 @@ async def make_items(pool: KVPool, hidden: torch.Tensor) -> list[BatchItem]:
 
 
 def kernels_of(graph: torch.cuda.CUDAGraph) -> list[str] | None:
-    """Their names; None where the driver or its bindings are too old to tell."""
+    """Their names; None where torch, the driver or its bindings are too old to tell."""
     try:
         nodes: list[dict[str, Any]] = graph.get_graph_data()["nodes"]
-    except RuntimeError:
+    except (AttributeError, RuntimeError):
         return None
     return [node["kernel_name"] or node["node_type"] for node in nodes]
 

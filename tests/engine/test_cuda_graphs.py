@@ -66,7 +66,7 @@ class FakeGraph:
     def __init__(self, torch_double: FakeTorch) -> None:
         self._double = torch_double
 
-    def capture_begin(self, pool: Any, capture_error_mode: str, check_input_liveness: bool) -> None:
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         self._double.calls.append(f"begin {capture_error_mode} in {pool}")
 
     def capture_end(self) -> None:
