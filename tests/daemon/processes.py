@@ -15,6 +15,11 @@ from typing import Any
 from petalsd.swarm.node import Node
 
 START_S = 90
+DEVICE = os.environ.get("PETALSD_TEST_DEVICE", "cpu")
+"""Where daemons of the tests serve: "cuda" has the same tests show what a GPU does."""
+
+# Compiled kernels, where it is not said to be elsewhere, lie in a home, and those of tests are empty.
+_KEPT = {name: os.environ[name] for name in ("TRITON_CACHE_DIR",) if name in os.environ}
 
 
 class DaemonProcess:
@@ -34,7 +39,7 @@ class DaemonProcess:
         for override in self.overrides:
             words += ["--set", override]
         environ = {"HOME": str(self.home), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1",
-                   "CONFIGURATION_DIRECTORY": str(self.home)}  # fmt: skip
+                   "CONFIGURATION_DIRECTORY": str(self.home), **_KEPT}  # fmt: skip
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             *words,
@@ -113,7 +118,7 @@ async def launching(home: Path, node: Node, model_dir: Path) -> AsyncIterator[La
 
     def make(name: str, *overrides: str) -> DaemonProcess:
         daemon = DaemonProcess(
-            name, home, f"model.source={model_dir}", "model.dtype=float32", "engine.device=cpu",
+            name, home, f"model.source={model_dir}", "model.dtype=float32", f"engine.device={DEVICE}",
             "engine.kv_tokens=256", "engine.threads=1", "swarm.throughput=10", f"swarm.initial_peers={maddr}",
             "swarm.host_maddrs=/ip4/127.0.0.1/tcp/0", "blocks.join_delay_s=0.1", *overrides,
         )  # fmt: skip
