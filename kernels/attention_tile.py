@@ -54,18 +54,30 @@ def attention_biases(slopes, factor, keys, anchor, ALIBI: tl.constexpr):
 
 
 @triton.jit
-def tile_slots(origins, block, keys, is_inside, PAGE: tl.constexpr, MASKED: tl.constexpr):
-    """Slots ``[BN]`` of tokens ``keys`` of a row; int64, since a slab holds more elements than int32 counts.
+def tile_slots(origins, block, start, end, PAGE: tl.constexpr, BN: tl.constexpr):
+    """Slots ``[BN]`` of a row's tokens from ``start``, a multiple of BN.
 
-    With MASKED, tokens that are not inside get a slot of page 0: it is never allocated but exists, so an address
-    computed from it is that of real memory.
+    They are int64, since a slab holds more elements than int32 counts.
+
+    Tokens from ``end`` on get a slot of memory that is real: of a page of the row, or of page 0, which is never
+    allocated but exists. A page that a tile lies in, or has several of, is read once, as a number of the program.
     """
-    if MASKED:
-        pages = tl.load(origins + keys // PAGE, mask=is_inside, other=0) + block
-        pages = tl.where(is_inside, pages, 0)
-    else:
-        pages = tl.load(origins + keys // PAGE) + block
-    return pages.to(tl.int64) * PAGE + keys % PAGE
+    offset = tl.arange(0, BN)
+    if PAGE % BN == 0:
+        page = tl.load(origins + start // PAGE) + block
+        return page.to(tl.int64) * PAGE + start % PAGE + offset
+    if BN % PAGE == 0:
+        pages = tl.zeros([BN], tl.int32)
+        for part in tl.static_range(BN // PAGE):
+            first = start + part * PAGE
+            page = 0
+            if first < end:
+                page = tl.load(origins + first // PAGE) + block
+            pages = tl.where(offset // PAGE == part, page, pages)
+        return pages.to(tl.int64) * PAGE + offset % PAGE
+    keys = start + offset
+    pages = tl.load(origins + keys // PAGE, mask=keys < end, other=0) + block
+    return tl.where(keys < end, pages, 0).to(tl.int64) * PAGE + keys % PAGE
 
 
 @triton.jit

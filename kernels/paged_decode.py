@@ -82,9 +82,10 @@ def paged_decode(
     k_head = k + kv_head * D + dims[:, None]
     v_head = v + kv_head * D + dims[None, :]
     for tile in range(begin, end):
-        keys = first + tile * BN + tl.arange(0, BN)
+        start = first + tile * BN
+        keys = start + tl.arange(0, BN)
         is_inside = keys < context
-        slots = tile_slots(row_origins, block, keys, is_inside, PAGE, True)
+        slots = tile_slots(row_origins, block, start, context, PAGE, BN)
         k_tile = tl.load(
             k_head + slots[None, :] * (HKV * D), mask=is_dim[:, None] & is_inside[None, :], other=0.0
         )

@@ -47,7 +47,7 @@ def attend_tiles(
     for start in range(begin, end, BN):
         keys = start + tl.arange(0, BN)
         is_inside = keys <= last
-        slots = tile_slots(origins, block, keys, is_inside, PAGE, MASKED)
+        slots = tile_slots(origins, block, start, last + 1, PAGE, BN)
         k_mask = is_dim[:, None]
         v_mask = is_dim[None, :]
         if MASKED:

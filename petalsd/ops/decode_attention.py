@@ -20,14 +20,14 @@ MIN_TILES = 4
 
 _MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
 _MAX_BLOCK_M = 32
-_PROGRAMS_PER_SM = 2
+PROGRAMS_PER_SM = 4
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
-_MAX_REGISTERS = 128  # without it a few are spilled, to have 80
-_NUM_STAGES = 3  # the third fetches page ids ahead of keys and values
+_MAX_REGISTERS = 255
+_NUM_STAGES = 2
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -> int:
-    """Into how many parts contexts are cut, a power of two: enough programs to fill the device twice.
+    """Into how many parts contexts are cut, a power of two: ``PROGRAMS_PER_SM`` of them, if there can be.
 
     num_rows, num_kv_heads  each pair has programs of its own
     num_sms                 multiprocessors of the device
@@ -35,7 +35,7 @@ def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -
 
     Static for a shape: the kernel reads on the device how long a row is and leaves splits idle.
     """
-    wanted = _PROGRAMS_PER_SM * num_sms // max(1, num_rows * num_kv_heads)
+    wanted = PROGRAMS_PER_SM * num_sms // max(1, num_rows * num_kv_heads)
     useful = min(wanted, max_tiles // MIN_TILES, MAX_SPLITS)
     return 1 << (max(1, useful).bit_length() - 1)
 
@@ -50,11 +50,10 @@ def decode_tile(group: int, kv: PagedKV) -> tuple[int, int, int]:
     block_m = min(max(_MIN_BLOCK_M, next_power_of_2(group)), _MAX_BLOCK_M)
     is_padded = head_dim != next_power_of_2(head_dim)
     block_n = 64 if head_dim <= 128 else 32
-    num_warps = 4 if head_dim <= 64 and block_m == _MIN_BLOCK_M else 8
+    num_warps = 2 if block_m == _MIN_BLOCK_M and head_dim <= 128 else 4
     if is_eight_bit:
         block_n = 32 if head_dim <= 128 and not is_padded else 16
-        if is_padded and head_dim <= 128 and block_m == _MIN_BLOCK_M:
-            num_warps = 4
+        num_warps = 4
     elif kv.k.dtype == torch.float32:
         block_n, num_warps = block_n // 2, 8
     return block_m, block_n, num_warps
@@ -88,20 +87,27 @@ class DecodePlan:
         num_sms      multiprocessors of the device
         max_context  tokens that a row can attend to at most; of blocks with a window, the window
         """
-        num_kv_heads, head_dim = kv.k.shape[2:]
+        num_kv_heads = kv.k.shape[2]
         group = num_heads // num_kv_heads
-        block_m, block_n, num_warps = decode_tile(group, kv)
+        block_m, block_n, _ = decode_tile(group, kv)
         programs = num_kv_heads * -(-group // block_m)
         # A window that begins within a tile reaches into one more.
         splits = num_splits(num_rows, programs, num_sms, -(-max_context // block_n) + 1)
+        return cls.of_splits(splits, num_rows, num_heads, kv)
+
+    @classmethod
+    def of_splits(cls, splits: int, num_rows: int, num_heads: int, kv: PagedKV) -> DecodePlan:
+        """Of exactly so many splits, a power of two up to ``MAX_SPLITS``."""
+        num_kv_heads, head_dim = kv.k.shape[2:]
+        tile = decode_tile(num_heads // num_kv_heads, kv)
         if splits == 1:
-            return cls(block_m, block_n, num_warps, 1)
+            return cls(*tile, 1)
         parts = (num_rows, num_heads, splits)
         part_acc, part_greatest, part_total = (
             torch.empty(shape, dtype=torch.float32, device=kv.k.device)
             for shape in ((*parts, head_dim), parts, parts)
         )
-        return cls(block_m, block_n, num_warps, splits, part_acc, part_greatest, part_total)
+        return cls(*tile, splits, part_acc, part_greatest, part_total)
 
 
 def decode_attention(

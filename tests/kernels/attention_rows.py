@@ -10,7 +10,7 @@ import torch
 
 from petalsd.ops.attention_reference import reference_attention
 from petalsd.ops.attention_rule import AttentionRule
-from petalsd.ops.decode_attention import DecodePlan, decode_attention, decode_tile
+from petalsd.ops.decode_attention import DecodePlan, decode_attention
 from petalsd.ops.decode_batch import ORIGINS_MULTIPLE, DecodeBatch, PrefillBatch
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.kv import write_kv
@@ -84,14 +84,7 @@ class AttentionRows:
 
     def plan(self, num_rows: int, splits: int) -> DecodePlan:
         """A plan of exactly this many splits."""
-        kv = self.rows.kv
-        num_kv_heads = kv.k.shape[2]
-        block_m, _, _ = decode_tile(self.num_heads // num_kv_heads, kv)
-        programs = num_rows * num_kv_heads * -(-self.num_heads // num_kv_heads // block_m)
-        num_sms = 0 if splits == 1 else -(-splits * programs // 2)
-        plan = DecodePlan.create(num_rows, self.num_heads, kv, num_sms, 1 << 15)
-        assert plan.num_splits == splits
-        return plan
+        return DecodePlan.of_splits(splits, num_rows, self.num_heads, self.rows.kv)
 
     def check_decode(
         self, q: torch.Tensor, batch: RaggedBatch, rule: AttentionRule, plan: DecodePlan, padding: int = 0

@@ -116,17 +116,24 @@ def test_pages_far_into_a_slab_are_found() -> None:
 
 
 @triton.jit
-def _slots_kernel(origins, block, length, out, PAGE: tl.constexpr, BN: tl.constexpr):
-    keys = tl.arange(0, BN)
-    tl.store(out + keys, tile_slots(origins, block, keys, keys < length, PAGE, True))
+def _slots_kernel(origins, block, start, end, out, PAGE: tl.constexpr, BN: tl.constexpr):
+    tl.store(out + tl.arange(0, BN), tile_slots(origins, block, start, end, PAGE, BN))
 
 
-def test_tokens_past_the_end_have_a_place_in_page_0() -> None:
-    """Addresses of masked tokens are those of real memory, whatever the table holds there."""
+@pytest.mark.parametrize(
+    ("page", "start", "expected"),
+    [
+        (4, 0, [36, 37, 38, 39, 4, 5, 6, 7, *(0, 1, 2, 3) * 2]),  # a page of the row, then page 0
+        (32, 16, [304, *range(305, 320)]),  # the second half of a page
+        (6, 0, [*range(54, 60), *(0, 1, 2, 3, 4, 5), *(0, 1, 2, 3)]),  # pages that do not divide a tile
+    ],
+)
+def test_tokens_past_the_end_have_a_place_in_real_memory(page: int, start: int, expected: list[int]) -> None:
+    """Whatever the table holds there: they are masked, but addresses are computed from it."""
     origins = torch.tensor([7, -1, 2**30, 2**30], dtype=torch.int32)
     out = torch.full((16,), -1)
-    _slots_kernel[(1,)](origins, 2, 6, out, PAGE=4, BN=16)
-    assert out.tolist() == [36, 37, 38, 39, 4, 5, *[2, 3, 0, 1, 2, 3, 0, 1, 2, 3]]
+    _slots_kernel[(1,)](origins, 2, start, start + 6, out, PAGE=page, BN=16)
+    assert out.tolist() == expected
 
 
 @triton.jit

@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("rows", "kv_heads", "num_sms", "max_tiles", "expected"),
     [
-        (1, 8, 132, 512, 32),  # twice 132 programs, in a power of two
+        (1, 8, 132, 512, 64),  # four times 132 programs, in a power of two
         (1, 1, 132, 4096, 64),  # no more than are combined at once
-        (8, 8, 132, 512, 4),
+        (8, 8, 132, 512, 8),
         (64, 8, 132, 512, 1),  # rows and heads fill the device
         (1, 8, 132, 16, 4),  # short contexts have nothing to split
         (1, 8, 132, 3, 1),
