@@ -10,29 +10,31 @@ import torch
 
 from benchmarks.gpu.variants import Limits, Matrix, Variant, meta
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
-from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear
+from petalsd.ops.quantized_linear import MAX_ROWS, SplitWorkspace, quantized_linear
 
 _NUM_OUT, _NUM_IN = 4096, 14336
 _MANY_MULTIPROCESSORS = 128  # so that products of few rows are split
 # By rows of a tile; the scales of int4 come in pairs of 4 bytes.
 _LIMITS = {
     16: Limits(128, Matrix.FEW_ROWS, is_async=True),
-    32: Limits(128, Matrix.FEW_ROWS, is_async=True),
+    32: Limits(168, Matrix.FEW_ROWS, is_async=True),
     64: Limits(168, Matrix.MANY_ROWS, is_async=True),
-    128: Limits(248, Matrix.MANY_ROWS, is_async=True),
 }
 # Exact, so by no matrix instructions.
 _FLOAT32_LIMITS = Limits(255, Matrix.NONE, is_async=True)
-_SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 4}
+_UNPACKING_LIMITS = Limits(128, Matrix.NONE)
+_SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 8}
 
 
 def variants() -> Iterator[Variant]:
     for format, scale_copies in _SCALE_COPIES.items():
         for rows, limits in _LIMITS.items():
+            if rows > 32 and format is WeightFormat.INT4:
+                continue  # as two tiles of 32
             allowed = replace(limits, narrow_copies=scale_copies)
-            is_split = rows < max(_LIMITS)
-            name = f"{format} product, {rows} rows{', split' if is_split else ''}"
-            yield Variant(name, partial(_product, format, rows, is_split), allowed)
+            yield Variant(
+                f"{format} product, {rows} rows, split", partial(_product, format, rows, True), allowed
+            )
         whole = partial(_product, format, 16, False, has_bias=True)
         yield Variant(
             f"{format} product, 16 rows, bias", whole, replace(_LIMITS[16], narrow_copies=scale_copies)
@@ -41,6 +43,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"{format} product, float32", exact, replace(_FLOAT32_LIMITS, narrow_copies=scale_copies)
         )
+        yield Variant(f"{format} unpacked", partial(_product, format, MAX_ROWS + 1, False), _UNPACKING_LIMITS)
 
 
 def _product(

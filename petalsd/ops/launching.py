@@ -91,6 +91,11 @@ class Launch:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options.keywords)
 
 
+def takes_ptx(kernel: Any) -> bool:
+    """Whether code in PTX may stand in the kernel: it is compiled, for NVIDIA's devices."""
+    return not isinstance(kernel, InterpretedFunction) and torch.version.hip is None
+
+
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 

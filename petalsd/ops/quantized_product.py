@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from petalsd.ops.launching import ALIGNED_ELEMENTS
 from petalsd.ops.linear import linear
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear
@@ -26,7 +27,17 @@ class QuantizedProduct:
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return linear(x, self._weight, bias)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = x.new_empty(len(rows), self._weight.num_out)
-        quantized_linear(rows, self._weight, bias, out, self._workspace)
+        rows = x.reshape(-1, x.shape[-1])
+        whole = (
+            rows.contiguous()
+            if rows.shape[1] % ALIGNED_ELEMENTS == 0
+            else _room(len(rows), rows.shape[1], x).copy_(rows)
+        )
+        out = _room(len(rows), self._weight.num_out, x)
+        quantized_linear(whole, self._weight, bias, out, self._workspace)
         return out.view(*x.shape[:-1], self._weight.num_out)
+
+
+def _room(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """``[rows, width]``, undefined; each row begins where kernels want it, whatever the width."""
+    return like.new_empty(rows, -(-width // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS)[:, :width]

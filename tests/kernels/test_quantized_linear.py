@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from petalsd.ops import unpacked_linear
 from petalsd.ops.launching import record_launches
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear, reference_quantized_linear
@@ -35,8 +36,10 @@ def weight_of(format: WeightFormat, num_out: int, num_in: int) -> PackedWeight:
         (5, 80, 1040, False),  # outputs beyond a tile, inputs that end within a group
         (16, 32, 64, True),  # less than a tile, one group
         (17, 200, 576, True),  # more rows than the smallest tile, outputs that fill no packed tile
-        (33, 128, 192, False),
-        (130, 144, 128, True),  # two tiles of rows
+        (33, 128, 192, False),  # two tiles of rows
+        (64, 256, 256, True),  # nothing but full tiles
+        (65, 144, 128, True),  # unpacked
+        (130, 72, 288, False),  # unpacked, with outputs and inputs that are padded
     ],
 )
 def test_it_is_the_product_with_the_unpacked_weight(
@@ -91,3 +94,14 @@ def test_what_does_not_fit_is_refused() -> None:
         quantized_linear(x, weight_of(WeightFormat.FLOAT32, 16, 64), None, out, used)
     with pytest.raises(ValueError, match=r"x has shape \[1, 64\]: it must be \[any, 128\]"):
         quantized_linear(x, weight_of(WeightFormat.INT8, 16, 128), None, out, used)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_weight_is_unpacked_part_by_part(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of three tiles, whose last one is smaller; with and without a bias."""
+    monkeypatch.setattr(unpacked_linear, "PART_BYTES", 3 * 16 * 128 * 4)
+    weight, x, bias = weight_of(format, 16 * 7, 128), torch.randn(70, 128), torch.randn(16 * 7)
+    out = torch.full((70, 16 * 7), float("nan"))
+    for one in (None, bias):
+        quantized_linear(x, weight, one, out, workspace())
+        assert_close(out, reference_quantized_linear(x, weight, one), 1e-5, 1e-5, f"{format} product")

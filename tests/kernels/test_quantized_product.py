@@ -45,6 +45,16 @@ def test_any_shape_of_rows(shape: tuple[int, ...]) -> None:
     assert_close(QuantizedProduct(packed, WORKSPACE).multiply(x), linear(x, packed), 1e-4, 1e-4, "product")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 64), (33, 60)])
+def test_any_width(num_out: int, num_in: int, format: WeightFormat) -> None:
+    """Rows that do not start where kernels want them: gates of experts have one output."""
+    packed = pack_weight(torch.randn(num_out, num_in) / num_in**0.5, format)
+    x = torch.randn(2, 3, num_in)
+    product = QuantizedProduct(packed, WORKSPACE).multiply(x)
+    assert_close(product, linear(x, packed), 1e-5, 1e-5, format)
+
+
 def test_a_gradient_goes_through_the_unpacked_weight() -> None:
     """Kernels have none; the layer can be trained through all the same."""
     packed = pack_weight(torch.randn(32, 64), WeightFormat.INT4)
