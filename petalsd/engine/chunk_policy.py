@@ -7,6 +7,10 @@ right and a chunk of the least size allows:
 * Nobody who decodes waits for more than ``STEP_BOUND`` of them from handing a step in to its answer. A step that
   came while a chunk ran, and so has waited already, takes a smaller one along or none.
 * Prefill is never left out twice in a row.
+
+An iteration of less than ``UNNOTICED_S`` disturbs nobody, whatever its part of undisturbed ones: steps come over
+networks. Where decode takes a fraction of that, as on a GPU, bounds of its multiples would cut prompts into pieces
+that cost much more than they hold.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from petalsd.engine.iteration_cost import NO_WORK, CostModel, Work
 
 ITERATION_BOUND = 2.0
 STEP_BOUND = 2.5
+UNNOTICED_S = 0.004
 DECODE_MEMORY_S = 1.0  # so long after a decode its client is expected back, and chunks stay bounded
 DECODE_MEMORY_ITERATIONS = 8.0  # the same in undisturbed iterations, for models that are slow
 LEAST_SHARE = 0.5  # a chunk of less work than this part of the reading that it rides on doesn't pay
@@ -70,6 +75,7 @@ class ChunkPolicy:
         if not decode.tokens:  # somebody may come when the iteration has just begun
             waited_s = undisturbed_s
         bound_s = min(ITERATION_BOUND * undisturbed_s, STEP_BOUND * undisturbed_s - waited_s)
+        bound_s = max(bound_s, UNNOTICED_S)
         most = (bound_s - cost.seconds(fixed)) / cost.token_s
         least = LEAST_SHARE * cost.read_s * num_blocks / cost.token_s
         self._has_skipped = decode.tokens > 0 and most < least and not self._has_skipped
@@ -77,7 +83,8 @@ class ChunkPolicy:
 
     def pass_s(self) -> float:
         """Seconds for the units of a pass that follow an iteration without prefill; infinite: nobody knows."""
-        return (ITERATION_BOUND - 1) * self.undisturbed_s or math.inf
+        undisturbed_s = self.undisturbed_s
+        return max((ITERATION_BOUND - 1) * undisturbed_s, UNNOTICED_S) if undisturbed_s else math.inf
 
 
 def _known(cost: CostModel, other: CostModel) -> CostModel:

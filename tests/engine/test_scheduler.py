@@ -191,11 +191,24 @@ def test_prefill_stays_small_for_a_while_after_a_decode() -> None:
     scheduler = Scheduler(max_batch_tokens=1024, chunk_tokens=256)
     scheduler.add(Job(0, "a", 1, 1))
     scheduler.schedule(10.0)
-    scheduler.ran(0.001)
+    scheduler.ran(0.01)
     scheduler.add(Job(1, "b", 1, 10_000))
     sizes = [scheduler.schedule(10.0 + part * DECODE_MEMORY_S).slices[0].tokens for part in (0.5, 0.99, 1.01)]
     assert sizes[0] == sizes[1] < 100
     assert sizes[2] == 1024
+
+
+def test_what_takes_no_time_is_not_cut() -> None:
+    """Twice a decode of half a millisecond is nothing that anybody would notice: prompts go on in larger chunks."""
+    sizes = []
+    for decode_s in (0.0005, 0.01):
+        scheduler = Scheduler(max_batch_tokens=1024, chunk_tokens=256)
+        scheduler.add(Job(0, "a", 1, 1))
+        scheduler.schedule(10.0)
+        scheduler.ran(decode_s)
+        scheduler.add(Job(1, "b", 1, 10_000))
+        sizes.append(scheduler.schedule(10.5).slices[0].tokens)
+    assert sizes[0] > 5 * sizes[1]
 
 
 def test_passes_wait_but_not_for_ever() -> None:
