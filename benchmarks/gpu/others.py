@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,15 @@ def transformers_step(site: Site, shape: Shape, num_rows: int, context: int) -> 
     return work
 
 
-def petals_seconds(site: Site, shape: Shape, num_rows: int, context: int) -> list[float]:
-    """Of each decode step through stock Petals' block. RuntimeError says why there are none."""
+def petals_seconds(site: Site, shape: Shape, batches: Sequence[int], context: int) -> list[list[float]]:
+    """Of each decode step through stock Petals' block, for each number of rows.
+
+    RuntimeError says why there are none.
+    """
     if not stock.is_built():
         raise RuntimeError("stock Petals' environment is not there: make test-interop builds it")
     job = {
-        "shape": asdict(shape), "rows": num_rows, "context": context, "samples": site.samples,
+        "shape": asdict(shape), "rows": list(batches), "context": context, "samples": site.samples,
         "device": str(site.device), "dtype": str(site.dtype).removeprefix("torch."),
     }  # fmt: skip
     done = subprocess.run(
@@ -64,4 +68,4 @@ def petals_seconds(site: Site, shape: Shape, num_rows: int, context: int) -> lis
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
-    return [float(seconds) for seconds in json.loads(done.stdout.splitlines()[-1])]
+    return [[float(seconds) for seconds in steps] for steps in json.loads(done.stdout.splitlines()[-1])]

@@ -17,7 +17,7 @@ from benchmarks.gpu.case import ERROR, TIME
 from benchmarks.gpu.peaks import COPY_BYTES
 from benchmarks.gpu.roofline import BATCHES, Step, block_launches, limit_s, predict_s
 from benchmarks.gpu.suite import Bench
-from benchmarks.gpu.verdict import STEP, WRONG_VALUES, failures, regressions
+from benchmarks.gpu.verdict import SPAN_STEP, STEP, WRONG_VALUES, failures, regressions
 from benchmarks.report import OURS, PETALS, RESULTS, Row, Run, describe_setting, publish
 
 ACCEPTED = RESULTS / "gpu"
@@ -88,7 +88,7 @@ def _block_lines(outcome: Outcome) -> Iterator[str]:
     yield "| block | provider | us | predicted | at most |"
     yield "|---|---|---|---|---|"
     for row in outcome.rows:
-        if row.metric == STEP and row.setting["mode"] == "replayed":
+        if row.metric in (STEP, SPAN_STEP) and row.setting["mode"] == "replayed":
             predicted, limit = _predicted_us(row, outcome.card)
             yield (
                 f"| {_what(row)} | {row.provider} | {row.spread.median:.0f} | {predicted:.0f} | {limit:.0f} |"
@@ -137,12 +137,13 @@ def _panels(outcome: Outcome) -> Iterator[Panel]:
 
 
 def _predicted_us(row: Row, card: Card) -> tuple[float, float]:
-    """Of a block's step: what it should take, and at most."""
+    """Of the step of a block or a span: what it should take, and at most."""
     setting = row.setting
     shape = next(shape for shape in SHAPES if shape.name == setting["model"])
     step = Step(int(setting["rows"]), int(setting["context"]), str(setting["weights"]))
-    launches = block_launches(shape, step, card)
-    return 1e6 * predict_s(launches, card), 1e6 * limit_s(launches, card, shape.bandwidth_share)
+    launches, blocks = block_launches(shape, step, card), int(setting.get("blocks", 1))
+    of_a_block = predict_s(launches, card), limit_s(launches, card, shape.bandwidth_share)
+    return 1e6 * blocks * of_a_block[0], 1e6 * blocks * of_a_block[1]
 
 
 def _what(row: Row) -> str:

@@ -1,4 +1,7 @@
-"""Runs under stock Petals' Python: seconds of decode steps through its Llama block of random weights, as JSON."""
+"""Runs under stock Petals' Python: decode steps through its Llama block of random weights.
+
+Prints JSON: for each number of rows that the job names, the seconds of each step.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,30 @@ def main(job: dict[str, Any]) -> None:
         num_key_value_heads=shape["num_kv_heads"], num_hidden_layers=1, vocab_size=8,
         max_position_embeddings=job["context"],
     )  # fmt: skip
-    block = WrappedLlamaBlock(config).to(device, dtype).eval().requires_grad_(False)
-    rows, past = job["rows"] * shape["num_kv_heads"], job["context"] - 1
-    keys = torch.randn(rows, shape["head_dim"], past, device=device).to(dtype)
-    values = torch.randn(rows, past, shape["head_dim"], device=device).to(dtype)
-    hidden = torch.randn(job["rows"], 1, shape["hidden"], device=device).to(dtype)
+    with torch.device(device):  # drawing there takes no time
+        block = WrappedLlamaBlock(config).to(dtype).eval().requires_grad_(False)
+        print(json.dumps([steps(block, shape, rows, job) for rows in job["rows"]]))
 
-    @torch.inference_mode()
+
+@torch.inference_mode()
+def steps(block: Any, shape: dict[str, Any], num_rows: int, job: dict[str, Any]) -> list[float]:
+    """Seconds of each, for a new token of each row."""
+    rows, past, dtype = num_rows * shape["num_kv_heads"], job["context"] - 1, next(block.parameters()).dtype
+    keys, values = (
+        torch.randn(rows, *size).to(dtype) for size in ((shape["head_dim"], past), (past, shape["head_dim"]))
+    )
+    hidden = torch.randn(num_rows, 1, shape["hidden"]).to(dtype)
+
     def step() -> float:
         started = time.perf_counter()
         block(hidden, layer_past=(keys, values), use_cache=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if hidden.device.type == "cuda":
+            torch.cuda.synchronize(hidden.device)
         return time.perf_counter() - started
 
     for _ in range(_WARM_UPS):
         step()
-    print(json.dumps([step() for _ in range(job["samples"])]))
+    return [step() for _ in range(job["samples"])]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from benchmarks.gpu.verdict import STEP
 from benchmarks.report import PETALS, TRANSFORMERS, Row, describe_setting
 from benchmarks.timing import summarize
 
-# Replays of single blocks are compared with those of the whole span, so it takes two.
-_PARITY_BLOCKS = 2
+SPAN_BLOCKS = 8
+_SPAN_BATCHES = BATCHES[:2]  # more rows of keys and values than small cards have room for
 
 
 @dataclass(slots=True)
@@ -59,45 +59,47 @@ def blocks(bench: Bench, shapes: Iterable[Shape] = SHAPES) -> Iterator[Row]:
 
 
 def block_rows(bench: Bench, shape: Shape, weights: str) -> Iterator[Row]:
-    """Steps of one block, and the parity of two."""
+    """Steps of one block and of a span, and the parity of its replays."""
     site = bench.site
     context = ATTENTION_CONTEXT // site.scale
-    model = Model.draw(site, shape, weights, 1)
+    span = Model.draw(site, shape, weights, SPAN_BLOCKS)
+    facts = {"model": shape.name, "weights": weights, "context": context}
     for rows in BATCHES:
-        setting = {"model": shape.name, "weights": weights, "rows": rows, "context": context}
+        setting = {**facts, "rows": rows}
         say(f"  block {describe_setting(setting)}")
-        step = block_cases.make_step(site, model, rows, context)
+        step = block_cases.make_step(site, span.first(1), rows, context)
         yield from block_cases.measure(step, setting, bench.clock, site.samples)
         gc.collect()
-    pair = Model.draw(site, shape, weights, _PARITY_BLOCKS)
-    setting = {"check": "replays", "model": shape.name, "weights": weights, "rows": BATCHES[1]}
-    step = block_cases.make_step(site, pair, BATCHES[1], context)
-    yield block_cases.check_parity(step, setting, bench.capture)
+    for rows in _SPAN_BATCHES:
+        setting = {**facts, "rows": rows, "blocks": SPAN_BLOCKS}
+        say(f"  span {describe_setting(setting)}")
+        step = block_cases.make_step(site, span, rows, context)
+        yield block_cases.measure_span(step, setting, bench.clock, site.samples)
+    yield block_cases.check_parity(step, {"check": "replays", **setting}, bench.capture)
 
 
 def rival_rows(bench: Bench, shape: Shape) -> Iterator[Row]:
     """transformers' layer and stock Petals' block at the settings of our dense one."""
     site = bench.site
     context = ATTENTION_CONTEXT // site.scale
-    for rows in BATCHES:
-        setting = {"model": shape.name, "weights": "bfloat16", "rows": rows, "context": context}
-        measures: Mapping[str, Callable[[], list[float]]] = {
-            TRANSFORMERS: lambda rows=rows: bench.clock.seconds(
-                others.transformers_step(site, shape, rows, context), site.samples, is_replayed=False
-            ),
-            PETALS: lambda rows=rows: others.petals_seconds(site, shape, rows, context),
-        }
-        for provider, measure in measures.items():
-            try:
-                seconds = measure()
-            except (
-                RuntimeError,
-                OSError,
-                ValueError,
-                SubprocessError,
-            ) as error:  # other programs, other needs
-                bench.skip(f"{provider}, {describe_setting(setting)}", str(error).partition("\n")[0])
-                continue
+
+    def by_transformers() -> list[list[float]]:
+        steps = (others.transformers_step(site, shape, rows, context) for rows in BATCHES)
+        return [bench.clock.seconds(step, site.samples, is_replayed=False) for step in steps]
+
+    measures: Mapping[str, Callable[[], list[list[float]]]] = {
+        TRANSFORMERS: by_transformers,
+        PETALS: lambda: others.petals_seconds(site, shape, BATCHES, context),
+    }
+    for provider, measure in measures.items():
+        say(f"  {provider} model={shape.name}")
+        try:
+            found = measure()
+        except (RuntimeError, OSError, ValueError, SubprocessError) as error:  # other programs, other needs
+            bench.skip(f"{provider}, {shape.name}", str(error).partition("\n")[0])
+            continue
+        for rows, seconds in zip(BATCHES, found, strict=True):
+            setting = {"model": shape.name, "weights": "bfloat16", "context": context, "rows": rows}
             samples = summarize([1e6 * each for each in seconds])
             for mode in ("launched", "replayed"):  # what ours is held against in both
                 yield Row(provider, {**setting, "mode": mode}, STEP, "us", samples)

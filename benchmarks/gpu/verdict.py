@@ -12,6 +12,7 @@ from benchmarks.report import OURS, Row, describe_setting
 
 LAUNCHES = "launches of a block"
 STEP = "block step"
+SPAN_STEP = "span step"
 MAX_LAUNCHES = 10
 WRONG_VALUES = "wrong values"
 # More than this much worse, with spreads that do not overlap, is no chance any more.
@@ -70,10 +71,11 @@ def _is_worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 def _limit_us(row: Row, card: Card, shapes: Mapping[str, Shape]) -> float | None:
     """The target of a block's step as it is replayed, and of decode attention at many rows and long contexts."""
     setting = row.setting
-    if row.metric == STEP and setting["mode"] == "replayed":
+    if row.metric in (STEP, SPAN_STEP) and setting["mode"] == "replayed":
         shape = shapes[str(setting["model"])]
         step = Step(int(setting["rows"]), int(setting["context"]), str(setting["weights"]))
-        return 1e6 * limit_s(block_launches(shape, step, card), card, shape.bandwidth_share)
+        of_a_block = limit_s(block_launches(shape, step, card), card, shape.bandwidth_share)
+        return 1e6 * of_a_block * int(setting.get("blocks", 1))
     is_attention = row.metric == TIME and setting["kernel"] == "decode_attention"
     if is_attention and setting["rows"] in ATTENTION_ROWS and int(setting["context"]) >= ATTENTION_CONTEXT:
         return 1e6 * (row.nbytes or 0) / (ATTENTION_SHARE * card.gb_per_s * 1e9)

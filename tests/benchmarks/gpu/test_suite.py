@@ -20,7 +20,7 @@ from benchmarks.gpu.peaks import measure_peaks
 from benchmarks.gpu.roofline import Step, block_launches, limit_s, predict_s
 from benchmarks.gpu.small_cases import norm
 from benchmarks.gpu.suite import Bench
-from benchmarks.gpu.verdict import LAUNCHES, STEP
+from benchmarks.gpu.verdict import LAUNCHES, SPAN_STEP, STEP
 from benchmarks.report import OURS, TRANSFORMERS, Row
 from benchmarks.timing import Work, summarize
 from petalsd.types import BlockSpan
@@ -61,8 +61,10 @@ def test_replays_must_give_what_launches_give() -> None:
 
 
 def test_rows_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches and both modes at each batch, then the parity of two blocks."""
+    """Launches and both modes of a block at each batch, then the steps of a span and the parity of its replays."""
     monkeypatch.setattr(suite, "BATCHES", (1, 2))
+    monkeypatch.setattr(suite, "_SPAN_BATCHES", (2,))
+    monkeypatch.setattr(suite, "SPAN_BLOCKS", 3)
     spans = []
 
     def step(site: object, model: Model, rows: int, context: int) -> block_cases.DecodeStep:
@@ -71,8 +73,10 @@ def test_rows_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(block_cases, "make_step", step)
     rows = list(suite.block_rows(replace(bench(), site=replace(SITE, dtype=torch.float32)), TINY, "bfloat16"))
-    assert [row.metric for row in rows] == [LAUNCHES, STEP, STEP, LAUNCHES, STEP, STEP, ERROR]
-    assert [len(span.span) for span in spans] == [1, 1, 2]
+    assert [row.metric for row in rows] == [
+        LAUNCHES, STEP, STEP, LAUNCHES, STEP, STEP, SPAN_STEP, ERROR,
+    ]  # fmt: skip
+    assert [len(span.span) for span in spans] == [1, 1, 3]
     assert rows[0].spread.median == 10
     assert [row.setting["mode"] for row in rows[1:3]] == ["launched", "replayed"]
 
@@ -93,7 +97,7 @@ def test_rivals_that_are_not_there_are_said(monkeypatch: pytest.MonkeyPatch) -> 
 def test_peaks_are_bytes_and_products_over_time() -> None:
     peaks = measure_peaks(SITE, FakeClock(), copy_bytes=1000, size=10)
     assert peaks.gb_per_s == pytest.approx(2 * 1000 / 1e-6 / 1e9)
-    assert peaks.tflops == pytest.approx(2 * 10**3 / 2e-6 / 1e12)
+    assert peaks.tflops == pytest.approx(2 * 10**3 / 3e-6 / 1e12)
 
 
 def step_row(provider: str, median: float) -> Row:
