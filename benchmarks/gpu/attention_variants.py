@@ -24,7 +24,7 @@ _MULTIPROCESSORS, _MAX_CONTEXT = 132, 32768
 # Two warps in decode and four in prefill: with all registers that there are, four or two programs of either fill a
 # multiprocessor. Scales of 8-bit pages are fetched ahead in 4 bytes.
 _PLAIN = Limits(255, Matrix.FEW_ROWS, is_async=True, narrow_copies=8)
-_EIGHT_BIT = Limits(128, Matrix.FEW_ROWS, is_async=True, narrow_copies=24)
+_EIGHT_BIT = Limits(168, Matrix.FEW_ROWS, is_async=True, narrow_copies=24)
 _PREFILL = Limits(255, Matrix.MANY_ROWS, is_async=True)
 # No matrix instruction multiplies float32 without rounding it.
 _EXACT = Limits(160, Matrix.NONE, is_async=True, narrow_copies=8)

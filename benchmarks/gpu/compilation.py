@@ -98,9 +98,9 @@ def figures_of_kernel(compiled: Any) -> Figures:
     return figures
 
 
-def launches_of(variant: Variant) -> dict[str, Launch]:
-    """By name: that of the variant, and of the kernel where there are several."""
-    with record_launches() as launches:
+def launches_of(variant: Variant, target: int) -> dict[str, Launch]:
+    """What it launches there, by name: that of the variant, and of the kernel where there are several."""
+    with record_launches(target) as launches:
         variant.call()
     if len(launches) == 1:
         return {variant.name: launches[0]}
@@ -115,9 +115,9 @@ def compile_all(
     wanted = (
         (name, variant, launch, target)
         for variant in variants.values()
-        for name, launch in launches_of(variant).items()
         for target in targets
         if target in variant.targets
+        for name, launch in launches_of(variant, target).items()
     )
     with ThreadPoolExecutor(_READERS) as readers:
         for name, variant, launch, target in wanted:

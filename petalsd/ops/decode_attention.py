@@ -11,7 +11,7 @@ from petalsd.ops.attention_checks import check_pages, check_queries, check_rows,
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_batch import DecodeBatch
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
-from petalsd.ops.launching import Options, launch, next_power_of_2, strides
+from petalsd.ops.launching import Options, capability_of, launch, next_power_of_2, strides
 from petalsd.ops.ragged import PagedKV
 
 MAX_SPLITS = 64
@@ -23,6 +23,7 @@ _MAX_BLOCK_M = 32
 PROGRAMS_PER_SM = 4
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
 _MAX_REGISTERS = 255
+_BLACKWELL = 100  # two warps spill there
 _NUM_STAGES = 2
 
 
@@ -50,7 +51,8 @@ def decode_tile(group: int, kv: PagedKV) -> tuple[int, int, int]:
     block_m = min(max(_MIN_BLOCK_M, next_power_of_2(group)), _MAX_BLOCK_M)
     is_padded = head_dim != next_power_of_2(head_dim)
     block_n = 64 if head_dim <= 128 else 32
-    num_warps = 2 if block_m == _MIN_BLOCK_M and head_dim <= 128 else 4
+    is_small = block_m == _MIN_BLOCK_M and head_dim <= 128
+    num_warps = 2 if is_small and capability_of(kv.k.device) < _BLACKWELL else 4
     if is_eight_bit:
         block_n = 32 if head_dim <= 128 and not is_padded else 16
         num_warps = 4

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -97,17 +98,35 @@ def takes_ptx(kernel: Any) -> bool:
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+_assumed: ContextVar[int] = ContextVar("assumed", default=0)
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Notes every launch of this context in the list. Those on tensors of the device "meta" end there."""
+def record_launches(capability: int = 0) -> Iterator[list[Launch]]:
+    """Notes every launch of this context in the list. Those on tensors of the device "meta" end there.
+
+    capability  what ``capability_of`` says of such a device meanwhile
+    """
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    tokens = _recorded.set(launches), _assumed.set(capability)
     try:
         yield launches
     finally:
-        _recorded.reset(token)
+        _recorded.reset(tokens[0])
+        _assumed.reset(tokens[1])
+
+
+def capability_of(device: torch.device) -> int:
+    """The compute capability of an NVIDIA device, times ten: 90 for Hopper. 0 of others, and of the CPU."""
+    if device.type == "meta":
+        return _assumed.get()
+    return _capability(device) if device.type == "cuda" and torch.version.hip is None else 0
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(

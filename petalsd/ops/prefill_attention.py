@@ -11,13 +11,13 @@ from petalsd.ops.attention_checks import check_pages, check_queries, check_rows,
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_batch import PrefillBatch
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
-from petalsd.ops.launching import Options, check_tensor, launch, next_power_of_2, strides
+from petalsd.ops.launching import Options, capability_of, check_tensor, launch, next_power_of_2, strides
 from petalsd.ops.ragged import PagedKV
 
 _UNBOUND = Options(num_warps=8, num_stages=2)
 _BOUND = Options(num_warps=8, num_stages=2, max_registers=232)
 """Without a bound some registers are spilled to have 128 of them; with one, where about 200 are needed, too."""
-_FLOAT8 = replace(_BOUND, num_stages=3)
+_AHEAD = replace(_BOUND, num_stages=3)
 """The third fetches page ids ahead: addresses then take fewer registers at a time."""
 
 
@@ -75,13 +75,15 @@ class PrefillTile:
     options: Options
 
 
-_NARROW = PrefillTile(64, 32, Options(num_warps=4, num_stages=2))
+_HOPPER = 90
+_SMALL = PrefillTile(64, 64, Options(num_warps=4, num_stages=2))
 
 
 def prefill_tile(head_dim: int, group: int, kv: PagedKV, dtype: torch.dtype) -> PrefillTile:
     """What no device spills with, in the shared memory of all; ``dtype`` is that of the queries.
 
-    Tiles of 64 rows were the fastest of those tried on an H200, where they suffice for the heads of a group.
+    Tiles of 64 rows and tokens were the fastest of those tried on an H200, where they suffice for the heads of a
+    group; on other devices some of them spill.
 
     Tiles of 8 bits take registers to be raised to it, so they hold fewer tokens; but of small heads as many as are
     loaded in 16 bytes by every thread. Float32 is multiplied without matrix units, from registers.
@@ -94,9 +96,12 @@ def prefill_tile(head_dim: int, group: int, kv: PagedKV, dtype: torch.dtype) -> 
     is_eight_bit = isinstance(kv, Int8KV | Float8KV)
     if head_dim > 128:
         return PrefillTile(64, 16, _BOUND)
-    if not is_eight_bit and group <= _NARROW.block_m // 2:
-        return _NARROW
+    is_hopper = capability_of(kv.k.device) == _HOPPER
+    if is_hopper and not is_eight_bit and group <= _SMALL.block_m // 2:
+        return _SMALL
     block_n = 64 if is_eight_bit == (head_dim <= 64) else 32
     if head_dim <= 64:
-        return PrefillTile(128, block_n, _BOUND)
-    return PrefillTile(128, block_n, _FLOAT8 if isinstance(kv, Float8KV) else _UNBOUND)
+        return PrefillTile(128, block_n, _AHEAD if isinstance(kv, Int8KV) else _BOUND)
+    if isinstance(kv, Float8KV):
+        return PrefillTile(128, block_n, _AHEAD)
+    return PrefillTile(128, block_n, _BOUND if is_eight_bit else _UNBOUND)

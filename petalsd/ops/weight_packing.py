@@ -39,7 +39,7 @@ def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight, copy: Copy = 
     dtype = torch.bfloat16 if packed.format is WeightFormat.BFLOAT16 else torch.float32
     for tiles in packed.tile_chunks(SERIAL_VALUES):
         first, last = tiles.start * TILE_OUTPUTS, tiles.stop * TILE_OUTPUTS
-        rows = torch.zeros(last - first, padded_in, dtype=dtype)
+        rows = torch.zeros(last - first, padded_in, dtype=dtype, device="cpu")
         _gather(parts, first, rows[:, : packed.num_in])
         _pack_tiles(rows, tiles, packed)
 

@@ -42,10 +42,10 @@ def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Two values share a byte as ``packed_weight`` says. In C++: the search for scales in ``kernels_rounding.inc``
     takes a score of passes over each group, which there stays in registers.
     """
-    weight = weight.contiguous()
+    weight = weight.cpu().contiguous()  # C++ reads it
     num_rows, num_in = weight.shape
-    rounded = torch.empty(num_rows, num_in // 2, dtype=torch.uint8)
-    scales = torch.empty(num_rows, num_in // GROUP_INPUTS, dtype=torch.bfloat16)
+    rounded = torch.empty(num_rows, num_in // 2, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(num_rows, num_in // GROUP_INPUTS, dtype=torch.bfloat16, device="cpu")
     _C.round_int4(weight.data_ptr(), rounded.data_ptr(), scales.data_ptr(), scales.numel(), "auto")
     return rounded, scales
 

@@ -50,7 +50,7 @@ def test_the_code_of_every_kernel_is_within_its_limits(compiled: Table) -> None:
     """On all targets: no spill, no stack, registers, shared memory, asynchronous loads, matrix instructions."""
     problems = []
     for variant in all_variants().values():
-        for name in launches_of(variant):
+        for name in launches_of(variant, variant.targets[0]):
             assert set(compiled[name]) == {str(target) for target in variant.targets}
             for target, figures in compiled[name].items():
                 found = variant.limits.violations(figures, int(target))
@@ -134,7 +134,7 @@ from dataclasses import replace
 from benchmarks.gpu.compilation import launches_of, figures_of, prepare_cache
 from benchmarks.gpu.variants import all_variants
 prepare_cache()
-(launch,) = launches_of(all_variants()["norm 4096"]).values()
+(launch,) = launches_of(all_variants()["norm 4096"], 80).values()
 arguments = [4100 if isinstance(value, int) else value for value in launch.arguments]
 odd = replace(launch, arguments=tuple(arguments))
 found = [figures_of(one, 80) for one in (launch, odd)]
@@ -173,6 +173,6 @@ def test_float8_is_not_asked_of_devices_without_it() -> None:
 
 def test_an_interpreted_kernel_is_not_compiled() -> None:
     """In this process kernels are interpreted; the error says so."""
-    (launch,) = launches_of(all_variants()["norm 4096"]).values()
+    (launch,) = launches_of(all_variants()["norm 4096"], 80).values()
     with pytest.raises(TypeError, match="add_norm_kernel is interpreted here: unset TRITON_INTERPRET"):
         compile_launch(launch, 80)
