@@ -199,7 +199,7 @@ def test_prefill_stays_small_for_a_while_after_a_decode() -> None:
 
 
 def test_what_takes_no_time_is_not_cut() -> None:
-    """Twice a decode of half a millisecond is nothing that anybody would notice: prompts go on in larger chunks."""
+    """Nobody would notice twice a decode of half a millisecond: prompts go on in larger chunks."""
     sizes = []
     for decode_s in (0.0005, 0.01):
         scheduler = Scheduler(max_batch_tokens=1024, chunk_tokens=256)
