@@ -86,6 +86,7 @@ constexpr std::int64_t kNumBlocks = 2;
 constexpr std::int64_t kPageTokens = 16;
 constexpr std::int64_t kNumRuns = 5;
 constexpr std::int64_t kLongHistory = 2 * petalsd::kPartTokens + 40;
+const std::string kEmulated = "amx-emulated";
 
 struct Case {
   BlockShape shape;
@@ -201,7 +202,9 @@ std::vector<Buffer> compute(const Case& at_hand, int num_threads, int num_steps)
 }
 
 bool is_the_same_on_any_team(const Case& at_hand) {
-  const int num_steps = at_hand.history == 0 ? 12 : 2;
+  // The emulated tiles are slow, and only their products are their own, which depend on no position: what does is
+  // that of the widest registers.
+  const int num_steps = at_hand.history == 0 && at_hand.tier != kEmulated ? 12 : 2;
   const auto expected = compute(at_hand, 1, num_steps);
   for (const int num_threads : {2, 4}) {
     if (compute(at_hand, num_threads, num_steps) == expected) continue;
@@ -330,7 +333,7 @@ int main() {
   }
   std::vector<std::string> tiers = {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
   const std::string fastest = petalsd::choose_tier("auto").name;
-  if (fastest == "avx512bf16" || fastest == "amx") tiers.insert(tiers.begin(), "amx-emulated");
+  if (fastest == "avx512bf16" || fastest == "amx") tiers.insert(tiers.begin(), kEmulated);
   for (const std::string& tier : tiers) {
     if (!rounds_as_the_baseline_does(tier)) return EXIT_FAILURE;
     for (const Case& format : formats) {
