@@ -116,3 +116,9 @@ def test_light_modules_do_not_load_torch(module: str) -> None:
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_daemon_starts_without_the_compiler_of_torch() -> None:
+    """It takes a third of the time that a daemon takes to import what it needs."""
+    code = "import sys, petalsd.daemon.daemon; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=100).returncode == 0

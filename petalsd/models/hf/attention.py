@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from petalsd.ops.attention import dense_attention, paged_attention
 from petalsd.ops.kv import write_kv
@@ -61,7 +59,14 @@ class DenseCall:
 
 
 def register_attention() -> None:
-    """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated."""
+    """Make ``ATTENTION_NAME`` known to transformers; harmless when repeated.
+
+    Imported here: transformers' masks load torch's compiler, which takes half as long as all else that a daemon
+    imports, and the families with a fused block need neither.
+    """
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
     AttentionInterface.register(ATTENTION_NAME, _attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
