@@ -105,8 +105,8 @@ async def test_new_blocks_are_captured_one_by_one_between_the_steps_of_sessions(
             stage.graphs.events.clear()
             stage.observer.must_release = True
             new.append(await feed(coming, other[:, 2:37], [35]))
+            await stage.until_settled(2)  # the last batch is noted after it was answered
             during = stage.graphs.events[: 1 + _last(stage.graphs.events, "batch")]
-            await stage.until_settled(2)
             stage.observer.runs = {True: 0, False: 0}
             new.append(await feed(coming, other[:, 37:], [1]))
             kept.append(await feed(staying, hidden[:, 5:], [1] * 4))

@@ -99,8 +99,9 @@ def test_systemd_and_man_find_all_that_the_units_name(lab: Lab) -> None:
 
 def test_commands_answer_at_once(lab: Lab, figure: Figure) -> None:
     """petalsctl from the package, its modules compiled; without a daemon it says what to do."""
-    times_s = []
-    for _ in range(3):  # the first one brings the files into memory
+    times_s: list[float] = []
+    # The first one brings the files into memory, and others may have the cores for a while.
+    while len(times_s) < 20 and min(times_s, default=MAX_ANSWER_S) >= MAX_ANSWER_S:
         began_s = time.monotonic()
         done = lab.run(["petalsctl", "status"], check=False)
         times_s.append(time.monotonic() - began_s)

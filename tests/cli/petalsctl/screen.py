@@ -136,5 +136,9 @@ class TerminalCommand:
 
 
 def _take_terminal() -> None:
-    """Makes the pseudo-terminal the controlling one, so that Ctrl-C reaches the command."""
+    """Makes the pseudo-terminal the controlling one, so that Ctrl-C reaches the command, and is not ignored.
+
+    A job in the background of a script ignores it, and so would all that it starts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
