@@ -17,9 +17,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # takes a process without it.
 os.environ["TRITON_INTERPRET"] = "1"
 
+TESTS = Path(__file__).resolve().parent
+
+# Longest first, those that mostly compute beside those that mostly wait for daemons. Files are handed to processes
+# in this order: a long one that begins last would keep a single core busy at the end.
+LONG_FILES = (
+    "csrc/test_sanitizers.py", "daemon/test_serving.py", "kernels/test_compilation.py", "systemd/test_faults.py",
+    "models/test_weight_formats.py", "systemd/test_package.py", "models/test_native_numerics.py",
+    "interop/test_stock_client.py", "e2e/test_real_model.py", "e2e/test_demo.py", "systemd/test_service.py",
+    "interop/test_families.py", "daemon/test_swarm_live.py", "interop/test_mixed_balance.py",
+    "client/test_live_generation.py", "interop/test_benchmarks.py", "interop/test_stock_server.py",
+    "interop/test_mixed_chain.py", "engine/test_graphed_span.py", "systemd/test_surroundings.py",
+    "benchmarks/test_smoke_served.py", "engine/test_kernel_engine.py", "systemd/test_reload.py",
+    "models/test_layer_block.py", "kernels/test_prefill_attention.py", "daemon/test_control_live.py",
+    "engine/test_float8_cache.py", "swarm/test_node.py", "engine/test_capturing.py", "daemon/test_draining.py",
+    "client/test_live_recovery.py", "models/test_kernel_span.py", "systemd/test_control.py",
+    "models/test_native_parts.py", "systemd/test_drain.py", "engine/test_device_loss.py", "layout/test_linters.py",
+)  # fmt: skip
 
 # A property of tests that measure: a line for the end of the run. It travels with the report, from workers too.
 FIGURE = "figure"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {TESTS / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG_FILES, TESTS
+
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -45,3 +47,8 @@ def test_functions_are_short_and_documented_modules(path: Path) -> None:
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = sum(argument.arg not in ("self", "cls") for argument in arguments)
             assert count <= MAX_PARAMETERS, f"{node.name} has {count} parameters: make a record"
+
+
+def test_long_files_are_there() -> None:
+    """A file that was renamed is begun first under its new name too."""
+    assert [name for name in LONG_FILES if not (TESTS / name).is_file()] == []
