@@ -9,12 +9,13 @@ PROMTOOL := .cache/promtool/promtool
 # Quiet unless something fails; `make V=1 ...` shows everything.
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml constraints.txt
-# Tests run file by file in as many processes: those of a file share its servers and models.
-JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Tests run file by file in as many processes: those of a file share its servers and models. One more than there are
+# cores, for half of the time goes into waiting for daemons; which files come first is said in tests/conftest.py.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop lint format sanitize bench bench-compare bench-gpu bench-swarm \
-	deb docs promtool clean
+.PHONY: help install demo-model demo test test-interop test-all petals-env lint format sanitize bench \
+	bench-compare bench-gpu bench-swarm deb docs promtool clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,9 +58,14 @@ test: $(DEMO_MODEL)/config.json $(PROMTOOL) ## run every test that this machine 
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(PARALLEL) $(ARGS)
 	@echo "tests/interop, against stock Petals, is left to: make test-interop"
 
-test-interop: $(DEMO_MODEL)/config.json ## run the tests against stock Petals, in an environment of its own
+petals-env: $(BIN)/python ## set up .venv-petals: stock Petals, which the tests of interop run against
 	@$(BIN)/python tests/interop/environment/build.py
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest tests/interop $(ARGS)
+
+test-interop: $(DEMO_MODEL)/config.json petals-env ## run the tests against stock Petals
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest tests/interop $(PARALLEL) $(ARGS)
+
+test-all: $(DEMO_MODEL)/config.json $(PROMTOOL) petals-env ## run the tests of both in one go, sooner than apart
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most; results in benchmarks/results
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks $(ARGS)
@@ -67,8 +73,7 @@ bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most;
 bench-swarm: $(STAMP) ## simulate placement in swarms of 10 to 1,000 servers; about an hour, ARGS names single cases
 	@$(BIN)/python -m benchmarks.swarm_sim $(ARGS)
 
-bench-compare: $(DEMO_MODEL)/config.json ## the same beside stock Petals and transformers, in twenty minutes at most
-	@$(BIN)/python tests/interop/environment/build.py
+bench-compare: $(DEMO_MODEL)/config.json petals-env ## the same beside stock Petals and transformers, in twenty minutes at most
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks --compare $(ARGS)
 
 bench-gpu: $(STAMP) ## measure this machine's GPU, and compare with what was accepted of its kind; exit 3 without one

@@ -126,8 +126,9 @@ def version_of(python: str) -> str | None:
 
 
 def install(what: str, *arguments: object) -> None:
+    """Compiled is what is imported, when it is: a fraction of all that comes along."""
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    run_step(what, [*pip, "install", "--progress-bar=off", *map(str, arguments)])
+    run_step(what, [*pip, "install", "--no-compile", "--progress-bar=off", *map(str, arguments)])
 
 
 def install_reexports() -> None:
