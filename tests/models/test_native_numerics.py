@@ -77,7 +77,11 @@ def test_bfloat16_is_no_farther_from_float32_than_transformers(
         assert (ours - truth)[part].abs().mean() <= (theirs - truth)[part].abs().mean(), name
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+# Products do not see how the cache is kept, nor attention how weights are: each pair of weights, dtype and cache.
+PAIRWISE = [FORMS[index] for index in (0, 3, 5, 6, 8, 11)]
+
+
+@pytest.mark.parametrize("form", PAIRWISE, ids=str)
 def test_a_row_is_the_same_in_a_batch_of_32(numerics: DemoNumerics, form: Form) -> None:
     """Bit for bit: 32 sequences of other lengths, prefilled and then continued together, and each alone."""
     lengths = [SHORTEST + row for row in range(BATCH)]
