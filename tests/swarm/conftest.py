@@ -12,9 +12,11 @@ import pytest_asyncio
 from petalsd.swarm.frames import InboundBudget, take_over
 from petalsd.swarm.node import Node
 from petalsd.swarm.stream import MessageStream
+from tests.swarm.handing_over import Swarm, two_servers
 from tests.swarm.servers import Server, joining, node, server
 
 PEER_A, PEER_B = "QmPeerA" + "a" * 39, "QmPeerB" + "b" * 39
+GHOST = "Qm" + "g" * 44  # a PeerID that nobody has
 
 
 @pytest.fixture
@@ -71,3 +73,10 @@ async def tiny(shared_server: Server) -> AsyncIterator[Server]:
     """The module's server; after each test all its pages must be back."""
     yield shared_server
     await shared_server.idle()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Swarm]:
+    """Two servers of the same blocks and a client, shared by a module."""
+    async with two_servers(tmp_path_factory.mktemp("tiny")) as swarm:
+        yield swarm

@@ -14,25 +14,18 @@ from petalsd.engine.step import SessionSpec
 from petalsd.types import BlockSpan
 from tests.engine.rig import states
 from tests.numeric import assert_close
-from tests.swarm.handing_over import SPAN, Swarm, two_servers
+from tests.swarm.conftest import GHOST
+from tests.swarm.handing_over import SPAN, Swarm
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 
-GHOST = "Qm" + "g" * 44
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Swarm]:
-    async with two_servers(tmp_path_factory.mktemp("tiny")) as swarm:
-        yield swarm
-
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def swarm(running: Swarm) -> AsyncIterator[Swarm]:
+async def swarm(both: Swarm) -> AsyncIterator[Swarm]:
     """After each test both servers have all their pages back."""
-    yield running
-    await running.idle()
+    yield both
+    await both.idle()
 
 
 async def feed(session: InferenceSession, hidden: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -19,29 +19,23 @@ from petalsd.swarm.stream import MessageStream
 from petalsd.swarm.stub import ServerStub
 from petalsd.types import BlockSpan
 from tests.engine.rig import states
-from tests.swarm.handing_over import SPAN, Swarm, two_servers
+from tests.swarm.conftest import GHOST
+from tests.swarm.handing_over import SPAN, Swarm
 from tests.swarm.servers import PREFIX
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 
-GHOST = "Qm" + "g" * 44
 PAGES = 6  # of a session of 32 tokens in three blocks; a giver may leave 16 of 64
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Swarm]:
-    async with two_servers(tmp_path_factory.mktemp("tiny")) as swarm:
-        yield swarm
-
-
 @pytest_asyncio.fixture(loop_scope="module")
-async def swarm(running: Swarm) -> AsyncIterator[Swarm]:
+async def swarm(both: Swarm) -> AsyncIterator[Swarm]:
     """After each test both servers have all their pages back, and nobody is charged for anything."""
-    running.notes.hand_overs.clear()
-    yield running
-    await running.idle()
-    assert running.second.handler.awaited == NOTHING
+    both.notes.hand_overs.clear()
+    yield both
+    await both.idle()
+    assert both.second.handler.awaited == NOTHING
 
 
 def offer(swarm: Swarm, client: str = "", position: int = 20, **changes: object) -> Offer:

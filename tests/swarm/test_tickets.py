@@ -18,10 +18,9 @@ from petalsd.swarm.stream import RemoteError
 from petalsd.swarm.tickets import TicketOffice
 from petalsd.types import BlockSpan
 from tests.engine.rig import TinyModel, serving
+from tests.swarm.conftest import GHOST
 from tests.swarm.test_observer import Notes
 from tests.waiting import eventually
-
-GHOST = "Qm" + "g" * 44
 
 
 def escrow(num_per_giver: int = 2, num_of_all: int = 3) -> Escrow:
