@@ -39,6 +39,7 @@ log = structlog.get_logger(__name__)
 
 _FORGETTING = 0.999  # per batch: a slow one counts for some thousand more
 _CAPTURE_PAUSE_S = 0.05  # until an idle engine asks again whether it may capture
+_TRANSFERS_S = 0.002  # before an iteration, which waits for them; what goes beyond it is one of them at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ class EngineCore:
         )
 
     def submit_transfer(self, transfer: Transfer) -> None:
-        """Move a chunk of a session's keys and values; one goes before each iteration."""
+        """Move a chunk of a session's keys and values; at least one goes before each iteration."""
         self._transfers.append(transfer)
 
     def close_session(self, session: EngineSession) -> None:
@@ -222,7 +223,7 @@ class EngineCore:
     def iterate(self) -> None:
         """Plan what runs now, run it, answer what is complete. A plan is carried out before the next is made."""
         if self._transfers and not self._deferred:  # those run without anybody who was not planned with them
-            self._transfer(self._transfers.popleft())
+            self._run_transfers()
             if not (self._scheduler or self.passes):
                 return
         deferred, self._deferred = self._deferred, []
@@ -251,6 +252,14 @@ class EngineCore:
             self._progress.begin(0)
             self.captures.capture_next()
             self._progress.busy_since_monotonic_s = None  # no end(): what was captured proves nothing
+
+    def _run_transfers(self) -> None:
+        """As many as go in little time: one for each iteration would have small ones wait for many of them."""
+        until_s = time.monotonic() + _TRANSFERS_S
+        while self._transfers:
+            self._transfer(self._transfers.popleft())
+            if time.monotonic() >= until_s:
+                return
 
     def _transfer(self, transfer: Transfer) -> None:
         self._progress.begin(0)

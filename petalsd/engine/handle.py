@@ -14,7 +14,7 @@ import torch
 from petalsd.alarm import Alarm
 from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
-from petalsd.engine.kv_transfer import KeysValues, Place, Transfer
+from petalsd.engine.kv_transfer import CopyMark, KeysValues, Place, Transfer
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
@@ -42,7 +42,10 @@ class SessionInfo:
 
 
 class Session:
-    """An open session, made by ``Engine.open_session``; ``close`` it on every path. Belongs to the loop."""
+    """An open session, made by ``Engine.open_session``; ``close`` it on every path. Belongs to the loop.
+
+    ``copied``: how far a copy of its keys and values is right, which is made beside its steps.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Session:
         self._deadline_s = deadline_s
         self._on_end = on_end
         self._position = 0
+        self.copied = CopyMark()
         self._opened_s = self._last_active_s = time.monotonic()
         self._deadline = Alarm(self._miss_deadline)
         self._answer: asyncio.Future[torch.Tensor] | None = None
@@ -105,6 +109,7 @@ class Session:
         check_step(step, self.spec, self._position, self._core.served.hidden_size)
         answer = self._answer = asyncio.get_running_loop().create_future()
         job = StepJob.of(step, answer)
+        self.copied.step_begins(step)
         self._last_active_s = job.arrived_at
         self._deadline.set(self._deadline_s)
         self._thread.post(partial(self._core.submit_step, self._state, job))
@@ -119,11 +124,11 @@ class Session:
         finally:
             self._deadline.clear()
             self._answer = None
-        self._position = step.start + step.hidden.shape[1]
+        self._position = self.copied.settled = step.start + step.hidden.shape[1]
         self._last_active_s = time.monotonic()
         return output
 
-    # Keys and values; only while no step is under way
+    # Keys and values
 
     @property
     def kv_geometry(self) -> KVGeometry:
@@ -131,17 +136,23 @@ class Session:
         return self._core.served.pool.geometry
 
     async def read_kv(self, place: Place) -> KeysValues:
-        """The chunk at ``place``, below the position. SessionClosed, EngineError or DeadlineExceeded."""
+        """The chunk at ``place``, below ``copied.settled``, as it is when its turn comes, also beside a step.
+
+        SessionClosed, RolledBack or another EngineError, DeadlineExceeded.
+        """
         chunk: KeysValues = await self._transfer(partial(Transfer.reading, self._state.kv, place))
         return chunk
 
     async def write_kv(self, place: Place, chunk: KeysValues) -> None:
-        """Fill a session that has taken no step yet, block by block; errors as for ``read_kv``."""
+        """Fill a session that has taken no step yet, each block from its first token on, perhaps some anew.
+
+        SessionClosed, EngineError or DeadlineExceeded.
+        """
         await self._transfer(partial(Transfer.writing, self._state.kv, place, chunk))
 
     def resume_at(self, position: int) -> None:
         """Go on behind ``position`` tokens, which were all written in all blocks."""
-        self._position = position
+        self._position = self.copied.settled = position
         self._thread.post(partial(self._state.resume_at, position))
 
     def charge_to(self, peer: str) -> None:

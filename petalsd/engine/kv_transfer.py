@@ -1,7 +1,7 @@
 """Keys and values of one session in a portable order: out of its pages, and into those of another engine.
 
-A *chunk* is some tokens of all rows in one block: keys and values ``[B, n, Hkv, D]`` each, token by token, in the
-model's dtype on the CPU, whatever the order and precision of the pages.
+A *chunk* is some tokens of all rows in some blocks: keys and values ``[blocks, B, n, Hkv, D]`` each, token by
+token, in the model's dtype on the CPU, whatever the order and precision of the pages.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from petalsd.engine.step import Step
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVSession
+from petalsd.types import BlockSpan
 
 KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Tokens ``start`` to ``end - 1`` of all rows in ``block``, one of the session's; ``start < end``."""
+    """Tokens ``start`` to ``end - 1`` of all rows in ``blocks``, of the session's; ``start < end``."""
 
-    block: int
+    blocks: BlockSpan
     start: int
     end: int
 
@@ -49,23 +51,61 @@ class Transfer:
         return cls(partial(_write, kv, place, chunk), answer)
 
 
+class RolledBack(EngineError):
+    """The session was rolled back, by a step that came meanwhile, to before the end of what was to be read."""
+
+
+class CopyMark:
+    """How far a copy of a session's keys and values is right, while the session's steps go on.
+
+    One copy at a time. ``settled``: tokens of each row that no step under way writes.
+    """
+
+    __slots__ = ("_copied", "settled")
+
+    def __init__(self) -> None:
+        self.settled = 0
+        self._copied = 0
+
+    def step_begins(self, step: Step) -> None:
+        """From its start on the tokens become others, and all do when rows change places."""
+        self.settled = step.start
+        self._copied = 0 if step.hypo_ids is not None else min(self._copied, step.start)
+
+    def restart(self) -> None:
+        """Nothing is copied yet."""
+        self._copied = 0
+
+    def take(self) -> range:
+        """The tokens that the copy lacks or has wrong, below ``settled``; what is read from now on counts."""
+        missing = range(self._copied, self.settled)
+        self._copied = self.settled
+        return missing
+
+    def give_back(self, missing: range) -> None:
+        """They could not be read after all."""
+        self._copied = min(self._copied, missing.start)
+
+
 def _read(kv: KVSession, place: Place, pool: KVPool) -> KeysValues:
+    if kv.length < place.end:
+        raise RolledBack(f"tokens {place.start} to {place.end} of a session that holds {kv.length}")
     slots = _slots(kv, place, kv.length, pool)
     keys, values = pool.kv.gather(slots)
-    shape = kv.batch, place.end - place.start, *keys.shape[1:]
+    shape = len(place.blocks), kv.batch, place.end - place.start, *keys.shape[1:]
     return keys.view(shape).cpu(), values.view(shape).cpu()
 
 
 def _write(kv: KVSession, place: Place, chunk: KeysValues, pool: KVPool) -> None:
     length = max(kv.length, place.end)
     slots = _slots(kv, place, length, pool)
-    keys, values = (part.flatten(0, 1).to(pool.device, pool.dtype) for part in chunk)
+    keys, values = (part.flatten(0, 2).to(pool.device, pool.dtype) for part in chunk)
     with torch.inference_mode():
         pool.kv.write(slots, keys, values)
 
 
 def _slots(kv: KVSession, place: Place, length: int, pool: KVPool) -> torch.Tensor:
-    """``[B * n]`` int64 on the pool's device: where these tokens lie, with the pages in memory for ``length``."""
+    """``[blocks * B * n]`` int64 on the pool's device: where these tokens lie, once ``length`` are in memory."""
     room = pool.make_room([(kv, length)])
     if room.failed:
         raise room.failed[0]
@@ -77,6 +117,7 @@ def _slots(kv: KVSession, place: Place, length: int, pool: KVPool) -> torch.Tens
     origins = np.empty((kv.batch, -(-length // page_tokens)), dtype=np.int32)
     pool.fill_origins([kv], torch.from_numpy(origins))
     positions = np.arange(place.start, place.end)
-    pages = origins[:, positions // page_tokens].astype(np.int64) + place.block
+    blocks = np.arange(place.blocks.start, place.blocks.end).reshape(-1, 1, 1)
+    pages = origins[:, positions // page_tokens].astype(np.int64) + blocks
     slots = pages * page_tokens + positions % page_tokens
     return torch.from_numpy(slots.reshape(-1)).to(pool.device)

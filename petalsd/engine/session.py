@@ -68,7 +68,9 @@ class EngineSession:
             self.kv.reorder(step.hypo_ids)
 
     def resume_at(self, position: int) -> None:
-        """Its pages were filled up to here by transfers."""
+        """Its pages were filled by transfers, perhaps beyond: their session was rolled back meanwhile."""
+        if self.kv.length > position:
+            self.kv.truncate(position)
         self.position = position
 
     def next_item(self, tokens: int) -> BatchItem:

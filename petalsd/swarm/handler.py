@@ -28,7 +28,7 @@ from petalsd.swarm.protocol import HAND_OVER_METHOD, HAND_OVER_SERVICE, handle_n
 from petalsd.swarm.push import Pusher
 from petalsd.swarm.requests import PushRequest
 from petalsd.swarm.serving import Serving
-from petalsd.swarm.session_giver import Relocation, SessionGiver
+from petalsd.swarm.session_giver import SessionGiver
 from petalsd.swarm.session_taker import SessionTaker
 from petalsd.swarm.sessions import SessionRegistry
 from petalsd.swarm.stream import MessageStream, StreamEnded
@@ -188,26 +188,28 @@ class TransformerConnectionHandler:
     async def hand_over(self, view: SwarmView, kept: BlockSpan | None, deadline_s: float) -> int:
         """Have sessions that use other blocks than ``kept`` (None: all) go on at servers of ``view``; how many do.
 
-        Each is carried between two of its steps. One that nobody takes, or whose client could not follow, stays
-        here, as it was.
+        Each is copied beside its steps, and goes between two of them. One that nobody takes, or whose client could
+        not follow, stays here, as it was.
         """
         giver = SessionGiver(
             view, self._node.peer_id, partial(ServerStub, self._node), self._serving.model, deadline_s
         )
-        calls = [
-            call
+        moves = [
+            asyncio.create_task(giver.move(call.movable, call.send_on), name="move of a session")
             for call in self._calls
-            if call.can_follow and call.span and not (kept and kept.covers(call.span))
+            if call.movable and not (kept and kept.covers(call.movable.spec.span))
         ]
-        relocations = [Relocation(giver) for _ in calls]
-        for call, relocation in zip(calls, relocations, strict=True):
-            call.send_on(relocation)
+        if not moves:
+            return 0
         try:
-            async with asyncio.timeout(deadline_s):
-                await asyncio.gather(*(relocation.over.wait() for relocation in relocations))
-        except TimeoutError:
-            log.info("hand_over_unfinished", sessions=sum(not one.over.is_set() for one in relocations))
-        return sum(relocation.has_moved for relocation in relocations)
+            done, unfinished = await asyncio.wait(moves, timeout=deadline_s)
+        finally:
+            for move in moves:
+                move.cancel()
+            await asyncio.gather(*moves, return_exceptions=True)
+        if unfinished:
+            log.info("hand_over_unfinished", sessions=len(unfinished))
+        return sum(move.result() for move in done)
 
     async def _read_view(self) -> SwarmView:
         model = self._serving.model

@@ -2,8 +2,9 @@
 
     giver  ──> taker   the offer: whose session, which blocks, how long
     giver  <── taker   accepted: pages are reserved
-    giver  ──> taker   keys and values, chunk after chunk, block after block
-    giver  ──> taker   the digest of all of it
+    giver  ──> taker   keys and values, chunk after chunk, while the session goes on
+    giver  ──> taker   those that came or changed meanwhile, now that the session stands still
+    giver  ──> taker   its position, and the digest of all of it
     giver  <── taker   a ticket, with which the session's client, and nobody else, continues there
 
 Stock servers and clients do not know the call; the taker can refuse at any point with a typed error.
@@ -26,11 +27,13 @@ from petalsd.errors import BadRequest
 from petalsd.swarm.codec import DTYPES, decode_metadata, decode_tensor, encode_metadata, encode_tensor
 from petalsd.swarm.protocol import MIB, make_chain
 from petalsd.swarm.requests import served_span
+from petalsd.types import BlockSpan
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK_BYTES = MIB  # of keys, and of values: small beside what a session's step may bring
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FIELDS = {"version", "client", "batch", "max_tokens", "position", "dtype", "num_kv_heads", "head_dim"}
+_FIELDS = {"version", "client", "batch", "max_tokens", "dtype", "num_kv_heads", "head_dim"}
+_PLACE_FIELDS = ("start_block", "end_block", "start", "end")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,9 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """``spec`` as the client opened it, with that client as its peer; each row holds ``position`` tokens."""
+    """``spec`` as the client opened it, with that client as its peer."""
 
     spec: SessionSpec
-    position: int
     shape: KVShape
 
     def to_wire(self, prefix: str) -> runtime_pb2.ExpertRequest:
@@ -65,7 +67,6 @@ class Offer:
             "client": spec.peer,
             "batch": spec.batch,
             "max_tokens": spec.max_tokens,
-            "position": self.position,
             "dtype": _DTYPE_NAMES[shape.dtype],
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
@@ -89,20 +90,40 @@ class Offer:
         client = metadata["client"]
         if not isinstance(client, str) or not 32 <= len(client) <= 64 or not client.isalnum():
             raise BadRequest("client", client, "must be a base58 PeerID")
-        batch, max_tokens, position, heads, head_dim = (
-            _count(metadata, name) for name in ("batch", "max_tokens", "position", "num_kv_heads", "head_dim")
+        batch, max_tokens, heads, head_dim = (
+            _count(metadata, name) for name in ("batch", "max_tokens", "num_kv_heads", "head_dim")
         )
-        if position > max_tokens:
-            raise BadRequest("position", position, f"must be at most max_tokens, {max_tokens}")
         spec = SessionSpec(served_span(request.uid, prefix), batch, max_tokens, client)
-        return cls(spec, position, KVShape(heads, head_dim, DTYPES[dtype]))
+        return cls(spec, KVShape(heads, head_dim, DTYPES[dtype]))
 
-    def places(self) -> Iterator[Place]:
-        """The chunks, in the order in which they go."""
-        tokens = max(1, _CHUNK_BYTES // (self.spec.batch * self.shape.token_bytes))
-        for block in self.spec.span:
-            for start in range(0, self.position, tokens):
-                yield Place(block, start, min(self.position, start + tokens))
+    def places(self, tokens: range) -> Iterator[Place]:
+        """The chunks of these tokens, as few as their size allows: whole blocks side by side, or one in parts."""
+        if not tokens:
+            return
+        span, at_once = self.spec.span, self._chunk_tokens
+        num_blocks = max(1, at_once // len(tokens))
+        for first in range(span.start, span.end, num_blocks):
+            blocks = BlockSpan(first, min(first + num_blocks, span.end))
+            for start in range(tokens.start, tokens.stop, at_once):
+                yield Place(blocks, start, min(tokens.stop, start + at_once))
+
+    def is_one_chunk(self, tokens: range) -> bool:
+        """Whether these tokens of all blocks go at once."""
+        return len(tokens) * len(self.spec.span) <= self._chunk_tokens
+
+    @property
+    def _chunk_tokens(self) -> int:
+        """Of one block, or over several together; at least one, however large it is."""
+        return max(1, _CHUNK_BYTES // (self.spec.batch * self.shape.token_bytes))
+
+    def check(self, place: Place) -> None:
+        """BadRequest unless such a chunk is the session's, and of a size that others may have to wait for."""
+        if not self.spec.span.covers(place.blocks):
+            raise BadRequest("start_block, end_block", str(place.blocks), f"must be of {self.spec.span}")
+        if not place.start < place.end <= self.spec.max_tokens:
+            raise BadRequest("start, end", (place.start, place.end), f"must be within {self.spec.max_tokens}")
+        if (place.end - place.start) * len(place.blocks) > self._chunk_tokens:
+            raise BadRequest("start, end", (place.start, place.end), f"{_CHUNK_BYTES} bytes may come at once")
 
 
 class Seal:
@@ -112,6 +133,7 @@ class Seal:
         self._hash = hashlib.blake2b(offer.uid.encode() + offer.metadata, digest_size=32)
 
     def add(self, message: runtime_pb2.ExpertRequest) -> None:
+        self._hash.update(message.metadata)
         for tensor in message.tensors:
             self._hash.update(tensor.buffer)
 
@@ -120,17 +142,62 @@ class Seal:
         return self._hash.hexdigest()
 
 
-def pack_chunk(chunk: KeysValues) -> runtime_pb2.ExpertRequest:
-    return runtime_pb2.ExpertRequest(tensors=[encode_tensor(part) for part in chunk])
+class Intake:
+    """What has come of an offered session: of each block the tokens from the first one on, without a gap."""
+
+    def __init__(self, offer: Offer, opening: runtime_pb2.ExpertRequest) -> None:
+        self._offer = offer
+        self._seal = Seal(opening)
+        self._lengths = dict.fromkeys(offer.spec.span, 0)
+
+    def accept(self, message: runtime_pb2.ExpertRequest) -> tuple[Place, KeysValues]:
+        """A chunk and where it belongs; BadRequest for one that does not fit there or would leave a gap."""
+        place = _unpack_place(message.metadata)
+        self._offer.check(place)
+        length = min(self._lengths[block] for block in place.blocks)
+        if place.start > length:
+            raise BadRequest("start", place.start, f"blocks {place.blocks} have {length} tokens so far")
+        chunk = _unpack_tensors(message, self._offer, place)
+        self._seal.add(message)
+        self._lengths |= dict.fromkeys(place.blocks, place.end)
+        return place, chunk
+
+    def end(self, message: runtime_pb2.ExpertRequest) -> int:
+        """The position; BadRequest unless all that belongs to it came, and as it was sent."""
+        position, length = _count(decode_metadata(message.metadata), "position"), min(self._lengths.values())
+        if position > length:
+            raise BadRequest("position", position, f"{length} tokens came")
+        digest = unpack_text(message.metadata, "digest")
+        if digest != self._seal.digest:
+            raise BadRequest("digest", digest, "not that of what arrived")
+        return position
 
 
-def unpack_chunk(message: runtime_pb2.ExpertRequest, offer: Offer, place: Place) -> KeysValues:
+def pack_chunk(place: Place, chunk: KeysValues) -> runtime_pb2.ExpertRequest:
+    values = (place.blocks.start, place.blocks.end, place.start, place.end)
+    metadata = encode_metadata(dict(zip(_PLACE_FIELDS, values, strict=True)))
+    return runtime_pb2.ExpertRequest(tensors=[encode_tensor(part) for part in chunk], metadata=metadata)
+
+
+def pack_end(position: int, digest: str) -> runtime_pb2.ExpertRequest:
+    return runtime_pb2.ExpertRequest(metadata=encode_metadata({"position": position, "digest": digest}))
+
+
+def _unpack_place(metadata: bytes) -> Place:
+    fields = decode_metadata(metadata)
+    first, last, start, end = (_count(fields, name) for name in _PLACE_FIELDS)
+    if first >= last:
+        raise BadRequest("start_block, end_block", (first, last), "must be at least one block")
+    return Place(BlockSpan(first, last), start, end)
+
+
+def _unpack_tensors(message: runtime_pb2.ExpertRequest, offer: Offer, place: Place) -> KeysValues:
     """BadRequest unless the chunk has exactly the shape and dtype that belong to ``place``; it is finite then."""
-    shape = offer.shape
-    expected = [offer.spec.batch, place.end - place.start, shape.num_kv_heads, shape.head_dim]
+    shape, tokens = offer.shape, place.end - place.start
+    expected = [len(place.blocks), offer.spec.batch, tokens, shape.num_kv_heads, shape.head_dim]
     if [list(tensor.size) for tensor in message.tensors] != [expected, expected]:
         sizes = [list(tensor.size)[:8] for tensor in message.tensors[:4]]
-        raise BadRequest("tensors", sizes, f"block {place.block} needs keys and values of {expected}")
+        raise BadRequest("tensors", sizes, f"blocks {place.blocks} need keys and values of {expected}")
     keys, values = (decode_tensor(part, "keys and values") for part in message.tensors)
     if keys.dtype != shape.dtype or values.dtype != shape.dtype:
         raise BadRequest("dtype", f"{keys.dtype}, {values.dtype}", f"must be {shape.dtype}")
@@ -150,7 +217,7 @@ def unpack_text(metadata: bytes, key: str) -> str:
 
 
 def _count(metadata: Mapping[str, Any], name: str) -> int:
-    value = metadata[name]
+    value = metadata.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
         raise BadRequest(name, value, "must be an int >= 0")
     return value

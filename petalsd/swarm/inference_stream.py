@@ -20,7 +20,6 @@ from petalsd.swarm.serving import Serving
 from petalsd.swarm.sessions import Errand, SessionRegistry, StepInbox
 from petalsd.swarm.stream import MessageStream
 from petalsd.swarm.tickets import TicketOffice
-from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +27,10 @@ _MAX_STEP_IDS = 1024
 
 
 class InferenceCall:
-    """The server's side of one stream: ``run`` returns when the client has ended it, and else raises."""
+    """The server's side of one stream: ``run`` returns when the client has ended it, and else raises.
+
+    ``movable``: its session, once it is open and when the client could follow it to another server.
+    """
 
     def __init__(
         self,
@@ -48,12 +50,7 @@ class InferenceCall:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
         self._asked_at: float | None = None
-        self.can_follow = False
-
-    @property
-    def span(self) -> BlockSpan | None:
-        """The session's blocks; None while it is not open."""
-        return self._inbox.span
+        self.movable: Session | None = None
 
     def send_on(self, errand: Errand) -> None:
         """Have an open session do ``errand`` before its next step."""
@@ -73,7 +70,7 @@ class InferenceCall:
             worker.cancel()
             self._broken.cancel()
             await asyncio.gather(self._broken, worker, return_exceptions=True)
-            self._inbox.drop_errand()
+            self._inbox.close()
 
     def _take_in(self) -> None:
         """Take the client's messages off the stream, as far as there is room for them."""
@@ -111,7 +108,8 @@ class InferenceCall:
             session = await self._open(opening)
             try:
                 log.debug("session_opened", peer=self._stream.peer, span=str(opening.spec.span))
-                self._inbox.span, self.can_follow = opening.spec.span, opening.can_follow
+                self._inbox.span = opening.spec.span
+                self.movable = session if opening.can_follow else None
                 session.when_ended(lambda reason: self._inbox.fail(SessionClosed(reason)))
                 await self._steps(session, opening.structure, first)
             finally:

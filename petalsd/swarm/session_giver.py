@@ -10,12 +10,22 @@ import structlog
 from hivemind.proto import runtime_pb2
 
 from petalsd.engine.handle import Session
+from petalsd.engine.kv_transfer import RolledBack
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, RemoteFailure, SessionMoved, SwarmError
+from petalsd.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    PetalsdError,
+    RemoteFailure,
+    SessionClosed,
+    SessionMoved,
+    SwarmError,
+)
 from petalsd.swarm.directory import RemoteSpan, SwarmView
-from petalsd.swarm.handover import KVShape, Offer, Seal, pack_chunk, pack_text, unpack_text
+from petalsd.swarm.handover import KVShape, Offer, Seal, pack_chunk, pack_end, unpack_text
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.serving import ServedModel
+from petalsd.swarm.sessions import Errand
 from petalsd.swarm.stream import MessageStream
 from petalsd.swarm.stub import ServerStub
 
@@ -45,8 +55,93 @@ def _has_room(remote: RemoteSpan, spec: SessionSpec) -> bool:
     return left is None or left >= 2 * spec.batch * spec.max_tokens * len(spec.span)
 
 
+class HandOver:
+    """One session on its way to one taker: what it has there already, and what it still lacks."""
+
+    def __init__(self, session: Session, stream: MessageStream, model: ServedModel) -> None:
+        self._session = session
+        self._stream = stream
+        self._offer = Offer(session.spec, KVShape.of(session, model.dtype))
+        self._opening = self._offer.to_wire(model.prefix)
+        self._seal = Seal(self._opening)
+
+    async def copy(self) -> None:
+        """Offer the session, and send what it has, beside its steps; then what these have added or changed.
+
+        Again and again until what is left goes at once, or does not get less. RemoteFailure for whatever the taker
+        does wrong, here and in ``finish``.
+        """
+        self._session.copied.restart()
+        await self._stream.send(self._opening)
+        await _answer(self._stream)
+        missing, last = self._session.copied.take(), None
+        while not self._offer.is_one_chunk(missing) and (last is None or len(missing) < last):
+            await self._send(missing)
+            missing, last = self._session.copied.take(), len(missing)
+        self._session.copied.give_back(missing)
+
+    async def finish(self) -> SessionMoved:
+        """Send the rest, while no step is under way; where the session goes on."""
+        await self._send(self._session.copied.take())
+        await self._stream.send(pack_end(self._session.position, self._seal.digest))
+        try:
+            ticket = unpack_text((await _answer(self._stream)).metadata, "ticket")
+        except BadRequest as error:
+            raise RemoteFailure(self._stream.peer, f"answered nonsense: {error.message}") from error
+        return SessionMoved(self._stream.peer, ticket)
+
+    async def _send(self, tokens: range) -> None:
+        try:
+            for place in self._offer.places(tokens):
+                if self._stream.has_arrived:  # nothing but a refusal can have
+                    await _answer(self._stream)
+                message = pack_chunk(place, await self._session.read_kv(place))
+                self._seal.add(message)
+                await self._stream.send(message)
+        except RolledBack:
+            self._session.copied.give_back(tokens)
+
+
+async def _answer(stream: MessageStream) -> runtime_pb2.ExpertResponse:
+    try:
+        reply = await stream.receive(runtime_pb2.ExpertResponse, _OFFER_S)
+    except TimeoutError:
+        raise RemoteFailure(stream.peer, f"did not answer the hand-over within {_OFFER_S:g} s") from None
+    if reply is None:
+        raise RemoteFailure(stream.peer, "ended the hand-over without a word")
+    return reply
+
+
+class Parting:
+    """The last errand of a session here: the rest of its hand-over."""
+
+    def __init__(self, hand_over: HandOver) -> None:
+        self._hand_over = hand_over
+        self.moved: asyncio.Future[SessionMoved] = asyncio.get_running_loop().create_future()
+
+    async def __call__(self, session: Session) -> None:
+        """Raises SessionMoved, for the client; returns when the session stays."""
+        if self.moved.done():  # nobody waits any more
+            return
+        try:
+            moved = await self._hand_over.finish()
+            if not self.moved.done():
+                self.moved.set_result(moved)
+        except PetalsdError as error:
+            if not self.moved.done():
+                self.moved.set_exception(error)
+            return
+        finally:
+            self.drop()
+        raise moved
+
+    def drop(self) -> None:
+        if not self.moved.done():
+            self.moved.set_exception(SessionClosed("the session is over"))
+
+
 class SessionGiver:
-    """Carries sessions to servers of ``view``, a few at once, within ``deadline_s`` for each."""
+    """Moves sessions to servers of ``view``, a few at once, within ``deadline_s`` for each."""
 
     def __init__(
         self,
@@ -63,17 +158,29 @@ class SessionGiver:
         self._deadline_s = deadline_s
         self._turns = asyncio.Semaphore(_MAX_AT_ONCE)
 
-    async def carry(self, session: Session) -> SessionMoved:
-        """Where the session goes on; the caller ends it here. Only while no step of it is under way.
+    async def move(self, session: Session, send_on: Callable[[Errand], None]) -> bool:
+        """Whether the session has moved; otherwise it is over, or stays as it was.
 
-        Raises the last taker's error, or SwarmError when there is nobody to ask.
+        ``send_on`` has its own task do an errand between two steps.
         """
+        span = str(session.spec.span)
+        try:
+            moved = await self._carry(session, send_on)
+        except PetalsdError as error:
+            if session.end_reason is None:
+                log.info("session_stays", span=span, error=error.message)
+            return False
+        log.info("session_handed_over", taker=moved.peer, span=span, position=session.position)
+        return True
+
+    async def _carry(self, session: Session, send_on: Callable[[Errand], None]) -> SessionMoved:
+        """Raises the last taker's error, SwarmError when there is nobody to ask, or the session's own."""
         error: PetalsdError = SwarmError(f"no other server of petalsd serves blocks {session.spec.span}")
         async with self._turns:
             for remote in self._candidates(session.spec):
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        ticket = await self._give(session, self._connect(remote.peer))
+                        return await self._give(session, self._connect(remote.peer), send_on)
                 except TimeoutError:
                     error = RemoteFailure(
                         remote.peer, f"did not take the session within {self._deadline_s:g} s"
@@ -82,72 +189,21 @@ class SessionGiver:
                     continue
                 except (SwarmError, DeadlineExceeded) as failure:
                     error = failure
-                else:
-                    return SessionMoved(remote.peer, ticket)
                 log.info("hand_over_refused", taker=remote.peer, error=error.message)
         raise error
 
     def _candidates(self, spec: SessionSpec) -> Sequence[RemoteSpan]:
         return takers(self._view, self._own_peer, spec)[:_MAX_ATTEMPTS]
 
-    async def _give(self, session: Session, stub: ServerStub) -> str:
+    async def _give(
+        self, session: Session, stub: ServerStub, send_on: Callable[[Errand], None]
+    ) -> SessionMoved:
         stream = await stub.open_hand_over()
         try:
-            return await self._talk(session, stream)
+            hand_over = HandOver(session, stream, self._model)
+            await hand_over.copy()
+            parting = Parting(hand_over)
+            send_on(parting)
+            return await parting.moved
         finally:
             stream.close()
-
-    async def _talk(self, session: Session, stream: MessageStream) -> str:
-        """The ticket. RemoteFailure for whatever the taker does wrong."""
-        offer = Offer(session.spec, session.position, KVShape.of(session, self._model.dtype))
-        opening = offer.to_wire(self._model.prefix)
-        seal = Seal(opening)
-        await stream.send(opening)
-        await _answer(stream)
-        for place in offer.places():
-            if stream.has_arrived:  # nothing but a refusal can have
-                await _answer(stream)
-            message = pack_chunk(await session.read_kv(place))
-            seal.add(message)
-            await stream.send(message)
-        await stream.send(runtime_pb2.ExpertRequest(metadata=pack_text("digest", seal.digest)))
-        try:
-            return unpack_text((await _answer(stream)).metadata, "ticket")
-        except BadRequest as error:
-            raise RemoteFailure(stream.peer, f"answered nonsense: {error.message}") from error
-
-
-async def _answer(stream: MessageStream) -> runtime_pb2.ExpertResponse:
-    try:
-        reply = await stream.receive(runtime_pb2.ExpertResponse, _OFFER_S)
-    except TimeoutError:
-        raise RemoteFailure(stream.peer, f"did not answer the hand-over within {_OFFER_S:g} s") from None
-    if reply is None:
-        raise RemoteFailure(stream.peer, "ended the hand-over without a word")
-    return reply
-
-
-class Relocation:
-    """An errand of one session: to go elsewhere. ``over`` once it has ended, ``has_moved`` says how."""
-
-    def __init__(self, giver: SessionGiver) -> None:
-        self._giver = giver
-        self.over = asyncio.Event()
-        self.has_moved = False
-
-    async def __call__(self, session: Session) -> None:
-        """Raises SessionMoved, for the client; returns when the session stays."""
-        span = str(session.spec.span)
-        try:
-            moved = await self._giver.carry(session)
-            self.has_moved = True
-        except PetalsdError as error:
-            log.info("session_stays", span=span, error=error.message)
-            return
-        finally:
-            self.over.set()
-        log.info("session_handed_over", taker=moved.peer, span=span, position=session.position)
-        raise moved
-
-    def drop(self) -> None:
-        self.over.set()

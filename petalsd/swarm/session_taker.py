@@ -12,7 +12,7 @@ from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded
 from petalsd.kvcache.pool import KVPool
 from petalsd.swarm.escrow import Amount, Deposit, Escrow, EscrowFull, EscrowLimits, Outcome
 from petalsd.swarm.givers import KnownGivers, UnknownGiver
-from petalsd.swarm.handover import KVShape, Offer, Seal, pack_text, unpack_chunk, unpack_text
+from petalsd.swarm.handover import Intake, KVShape, Offer, pack_text
 from petalsd.swarm.serving import Serving
 from petalsd.swarm.stream import MessageStream
 from petalsd.swarm.tickets import TicketOffice
@@ -58,13 +58,13 @@ class SessionTaker:
         try:
             self._check_shape(session, offer)
             await stream.send(runtime_pb2.ExpertResponse())
-            await self._fill(session, offer, opening, stream)
+            position = await self._fill(session, Intake(offer, opening), stream)
         except BaseException:
             session.end("its hand-over failed")
             raise
-        session.resume_at(offer.position)
+        session.resume_at(position)
         ticket = self._tickets.issue(session, deposit)
-        log.info("session_taken", giver=stream.peer, span=str(offer.spec.span), position=offer.position)
+        log.info("session_taken", giver=stream.peer, span=str(offer.spec.span), position=position)
         try:
             await stream.send(runtime_pb2.ExpertResponse(metadata=pack_text("ticket", ticket)))
         except BaseException:  # nobody will ever know it
@@ -101,17 +101,11 @@ class SessionTaker:
         if offer.shape != ours:
             raise BadRequest("dtype and heads", str(offer.shape), f"this server computes with {ours}")
 
-    async def _fill(
-        self, session: Session, offer: Offer, opening: runtime_pb2.ExpertRequest, stream: MessageStream
-    ) -> None:
-        seal = Seal(opening)
-        for place in offer.places():
-            message = await self._receive(stream)
-            seal.add(message)
-            await session.write_kv(place, unpack_chunk(message, offer, place))
-        digest = unpack_text((await self._receive(stream)).metadata, "digest")
-        if digest != seal.digest:
-            raise BadRequest("digest", digest, "not that of what arrived")
+    async def _fill(self, session: Session, intake: Intake, stream: MessageStream) -> int:
+        """The position that the session has then."""
+        while (message := await self._receive(stream)).tensors:
+            await session.write_kv(*intake.accept(message))
+        return intake.end(message)
 
     async def _receive(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
         message = await stream.receive(runtime_pb2.ExpertRequest)

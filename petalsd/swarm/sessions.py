@@ -38,7 +38,7 @@ class StepInbox:
         self._from_client: deque[StepMessage] = deque()
         self._pushed: deque[StepMessage] = deque()
         self._pusher: str | None = None
-        self._is_ended = False
+        self._is_ended = self._is_closed = False
         self._failure: PetalsdError | None = None
         self._errand: Errand | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -74,11 +74,18 @@ class StepInbox:
 
     def send_on(self, errand: Errand) -> None:
         """Hand out ``errand`` before the next step, instead of one that waits."""
-        self.drop_errand()
+        self._drop_errand()
+        if self._is_closed:
+            return errand.drop()
         self._errand = errand
         self._wake()
 
-    def drop_errand(self) -> None:
+    def close(self) -> None:
+        """Nobody gets anything any more: an errand that waits is dropped, and so is what comes later."""
+        self._is_closed = True
+        self._drop_errand()
+
+    def _drop_errand(self) -> None:
         if self._errand is not None:
             self._errand.drop()
             self._errand = None

@@ -18,6 +18,7 @@ from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry, pages_for
 from petalsd.kvcache.spill import SpillArea
 from petalsd.ops.eight_bit_kv import FLOAT8
+from petalsd.types import BlockSpan
 from tests.engine.recorded_graphs import RecordedGraphs
 from tests.engine.rig import CPU, PAGE_TOKENS, TinyModel, feed, opened, states
 from tests.engine.test_kernel_engine import LIMITS, KernelRunners, StagedRunners
@@ -78,7 +79,7 @@ async def test_a_carried_session_goes_on_bit_by_bit(tmp_path: Path) -> None:
         await giver.step(Step(hidden[:, 20:21], 19, hypo_ids=(1, 1)))
         async with opened(first, max_tokens=KV_TOKENS) as greedy:
             await greedy.step(Step(states(1, KV_TOKENS), 0))
-        for place in (Place(0, 0, 7), Place(0, 7, 20)):
+        for place in (Place(BlockSpan(0, 1), 0, 7), Place(BlockSpan(0, 1), 7, 20)):
             await taker.write_kv(place, await giver.read_kv(place))
         taker.resume_at(20)
         answers = [await feed(session, hidden[:, 21:], [1, 2]) for session in (giver, taker)]

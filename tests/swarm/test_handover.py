@@ -11,6 +11,7 @@ import torch
 
 from petalsd.client.session import InferenceSession
 from petalsd.engine.step import SessionSpec
+from petalsd.swarm import handover
 from petalsd.types import BlockSpan
 from tests.engine.rig import states
 from tests.numeric import assert_close
@@ -64,11 +65,67 @@ async def test_sessions_go_between_two_steps(swarm: Swarm) -> None:
         assert await swarm.first.handler.hand_over(swarm.view(), BlockSpan(0, 4), 20.0) == 0
         assert await swarm.first.handler.hand_over(swarm.view(), BlockSpan(2, 4), 20.0) == 1
         await eventually(lambda: bool(swarm.second.handler._calls))
-        await eventually(lambda: all(call.span for call in swarm.second.handler._calls))
+        await eventually(lambda: all(call.movable for call in swarm.second.handler._calls))
         assert await swarm.second.handler.hand_over(swarm.view(), None, 20.0) == 1
         output = await decoding
         assert [hop.peer for hop in session.route] == [swarm.first.node.peer_id]
     assert_close(output, swarm.expected.expected(hidden, SPAN).detach()[:, 5:], 1e-4, 1e-4, "there and back")
+
+
+async def test_steps_go_on_while_the_taker_makes_up_its_mind(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session stands still for the last tokens only, not for the whole of its hand-over."""
+    hidden, may_answer = states(1, 12), asyncio.Event()
+
+    async def check(peer: str, span: BlockSpan) -> None:
+        await may_answer.wait()
+
+    monkeypatch.setattr(swarm.second.handler._taker._givers, "check", check)
+    async with swarm.session() as session:
+        outputs = [await session.step(hidden[:, :5])]
+        moving = asyncio.create_task(swarm.first.handler.hand_over(swarm.view(), None, 20.0))
+        await eventually(lambda: swarm.second.handler.num_streams)
+        outputs.append(await feed(session, hidden[:, 5:9], [1] * 4))
+        may_answer.set()
+        assert await moving == 1
+        outputs.append(await feed(session, hidden[:, 9:], [1] * 3))
+        assert [hop.peer for hop in session.route] == [swarm.second.node.peer_id]
+    assert_close(torch.cat(outputs, 1), swarm.expected.expected(hidden, SPAN).detach(), 1e-4, 1e-4, "both")
+
+
+async def test_what_changes_while_a_session_is_copied_is_copied_again(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token after token, under a client that rolls back, swaps its rows and never pauses."""
+    monkeypatch.setattr(handover, "_CHUNK_BYTES", 2 * 2 * 16 * 4)
+    hidden, fed_before = states(2, 48), swarm.second.engine.stats().tokens_total
+    async with swarm.session() as session:
+        await session.step(hidden[:, :40])
+        moving = asyncio.create_task(swarm.first.handler.hand_over(swarm.view(), None, 20.0))
+        num_steps = 0
+        while not moving.done():
+            await restless_step(session, hidden, num_steps)
+            num_steps += 1
+        assert await moving == 1
+        moved = await session.step(hidden[:, session.position :])
+        fed = swarm.second.engine.stats().tokens_total - fed_before
+        assert [hop.peer for hop in session.route] == [swarm.second.node.peer_id]
+    async with swarm.session() as undisturbed:
+        await undisturbed.step(hidden[:, :40])
+        for number in range(num_steps):
+            await restless_step(undisturbed, hidden, number)
+        stayed = await undisturbed.step(hidden[:, undisturbed.position :])
+    torch.testing.assert_close(moved, stayed, atol=1e-5, rtol=1e-5)
+    assert num_steps > 1 and fed <= 2 * (moved.shape[1] + 1)  # the last step of the loop may have gone there
+
+
+async def restless_step(session: InferenceSession, hidden: torch.Tensor, number: int) -> None:
+    """Every third one rolls back, and swaps the rows where none is longer than any other."""
+    if number % 3 == 2:
+        session.position -= 3
+    rows = (1, 0) if number % 6 == 5 else None
+    await session.step(hidden[:, session.position : session.position + 1], None, rows)
 
 
 async def test_nobody_takes_it(swarm: Swarm) -> None:

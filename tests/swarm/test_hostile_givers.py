@@ -10,10 +10,11 @@ import pytest_asyncio
 import torch
 from hivemind.proto import runtime_pb2
 
+from petalsd.engine.kv_transfer import Place
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import RemoteFailure
 from petalsd.swarm.escrow import NOTHING, Amount, Outcome
-from petalsd.swarm.handover import KVShape, Offer, Seal, pack_chunk, pack_text, unpack_text
+from petalsd.swarm.handover import KVShape, Offer, Seal, pack_chunk, pack_end, unpack_text
 from petalsd.swarm.node import Node
 from petalsd.swarm.stream import MessageStream
 from petalsd.swarm.stub import ServerStub
@@ -26,6 +27,7 @@ from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 
+WHOLE = Place(SPAN, 0, 20)
 PAGES = 6  # of a session of 32 tokens in three blocks; a giver may leave 16 of 64
 
 
@@ -38,9 +40,9 @@ async def swarm(both: Swarm) -> AsyncIterator[Swarm]:
     assert both.second.handler.awaited == NOTHING
 
 
-def offer(swarm: Swarm, client: str = "", position: int = 20, **changes: object) -> Offer:
+def offer(swarm: Swarm, client: str = "", **changes: object) -> Offer:
     spec = SessionSpec(SPAN, 1, 32, client or swarm.client.peer_id)
-    sound = Offer(spec, position, KVShape(2, 16, torch.float32))
+    sound = Offer(spec, KVShape(2, 16, torch.float32))
     return replace(sound, **changes)  # type: ignore[arg-type]
 
 
@@ -55,8 +57,9 @@ async def begun(swarm: Swarm, offered: Offer, giver: Node | None = None) -> Mess
     return stream
 
 
-def chunk(tokens: int = 20) -> runtime_pb2.ExpertRequest:
-    return pack_chunk((torch.zeros(1, tokens, 2, 16), torch.zeros(1, tokens, 2, 16)))
+def chunk(tokens: int = 20, place: Place = WHOLE, fill: float = 0.0) -> runtime_pb2.ExpertRequest:
+    part = torch.full((len(place.blocks), 1, tokens, 2, 16), fill)
+    return pack_chunk(place, (part, part))
 
 
 async def given(swarm: Swarm, giver: Node | None = None, client: str = "") -> str:
@@ -64,10 +67,9 @@ async def given(swarm: Swarm, giver: Node | None = None, client: str = "") -> st
     offered = offer(swarm, client)
     stream = await begun(swarm, offered, giver or swarm.first.node)
     seal = Seal(offered.to_wire(PREFIX))
-    for _ in SPAN:
-        seal.add(chunk())
-        await stream.send(chunk())
-    await stream.send(runtime_pb2.ExpertRequest(metadata=pack_text("digest", seal.digest)))
+    seal.add(chunk())
+    await stream.send(chunk())
+    await stream.send(pack_end(20, seal.digest))
     reply = await stream.receive(runtime_pb2.ExpertResponse, 10.0)
     stream.close()
     assert reply is not None
@@ -93,7 +95,6 @@ async def claim(swarm: Swarm, ticket: str, claimant: Node | None = None, tokens:
     [
         ({"shape": KVShape(2, 16, torch.bfloat16)}, "bad_request", Outcome.FAILED),
         ({"shape": KVShape(4, 16, torch.float32)}, "bad_request", Outcome.FAILED),
-        ({"position": 33}, "bad_request", Outcome.FAILED),
         ({"spec": SessionSpec(BlockSpan(2, 5), 1, 32, GHOST)}, "not_served", Outcome.FAILED),
         ({"spec": SessionSpec(SPAN, 1, 512, GHOST)}, "overloaded", Outcome.OVER_SHARE),
         ({"spec": SessionSpec(SPAN, 1 << 30, 1 << 30, GHOST)}, "overloaded", Outcome.OVER_SHARE),
@@ -110,28 +111,32 @@ async def test_offers_that_do_not_fit_are_refused(
     assert swarm.notes.hand_overs == [outcome]
 
 
-@pytest.mark.parametrize("fault", ["digest", "shape", "dtype", "not finite", "end", "death"])
+DAMAGED = {
+    "tensors = ": chunk(19),
+    "dtype = ": pack_chunk(WHOLE, (torch.zeros(3, 1, 20, 2, 16).double(),) * 2),
+    "start = .* have 20 tokens": chunk(1, Place(SPAN, 21, 22)),
+    "end_block = .*must be of": chunk(20, Place(BlockSpan(1, 5), 0, 20)),
+    "end = .*within 32": chunk(20, Place(SPAN, 13, 33)),
+    "finite": chunk(fill=torch.nan),
+    "start_block = None": runtime_pb2.ExpertRequest(tensors=chunk().tensors),
+    "position = None": runtime_pb2.ExpertRequest(),
+    "position = 21": pack_end(21, "0" * 64),
+    "digest = ": pack_end(20, "0" * 64),
+}
+
+
+@pytest.mark.parametrize("fault", [*DAMAGED, "death"])
 async def test_damaged_hand_overs_leave_nothing_behind(swarm: Swarm, fault: str) -> None:
     """Whatever arrives wrong or not at all: a typed error, no ticket, no pages held, no charge."""
     stream = await begun(swarm, offer(swarm))
     assert swarm.second.handler.awaited == Amount(1, 1, PAGES)
-    for _ in range(2):
-        await stream.send(chunk())
+    await stream.send(chunk())
     if fault == "death":
         stream.close()
         await eventually(lambda: swarm.notes.hand_overs == [Outcome.FAILED])
         return
-    damaged = {
-        "digest": chunk(),
-        "shape": chunk(19),
-        "dtype": pack_chunk((torch.zeros(1, 20, 2, 16).double(),) * 2),
-        "not finite": pack_chunk((torch.full((1, 20, 2, 16), torch.nan),) * 2),
-        "end": runtime_pb2.ExpertRequest(),
-    }
-    await stream.send(damaged[fault])
-    if fault == "digest":
-        await stream.send(runtime_pb2.ExpertRequest(metadata=pack_text("digest", "0" * 64)))
-    with pytest.raises(RemoteFailure, match="bad_request: "):
+    await stream.send(DAMAGED[fault])
+    with pytest.raises(RemoteFailure, match=f"bad_request: .*{fault}"):
         await stream.receive(runtime_pb2.ExpertResponse, 10.0)
     stream.close()
     assert len(swarm.second.handler._tickets) == 0

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from petalsd.engine.handle import Session
 from petalsd.errors import BadRequest, SessionClosed
 from petalsd.swarm.requests import StepMessage
 from petalsd.swarm.sessions import SessionRegistry, StepInbox
@@ -97,6 +98,29 @@ async def test_an_id_in_use_cannot_be_claimed() -> None:
         with pytest.raises(BadRequest, match="session_id"), registry.claim("id", StepInbox()):
             pass
         assert len(registry) == 1
+
+
+async def test_an_errand_goes_first_and_is_dropped_with_the_session() -> None:
+    """Before a step that waits; one that waits when the session is over is told so, and one that comes later."""
+    inbox, errands = StepInbox(), [Note(), Note(), Note()]
+    inbox.put(step("own"))
+    inbox.send_on(errands[0])
+    assert await inbox.get() is errands[0]
+    inbox.send_on(errands[1])
+    inbox.close()
+    inbox.send_on(errands[2])
+    assert [errand.is_dropped for errand in errands] == [False, True, True]
+
+
+class Note:
+    """An errand that notes its end."""
+
+    is_dropped = False
+
+    async def __call__(self, session: Session) -> None: ...
+
+    def drop(self) -> None:
+        self.is_dropped = True
 
 
 async def test_a_session_that_ended_here_wakes_whoever_waits() -> None:
