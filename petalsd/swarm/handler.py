@@ -189,8 +189,9 @@ class TransformerConnectionHandler:
         """Have sessions that use other blocks than ``kept`` (None: all) go on at servers of ``view``; how many do.
 
         Each is copied beside its steps, and goes between two of them. One that nobody takes, or whose client could
-        not follow, stays here, as it was.
+        not follow, stays here, as it was. Those that wait for their clients do so for a little while only.
         """
+        self._tickets.hasten(kept)
         giver = SessionGiver(
             view, self._node.peer_id, partial(ServerStub, self._node), self._serving.model, deadline_s
         )

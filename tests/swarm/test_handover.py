@@ -153,6 +153,22 @@ async def test_a_taker_that_lost_it_is_replaced_by_a_replay(swarm: Swarm) -> Non
     assert_close(torch.cat(outputs, 1), swarm.expected.expected(hidden, SPAN).detach(), 1e-4, 1e-4, "replay")
 
 
+async def test_a_taker_that_drains_does_not_wait_for_clients(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that has not come for its session after a while replays it elsewhere."""
+    monkeypatch.setattr(swarm.second.handler._tickets, "_grace_s", 0.0)
+    hidden = states(1, 12)
+    async with swarm.session() as session:
+        outputs = [await session.step(hidden[:, :9])]
+        assert await swarm.first.handler.hand_over(swarm.view(), None, 20.0) == 1
+        assert swarm.second.engine.work_outside(None) == 1
+        assert await swarm.second.handler.hand_over(swarm.view(GHOST), None, 20.0) == 0
+        await eventually(lambda: swarm.second.engine.work_outside(None) == 0)
+        outputs.append(await feed(session, hidden[:, 9:], [1, 2]))
+    assert_close(torch.cat(outputs, 1), swarm.expected.expected(hidden, SPAN).detach(), 1e-4, 1e-4, "replay")
+
+
 async def test_the_session_of_a_stock_client_stays(swarm: Swarm) -> None:
     """It could not follow, and has the time of a drain to finish."""
     stock = await swarm.first.stock_session(swarm.client)

@@ -49,6 +49,29 @@ async def test_a_session_that_nobody_comes_for_is_ended(tmp_path: Path) -> None:
         assert notes.hand_overs == [Outcome.EXPIRED, Outcome.ENDED]
 
 
+@pytest.mark.parametrize("grace_s", [0.02, 60.0])
+async def test_a_server_that_leaves_blocks_gives_clients_little_time(tmp_path: Path, grace_s: float) -> None:
+    """From the session's arrival on, which may be over already; one on blocks that stay has the time it had."""
+    spans, notes = [BlockSpan(0, 4), BlockSpan(1, 3)], Notes()
+    async with serving(TinyModel(tmp_path)) as engine:
+        office = TicketOffice(60, notes, grace_s)
+        specs = [SessionSpec(span, 1, 16, GHOST) for span in spans]
+        tickets = [
+            office.issue(await engine.open_session(spec, "giver"), escrow().take_in("giver", ONE))
+            for spec in specs
+        ]
+        for _ in range(2):
+            office.hasten(BlockSpan(1, 4))
+        if grace_s < 1:
+            await eventually(lambda: engine.work_outside(BlockSpan(1, 4)) == 0)
+            with pytest.raises(NotServed):
+                office.claim(tickets[0], specs[0])
+        else:
+            await office.claim(tickets[0], specs[0]).close()
+        await office.claim(tickets[1], specs[1]).close()
+        assert notes.hand_overs == [Outcome.EXPIRED if grace_s < 1 else Outcome.CLAIMED, Outcome.CLAIMED]
+
+
 async def test_a_session_that_ended_meanwhile_says_why(tmp_path: Path) -> None:
     """A claim of other terms leaves it there; the right one gets it, with the reason of its end."""
     spec = SessionSpec(BlockSpan(0, 4), 1, 32, GHOST)
