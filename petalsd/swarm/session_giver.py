@@ -10,7 +10,7 @@ import structlog
 from hivemind.proto import runtime_pb2
 
 from petalsd.engine.handle import Session
-from petalsd.engine.kv_transfer import RolledBack
+from petalsd.engine.kv_transfer import KeysValues, Place, RolledBack
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import (
     BadRequest,
@@ -23,6 +23,7 @@ from petalsd.errors import (
 )
 from petalsd.swarm.directory import RemoteSpan, SwarmView
 from petalsd.swarm.handover import KVShape, Offer, Seal, pack_chunk, pack_end, unpack_text
+from petalsd.swarm.off_loop import off_loop
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.serving import ServedModel
 from petalsd.swarm.sessions import Errand
@@ -95,11 +96,16 @@ class HandOver:
             for place in self._offer.places(tokens):
                 if self._stream.has_arrived:  # nothing but a refusal can have
                     await _answer(self._stream)
-                message = pack_chunk(place, await self._session.read_kv(place))
-                self._seal.add(message)
+                keys, values = await self._session.read_kv(place)
+                message = await off_loop(2 * keys.nbytes, self._pack, place, (keys, values))
                 await self._stream.send(message)
         except RolledBack:
             self._session.copied.give_back(tokens)
+
+    def _pack(self, place: Place, chunk: KeysValues) -> runtime_pb2.ExpertRequest:
+        message = pack_chunk(place, chunk)
+        self._seal.add(message)
+        return message
 
 
 async def _answer(stream: MessageStream) -> runtime_pb2.ExpertResponse:

@@ -13,6 +13,7 @@ from petalsd.kvcache.pool import KVPool
 from petalsd.swarm.escrow import Amount, Deposit, Escrow, EscrowFull, EscrowLimits, Outcome
 from petalsd.swarm.givers import KnownGivers, UnknownGiver
 from petalsd.swarm.handover import Intake, KVShape, Offer, pack_text
+from petalsd.swarm.off_loop import off_loop
 from petalsd.swarm.serving import Serving
 from petalsd.swarm.stream import MessageStream
 from petalsd.swarm.tickets import TicketOffice
@@ -104,7 +105,8 @@ class SessionTaker:
     async def _fill(self, session: Session, intake: Intake, stream: MessageStream) -> int:
         """The position that the session has then."""
         while (message := await self._receive(stream)).tensors:
-            await session.write_kv(*intake.accept(message))
+            place, chunk = await off_loop(message.ByteSize(), intake.accept, message)
+            await session.write_kv(place, chunk)
         return intake.end(message)
 
     async def _receive(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
