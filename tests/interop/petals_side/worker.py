@@ -8,6 +8,7 @@ The jobs are the functions of generate.py, interrupted.py, passes.py and load.py
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -32,6 +33,10 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
+    # A stock session whose server was quicker to close the stream (BrokenPipeError) counts as open, closes itself
+    # again when it is collected, and waits for Petals' loop there. On that loop's own thread it would for ever, so
+    # garbage is collected between the jobs, on this one.
+    gc.disable()
     print("ready", flush=True)  # noqa: T201 - the protocol
     for line in sys.stdin:
         request = json.loads(line)
@@ -43,6 +48,7 @@ def main() -> None:
             print("failed", request["id"], flush=True)  # noqa: T201 - the protocol
         else:
             print("answer", request["id"], json.dumps(answer), flush=True)  # noqa: T201 - the protocol
+        gc.collect()
 
 
 if __name__ == "__main__":
