@@ -195,6 +195,7 @@ class Status(Answer):
     is_relayed: bool
     model: Model
     span: Span | None
+    served_span: Span | None = Field(description="blocks that the engine has; others may still be loaded")
     loading: Loading | None
     kv: KVStatus | None
     graphs: GraphStatus | None = Field(description="null where steps are not captured")

@@ -64,6 +64,10 @@ class BlockSpan:
         ends = [block + 1 for block in left if block + 1 not in left]
         return tuple(BlockSpan(start, end) for start, end in zip(starts, ends, strict=True))
 
+    def hull(self, other: BlockSpan) -> BlockSpan:
+        """The smallest span that holds both."""
+        return BlockSpan(min(self.start, other.start), max(self.end, other.end))
+
     def intersect(self, other: BlockSpan) -> BlockSpan | None:
         """The common blocks, or None when there are none."""
         start, end = max(self.start, other.start), min(self.end, other.end)

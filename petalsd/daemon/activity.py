@@ -30,6 +30,7 @@ class Activity:
 class Situation:
     """All that the sentence is made of.
 
+    num_online        blocks of the span that serve already while the others are loaded
     sessions          open ones, and passes under way
     cache_used        share of the attention cache's pages that are taken, 0 to 1
     deadline_left_s   of a drain that goes on
@@ -47,6 +48,7 @@ class Situation:
     cache_used: float
     deadline_left_s: float | None
     trouble: str = ""
+    num_online: int = 0
 
 
 def describe(now: Situation) -> str:
@@ -60,13 +62,21 @@ def describe(now: Situation) -> str:
     if now.state is DaemonState.DRAINED:
         return "Drained: serves nobody until it is resumed or stopped"
     if now.trouble and now.state in _ON_THE_WAY:
-        return f"{now.state.value.capitalize()}: {now.trouble}; it is tried again"
+        online = _online(now) if now.state is DaemonState.LOADING else ""
+        return f"{now.state.value.capitalize()}: {online}{now.trouble}; it is tried again"
     if now.state is DaemonState.LOADING and now.progress is not None:
-        return f"Loading blocks {now.span}: {_progress(now.progress)}"
+        return f"Loading blocks {now.span}: {_online(now)}{_progress(now.progress)}"
     if now.state in _ON_THE_WAY:
         progress = "" if now.progress is None else f": {_progress(now.progress)}"
         return f"{now.state.value.capitalize()}: {now.activity}{progress}"
     return f"{now.state.value.capitalize()}: {now.reason}" if now.reason else now.state.value.capitalize()
+
+
+def _online(now: Situation) -> str:
+    """How much of a span that is loaded serves already."""
+    if now.span is None or not now.num_online:
+        return ""
+    return f"{now.num_online} of {len(now.span)} online, {_sessions(now.sessions)}, "
 
 
 def _sessions(count: int) -> str:

@@ -29,7 +29,9 @@ async def cache_pages(plan: ServingPlan, engine: Engine, blocks: Mapping[int, Bl
     trial = KVPool(plan.geometry, _TRIAL_PAGES, plan.dtype, plan.device)
     trial.allocate()
     graph_bytes = await engine.measure_graphs(blocks, trial)
-    missing_bytes = (num_blocks - len(blocks)) * block_weights_bytes(plan.architecture, plan.storage)
+    missing_bytes = (num_blocks - len(blocks)) * (
+        block_weights_bytes(plan.architecture, plan.storage) + plan.need.graphs.block_bytes
+    )
     room_bytes = free_memory_bytes(plan.device) - graph_bytes - missing_bytes
     kv_tokens = cache_tokens(plan, num_blocks, room_bytes)
     log.info("graphs_measured", bytes=graph_bytes, kv_tokens=kv_tokens, planned_kv_tokens=plan.kv_tokens)

@@ -18,9 +18,8 @@ from petalsd.daemon.warnings import WarningBoard
 from petalsd.metrics import Metrics
 from petalsd.models.contract import Block
 from petalsd.models.ladder import Choice
-from petalsd.types import BlockSpan
 
-Install = Callable[[BlockSpan, Mapping[int, Block]], Awaitable[None]]
+Install = Callable[[Mapping[int, Block], int], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Parts:
     """Everything that the daemon owns; made by ``assembly``.
 
     prepare    what has to be known before the first announcement (the measured throughput)
-    install    gives loaded blocks and a fresh KV pool to the engine
+    install    gives loaded blocks to the engine, and a fresh KV pool for so many
     exchange   gives other blocks to the engine; sessions on those that stay go on
     has_pages  whether the KV pool that there is does for so many blocks; while it is used, a small one may
     has_room   whether so many more blocks fit into memory beside those that are loaded

@@ -10,11 +10,11 @@ from collections.abc import Awaitable
 import structlog
 import torch
 
+from petalsd.daemon.arrival import Arrival
 from petalsd.daemon.backoff import Backoff
 from petalsd.daemon.claiming import claim
 from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain, Hold
-from petalsd.daemon.health import engine_problem
 from petalsd.daemon.joining import JOIN_BACKOFF, join
 from petalsd.daemon.lifecycle import Lifecycle, Presence
 from petalsd.daemon.mover import Move, MoveFailed, Mover, Route, while_member_lives
@@ -182,10 +182,8 @@ class Daemon:
         span = await self._target(old, departure)
         if span == old:
             log.info("placement_unchanged", span=str(span))
-        elif await self._change_span(Route(old, span), departure):
-            self._parts.board.clear("move_failed")
         else:
-            span = old
+            span = await self._change_span(Route(old, span), departure)
         self._is_moving = False
         self.lifecycle.move(DaemonState.ONLINE)
         return span
@@ -202,19 +200,21 @@ class Daemon:
             log.warning("check_failed", span=str(old), **error_fields(error))
             return old
 
-    async def _change_span(self, route: Route, departure: Departure) -> bool:
-        """Whether the new span is served; else the old one is."""
+    async def _change_span(self, route: Route, departure: Departure) -> BlockSpan:
+        """What is served then: the new span, or what a failed move left."""
         self._parts.metrics.counter("rebalances_total").labels(departure.cause.value).inc()
         try:
-            await while_member_lives(self._parts, self._mover, route)
+            await while_member_lives(self._parts.member, self._mover.move(route))
         except MoveFailed as error:
             self.move_problem = error.message
             self._parts.board.set("move_failed", error.message)
             self._parts.supervisor.stay_a_while()
-            return False
+            self.span = error.served
+            return error.served
         self.span, self._left = route.new, (route.old, departure.reason)
         self._note_move(route.new)
-        return True
+        self._parts.board.clear("move_failed")
+        return route.new
 
     async def _until_departure(self, span: BlockSpan) -> Departure:
         """Watch the span; while a drain holds the daemon, there is nothing to watch or to move."""
@@ -250,23 +250,15 @@ class Daemon:
     async def _take(self, span: BlockSpan) -> BlockSpan:
         """Announce, load, prove and serve ``span``, or what is left to us where others have chosen the same.
 
-        ONLINE is announced when it is true and not before.
+        ONLINE is announced when it is true and not before; of the first blocks while the others are loaded.
         """
         parts = self._parts
         self.lifecycle.move(DaemonState.LOADING, f"{len(span)} blocks")
         self.span = span
         self.span = span = await claim(parts, span)
-        parts.loader.drop_outside(span)
-        blocks = await parts.loader.load(span)
-        parts.activity.at("testing the blocks")
-        try:
-            await parts.install(span, blocks)
-        except DeadlineExceeded as error:  # the engine's, where others are the swarm's
-            raise EngineError(error.message) from error
-        if problem := await engine_problem(parts.engine):
-            raise EngineError(problem)
+        self.span = span = await while_member_lives(parts.member, Arrival(parts, span).run())
         await self._go_online(span)
-        parts.board.clear("engine_failed", "p2pd_failed", "load_failed", "join_failed")
+        parts.board.clear("engine_failed", "p2pd_failed", "join_failed")
         self._note_move(span)
         return span
 
@@ -316,7 +308,8 @@ class Daemon:
     async def _stop(self, failure: BaseException | None) -> None:
         """Say goodbye, let sessions finish, take the parts down from the outside in."""
         parts, state = self._parts, self.lifecycle.state
-        is_serving = state is DaemonState.ONLINE or (state is DaemonState.REBALANCING and self._is_moving)
+        is_loading = state is DaemonState.LOADING and parts.engine.span is not None
+        is_serving = state is DaemonState.ONLINE or is_loading or self._is_moving
         was_present = self.lifecycle.presence is not Presence.ABSENT
         if is_serving and failure is None:
             await self._begin_drain("stop requested", _STOPPING)

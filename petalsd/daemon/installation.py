@@ -10,7 +10,6 @@ from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.models.contract import Angles, Block
-from petalsd.types import BlockSpan
 
 # The pool of so many pages for so many blocks, whose memory is not taken yet.
 MakePool = Callable[[int, int], KVPool]
@@ -36,14 +35,14 @@ class Installation:
         self._demand = demand
         self._num_cached = 0  # blocks that the cache was made for
 
-    async def install(self, span: BlockSpan, blocks: Mapping[int, Block]) -> None:
+    async def install(self, blocks: Mapping[int, Block], num_planned: int) -> None:
         """With a fresh KV pool, instead of what was served. Errors as of ``Engine.load_span`` and of memory.
 
-        Where placement may leave blocks to others, the pool is made for all that may come back: sessions have more
-        of it until then.
+        The pool is made for ``num_planned`` blocks, of which some may be loaded later, and where placement may
+        leave blocks to others, for all that may come back: sessions have more of it until then.
         """
         demand = self._demand()
-        num_cached = max(len(span), demand.num_blocks if demand.may_be_fewer else 0)
+        num_cached = max(num_planned, demand.num_blocks if demand.may_be_fewer else 0)
         pool = self._make_pool(await cache_pages(self._plan, self._engine, blocks, num_cached), num_cached)
         pool.allocate()
         await self._engine.load_span(blocks, pool, self._angles)

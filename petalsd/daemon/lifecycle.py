@@ -6,10 +6,11 @@
                   └─ (a load that is tried again)      every state but the last ──> STOPPING ──> STOPPED
                                                                               └──> FAILED
 
-REBALANCING also goes back to ONLINE, when a move is over, and to DRAINING, when a stop comes in between.
+REBALANCING also goes back to ONLINE, when a move is over, and to DRAINING, when a stop comes in between; so does
+LOADING, when a part of the blocks is served already.
 
 STARTING     parts come up, a span is being chosen; nothing is announced
-LOADING      weights of a chosen span are on their way; announced as JOINING
+LOADING      weights of a chosen span are on their way; announced as JOINING, blocks that serve already as ONLINE
 ONLINE       serving
 REBALANCING  on the way to other blocks, while those in both spans go on serving; or, after a failure, the span was
              given up and another one is being chosen
@@ -30,7 +31,7 @@ from petalsd.types import DaemonState
 _S = DaemonState
 TRANSITIONS: dict[DaemonState, frozenset[DaemonState]] = {
     _S.STARTING: frozenset({_S.LOADING, _S.STOPPING, _S.FAILED}),
-    _S.LOADING: frozenset({_S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),
+    _S.LOADING: frozenset({_S.ONLINE, _S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
     _S.ONLINE: frozenset({_S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
     _S.REBALANCING: frozenset({_S.LOADING, _S.ONLINE, _S.DRAINING, _S.STOPPING, _S.FAILED}),
     _S.DRAINING: frozenset({_S.DRAINED, _S.ONLINE, _S.REBALANCING, _S.STOPPING, _S.FAILED}),

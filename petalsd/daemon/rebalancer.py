@@ -15,10 +15,12 @@ from petalsd.daemon.plan import Demand
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.placement.claims import Review, newcomers, review
 from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, decide, judge
+from petalsd.swarm.placement.growth import loading_order
 from petalsd.swarm.placement.joining import choose_span
 from petalsd.swarm.placement.lengths import read_lengths, with_lengths
 from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.reading import read_state
+from petalsd.swarm.placement.state import SwarmState
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
@@ -47,6 +49,7 @@ class Rebalancer:
         self._load_block_s = load_block_s
         self._record = record
         self._policy = policy or Policy()
+        self._seen: SwarmState | None = None
 
     async def choose(self, demand: Demand, join_delay_s: float) -> BlockSpan:
         """The span to serve next. Waits Uniform(0, 2 * join_delay_s) first when there is a choice.
@@ -57,6 +60,7 @@ class Rebalancer:
         if demand.pinned is None:
             await asyncio.sleep(self._rng.uniform(0.0, 2.0 * join_delay_s))
         view = await self._member.read_live_view()
+        self._read(view)
         await self._retract_old_records(view)
         return demand.pinned or self._best(view, demand.num_blocks)
 
@@ -69,7 +73,7 @@ class Rebalancer:
 
         A ``balance_quality`` of 0 never moves; else a move must win 1 / quality times what it costs.
         """
-        state, costs = read_state(view), self._costs(balance_quality)
+        state, costs = self._read(view), self._costs(balance_quality)
         decision = decide(state, own, costs, self._policy)
         if not demand.may_be_fewer:
             return decision
@@ -84,18 +88,28 @@ class Rebalancer:
     def judge(self, view: SwarmView, own: OwnSpan, target: BlockSpan) -> Decision:
         """The decision to move to ``target`` because somebody asked for it. ValueError as for ``decide``."""
         costs, rate = self._costs(1.0), self._throughput(len(target))
-        return judge(read_state(view), own, target, costs, self._policy, rate)
+        return judge(self._read(view), own, target, costs, self._policy, rate)
 
     def review(self, view: SwarmView) -> Review:
         """What our claim of blocks that we are about to load is worth beside others'. ValueError as ``decide``."""
-        return review(read_state(view), newcomers(view), self._member.peer_id, self._policy)
+        return review(self._read(view), newcomers(view), self._member.peer_id, self._policy)
+
+    def loading_order(self, goal: BlockSpan, served: BlockSpan | None) -> list[int]:
+        """All blocks of ``goal``, those of ``served`` first: by what the directory said when it was read last."""
+        if self._seen is None:
+            return list(goal)
+        return loading_order(self._seen, self._member.peer_id, goal, served)
+
+    def _read(self, view: SwarmView) -> SwarmState:
+        self._seen = read_state(view)
+        return self._seen
 
     def _costs(self, balance_quality: float) -> MoveCosts:
         margin = 1 / balance_quality if balance_quality else math.inf
         return MoveCosts(load_block_s=self._load_block_s(), margin=margin)
 
     def _best(self, view: SwarmView, num_blocks: int) -> BlockSpan:
-        state = read_state(view).without(self._member.peer_id)
+        state = self._read(view).without(self._member.peer_id)
         return choose_span(state, num_blocks, self._throughput(num_blocks), self._policy)
 
     async def _retract_old_records(self, view: SwarmView) -> None:

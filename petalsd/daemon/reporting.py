@@ -68,7 +68,7 @@ class Reporter:
         return describe(self.situation())
 
     def situation(self) -> Situation:
-        daemon, activity = self._daemon, self._parts.activity
+        daemon, parts, activity = self._daemon, self._parts, self._parts.activity
         state = daemon.lifecycle.state
         return Situation(
             state=state,
@@ -82,6 +82,7 @@ class Reporter:
             cache_used=self._cache_used(),
             deadline_left_s=self._deadline_left_s(),
             trouble=self._trouble(),
+            num_online=len(parts.engine.span or ()),
         )
 
     def status(self) -> Status:
@@ -101,6 +102,7 @@ class Reporter:
             is_relayed=parts.member.is_relayed,
             model=self._model(),
             span=Span.of(daemon.span),
+            served_span=Span.of(parts.engine.span),
             loading=self.loading(),
             kv=self._kv(),
             graphs=_graphs(parts.engine.stats()),

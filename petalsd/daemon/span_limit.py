@@ -27,12 +27,12 @@ class SpanLimit:
         self._board = board
         self.most: int | None = None
 
-    def lower(self, span: BlockSpan, error: Exception) -> Departure:
+    def lower(self, span: BlockSpan, error: Exception, num_served: int = 0) -> Departure:
         """``span`` did not fit: allow as many blocks as the memory holds now, one fewer at least.
 
-        EngineError when not even one is left.
+        Those that are served all the same, ``num_served``, fit. EngineError when not even one is left.
         """
-        fitting = self._need.fitting_blocks(self._available_bytes(), len(span) - 1)
+        fitting = max(self._need.fitting_blocks(self._available_bytes(), len(span) - 1), num_served)
         if fitting == 0:
             raise EngineError(
                 f"the device's memory does not hold one block of {span}",

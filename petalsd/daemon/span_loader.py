@@ -1,12 +1,13 @@
-"""Gets the weights of a span into memory: fetch the files, load block by block, keep what is there already."""
+"""Gets the weights of a span into memory: block by block fetch and load, keep what is there already."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -21,8 +22,12 @@ from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
+_T = TypeVar("_T")
+
 LOAD_BACKOFF = Backoff(attempts=5, first_delay_s=2.0, max_delay_s=60.0)
 _PROGRESS_PERIOD_S = 2.0
+# A part is handed on when loading it took that long, and that many times what handing on the one before did.
+PART_S, PART_SHARE = 5.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,9 @@ class LoadProgress:
 
 
 ProgressSink = Callable[[LoadProgress], None]
+
+# Awaited with the blocks that are loaded so far, while others are still missing.
+PartSink = Callable[[BlockSpan], Awaitable[None]]
 
 
 class WeightsReader(Protocol):
@@ -75,34 +83,42 @@ class SpanLoader:
         self.blocks: dict[int, Block] = {}
         self.seconds_per_block: float | None = None  # of the last load that read any, fetching included
 
-    async def load(self, span: BlockSpan) -> dict[int, Block]:
-        """All blocks of ``span``, beside those that there are. WeightsError after the last attempt.
+    async def load(self, blocks: BlockSpan | Sequence[int], on_part: PartSink | None = None) -> None:
+        """Have all of ``blocks``, beside those that there are. WeightsError after the last attempt.
 
-        Blocks that were loaded before a failure stay for the next attempt.
+        Blocks that were loaded before a failure stay for the next attempt. ``on_part`` is told every few seconds
+        what has come: all beginnings of ``blocks`` must be consecutive then.
         """
-        started_s = time.monotonic()
-        kept, progress = sum(index in self.blocks for index in span), self._start_progress()
-        await self._persist(span, lambda switch: self._load_missing(span, switch, progress))
-        seconds = time.monotonic() - started_s
-        if kept < len(span):
-            self.seconds_per_block = seconds / (len(span) - kept)
+        order, progress = list(blocks), self._start_progress()
+        kept, num_there, seconds = sum(index in self.blocks for index in order), 0, 0.0
+        part_s = math.inf if on_part is None else PART_S
+        while num_there < len(order):
+            started_s = time.monotonic()
+            num_there = await self._persist(order, partial(self._load_some, order, part_s, progress))
+            loaded_s = time.monotonic()
+            seconds += loaded_s - started_s
+            if on_part is not None and num_there < len(order):
+                await on_part(_hull(order[:num_there]))
+                part_s = max(PART_S, PART_SHARE * (time.monotonic() - loaded_s))
+        if kept < len(order):
+            self.seconds_per_block = seconds / (len(order) - kept)
             self._seconds.observe(seconds)
-        log.info("span_loaded", span=str(span), kept_blocks=kept, seconds=round(seconds, 2))
-        return {index: self.blocks[index] for index in span}
+        log.info("span_loaded", span=str(_hull(order)), kept_blocks=kept, seconds=round(seconds, 2))
 
-    async def fetch(self, span: BlockSpan) -> None:
-        """Bring to the disk what ``load`` will read. WeightsError after the last attempt."""
+    async def fetch_first(self, order: Sequence[int]) -> None:
+        """Bring to the disk what ``load`` will read first. WeightsError after the last attempt."""
         progress = self._start_progress()
-        await self._persist(span, lambda switch: self._fetch_missing(span, switch, progress))
+        await self._persist(order, partial(self._fetch_first, order, progress))
 
-    async def _persist(self, span: BlockSpan, work: Callable[[AbandonSwitch], object]) -> None:
-        await retry(
+    async def _persist(self, order: Sequence[int], work: Callable[[AbandonSwitch], _T]) -> _T:
+        result = await retry(
             lambda: run_detached(work, "petalsd-loader"),
             self._backoff,
             (WeightsError, OSError),
-            partial(self._on_failure, span),
+            partial(self._on_failure, _hull(order)),
         )
         self._board.clear("load_failed")
+        return result
 
     def _on_failure(self, span: BlockSpan, error: Exception, delay_s: float) -> None:
         log.warning("load_failed", span=str(span), retry_s=delay_s, **error_fields(error))
@@ -113,25 +129,50 @@ class SpanLoader:
         """Give up the blocks outside ``span``; their memory is free once nobody else holds them."""
         self.blocks = {index: block for index, block in self.blocks.items() if span and index in span}
 
-    def _load_missing(self, span: BlockSpan, switch: AbandonSwitch, progress: ProgressSink) -> None:
-        """On the loading thread."""
-        missing = self._fetch_missing(span, switch, progress)
-        for number, index in enumerate(missing):
-            switch.check()
-            progress(LoadProgress("load", f"block {index}", number, len(missing)))
-            self.blocks[index] = self._reader.load_block(index)
+    def _load_some(
+        self, order: Sequence[int], enough_s: float, progress: ProgressSink, switch: AbandonSwitch
+    ) -> int:
+        """On the loading thread: load for that long, one block at least; how many of ``order`` are there then.
 
-    def _fetch_missing(self, span: BlockSpan, switch: AbandonSwitch, progress: ProgressSink) -> list[int]:
-        """On the loading thread; the blocks that are not loaded yet."""
-        missing = [index for index in span if index not in self.blocks]
+        Also when a later block fails: what has come is served while that one is tried again.
+        """
+        end_s, is_new = time.monotonic() + enough_s, False
+        for number, index in enumerate(order):
+            if index in self.blocks:
+                continue
+            if is_new and time.monotonic() >= end_s:
+                return number
+            try:
+                self._fetch(index, progress, switch)
+                progress(LoadProgress("load", f"block {index}", number, len(order)))
+                self.blocks[index] = self._reader.load_block(index)
+            except Exception as error:
+                if not is_new:
+                    raise
+                log.warning("load_interrupted", block=index, **error_fields(error))
+                return number
+            is_new = True
+        return len(order)
+
+    def _fetch_first(self, order: Sequence[int], progress: ProgressSink, switch: AbandonSwitch) -> None:
+        """On the loading thread."""
+        missing = next((index for index in order if index not in self.blocks), None)
+        if missing is not None:
+            self._fetch(missing, progress, switch)
+
+    def _fetch(self, index: int, progress: ProgressSink, switch: AbandonSwitch) -> None:
+        """On the loading thread."""
 
         def fetching(file: str, done_bytes: int, total_bytes: int) -> None:
             switch.check()
             progress(LoadProgress("fetch", file, done_bytes, total_bytes))
 
-        if missing:
-            self._reader.fetch(BlockSpan(missing[0], missing[-1] + 1), fetching)
-        return missing
+        switch.check()
+        self._reader.fetch(BlockSpan(index, index + 1), fetching)
+
+
+def _hull(blocks: Sequence[int]) -> BlockSpan:
+    return BlockSpan(min(blocks), max(blocks) + 1)
 
 
 def both(first: ProgressSink, second: ProgressSink) -> ProgressSink:

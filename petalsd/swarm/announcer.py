@@ -193,8 +193,10 @@ class Announcer:
 
     def _describe(self, state: ServerState, span: BlockSpan) -> ServerRecord:
         pings = None if state == ServerState.OFFLINE else self._pings.averages()
-        claim = self._goal if state == ServerState.JOINING and self._goal is not None else span
-        return replace(self._make_record(state, span), state=state, span=claim, next_pings=pings)
+        goal = self._goal or span
+        record = self._make_record(state, max(span, goal, key=len))  # a part is no faster than the whole
+        claim = goal if state == ServerState.JOINING else span
+        return replace(record, state=state, span=claim, next_pings=pings)
 
     async def _publish(self, state: ServerState, span: BlockSpan) -> None:
         record = self._describe(state, span)

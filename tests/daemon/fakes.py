@@ -276,6 +276,7 @@ class Stage:
         self.choices: list[Choice] = []
         self.rates = Rates(throughput=1.0)
         self.has_room, self.max_blocks, self.stretched_blocks = True, 4, 5
+        self.planned_blocks: list[int] = []  # what caches were made for
         self.signals = Signals()
         self.overrides = ["model.source=m", "blocks.join_delay_s=0", *overrides]
         self.settings = Settings(self._read(), self._read, self._demand)
@@ -362,5 +363,6 @@ class Stage:
     async def _prepare(self) -> None:
         self.calls.append("prepare")
 
-    async def _install(self, span: BlockSpan, blocks: Mapping[int, Any]) -> None:
+    async def _install(self, blocks: Mapping[int, Any], num_planned: int) -> None:
+        self.planned_blocks.append(num_planned)
         await self.engine.load_span(blocks, None, None)

@@ -62,7 +62,7 @@ async def rig(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[R
 async def test_a_cache_that_is_used_does_for_more_blocks_than_it_was_made_for(rig: Rig) -> None:
     """A session on blocks that stay goes on, if the longest one fits still; with nobody there it is made anew."""
     installation = rig.installation()
-    await installation.install(TWO, rig.blocks(TWO))
+    await installation.install(rig.blocks(TWO), 2)
     assert [installation.has_pages(count) for count in (2, 3)] == [True, False]
     session = await rig.engine.open_session(SessionSpec(TWO, 1, 32, "peer"))
     hidden = states(1, 20)
@@ -74,7 +74,7 @@ async def test_a_cache_that_is_used_does_for_more_blocks_than_it_was_made_for(ri
     await rig.engine.self_test()
     await session.close()
     assert not installation.has_pages(4)
-    await installation.install(FOUR, rig.blocks(FOUR))
+    await installation.install(rig.blocks(FOUR), 4)
     assert rig.engine.pool is not None and rig.engine.pool.stats().pages_total == 4 * 64 // 16
     assert installation.has_pages(4)
 
@@ -83,6 +83,6 @@ async def test_the_cache_is_made_for_all_blocks_that_may_come_back(rig: Rig) -> 
     """Whoever gave blocks up takes them back beside the sessions that there are; these have more until then."""
     rig.demand = Demand(4, None, may_be_fewer=True)
     installation = rig.installation()
-    await installation.install(TWO, rig.blocks(TWO))
+    await installation.install(rig.blocks(TWO), 2)
     assert rig.engine.pool is not None and rig.engine.pool.stats().pages_total == 4 * 64 // 16
     assert [installation.has_pages(count) for count in (4, 5)] == [True, False]

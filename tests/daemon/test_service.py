@@ -70,6 +70,14 @@ class Heard:
             {"state": DaemonState.LOADING, "progress": LoadProgress("load", "block 3", 3, 15)},
             "Loading blocks 0:15: block 3, 3 of 15 done, 20 %",
         ),
+        (
+            {
+                "state": DaemonState.LOADING,
+                "progress": LoadProgress("load", "block 3", 9, 15),
+                "num_online": 9,
+            },
+            "Loading blocks 0:15: 9 of 15 online, 1 session, block 3, 9 of 15 done, 60 %",
+        ),
         ({"state": DaemonState.REBALANCING, "activity": "choosing blocks"}, "Rebalancing: choosing blocks"),
         (
             {"state": DaemonState.DRAINING, "sessions": 3, "deadline_left_s": 41.6},

@@ -45,7 +45,7 @@ def test_no_block_fits() -> None:
 
 
 async def test_a_full_device_while_blocks_load() -> None:
-    """The smaller span is announced, loaded and served; blocks that were loaded stay; the swarm sees no more."""
+    """What fits is served; the block that does not is tried once more, and the swarm sees no more then."""
     stage = Stage("blocks.span=2:6")
     stage.reader.failing_blocks[4] = FULL
     stage.available_bytes = 2
@@ -55,7 +55,7 @@ async def test_a_full_device_while_blocks_load() -> None:
         2: ServerState.ONLINE, 3: ServerState.ONLINE, 4: ServerState.OFFLINE, 5: ServerState.OFFLINE,
     }  # fmt: skip
     assert [call for call in stage.calls if call.startswith(("load", "announce JOINING"))] == [
-        "announce JOINING 2:6", "load 2", "load 3", "load 4", "announce JOINING 2:4",
+        "announce JOINING 2:6", "load 2", "load 3", "load 4", "announce JOINING 4:6, ONLINE 2:4", "load 4",
     ]  # fmt: skip
     (event,) = (event for event in logs if event["event"] == "span_reduced")
     assert (event["span"], event["num_blocks"]) == ("2:6", 2)

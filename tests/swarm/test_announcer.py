@@ -106,7 +106,7 @@ async def test_row_5_old_blocks_go_offline_before_new_ones_are_declared() -> Non
 async def test_a_move_announces_what_stays_what_comes_and_what_is_left() -> None:
     """Each part in its state with its own claim; all are renewed, and readers see the part that serves."""
     dht = FakeDHT()
-    ours = announcer(dht)
+    ours = announcer(dht, make=lambda state, span: ServerRecord(state, 1 / len(span)))
     await ours.announce(ONLINE, BlockSpan(1, 4))
     dht.writes.clear()
     await ours.announce_parts(
@@ -119,6 +119,9 @@ async def test_a_move_announces_what_stays_what_comes_and_what_is_left() -> None
     assert dht.record("m-hf.3").span == BlockSpan(3, 4)
     await ours.announce_parts([(JOINING, BlockSpan(4, 5)), (ONLINE, BlockSpan(2, 3))], BlockSpan(2, 5))
     assert [dht.record(f"m-hf.{block}").span for block in (4, 2)] == [BlockSpan(2, 5), BlockSpan(2, 3)]
+    assert {dht.record(f"m-hf.{block}").throughput for block in (4, 2)} == {
+        1 / 3
+    }  # of all that will be served
     assert dht.states()[8:11] == [("m-hf.0", OFFLINE), ("m-hf.3", OFFLINE), ("m-hf.1", OFFLINE)]
     blocks = [parse_entries(key, dht.entries.get(key, {})) for key in (f"m-hf.{block}" for block in range(6))]
     (seen,) = SwarmView("m-hf", 6, blocks).spans(JOINING)

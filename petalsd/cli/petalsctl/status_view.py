@@ -129,9 +129,18 @@ def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         yield "in the swarm", f"{model['dht_prefix']}"
     total = model["num_blocks"]
     if span := document["span"]:
-        yield "blocks", line(*_span_bar(span, total), f" {span_text(span)} of {total}")
+        place = f" {span_text(span)} of {total}"
+        yield "blocks", line(*_span_bar(span, total), place, *_online_part(span, document.get("served_span")))
     else:
         yield "blocks", f"none yet of {total}"
+
+
+def _online_part(span: Mapping[str, int], served: Mapping[str, int] | None) -> tuple[Piece, ...]:
+    """Which blocks serve while others of the span are still to come."""
+    if served is None or served == span:
+        return ()
+    num_served, num_blocks = (each["end"] - each["start"] for each in (served, span))
+    return (Piece(f"  {span_text(served)} online, {num_served} of {num_blocks}", "busy"),)
 
 
 def _path_fields(model: Mapping[str, Any]) -> Iterable[tuple[str, Line | str]]:

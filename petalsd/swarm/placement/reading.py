@@ -61,10 +61,5 @@ def _loading(view: SwarmView) -> dict[str, tuple[BlockSpan, float]]:
             claim = None if record.span is None else record.span.intersect(whole)
             known = spans.get(peer)
             span = claim or BlockSpan(block, block + 1)
-            spans[peer] = (span if known is None else _hull(known[0], span), record.throughput)
+            spans[peer] = (span if known is None else known[0].hull(span), record.throughput)
     return spans
-
-
-def _hull(one: BlockSpan, other: BlockSpan) -> BlockSpan:
-    """The smallest span that holds both."""
-    return BlockSpan(min(one.start, other.start), max(one.end, other.end))

@@ -43,6 +43,7 @@ STATUS: dict[str, Any] = {
         "block_kinds": [{"kind": "uniform", "trials": [trial("fused", "avx512bf16", 5.6e-7)]}],
     },
     "span": {"start": 0, "end": 15},
+    "served_span": {"start": 0, "end": 15},
     "loading": None,
     "kv": {
         "pages_total": 15_360,

@@ -101,6 +101,14 @@ def test_a_daemon_that_does_not_serve_now(
     assert out.startswith(start + "\n")
 
 
+def test_a_daemon_that_serves_its_first_blocks(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """Exit 1: a client that needs the other blocks does not find them here yet."""
+    daemon.answers["GET /v1/status"] = document(STATUS, state="loading", served_span={"start": 3, "end": 12})
+    status, out, _ = ctl("status")
+    assert status == 1
+    assert " 0:15 of 30  3:12 online, 9 of 15\n" in out
+
+
 def test_warnings_end_with_what_to_do(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
     """Each warning has its title, code, age and hint; long lines break between words."""
     hint = "it is announced again; if this stays, check that the initial peers can be reached"
