@@ -61,7 +61,8 @@ class Scenario:
     check_period           mean time between checks of the placement, U(0, 2 * check_period)
     select_delay           mean time before a newcomer chooses, U(0, 2 * select_delay)
     load_min, load_all     loading n of L blocks takes load_min + (load_all - load_min) * n / L; a move, its share
-    fetch_share            of the load time is the download: a petalsd that moves serves on meanwhile
+    fetch_share            of the load time is the download: a petalsd that moves serves on for that of one block
+    part_s                 how much is loaded at a petalsd until that serves: blocks come one after the other
     ping_targets           servers that each server pings at a refresh, as the wire's next_pings
     ping_timeout           until a ping counts as failed
     steady_from            averages are taken from here on
@@ -86,6 +87,7 @@ class Scenario:
     load_min: float = 60.0
     load_all: float = 300.0
     fetch_share: float = 0.5
+    part_s: float = 5.0
     ping_targets: int = 10
     ping_timeout: float = 10.0
     steady_from: float = 2400.0

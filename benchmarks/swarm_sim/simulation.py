@@ -14,6 +14,8 @@ from benchmarks.swarm_sim.fleet import MODELS, Fleet, Scenario, draw_fleet
 from benchmarks.swarm_sim.policies import LEAVE, Policy
 from benchmarks.swarm_sim.reference import bound_shares, offline_best
 from benchmarks.swarm_sim.view import JOINING, ONLINE, Record, Server, View
+from petalsd.swarm.placement.growth import loading_order
+from petalsd.types import BlockSpan
 
 _MIN_LOAD_S = 10.0
 _BACK_AGAIN = 0.9  # of the offline reference
@@ -170,7 +172,26 @@ class Simulation:
         server, policy = self.servers[row], self.policy[row]
         server.start = self._timed(lambda: policy.choose_start(self.view, server, self.rng))
         self._announce(row, Record(JOINING, server.start, server.start + server.n, server.start))
-        self._at(self.now + float(self.fleet.load_s[row]), self._online, row)
+        if policy.follows:
+            self._load(row, None, server.load_s / server.n)
+        else:
+            self._at(self.now + server.load_s, self._online, row)
+
+    def _load(self, row: int, kept: BlockSpan | None, block_s: float, done_s: float = 0.0) -> None:
+        """New blocks serve as they come, a part at a time; loading began ``done_s`` ago."""
+        server, (state, _) = self.servers[row], self.view.swarm_state()
+        goal = BlockSpan(server.start, server.start + server.n)
+        order = loading_order(state, self.view.names[row], goal, kept)
+        num_kept, size = len(kept or ()), max(1, math.ceil(self.scenario.part_s / block_s))
+        for number in range(num_kept + size, server.n, size):
+            loaded = order[:number]
+            when = self.now - done_s + (number - num_kept) * block_s
+            self._at(when, self._serve_part, row, min(loaded), max(loaded) + 1)
+        self._at(self.now - done_s + (server.n - num_kept) * block_s, self._online, row)
+
+    def _serve_part(self, row: int, start: int, end: int) -> None:
+        self._serve(row, start, end)
+        self._announce(row, Record(ONLINE, start, end, self.servers[row].start))
 
     def _online(self, row: int) -> None:
         server = self.servers[row]
@@ -198,14 +219,13 @@ class Simulation:
             self._announce(row, Record())
             self._at(self.now + self.rng.uniform(0, 2 * self.scenario.select_delay), self._select, row)
         else:
-            part = min(abs(goal - server.start) / server.n, 1.0)
-            load_s = max(_MIN_LOAD_S, part * float(self.fleet.load_s[row]))
-            fetch_s = self.scenario.fetch_share * load_s
+            num_new = min(abs(goal - server.start), server.n)
+            block_s = max(_MIN_LOAD_S / num_new, server.load_s / server.n)
             self._announce(row, Record(ONLINE, server.start, server.start + server.n, goal))
-            self._at(self.now + fetch_s, self._shift, row, goal, load_s - fetch_s)
+            self._at(self.now + self.scenario.fetch_share * block_s, self._shift, row, goal, block_s)
 
-    def _shift(self, row: int, goal: int, load_s: float) -> None:
-        """The new blocks are on the disk: those in both spans go on, the others are left, the new ones loaded."""
+    def _shift(self, row: int, goal: int, block_s: float) -> None:
+        """The first new block is on the disk: those in both spans go on, others are left, the new ones come."""
         server = self.servers[row]
         start, end = max(server.start, goal), min(server.start, goal) + server.n
         start, end = (start, end) if start < end else (0, 0)
@@ -216,7 +236,8 @@ class Simulation:
             Record(ONLINE, start, end, goal) if end > start else Record(JOINING, goal, goal + server.n, goal)
         )
         self._announce(row, kept)
-        self._at(self.now + load_s, self._online, row)
+        staying = BlockSpan(start, end) if end > start else None
+        self._load(row, staying, block_s, self.scenario.fetch_share * block_s)
 
     def _count_sessions(self, row: int, goal: int) -> None:
         """Sessions on blocks that are left go on with another petalsd that serves all of those; else they end."""

@@ -56,6 +56,27 @@ def test_a_swarm_where_nobody_comes_or_goes_comes_to_rest() -> None:
         assert short.num_moves == long.num_moves, policy
 
 
+@pytest.mark.parametrize(("policy", "is_early"), [("petalsd", True), ("petals", False)])
+def test_blocks_serve_as_they_come(policy: str, is_early: bool) -> None:
+    """At petalsd; each part holds the one before, and the last is the whole. Stock Petals serves all at once."""
+    simulation = Simulation(replace(SMALL, hours=0.3, burst=1.0), make_policies(policy), 3, policy)
+    shown: dict[int, list[tuple[int, int]]] = {}
+    serve = simulation._serve
+
+    def note(row: int, start: int, end: int) -> None:
+        shown.setdefault(row, []).append((start, end))
+        serve(row, start, end)
+
+    simulation._serve = note  # type: ignore[method-assign]
+    simulation.run()
+    first = {row: next(i for i, (a, b) in enumerate(spans) if b - a == simulation.servers[row].n)
+             for row, spans in shown.items()}  # fmt: skip
+    assert any(index > 0 for index in first.values()) == is_early
+    for row, spans in shown.items():
+        for (a, b), (c, d) in itertools.pairwise(spans[: first[row] + 1]):
+            assert c <= a < b <= d
+
+
 def test_a_server_on_its_way_counts_where_it_goes_and_serves_where_it_was() -> None:
     """As the records of a daemon that moves are read: nobody plans to move it once more."""
     fleet = draw_fleet(SMALL, 1)
