@@ -21,10 +21,12 @@ LEAVE = -1  # stop serving, then choose again
 class Policy(Protocol):
     """follows  whether it takes turns by petalsd's rule, keeps the overlap of a move and hands sessions over
     check_s     mean time between checks, 0 for the scenario's
+    min_stay_s  how long a server that has come says so
     """
 
     follows: bool
     check_s: float
+    min_stay_s: float
 
     def choose_start(self, view: View, server: Server, rng: Rng) -> int: ...
 
@@ -35,7 +37,7 @@ class Policy(Protocol):
 class PetalsPolicy:
     """``quality`` 0 joins as Petals does and never moves."""
 
-    follows, check_s = False, 0.0
+    follows, check_s, min_stay_s = False, 0.0, 0.0
 
     def __init__(self, quality: float = 0.75) -> None:
         self.quality = quality
@@ -64,6 +66,7 @@ class PetalsdPolicy:
     def __init__(self, constants: Constants | None = None, quality: float = 0.75) -> None:
         self.constants = constants or Constants()
         self.margin = 1 / quality
+        self.min_stay_s = self.constants.min_stay_s
 
     def choose_start(self, view: View, server: Server, rng: Rng) -> int:
         state, _ = view.swarm_state()

@@ -197,8 +197,14 @@ class Simulation:
         server = self.servers[row]
         self._serve(row, server.start, server.start + server.n)
         server.since = self.now
-        self._announce(row, Record(ONLINE, server.start, server.start + server.n, server.start))
+        stay_s = self.policy[row].min_stay_s
+        self._announce(row, Record(ONLINE, server.start, server.start + server.n, server.start, stay_s > 0))
+        self._at(self.now + stay_s, self._settle, row, self.sent[row])
         self._next_check(row)
+
+    def _settle(self, row: int, number: int) -> None:
+        if self.shown[row] == number == self.sent[row]:
+            self.view.settle(row)
 
     def _next_check(self, row: int) -> None:
         period = self.policy[row].check_s or self.scenario.check_period

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,12 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One server's announcement: ``[start, end)`` is what is read of it, ``goal`` where its blocks will start."""
+    """One server's announcement: ``[start, end)`` is what is read of it, ``goal`` where its blocks will start.
+
+    ``is_settling``: it says that it came a short while ago.
+    """
 
     state: int = OFFLINE
     start: int = 0
     end: int = 0
     goal: int = 0
+    is_settling: bool = False
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class View:
         self.goal: Ints = np.zeros(count, np.int64)
         self.names = [f"{row:06d}" for row in range(count)]
         self.is_dead: Flags = np.zeros(count, bool)
+        self.is_settling: Flags = np.zeros(count, bool)
         self.cover: Array = np.zeros(blocks)
         self.mass = 0.0
         self.version = 0
@@ -66,6 +71,7 @@ class View:
             self.cover[self.start[row] : self.end[row]] -= t
             self.mass -= n * t
         self.state[row], self.is_dead[row] = record.state, False
+        self.is_settling[row] = record.is_settling
         if record.state:
             self.start[row], self.end[row], self.goal[row] = record.start, record.end, record.goal
             self.cover[record.start : record.end] += t
@@ -74,6 +80,10 @@ class View:
 
     def declare_dead(self, row: int) -> None:
         self.is_dead[row] = True
+        self.version += 1
+
+    def settle(self, row: int) -> None:
+        self.is_settling[row] = False
         self.version += 1
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
@@ -106,4 +116,6 @@ class View:
             throughput=self.t[rows],
             is_free=is_online & self.follows[rows] & (start == goal) & (end - start == n) & (n < self.blocks),
         )
+        if state.planned_cover().min() > 0:
+            state = replace(state, is_free=state.is_free & ~self.is_settling[rows])
         return state, rows

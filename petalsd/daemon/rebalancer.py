@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections.abc import Callable
 
 import structlog
@@ -19,7 +20,7 @@ from petalsd.swarm.placement.growth import loading_order
 from petalsd.swarm.placement.joining import choose_span
 from petalsd.swarm.placement.lengths import read_lengths, with_lengths
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.reading import read_state
+from petalsd.swarm.placement.reading import read_state, without_settling
 from petalsd.swarm.placement.state import SwarmState
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
@@ -101,7 +102,8 @@ class Rebalancer:
         return loading_order(self._seen, self._member.peer_id, goal, served)
 
     def _read(self, view: SwarmView) -> SwarmState:
-        self._seen = read_state(view)
+        came_after = time.time() - self._policy.min_stay_s
+        self._seen = without_settling(read_state(view), view, came_after, self._member.peer_id)
         return self._seen
 
     def _costs(self, balance_quality: float) -> MoveCosts:

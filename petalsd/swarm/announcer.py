@@ -92,6 +92,7 @@ class Announcer:
         self._lock = asyncio.Lock()
         self._current: tuple[Part, ...] = ()
         self._goal: BlockSpan | None = None
+        self._since: float | None = None  # when the span came online, while it is all that is announced
         self._expiration = 0.0
         self._told: dict[BlockSpan, ServerRecord] = {}  # what is stored of the current parts
         self.last_stored: Announcement | None = None
@@ -111,6 +112,9 @@ class Announcer:
         async with self._lock:
             old, self._current, self._told = self._current, tuple(parts), {}
             self._goal = goal
+            if self._current != old:
+                is_whole = [state for state, _ in parts] == [ServerState.ONLINE]
+                self._since = time.time() if is_whole else None
             spans = [span for _, span in parts]
             for state, span in old:
                 for left in () if state == ServerState.OFFLINE else span.minus(*spans):
@@ -196,7 +200,7 @@ class Announcer:
         goal = self._goal or span
         record = self._make_record(state, max(span, goal, key=len))  # a part is no faster than the whole
         claim = goal if state == ServerState.JOINING else span
-        return replace(record, state=state, span=claim, next_pings=pings)
+        return replace(record, state=state, span=claim, online_since=self._since, next_pings=pings)
 
     async def _publish(self, state: ServerState, span: BlockSpan) -> None:
         record = self._describe(state, span)

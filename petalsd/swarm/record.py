@@ -26,6 +26,7 @@ class ServerRecord:
     *_rps              tokens/s: through the network, through one block in passes, through one block in decoding
     cache_tokens_left  K rows plus V rows that still fit, over all blocks (twice the free tokens)
     max_blocks         the most blocks that it may serve, where the rule of placement says how many; ours alone
+    online_since       Unix seconds at which it began to serve this span, once it serves all of it; ours alone
     next_pings         round trips in seconds to servers of following blocks, ``inf`` for no answer
     expiration         of a record that was read: Unix seconds; not a part of the record itself
     """
@@ -44,6 +45,7 @@ class ServerRecord:
     using_relay: bool | None = None
     cache_tokens_left: int | None = None
     max_blocks: int | None = None
+    online_since: float | None = None
     next_pings: Mapping[str, float] | None = field(default=None, hash=False)
     expiration: float = field(default=0.0, compare=False)
 
@@ -71,6 +73,8 @@ class ServerRecord:
             extra["end_block"] = int(self.span.end)
         if self.max_blocks is not None:
             extra["max_blocks"] = int(self.max_blocks)
+        if self.online_since is not None:
+            extra["online_since"] = float(self.online_since)
         throughput = float(self.throughput)
         if not (math.isfinite(throughput) and throughput >= 0):
             raise ValueError(f"throughput must be finite and not negative, got {throughput}")
@@ -102,6 +106,7 @@ class ServerRecord:
             using_relay=None if extra.get("using_relay") is None else bool(extra["using_relay"]),
             cache_tokens_left=_index("cache_tokens_left", extra, limit=2**62),
             max_blocks=_index("max_blocks", extra),
+            online_since=_number("online_since", extra.get("online_since")),
             next_pings=_pings(extra.get("next_pings")),
             expiration=expiration,
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from petalsd.daemon.announcement import VERSION
 from petalsd.daemon.lifecycle import DaemonState
+from petalsd.daemon.plan import Demand
 from petalsd.errors import Conflict, EngineError, SwarmError, WeightsError
+from petalsd.swarm.placement.decision import OwnSpan, Verdict
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -253,3 +256,20 @@ async def checked(stage: Stage) -> None:
     stage.supervisor._served_since -= 1000.0
     stage.supervisor.check_now()
     await asyncio.wait_for(online, DEADLINE_S)
+
+
+async def test_no_turn_is_kept_for_a_server_that_came_a_moment_ago() -> None:
+    """It would be the first to go, but will stay for a while: we go."""
+    stage, first = Stage("blocks.count=4"), "Qm" + "0" * 44
+    stage.swarm.put("Qm" + "c" * 44, ONLINE, BlockSpan(0, 8), throughput=1.0)
+    for peer in (PEER, first):
+        stage.swarm.put(peer, ONLINE, OLD, throughput=10.0)
+    rebalancer, own = stage.daemon._parts.rebalancer, OwnSpan(PEER, OLD)
+
+    async def verdict() -> Verdict:
+        return rebalancer.decide(await stage.member.read_view(), own, 0.75, Demand(4, None)).verdict
+
+    assert await verdict() is Verdict.WAITS
+    stage.swarm.records[first] = ServerRecord(ONLINE, 10.0, version=VERSION, online_since=time.time())
+    stage.swarm.put(first, ONLINE, OLD, throughput=10.0)
+    assert await verdict() is Verdict.MOVE

@@ -128,6 +128,22 @@ async def test_a_move_announces_what_stays_what_comes_and_what_is_left() -> None
     assert (seen.state, seen.span) == (ONLINE, BlockSpan(2, 3))
 
 
+async def test_a_span_says_since_when_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while parts of it are on their way, nor is it later with each renewal."""
+    now = iter(range(1000, 2000, 10))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    dht, since = FakeDHT(), list[float | None]()
+    ours = announcer(dht)
+    await ours.announce_parts([(JOINING, BlockSpan(2, 3)), (ONLINE, BlockSpan(1, 2))], BlockSpan(1, 3))
+    since.append(dht.record("m-hf.1").online_since)
+    await ours.announce(ONLINE, BlockSpan(1, 3))
+    since.append(dht.record("m-hf.1").online_since)
+    await ours.announce(ONLINE, BlockSpan(1, 3))
+    await ours.renew()
+    since.append(dht.record("m-hf.2").online_since)
+    assert since[0] is None and since[1] is not None and since[1] == since[2]
+
+
 async def test_blocks_that_are_served_all_the_while_never_go_offline() -> None:
     """From ONLINE to ONLINE only the blocks that are left are declared OFFLINE, before the new ones."""
     dht = FakeDHT()

@@ -25,6 +25,7 @@ RECORD = ServerRecord(
     using_relay=False,
     cache_tokens_left=4096,
     max_blocks=8,
+    online_since=1.7e9,
     next_pings={"QmPeer": 0.05, "QmFar": math.inf},
 )
 
@@ -86,6 +87,7 @@ def test_the_span_is_written_exactly() -> None:
         ((2, 1.0, {"adapters": "one"}), "adapters"),
         ((2, 1.0, {"cache_tokens_left": 1.5}), "cache_tokens_left"),
         ((2, 1.0, {"max_blocks": -1}), "max_blocks"),
+        ((2, 1.0, {"online_since": 7}), "online_since"),
         ((2, 1.0, {"next_pings": {"QmPeer": 1}}), "next_pings"),
         ((2, 1.0, {"next_pings": {"QmPeer": math.nan}}), "next_pings"),
         ((2, 1.0, {"next_pings": []}), "next_pings"),

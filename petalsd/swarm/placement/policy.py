@@ -25,7 +25,8 @@ class Policy:
                     as one that is listed and does not go lets the others wait in vain
     hole_weight     how many times worse no throughput is than a little: every session breaks at a hole
     move_s          seconds of the server's work that a whole move costs at least: small gains are left alone
-    min_stay_s      a server that has come or moved stays at least that long, unless a block has nobody
+    min_stay_s      a server that has come or moved stays at least that long, unless a block has nobody; its record
+                    says since when it is there, so that no turn is kept for it
     moves_share     how many moves may begin at the same time, as a share of the servers, and
     min_moves, max_moves: bounds of that
     candidates_per_move  how many servers are looked at closely: those whose blocks are needed least
@@ -40,7 +41,7 @@ class Policy:
     margin: float = 4 / 3
     hole_weight: float = 1.0
     move_s: float = 10.0
-    min_stay_s: float = 60.0
+    min_stay_s: float = 30.0
     moves_share: float = 0.04
     min_moves: int = 4
     max_moves: int = 24

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from petalsd.swarm.directory import SwarmView
@@ -43,6 +45,25 @@ def read_state(view: SwarmView) -> SwarmState:
         throughput=np.array(rates, np.float64),
         is_free=np.array(free, bool),
     )
+
+
+def without_settling(state: SwarmState, view: SwarmView, came_after: float, own: str) -> SwarmState:
+    """Servers that came to their blocks after that (Unix seconds) are not free to move, as they will not.
+
+    All are where a block has nobody. ``own`` knows better when it came.
+    """
+    if state.planned_cover().min() <= 0:
+        return state
+    settling = [
+        peer != own and is_free and _came_at(view, peer, int(start)) > came_after
+        for peer, start, is_free in zip(state.peers, state.start, state.is_free, strict=True)
+    ]
+    return replace(state, is_free=state.is_free & ~np.array(settling, bool))
+
+
+def _came_at(view: SwarmView, peer: str, block: int) -> float:
+    record = view.blocks[block].get(peer)
+    return 0.0 if record is None else record.online_since or 0.0
 
 
 def is_ours(record: ServerRecord) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.placement.joining import choose_span
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.reading import read_state
+from petalsd.swarm.placement.reading import read_state, without_settling
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -74,6 +77,17 @@ def test_who_is_free() -> None:
     assert state.peers == ["a", "b", "c", "d", "e"]
     assert state.is_free.tolist() == [True, False, False, False, False]
     assert state.planned_cover()[0] == 10.0 and state.served_cover()[0] == 8.0
+
+
+def test_who_came_a_short_while_ago_is_not_free() -> None:
+    """No turn is kept for it, as it would not go; all are free where a block has nobody. We know our own time."""
+    span = BlockSpan(0, 4)
+    fresh = replace(record(ServerState.ONLINE, span), online_since=1000.0)
+    servers = [("a", span, fresh), ("b", span, replace(fresh, online_since=930.0)), ("c", span, fresh)]
+    for num_blocks, free in (4, [False, True, True]), (5, [True, True, True]):
+        view = view_of(num_blocks, *servers)
+        state = replace(read_state(view), is_free=np.ones(3, bool))
+        assert without_settling(state, view, came_after=940.0, own="c").is_free.tolist() == free
 
 
 def test_an_empty_swarm_is_a_state() -> None:
