@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from petalsd.daemon.backoff import Backoff, retry
-from petalsd.daemon.detached import AbandonSwitch, run_detached
+from petalsd.daemon.detached import Abandoned, AbandonSwitch, run_detached
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import WeightsError
 from petalsd.log import error_fields
@@ -142,12 +142,13 @@ class SpanLoader:
                 continue
             if is_new and time.monotonic() >= end_s:
                 return number
+            switch.check()
             try:
                 self._fetch(index, progress, switch)
                 progress(LoadProgress("load", f"block {index}", number, len(order)))
                 self.blocks[index] = self._reader.load_block(index)
             except Exception as error:
-                if not is_new:
+                if not is_new or isinstance(error, Abandoned):
                     raise
                 log.warning("load_interrupted", block=index, **error_fields(error))
                 return number
@@ -167,7 +168,6 @@ class SpanLoader:
             switch.check()
             progress(LoadProgress("fetch", file, done_bytes, total_bytes))
 
-        switch.check()
         self._reader.fetch(BlockSpan(index, index + 1), fetching)
 
 
