@@ -7,16 +7,13 @@ import torch
 
 from petalsd.daemon.components import Parts
 from petalsd.daemon.health import engine_problem
-from petalsd.daemon.loaded_blocks import announce_change, joining, serve_blocks
+from petalsd.daemon.loaded_blocks import HINDRANCES, announce_change, joining, serve_blocks
 from petalsd.device_faults import raise_if_lost
-from petalsd.errors import EngineError, ModelError
+from petalsd.errors import EngineError
 from petalsd.log import error_fields
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
-
-# What keeps blocks from being loaded while the engine is sound; RuntimeError is how torch runs out of memory.
-_HINDRANCES = (ModelError, OSError, MemoryError, RuntimeError)
 
 
 class Arrival:
@@ -38,7 +35,7 @@ class Arrival:
         try:
             await parts.loader.load(parts.rebalancer.loading_order(goal, None), self._show)
             await self._serve(goal)
-        except _HINDRANCES as error:
+        except HINDRANCES as error:
             raise_if_lost(error)
             if self._online is None:
                 raise

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import structlog
 
 from petalsd.daemon.components import Parts
-from petalsd.errors import DeadlineExceeded, EngineError, SwarmError
+from petalsd.errors import DeadlineExceeded, EngineError, ModelError, SwarmError
 from petalsd.log import error_fields
 from petalsd.swarm.announcer import Part
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
+
+# What keeps blocks from being served while the engine is sound; RuntimeError is how torch runs out of memory.
+HINDRANCES = (ModelError, OSError, MemoryError, RuntimeError)
 
 
 async def serve_blocks(parts: Parts, span: BlockSpan, num_planned: int) -> None:

@@ -12,10 +12,10 @@ import structlog
 
 from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain
-from petalsd.daemon.loaded_blocks import announce_change, joining, serve_blocks
+from petalsd.daemon.loaded_blocks import HINDRANCES, announce_change, joining, serve_blocks
 from petalsd.daemon.parts import SwarmMember
 from petalsd.device_faults import raise_if_lost
-from petalsd.errors import EngineError, ModelError, PetalsdError, SwarmError
+from petalsd.errors import EngineError, PetalsdError, SwarmError
 from petalsd.log import error_fields
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
@@ -23,9 +23,6 @@ from petalsd.types import BlockSpan
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
-
-# What keeps blocks from being loaded and computed on; RuntimeError is how torch runs out of memory.
-_HINDRANCES = (ModelError, EngineError, OSError, MemoryError, RuntimeError)
 
 
 class MoveFailed(PetalsdError):
@@ -104,7 +101,7 @@ class Mover:
         self._online = route.old
         try:
             await self._change(route)
-        except _HINDRANCES as error:
+        except (EngineError, *HINDRANCES) as error:
             raise_if_lost(error)
             refuge = route.refuge(self._online)
             old, new = str(route.old), str(route.new)
