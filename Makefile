@@ -14,7 +14,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml 
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop test-all petals-env lint format sanitize bench \
+.PHONY: help install demo-model demo test test-interop petals-env lint format sanitize bench \
 	bench-compare bench-gpu bench-swarm deb docs promtool clean
 
 help: ## show this list
@@ -54,18 +54,17 @@ $(PROMTOOL): tests/packaging/fetch_promtool.sh
 
 promtool: $(PROMTOOL) ## fetch Prometheus' own checker for the tests of rules and metrics
 
-test: $(DEMO_MODEL)/config.json $(PROMTOOL) ## run every test that this machine can run
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest --ignore=tests/interop $(PARALLEL) $(ARGS)
-	@echo "tests/interop, against stock Petals, is left to: make test-interop"
+# INTEROP=1: with those against stock Petals, in one go, which takes less time than one after the other.
+test: $(DEMO_MODEL)/config.json $(PROMTOOL) $(if $(INTEROP),petals-env) ## run every test that this machine can run
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) \
+		$(BIN)/python -m pytest $(if $(INTEROP),,--ignore=tests/interop) $(PARALLEL) $(ARGS)
+	@$(if $(INTEROP),true,echo "tests/interop, against stock Petals, is left to: make test-interop")
 
 petals-env: $(BIN)/python ## set up .venv-petals: stock Petals, which the tests of interop run against
 	@$(BIN)/python tests/interop/environment/build.py
 
 test-interop: $(DEMO_MODEL)/config.json petals-env ## run the tests against stock Petals
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest tests/interop $(PARALLEL) $(ARGS)
-
-test-all: $(DEMO_MODEL)/config.json $(PROMTOOL) petals-env ## run the tests of both in one go, sooner than apart
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most; results in benchmarks/results
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks $(ARGS)
