@@ -20,7 +20,7 @@ MIN_TILES = 4
 
 _MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
 _MAX_BLOCK_M = 32
-PROGRAMS_PER_SM = 4
+_PROGRAMS_PER_SM = 4
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
 _MAX_REGISTERS = 255
 _BLACKWELL = 100  # two warps spill there
@@ -28,7 +28,7 @@ _NUM_STAGES = 2
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -> int:
-    """Into how many parts contexts are cut, a power of two: ``PROGRAMS_PER_SM`` of them, if there can be.
+    """Into how many parts contexts are cut, a power of two: enough programs to fill the device.
 
     num_rows, num_kv_heads  each pair has programs of its own
     num_sms                 multiprocessors of the device
@@ -36,7 +36,7 @@ def num_splits(num_rows: int, num_kv_heads: int, num_sms: int, max_tiles: int) -
 
     Static for a shape: the kernel reads on the device how long a row is and leaves splits idle.
     """
-    wanted = PROGRAMS_PER_SM * num_sms // max(1, num_rows * num_kv_heads)
+    wanted = _PROGRAMS_PER_SM * num_sms // max(1, num_rows * num_kv_heads)
     useful = min(wanted, max_tiles // MIN_TILES, MAX_SPLITS)
     return 1 << (max(1, useful).bit_length() - 1)
 

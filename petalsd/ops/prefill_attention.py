@@ -18,7 +18,7 @@ _UNBOUND = Options(num_warps=8, num_stages=2)
 _BOUND = Options(num_warps=8, num_stages=2, max_registers=232)
 """Without a bound some registers are spilled to have 128 of them; with one, where about 200 are needed, too."""
 _AHEAD = replace(_BOUND, num_stages=3)
-"""The third fetches page ids ahead: addresses then take fewer registers at a time."""
+"""With a third stage addresses and scales take fewer registers at a time."""
 
 
 def prefill_attention(
