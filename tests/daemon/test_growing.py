@@ -16,7 +16,7 @@ from petalsd.types import BlockSpan, DaemonState
 from tests.daemon.fakes import OTHER, PEER, Stage
 from tests.daemon.test_administration import administer, check
 from tests.daemon.test_daemon import DEADLINE_S, stopped, until_online
-from tests.daemon.test_moving import calls, checked
+from tests.daemon.test_moving import calls, checked, draining_all
 from tests.waiting import eventually
 
 ONLINE, JOINING, OFFLINE = ServerState.ONLINE, ServerState.JOINING, ServerState.OFFLINE
@@ -121,12 +121,7 @@ async def test_a_stop_drains_sessions_on_the_first_blocks() -> None:
     stage = Stage("blocks.span=0:4")
     running, go_on = await starting(stage, 1)
     stage.engine.open_spans = [BlockSpan(0, 1)]
-    draining = stage.until(DaemonState.DRAINING)
-    stage.signals.request_stop()
-    await asyncio.wait_for(draining, DEADLINE_S)
-    await eventually(lambda: "refuse" in stage.calls)
-    assert set(stage.swarm.states_of(PEER).values()) == {OFFLINE}
-    assert "engine drops" not in stage.calls
+    await draining_all(stage)
     stage.engine.open_spans.clear()
     go_on()
     await asyncio.wait_for(running, DEADLINE_S)
@@ -147,15 +142,20 @@ async def test_a_member_that_breaks_meanwhile_is_replaced() -> None:
     await stopped(stage, running)
 
 
+async def move_in_vain(stage: Stage, span: BlockSpan, failing: int) -> None:
+    """Without room for new blocks beside the old ones, and without block ``failing``."""
+    stage.has_room, stage.reader.failing_blocks[failing] = False, WeightsError("truncated")
+    stage.calls.clear()
+    online = stage.until(DaemonState.ONLINE)
+    await stage.daemon.move_to(span, "the test wants it")
+    await asyncio.wait_for(online, DEADLINE_S)
+
+
 async def test_a_move_serves_new_blocks_one_by_one() -> None:
     """Without room the left ones go first; a failure then leaves as many blocks around what is online."""
     stage = Stage("blocks.count=4", "blocks.balance_quality=0")
     running = await until_online(stage)
-    stage.has_room, stage.reader.failing_blocks[6] = False, WeightsError("truncated")
-    stage.calls.clear()
-    online = stage.until(DaemonState.ONLINE)
-    await stage.daemon.move_to(BlockSpan(3, 7), "the test wants it")
-    await asyncio.wait_for(online, DEADLINE_S)
+    await move_in_vain(stage, BlockSpan(3, 7), 6)
     assert calls(stage) == [
         "announce JOINING 4:7, ONLINE 0:4",
         "engine keeps 3:4", "announce OFFLINE 0:3, JOINING 4:7, ONLINE 3:4", "engine changes to 3:4",
@@ -173,11 +173,7 @@ async def test_a_move_to_other_blocks_altogether_serves_the_first_of_them_early(
     """The cache is made for all of them; when the others fail, the span of before is served again."""
     stage = Stage("blocks.count=4", "blocks.balance_quality=0")
     running = await until_online(stage)
-    stage.has_room, stage.reader.failing_blocks[5] = False, WeightsError("truncated")
-    stage.calls.clear()
-    online = stage.until(DaemonState.ONLINE)
-    await stage.daemon.move_to(BlockSpan(4, 8), "the test wants it")
-    await asyncio.wait_for(online, DEADLINE_S)
+    await move_in_vain(stage, BlockSpan(4, 8), 5)
     assert [call for call in calls(stage) if call.startswith(("announce", "engine loads"))] == [
         "announce JOINING 4:8, ONLINE 0:4", "announce OFFLINE 0:4, JOINING 4:8",
         "engine loads", "announce OFFLINE 0:4, JOINING 5:8, ONLINE 4:5", "engine loads", "announce ONLINE 0:4",

@@ -37,6 +37,16 @@ def calls(stage: Stage) -> list[str]:
     return [call for call in stage.calls if call != "self-test"]
 
 
+async def draining_all(stage: Stage) -> None:
+    """Asked to stop, it says of all blocks that they are OFFLINE, and sessions are still there."""
+    draining = stage.until(DaemonState.DRAINING)
+    stage.signals.request_stop()
+    await asyncio.wait_for(draining, DEADLINE_S)
+    await eventually(lambda: "refuse" in stage.calls)
+    assert set(stage.swarm.states_of(PEER).values()) == {OFFLINE}
+    assert "engine drops" not in stage.calls
+
+
 async def test_what_stays_serves_on_while_the_rest_is_exchanged() -> None:
     """New blocks are loaded beside the old ones, and serve before sessions are waited for; those on what stays
     are still there at the end."""
@@ -200,12 +210,7 @@ async def test_a_stop_in_mid_move_drains_everything() -> None:
     stage = Stage("blocks.count=4")
     running = await moving(stage)
     await eventually(lambda: stage.daemon.drain is not None)
-    draining = stage.until(DaemonState.DRAINING)
-    stage.signals.request_stop()
-    await asyncio.wait_for(draining, DEADLINE_S)
-    await eventually(lambda: "refuse" in stage.calls)
-    assert set(stage.swarm.states_of(PEER).values()) == {OFFLINE}
-    assert "engine drops" not in stage.calls
+    await draining_all(stage)
     stage.engine.open_spans.clear()
     await asyncio.wait_for(running, DEADLINE_S)
     assert stage.daemon.lifecycle.state is DaemonState.STOPPED
