@@ -14,8 +14,9 @@ import structlog
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Read when a kernel is defined: it then runs in Triton's interpreter. Compiling kernels, or running them on a GPU,
-# takes a process without it.
-os.environ["TRITON_INTERPRET"] = "1"
+# takes a process without it. ``tests.device`` tells of the other way.
+if os.environ.get("PETALSD_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).resolve().parent
 

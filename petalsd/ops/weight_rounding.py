@@ -28,8 +28,9 @@ _ROUNDER = 1.5 * 2**23
 
 def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 ``[R, K]`` to (uint8 ``[R, K]`` with offset 128, float32 scales ``[R]``), largest value at +-127."""
-    rounded = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(len(weight))
+    weight = weight.cpu()
+    rounded = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(len(weight), device="cpu")
     for rows in _pieces(weight):
         scales[rows] = (weight[rows].abs().amax(dim=1) / _INT8_MAX).clamp_min_(_SMALLEST_SCALE)
         rounded[rows] = _round_(weight[rows] / scales[rows, None]).add_(INT8_ZERO)

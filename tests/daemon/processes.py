@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from petalsd.swarm.node import Node
+from tests.device import DEVICE
 
 START_S = 90
-DEVICE = os.environ.get("PETALSD_TEST_DEVICE", "cpu")
-"""Where daemons of the tests serve: "cuda" has the same tests show what a GPU does."""
 
 # Compiled kernels, where it is not said to be elsewhere, lie in a home, and those of tests are empty.
 _KEPT = {name: os.environ[name] for name in ("TRITON_CACHE_DIR",) if name in os.environ}

@@ -17,6 +17,7 @@ from petalsd.ops.kv import write_kv
 from petalsd.ops.prefill_attention import prefill_attention
 from petalsd.ops.ragged import RaggedBatch
 from petalsd.ops.score_rule import Alibi, ScoreRule
+from tests.device import DEVICE
 from tests.numeric import assert_close
 from tests.paged_rows import PagedRows
 
@@ -57,7 +58,7 @@ class AttentionCase(NamedTuple):
         pages = PagedRows(BLOCKS, self.num_kv_heads, self.head_dim, self.page_tokens, 128, self.dtype)
         shape = pages.kv.k.shape
         if self.stored is not None:
-            pages.kv = self.stored.allocate(tuple(shape), self.dtype, torch.device("cpu"))
+            pages.kv = self.stored.allocate(tuple(shape), self.dtype, DEVICE)
             for slab in pages.kv.slabs:
                 slab.fill_(torch.nan if slab.is_floating_point() else 127)  # NaN in float8
         return AttentionRows(self.num_heads, pages, self.dtype)

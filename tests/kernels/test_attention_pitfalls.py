@@ -18,6 +18,7 @@ from petalsd.ops.eight_bit_kv import Float8KV
 from petalsd.ops.launching import record_launches
 from petalsd.ops.prefill_attention import prefill_attention
 from petalsd.ops.ragged import PagedKV
+from tests.device import interpreted
 from tests.kernels.attention_rows import (
     BLOCK,
     F16,
@@ -214,6 +215,7 @@ def _prefill(rows: AttentionRows, q: torch.Tensor, batch: object) -> None:
     prefill_attention(q, rows.rows.kv, prefill_batch(batch), BLOCK, AttentionRule(1.0), q.clone())
 
 
+@interpreted
 @pytest.mark.parametrize("attend", [_decode, _prefill])
 def test_bfloat16_does_not_enter_the_interpreter(attend: Callable[..., None]) -> None:
     """It would multiply the raw bits."""

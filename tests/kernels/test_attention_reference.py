@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,13 @@ from tests.numeric import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT, NEW = 8, 2, 16, 40, 7
 SCALE = HEAD_DIM**-0.5
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(_device: None) -> Iterator[None]:
+    """No kernels here."""
+    with torch.device("cpu"):
+        yield
 
 
 def one_row(rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

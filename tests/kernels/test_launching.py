@@ -10,6 +10,7 @@ import torch
 from petalsd.errors import EngineError
 from petalsd.ops.add_norm import Norm, add_norm
 from petalsd.ops.launching import Launch, Options, check_tensor, launch, record_launches, strides
+from tests.device import interpreted
 
 
 def storage(*shape: int) -> torch.Tensor:
@@ -75,11 +76,12 @@ def test_a_compiled_kernel_on_the_host_is_an_error_that_says_why() -> None:
     """Only interpreted kernels reach memory of the host."""
     compiled = SimpleNamespace(__name__="norm_kernel")
     with pytest.raises(EngineError, match="norm_kernel cannot run on cpu: kernels need a CUDA device"):
-        launch(compiled, (1,), [torch.zeros(1)], {}, Options())
+        launch(compiled, (1,), [torch.zeros(1, device="cpu")], {}, Options())
     with pytest.raises(EngineError):
         Launch(compiled, (1,), (torch.zeros(1, device="meta"),), {}, Options()).run()
 
 
+@interpreted
 def test_bfloat16_is_kept_out_of_the_interpreter() -> None:
     """It multiplies their raw bits in dot products, and says nothing."""
     halves = torch.ones(2, 32, dtype=torch.bfloat16)

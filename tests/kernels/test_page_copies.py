@@ -12,6 +12,7 @@ from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.launching import record_launches
 from petalsd.ops.page_copies import copy_pages, independent_copies
 from petalsd.ops.ragged import PagedKV
+from tests.device import DEVICE
 from tests.kernels.sparse_slabs import sparse_pages
 
 PAGES = st.integers(1, 6)
@@ -22,9 +23,9 @@ def slabs(kind: str) -> PagedKV:
     """Twelve pages of random bytes; two heads of 80 make pages that are no power of two long."""
     shape = (12, 16, 2, 80)
     if kind == "int8":
-        kv: PagedKV = Int8KV.allocate(shape, torch.float32, CPU)
+        kv: PagedKV = Int8KV.allocate(shape, torch.float32, DEVICE)
     elif kind == "float8":
-        kv = Float8KV.allocate(shape, torch.float32, CPU)
+        kv = Float8KV.allocate(shape, torch.float32, DEVICE)
     else:
         kv = PagedKV(*(torch.empty(shape, dtype=getattr(torch, kind)) for _ in range(2)))
     for slab in kv.slabs:

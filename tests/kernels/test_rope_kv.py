@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rot
 from petalsd.ops.eight_bit_kv import Float8KV
 from petalsd.ops.ragged import PagedKV
 from petalsd.ops.rope_kv import HeadNorms, Rotation, reference_rope_and_write, rope_and_write
+from tests.device import DEVICE
 from tests.numeric import assert_close
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -176,7 +177,7 @@ def test_keys_and_values_in_float8_are_what_torch_rounds_them_to(case: Case) -> 
     qkv[1] *= 2**-8
     shape = (PAGES, PAGE_TOKENS, case.kv_heads, case.head_dim)
     exact = poisoned(case, torch.float32)
-    written, expected = (Float8KV.allocate(shape, torch.float32, torch.device("cpu")) for _ in range(2))
+    written, expected = (Float8KV.allocate(shape, torch.float32, DEVICE) for _ in range(2))
     for kv in (written, expected):
         for slab in kv.slabs:
             slab.fill_(0x55)
