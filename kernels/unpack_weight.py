@@ -30,22 +30,23 @@ def unpack_weight_kernel(
     packed = tl.load(
         words + ((tile * num_words + w) * 16)[:, None] + lane[None, :], mask=(w < num_words)[:, None], other=0
     )
+    packed = tl.trans(packed)
     dtype: tl.constexpr = out.dtype.element_ty
     if BITS == 8:
         values = unpack_bytes(packed, dtype, IN_PTX).to(tl.float32)
-        values *= tl.load(scales + tile * 16 + lane)[None, :]
+        values *= tl.load(scales + tile * 16 + lane)[:, None]
     else:
         lower, upper = unpack_nibbles(packed, dtype, IN_PTX)
-        halves = tl.join(tl.reshape(lower, (WORDS, 4, 16)), tl.reshape(upper, (WORDS, 4, 16)))
-        values = tl.reshape(tl.permute(halves, (0, 3, 1, 2)), (INPUTS, 16)).to(tl.float32)
+        halves = tl.join(tl.reshape(lower, (16, WORDS, 4)), tl.reshape(upper, (16, WORDS, 4)))
+        values = tl.reshape(tl.permute(halves, (0, 1, 3, 2)), (16, INPUTS)).to(tl.float32)
         group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         bits = tl.load(
-            scales + ((tile * num_groups + group) * 16)[:, None] + lane[None, :],
-            mask=(group < num_groups)[:, None], other=0,
+            scales + ((tile * num_groups + group) * 16)[None, :] + lane[:, None],
+            mask=(group < num_groups)[None, :], other=0,
         )  # fmt: skip
         scale = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        values = tl.reshape(tl.reshape(values, (GROUPS, GROUP_INPUTS, 16)) * scale[:, None, :], (INPUTS, 16))
+        values = tl.reshape(tl.reshape(values, (16, GROUPS, GROUP_INPUTS)) * scale[:, :, None], (16, INPUTS))
     k = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     row = (tl.program_id(0) * 16 + lane).to(tl.int64)
     places = out + row[:, None] * out_stride + k[None, :]
-    tl.store(places, tl.trans(values).to(dtype), mask=(k < num_groups * GROUP_INPUTS)[None, :])
+    tl.store(places, values.to(dtype), mask=(k < num_groups * GROUP_INPUTS)[None, :])

@@ -1,4 +1,4 @@
-"""Variants of products over packed weights: all tiles, split and not. Sizes are arguments of these kernels."""
+"""Variants of products of few rows: all tiles, split and not. Sizes are arguments of these kernels."""
 
 from __future__ import annotations
 
@@ -9,44 +9,58 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.variants import Limits, Matrix, Variant, meta
+from petalsd.ops import dense_linear, quantized_linear
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
-from petalsd.ops.quantized_linear import MAX_ROWS, SplitWorkspace, quantized_linear
+from petalsd.ops.split_workspace import SplitWorkspace
 
 _NUM_OUT, _NUM_IN = 4096, 14336
 _MANY_MULTIPROCESSORS = 128  # so that products of few rows are split
-# By rows of a tile; the scales of int4 come in pairs of 4 bytes.
-_LIMITS = {
+# By rows of a tile. Two warps are too few for the instructions of warp groups.
+_QUANTIZED_LIMITS = {
+    8: Limits(96, Matrix.FEW_ROWS, is_async=True),
     16: Limits(128, Matrix.FEW_ROWS, is_async=True),
-    32: Limits(168, Matrix.FEW_ROWS, is_async=True),
-    64: Limits(168, Matrix.MANY_ROWS, is_async=True),
+    32: Limits(232, Matrix.FEW_ROWS, is_async=True),
+    64: Limits(255, Matrix.MANY_ROWS, is_async=True),
 }
+_DENSE_LIMITS = {rows: Limits(128, Matrix.MANY_ROWS, is_async=True) for rows in (16, 32)}
 # Exact, so by no matrix instructions.
 _FLOAT32_LIMITS = Limits(255, Matrix.NONE, is_async=True)
 _UNPACKING_LIMITS = Limits(128, Matrix.NONE)
-_SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 8}
+_SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 8}  # which come in pairs of 4 bytes
 
 
 def variants() -> Iterator[Variant]:
+    for rows, limits in _DENSE_LIMITS.items():
+        yield Variant(f"dense product, {rows} rows, split", partial(_dense, rows, True), limits)
+    yield Variant(
+        "dense product, 16 rows, bias", partial(_dense, 16, False, has_bias=True), _DENSE_LIMITS[16]
+    )
     for format, scale_copies in _SCALE_COPIES.items():
-        for rows, limits in _LIMITS.items():
+        for rows, limits in _QUANTIZED_LIMITS.items():
             if rows > 32 and format is WeightFormat.INT4:
                 continue  # as two tiles of 32
             allowed = replace(limits, narrow_copies=scale_copies)
             yield Variant(
-                f"{format} product, {rows} rows, split", partial(_product, format, rows, True), allowed
+                f"{format} product, {rows} rows, split", partial(_quantized, format, rows, True), allowed
             )
-        whole = partial(_product, format, 16, False, has_bias=True)
-        yield Variant(
-            f"{format} product, 16 rows, bias", whole, replace(_LIMITS[16], narrow_copies=scale_copies)
-        )
-        exact = partial(_product, format, 16, True, dtype=torch.float32)
+        whole = partial(_quantized, format, 16, False, has_bias=True)
+        allowed = replace(_QUANTIZED_LIMITS[16], narrow_copies=scale_copies)
+        yield Variant(f"{format} product, 16 rows, bias", whole, allowed)
+        exact = partial(_quantized, format, 16, True, dtype=torch.float32)
         yield Variant(
             f"{format} product, float32", exact, replace(_FLOAT32_LIMITS, narrow_copies=scale_copies)
         )
-        yield Variant(f"{format} unpacked", partial(_product, format, MAX_ROWS + 1, False), _UNPACKING_LIMITS)
+        many = partial(_quantized, format, quantized_linear.MAX_ROWS + 1, False)
+        yield Variant(f"{format} unpacked", many, _UNPACKING_LIMITS)
 
 
-def _product(
+def _dense(rows: int, is_split: bool, *, has_bias: bool = False) -> None:
+    bias = meta(_NUM_OUT) if has_bias else None
+    x, out = meta(rows, _NUM_IN), meta(rows, _NUM_OUT)
+    dense_linear.dense_linear(x, meta(_NUM_OUT, _NUM_IN), bias, out, _workspace(is_split))
+
+
+def _quantized(
     format: WeightFormat,
     rows: int,
     is_split: bool,
@@ -54,9 +68,11 @@ def _product(
     has_bias: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    here = torch.device("meta")
     weight = PackedWeight.empty(format, _NUM_OUT, _NUM_IN, lambda shape, dtype: meta(*shape, dtype=dtype))
-    workspace = SplitWorkspace.allocate(here, _MANY_MULTIPROCESSORS if is_split else 1)
     bias = meta(_NUM_OUT) if has_bias else None
     x, out = meta(rows, _NUM_IN, dtype=dtype), meta(rows, _NUM_OUT, dtype=dtype)
-    quantized_linear(x, weight, bias, out, workspace)
+    quantized_linear.quantized_linear(x, weight, bias, out, _workspace(is_split))
+
+
+def _workspace(is_split: bool) -> SplitWorkspace:
+    return SplitWorkspace.allocate(torch.device("meta"), _MANY_MULTIPROCESSORS if is_split else 1)

@@ -13,11 +13,13 @@ from benchmarks.gpu.pages import Rows
 from benchmarks.gpu.roofline import BATCHES
 from benchmarks.report import TORCH
 from petalsd.ops.add_norm import Norm, add_norm, reference_add_norm
+from petalsd.ops.dense_linear import dense_linear
 from petalsd.ops.gated_activation import gated_activation, reference_gated_activation
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.page_copies import copy_pages
-from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear, reference_quantized_linear
+from petalsd.ops.quantized_linear import quantized_linear, reference_quantized_linear
 from petalsd.ops.rope_kv import Rotation, reference_rope_and_write, rope_and_write
+from petalsd.ops.split_workspace import SplitWorkspace
 from petalsd.ops.weight_packing import pack_weight
 
 PREFILL_TOKENS = 1024
@@ -104,27 +106,29 @@ def rope(site: Site, shape: Shape, rows: int) -> Case:
 
 
 def products(site: Site, name: str, weight: torch.Tensor) -> Iterator[Case]:
-    """By ``weight`` ``[out, in]`` as it is, which is torch's own work in blocks too, and in 8 and 4 bits."""
+    """By ``weight`` ``[out, in]`` as it is, and in 8 and 4 bits."""
     workspace = SplitWorkspace.allocate(site.device, site.num_sms)
     packed = [
         pack_weight(weight.cpu(), format).to(site.device) for format in (WeightFormat.INT8, WeightFormat.INT4)
     ]
     for rows in (*BATCHES, PREFILL_TOKENS // site.scale):
         x = site.randn(rows, weight.shape[1])
-        yield dense_product(name, x, weight)
+        yield dense_product(name, x, weight, workspace)
         for each in packed:
             yield quantized_product(name, x, each, workspace, weight)
 
 
-def dense_product(name: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
-    out = x.new_empty(len(x), len(weight))
+def dense_product(name: str, x: torch.Tensor, weight: torch.Tensor, workspace: SplitWorkspace) -> Case:
+    """Beside torch's, which it is for many rows."""
+    out, theirs = (x.new_empty(len(x), len(weight)) for _ in range(2))
     return Case(
         f"{name} dense",
         {"rows": len(x)},
-        lambda: torch.mm(x, weight.t(), out=out),
+        lambda: dense_linear(x, weight, None, out, workspace),
         lambda: [relative_error(out, x.float() @ weight.float().t())],
         weight.nbytes + x.nbytes + out.nbytes,
         flops=2 * len(x) * weight.numel(),
+        rivals={TORCH: lambda: torch.mm(x, weight.t(), out=theirs)},
     )
 
 

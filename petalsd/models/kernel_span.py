@@ -18,13 +18,15 @@ from petalsd.ops.add_norm import Norm, add_norm
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_attention import DecodePlan, decode_attention
 from petalsd.ops.decode_batch import KernelRows, kernel_rows
+from petalsd.ops.dense_linear import dense_linear
 from petalsd.ops.gated_activation import gated_activation
 from petalsd.ops.linear import Weight
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.prefill_attention import prefill_attention
-from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear
+from petalsd.ops.quantized_linear import quantized_linear
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rope_kv import HeadNorms, Rotation, rope_and_write
+from petalsd.ops.split_workspace import SplitWorkspace
 from petalsd.types import BlockSpan
 
 _FIRST_POSITIONS = 1024  # of the table of angles, which grows
@@ -87,12 +89,12 @@ class StepPlan:
     """What a step needs beside its rows, and other steps of its size too; the tensors never move.
 
     decode     by the window of a block; empty where no row has a single token
-    workspace  for packed weights
+    workspace  of products
     """
 
     rotation: Rotation
     decode: Mapping[int | None, DecodePlan]
-    workspace: SplitWorkspace | None
+    workspace: SplitWorkspace
 
 
 class KernelSpan:
@@ -106,8 +108,7 @@ class KernelSpan:
         self.span = BlockSpan(min(blocks), max(blocks) + 1)
         self.config, self.dtype, self.device = first.config, first.dtype, first.device
         self._num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
-        is_packed = any(isinstance(block.weights.qkv, PackedWeight) for block in blocks.values())
-        self._workspace = SplitWorkspace.allocate(self.device, self._num_sms) if is_packed else None
+        self._workspace = SplitWorkspace.allocate(self.device, self._num_sms)
         self._sources = blocks
         self._blocks = {index: KernelBlock(block) for index, block in blocks.items()}
         # Of all the model's blocks, so that what is planned here serves other blocks of it too.
@@ -229,12 +230,9 @@ class Projection:
         self._weight = weight
         self._bias = bias
 
-    def multiply(self, x: torch.Tensor, out: torch.Tensor, workspace: SplitWorkspace | None) -> None:
-        """``out = x @ weight.T + bias``; x ``[T, in]``, out ``[T, out]``. ``workspace``: for a packed weight."""
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, workspace: SplitWorkspace) -> None:
+        """``out = x @ weight.T + bias``; x ``[T, in]``, out ``[T, out]``."""
         if isinstance(self._weight, PackedWeight):
-            assert workspace is not None
             quantized_linear(x, self._weight, self._bias, out, workspace)
-        elif self._bias is None:
-            torch.mm(x, self._weight.t(), out=out)
         else:
-            torch.addmm(self._bias, x, self._weight.t(), out=out)
+            dense_linear(x, self._weight, self._bias, out, workspace)

@@ -232,8 +232,8 @@ class Ladder:
 
 def gpu_products(device: torch.device) -> Callable[[PackedWeight], Product]:
     """Products by the kernels of a GPU, which a machine without one does not even import."""
-    from petalsd.ops.quantized_linear import SplitWorkspace
     from petalsd.ops.quantized_product import QuantizedProduct
+    from petalsd.ops.split_workspace import SplitWorkspace
 
     num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     workspace = SplitWorkspace.allocate(device, num_multiprocessors)

@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from petalsd.kernels.quantized_linear import quantized_linear_kernel
 from petalsd.ops.launching import Options, check_tensor, launch, strides, takes_ptx
 from petalsd.ops.packed_weight import GROUP_INPUTS, PackedWeight, WeightFormat
+from petalsd.ops.split_workspace import ProductTile, SplitWorkspace, tile_for
 from petalsd.ops.unpacked_linear import unpacked_linear
 
 _BITS = {WeightFormat.INT8: 8, WeightFormat.INT4: 4}
 MAX_ROWS = 64
 """Beyond, weights are unpacked for a dense product."""
 
-_PROGRAMS_PER_MULTIPROCESSOR = 4
-_MIN_PIECES_PER_SPLIT = 4
-_MAX_SPLITS = 16
 
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """What a program computes: rows and outputs at once, and how many inputs a step of its loop takes."""
-
-    rows: int
-    outputs: int
-    inputs: int
-    options: Options
-
-
-# The first one with enough rows; the last one repeats: another read of a weight mostly finds it in the cache. All
-# stay within 99 KB of shared memory, and none spills. Measured on an H200; of 64 rows at once, whose weights pass
-# through shared memory there, int8 gains and int4 does not.
-_FEW_ROWS = _Tile(16, 128, 128, Options(num_warps=4, num_stages=3))
-_MORE_ROWS = _Tile(32, 128, 64, Options(num_warps=4, num_stages=4))
+# All fit the shared memory of their devices, and none spills, as int4 would with more rows. Measured on an H200.
+_FEW_ROWS = (
+    ProductTile(8, 64, 128, Options(num_warps=2, num_stages=3), programs=10),
+    ProductTile(16, 64, 128, Options(num_warps=2, num_stages=3), programs=8),
+    ProductTile(32, 64, 64, Options(num_warps=2, num_stages=4), programs=4),
+)
 _TILES = {
-    8: (_FEW_ROWS, _MORE_ROWS, _Tile(64, 64, 64, Options(num_warps=4, num_stages=4))),
-    4: (_FEW_ROWS, _MORE_ROWS),
+    4: _FEW_ROWS,
+    8: (*_FEW_ROWS, ProductTile(64, 128, 128, Options(num_warps=4, num_stages=3), programs=2)),
 }
 # Multiplied without matrix units, from registers. Larger tiles spill, and on 10.0 Triton rounds them to TF32.
-_FLOAT32_TILE = _Tile(16, 32, 32, Options(num_warps=4, num_stages=3))
-_TILE_VALUES = max(tile.rows * tile.outputs for tile in (*_TILES[8], _FLOAT32_TILE))
-
-
-@dataclass(frozen=True, slots=True)
-class SplitWorkspace:
-    """Where the programs that share a tile of few rows add up their parts; for products one after the other.
-
-    partials             float32 ``[programs, values of a tile]``
-    arrivals             int32 ``[programs]``, zeros between launches
-    num_multiprocessors  of the device: how many programs are wanted follows from it
-    """
-
-    partials: torch.Tensor
-    arrivals: torch.Tensor
-    num_multiprocessors: int
-
-    @classmethod
-    def allocate(cls, device: torch.device, num_multiprocessors: int) -> SplitWorkspace:
-        """64 KB for each multiprocessor."""
-        programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
-        partials = torch.empty(programs, _TILE_VALUES, device=device)
-        return cls(partials, torch.zeros(programs, dtype=torch.int32, device=device), num_multiprocessors)
-
-    def num_splits(self, num_tiles: int, num_pieces: int) -> int:
-        """Into how many programs the inputs of each tile are split: a power of two, so that few kernels exist.
-
-        With as many programs in all as there is room for. There may be no tiles.
-        """
-        wanted = min(
-            _MAX_SPLITS,
-            _PROGRAMS_PER_MULTIPROCESSOR * self.num_multiprocessors // max(1, num_tiles),
-            num_pieces // _MIN_PIECES_PER_SPLIT,
-        )
-        return 1 << max(0, wanted.bit_length() - 1)
+_FLOAT32_TILE = ProductTile(16, 32, 32, Options(num_warps=4, num_stages=3), programs=4)
 
 
 def quantized_linear(
@@ -104,10 +56,10 @@ def quantized_linear(
         unpacked_linear(x, weight, bias, out)
         return
     bits = _BITS[weight.format]
-    tile = _tile_of(rows, bits, x.dtype)
+    tile = _FLOAT32_TILE if x.dtype == torch.float32 else tile_for(rows, _TILES[bits])
     inputs = tile.inputs if bits == 8 else max(tile.inputs, GROUP_INPUTS)
     grid = (-(-rows // tile.rows), -(-weight.num_out // tile.outputs))
-    num_splits = workspace.num_splits(grid[0] * grid[1], -(-weight.num_in // inputs))
+    num_splits = workspace.num_splits(tile, grid[0] * grid[1], weight.num_in)
     launch(
         quantized_linear_kernel,
         (*grid, num_splits),
@@ -124,13 +76,6 @@ def quantized_linear(
         },
         tile.options,
     )  # fmt: skip
-
-
-def _tile_of(rows: int, bits: int, dtype: torch.dtype) -> _Tile:
-    if dtype == torch.float32:
-        return _FLOAT32_TILE
-    tiles = _TILES[bits]
-    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 def reference_quantized_linear(

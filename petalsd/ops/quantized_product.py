@@ -7,7 +7,8 @@ import torch
 from petalsd.ops.launching import ALIGNED_ELEMENTS
 from petalsd.ops.linear import linear
 from petalsd.ops.packed_weight import PackedWeight
-from petalsd.ops.quantized_linear import SplitWorkspace, quantized_linear
+from petalsd.ops.quantized_linear import quantized_linear
+from petalsd.ops.split_workspace import SplitWorkspace
 
 
 class QuantizedProduct:

@@ -1,0 +1,29 @@
+"""How products are divided among programs."""
+
+from __future__ import annotations
+
+from petalsd.ops.launching import Options
+from petalsd.ops.split_workspace import ProductTile, SplitWorkspace, tile_for
+from tests.device import DEVICE
+
+TILE = ProductTile(16, 64, 128, Options(), programs=4)
+
+
+def test_splits_fill_the_device_and_fit_the_workspace() -> None:
+    """Few tiles are split, many are not, and parts are never more than there is room for."""
+    used = SplitWorkspace.allocate(DEVICE, 132)
+    many, few = 64 * TILE.inputs, 9 * TILE.inputs
+    for num_tiles in (0, 1, 16, 64, 100, 132, 264, 265, 528, 4000):
+        splits = used.num_splits(TILE, num_tiles, many)
+        assert splits == 1 or splits * num_tiles * TILE.rows * TILE.outputs <= len(used.partials)
+        assert splits == 1 or num_tiles <= len(used.arrivals)
+        assert splits in (1, 2, 4, 8, 16)
+    found = [used.num_splits(TILE, num_tiles, many) for num_tiles in (16, 64, 528)]
+    assert found == [16, 8, 1]
+    assert used.num_splits(TILE, 16, few) == 2, "a split has at least four pieces"
+
+
+def test_the_smallest_tile_with_enough_rows_is_taken() -> None:
+    """And the largest for all beyond."""
+    tiles = [ProductTile(rows, 64, 128, Options(), programs=1) for rows in (8, 16, 64)]
+    assert [tile_for(rows, tiles).rows for rows in (1, 8, 9, 16, 17, 64, 65)] == [8, 8, 16, 16, 64, 64, 64]
