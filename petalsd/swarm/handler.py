@@ -284,7 +284,7 @@ class TransformerConnectionHandler:
             await stream.send_error(text)
         except PetalsdError:
             return  # the peer is gone, nobody is left to tell
-        await stream.finish()
+        await stream.close_after_peer()
 
     def _check_room(self, peer: str) -> None:
         limits = self._serving.limits

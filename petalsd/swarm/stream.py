@@ -74,7 +74,7 @@ class MessageStream:
         await self._write(MESSAGE, message.SerializeToString())
 
     async def send_error(self, text: str) -> None:
-        """Tell the peer that the call failed; nothing may follow."""
+        """Tell the peer that the call failed; only ``close_after_peer`` may follow."""
         await self._write(ERROR, RPCError(message=text).SerializeToString())
 
     async def send_end(self) -> None:
@@ -118,11 +118,20 @@ class MessageStream:
     async def finish(self) -> None:
         """Close after everything written has reached the peer, waiting a second at most for its side.
 
-        A socket closed with unread input would drop what we wrote last, often the very error.
+        A socket closed with unread input would drop what we wrote last.
+        """
+        with contextlib.suppress(OSError, RuntimeError):
+            self._frames.transport.write_eof()
+        await self.close_after_peer()
+
+    async def close_after_peer(self) -> None:
+        """Close when the peer has, as it does when it reads an error, or after a second.
+
+        Not before, not even for writing: when the peer sends something at that moment, libp2p's daemon finds the
+        stream closed, resets it, and drops the very error.
         """
         with contextlib.suppress(TimeoutError, OSError, RuntimeError):
             async with asyncio.timeout(_LINGER_S):
-                self._frames.transport.write_eof()
                 self._frames.discard()
                 await self._frames.has_ended.wait()
         self.close()

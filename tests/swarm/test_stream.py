@@ -133,6 +133,22 @@ async def test_finishing_delivers_what_was_written_last() -> None:
     await server.wait_closed()
 
 
+async def test_a_stream_that_failed_is_closed_by_the_peer_first(half_pair: HalfPair) -> None:
+    """What it sends meanwhile must find the stream open, or libp2p's daemon drops the error."""
+    ours, (reader, writer) = half_pair
+    await ours.send_error("refused")
+    closing = asyncio.create_task(ours.close_after_peer())
+    assert (await P2P.receive_protobuf(ExpertResponse, reader))[1].message == "refused"
+    await P2P.send_protobuf(large(), writer)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not reader.at_eof() and not closing.done()
+    writer.close()
+    await closing
+    with pytest.raises(StreamEnded):
+        await ours.send(ExpertRequest())
+
+
 async def test_bytes_on_their_way_in_are_bounded_together() -> None:
     """What all streams hold is counted, given back, and never more than allowed."""
     budget = InboundBudget(10, 100)
