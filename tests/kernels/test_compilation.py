@@ -18,6 +18,7 @@ from benchmarks.gpu.compilation import compile_launch, launches_of
 from benchmarks.gpu.compiled_table import Table, differences, read_table, write_table
 from benchmarks.gpu.sass import Figures, count_instructions
 from benchmarks.gpu.variants import TARGETS, Limits, Matrix, all_variants
+from tests.device import interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "compiled.json"
@@ -171,6 +172,7 @@ def test_float8_is_not_asked_of_devices_without_it() -> None:
     assert targets == {(89, 90, 100)}
 
 
+@interpreted
 def test_an_interpreted_kernel_is_not_compiled() -> None:
     """In this process kernels are interpreted; the error says so."""
     (launch,) = launches_of(all_variants()["norm 4096"], 80).values()
