@@ -1,15 +1,16 @@
 """What a client that decodes feels of others' long work, and what a new client waits for its first token.
 
-Client A decodes without a pause, through all blocks of one server; each round first alone, then beside client B,
-who opens a session and sends a prompt of 2048 tokens in one message, and beside client C's passes of 4 rows of 256
-tokens. Then seven clients decode, and another one arrives with a short prompt: its time to first token is from
-opening its stream to the answer.
+Client A decodes without a pause, through all blocks of one server: alone, then beside client B, who opens a
+session and sends a prompt of 2048 tokens in one message, and beside client C's passes of 4 rows of 256 tokens.
+Then seven clients decode, and another one arrives with a short prompt: its time to first token is from opening its
+stream to the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
@@ -49,14 +50,19 @@ SMOKE_SIZES = Sizes(16, 64, 16, 2, 16, 2)
 
 
 def run(options: Options) -> list[Row]:
+    """Whatever the time is enough for, by what it took before: a slow server takes no rounds from a quick one."""
     samples: dict[str, dict[str, list[float]]] = {}
+    lasted_s: dict[tuple[str, str], float] = {}
+    rounds, sizes = (1, SMOKE_SIZES) if options.smoke else (ROUNDS, Sizes())
     providers = options.serve(FORMAT)
-    for round_number in range(1 if options.smoke else ROUNDS):
-        for provider in providers:
-            if round_number == 0 or options.has_time(f"round {round_number + 1} of {provider.name}", 5.0):
-                found = uvloop.run(measure_round(provider, SMOKE_SIZES if options.smoke else Sizes()))
-                for metric, milliseconds in found.items():
-                    samples.setdefault(provider.name, {}).setdefault(metric, []).extend(milliseconds)
+    for number, (part, measure), provider in itertools.product(range(rounds), PARTS.items(), providers):
+        key = part, provider.name
+        if key in lasted_s and not options.has_time(f"{part} {number + 1} of {provider.name}", lasted_s[key]):
+            continue
+        began_s = time.monotonic()
+        for metric, milliseconds in uvloop.run(measure(provider, sizes)).items():
+            samples.setdefault(provider.name, {}).setdefault(metric, []).extend(milliseconds)
+        lasted_s[key] = time.monotonic() - began_s
     setting: dict[str, int | str] = {"format": FORMAT, "threads": options.threads}
     return [
         Row(name, setting, metric, "ms", summarize(milliseconds))
@@ -65,50 +71,55 @@ def run(options: Options) -> list[Row]:
     ]
 
 
-async def measure_round(provider: Provider, sizes: Sizes) -> dict[str, list[float]]:
-    """Milliseconds by metric."""
+async def beside_prompt(provider: Provider, sizes: Sizes) -> dict[str, list[float]]:
+    """A client's decode steps, alone and beside a prompt; milliseconds by metric, as of all parts."""
     async with (
-        connect(provider.maddr) as old,
-        connect(provider.maddr) as new,
-        SwarmClient(DHT_PREFIX, len(provider.job.span), [provider.maddr]) as trainer,
+        connected(provider, 2) as (old, new),
+        decoding_streams(old, provider, [MAX_STEPS], sizes.context) as (stream,),
     ):
-        await time_first_token(new, provider, 1)  # dials
-        steps = await measure_steps(provider, sizes, old, new, trainer)
-        return {**steps, **await measure_first_token(provider, sizes, old, new)}
-
-
-async def measure_steps(
-    provider: Provider, sizes: Sizes, old: Connection, new: Connection, trainer: SwarmClient
-) -> dict[str, list[float]]:
-    """A client's decode steps, alone and beside each kind of long work."""
-    hidden = torch.randn(sizes.pass_rows, sizes.pass_tokens, provider.hidden_size)
-    async with decoding_streams(old, provider, [MAX_STEPS], sizes.context) as (stream,):
         alone = [await time_step(stream, provider.hidden_size, 1) for _ in range(ALONE_STEPS)]
         prompt = time_first_token(new, provider, sizes.long_prompt)
-        beside_prompt = await decode_beside(stream, provider, prompt)
+        beside = await decode_beside(stream, provider, prompt)
+    return {"decode step, alone": alone, f"decode step, beside a prompt of {sizes.long_prompt}": beside}
+
+
+async def beside_passes(provider: Provider, sizes: Sizes) -> dict[str, list[float]]:
+    """A client's decode steps beside a forward pass, and then beside its backward pass."""
+    hidden = torch.randn(sizes.pass_rows, sizes.pass_tokens, provider.hidden_size)
+    async with (
+        connected(provider, 1) as (old,),
+        SwarmClient(DHT_PREFIX, len(provider.job.span), [provider.maddr]) as trainer,
+        decoding_streams(old, provider, [MAX_STEPS], sizes.context) as (stream,),
+    ):
         trace = await trainer.passes.forward(hidden, None)
-        beside_forward = await decode_beside(stream, provider, trainer.passes.forward(hidden, None))
-        backward = trainer.passes.backward(trace, hidden, None)
-        beside_backward = await decode_beside(stream, provider, backward)
-    return {
-        "decode step, alone": alone,
-        f"decode step, beside a prompt of {sizes.long_prompt}": beside_prompt,
-        "decode step, beside a forward pass": beside_forward,
-        "decode step, beside a backward pass": beside_backward,
-    }
+        forward = await decode_beside(stream, provider, trainer.passes.forward(hidden, None))
+        backward = await decode_beside(stream, provider, trainer.passes.backward(trace, hidden, None))
+    return {"decode step, beside a forward pass": forward, "decode step, beside a backward pass": backward}
 
 
-async def measure_first_token(
-    provider: Provider, sizes: Sizes, old: Connection, new: Connection
-) -> dict[str, list[float]]:
+async def first_token(provider: Provider, sizes: Sizes) -> dict[str, list[float]]:
     """A new client's first token, alone and while others decode."""
-    alone = await time_first_token(new, provider, sizes.short_prompt)
     max_steps = [MAX_STEPS_OF_EACH] * sizes.decoding
-    async with decoding_streams(old, provider, max_steps, sizes.context) as streams:
-        prompt = asyncio.create_task(time_first_token(new, provider, sizes.short_prompt))
-        await asyncio.gather(*(decode_until(stream, provider, prompt) for stream in streams))
+    async with connected(provider, 2) as (old, new):
+        alone = await time_first_token(new, provider, sizes.short_prompt)
+        async with decoding_streams(old, provider, max_steps, sizes.context) as streams:
+            prompt = asyncio.create_task(time_first_token(new, provider, sizes.short_prompt))
+            await asyncio.gather(*(decode_until(stream, provider, prompt) for stream in streams))
     metric = f"time to first token of {sizes.short_prompt}"
     return {f"{metric}, alone": [alone], f"{metric}, {sizes.decoding} decode": [prompt.result()]}
+
+
+PARTS = {"prompt": beside_prompt, "passes": beside_passes, "first token": first_token}
+
+
+@contextlib.asynccontextmanager
+async def connected(provider: Provider, count: int) -> AsyncIterator[list[Connection]]:
+    """That many clients, which have dialled."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(provider.maddr)) for _ in range(count)]
+        for client in clients:
+            await time_first_token(client, provider, 1)
+        yield clients
 
 
 @contextlib.asynccontextmanager
