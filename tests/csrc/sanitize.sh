@@ -28,7 +28,7 @@ fixed_addresses=""
 if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(uname -m) -R"; fi
 
 # Most of the time goes into compiling: lines of code are all that a report needs, and only ThreadSanitizer's runs
-# are long enough to be worth optimising.
+# are long enough to be worth optimising. Bounds depend on tier, format and shape at once, how threads share on less.
 # shellcheck disable=SC2086 # lists of files
 {
     { compile fuzz_address address,undefined -Og $pool; compile admission_address address,undefined -Og $admission
@@ -39,9 +39,9 @@ if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(un
     wait $address_builds
 }
 echo "address, undefined: steps of blocks"
-"$build/span_address"
+"$build/span_address" all
 echo "thread: steps of blocks"
-$fixed_addresses "$build/span_thread"
+$fixed_addresses "$build/span_thread" pairs
 for seed in 1 2 3; do
     echo "address, undefined: admission, seed $seed"
     "$build/admission_address" 100000 $seed
