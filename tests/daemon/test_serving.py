@@ -44,7 +44,7 @@ async def test_start_serve_and_stop(launch: Launch, node: Node) -> None:
     daemon = launch(
         "one", "blocks.span=1:3", "swarm.public_name=test", "model.quantization=int4", "swarm.throughput=auto"
     )
-    await daemon.start()
+    await daemon.start_program()
     online = await daemon.online()
     peer = online["peer_id"]
     assert online["span"] == "1:3"
@@ -136,7 +136,7 @@ async def test_reload(launch: Launch, tmp_path: Path) -> None:
 async def test_a_stop_while_starting_exits_0(launch: Launch, node: Node) -> None:
     """SIGTERM before the first announcement: nothing was said, nothing is left, exit 0."""
     daemon = launch("one", "blocks.count=2", "blocks.join_delay_s=1000")
-    await daemon.start()
+    await daemon.start_program()
     await daemon.event("joined")
     daemon.send(signal.SIGTERM)
     assert await daemon.ended() == 0
