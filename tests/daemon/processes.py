@@ -7,19 +7,20 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from petalsd.swarm.node import Node
-from tests.daemon.forked import ForkedProcess, fork_petalsd
 from tests.device import DEVICE
+from tests.forked import ForkedProcess, fork_petalsd, prepare_to_fork
 
 START_S = 90
 # Compiled kernels, where it is not said to be elsewhere, lie in a home, and those of tests are empty.
 _KEPT = {name: os.environ[name] for name in ("TRITON_CACHE_DIR",) if name in os.environ}
-_Process = asyncio.subprocess.Process | ForkedProcess
+_Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class DaemonProcess:
@@ -31,23 +32,42 @@ class DaemonProcess:
         self.overrides = list(overrides)
         self.events: list[dict[str, Any]] = []
         self._process: _Process | None = None
+        self._pipe: asyncio.ReadTransport | None = None
         self._reading: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """With what a user's own start would spend on imports already spent; see start_program."""
+        """What a user's own start would spend on imports is already spent; see start_program."""
         if DEVICE.type == "cpu":
-            self._watch(await fork_petalsd(self._words(), self._environ()))
+            prepare_to_fork()
+            await self._start(self._fork)
         else:  # a process that has asked for its devices cannot be forked
             await self.start_program()
 
     async def start_program(self) -> None:
         """`python -m petalsd`, as users do it."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "petalsd", *self._words(),
-            stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL, env=self._environ(),
+        await self._start(self._execute)
+
+    async def _start(self, start: Callable[[int], _Process]) -> None:
+        ours, its = os.pipe()
+        output = asyncio.StreamReader()
+        self._pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(output), os.fdopen(ours, "rb", buffering=0)
+        )
+        try:
+            self._process = await asyncio.to_thread(start, its)
+        finally:
+            os.close(its)
+        self._reading = asyncio.create_task(self._read(output))
+
+    def _execute(self, output: int) -> _Process:
+        return subprocess.Popen(
+            [sys.executable, "-m", "petalsd", *self._words()],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environ(),
         )  # fmt: skip
-        self._watch(process)
+
+    def _fork(self, output: int) -> _Process:
+        return fork_petalsd(self._words(), self._environ(), output)
 
     def _words(self) -> list[str]:
         return ["run", "--instance", self.name, *(f"--set={override}" for override in self.overrides)]
@@ -55,10 +75,6 @@ class DaemonProcess:
     def _environ(self) -> dict[str, str]:
         return {"HOME": str(self.home), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1",
                 "CONFIGURATION_DIRECTORY": str(self.home), **_KEPT}  # fmt: skip
-
-    def _watch(self, process: _Process) -> None:
-        self._process = process
-        self._reading = asyncio.create_task(self._read(process))
 
     async def event(
         self, name: str, *, after: int = 0, matching: Callable[[dict[str, Any]], bool] = lambda event: True
@@ -87,15 +103,17 @@ class DaemonProcess:
         assert self._reading is not None
         async with asyncio.timeout(30):
             await self._reading
-            return await self._process.wait()
+        return await asyncio.to_thread(self._process.wait, 30)
 
     async def end(self) -> None:
         """Leave nothing behind, whatever happened."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+            await asyncio.to_thread(self._process.wait, 30)
         if self._reading is not None:
             await self._reading
+        if self._pipe is not None:
+            self._pipe.close()
 
     def text(self) -> str:
         return "\n".join(json.dumps(event) for event in self.events[-30:])
@@ -105,9 +123,8 @@ class DaemonProcess:
         assert self._process is not None
         return self._process.pid
 
-    async def _read(self, process: _Process) -> None:
-        assert process.stderr is not None
-        while line := await process.stderr.readline():
+    async def _read(self, output: asyncio.StreamReader) -> None:
+        while line := await output.readline():
             try:
                 event = json.loads(line)
             except ValueError:

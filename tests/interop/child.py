@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.forked import ForkedProcess
+
 STOP_DEADLINE_S = 20.0
 _POLL_S = 0.05
 _SHOWN_LINES = 40
@@ -34,16 +36,23 @@ class Child:
         self.command = list(command)
         self.log = log
         self._stdin = subprocess.PIPE if has_input else subprocess.DEVNULL
-        self._environment = {**os.environ, **(environment or {})}
-        self._process: subprocess.Popen[bytes] | None = None
+        self.environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, stdin=self._stdin,
-                env=self._environment, start_new_session=True,
-            )  # fmt: skip
+            self._process = self._spawn(log.fileno())
+
+    def _spawn(self, log: int) -> subprocess.Popen[bytes] | ForkedProcess:
+        return subprocess.Popen(
+            self.command,
+            stdout=log,
+            stderr=log,
+            stdin=self._stdin,
+            env=self.environment,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -105,7 +114,7 @@ class Child:
         if process.stdin is not None:
             process.stdin.close()
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> subprocess.Popen[bytes] | ForkedProcess:
         if self._process is None:
             raise ChildFailed(f"{self.command[0]} was not started")
         return self._process

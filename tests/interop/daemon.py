@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from petalsd.types import BlockSpan
+from tests.forked import ForkedProcess, fork_petalsd
 from tests.interop.child import Child
 
 START_DEADLINE_S = 90.0
+_PROGRAM = (sys.executable, "-m", "petalsd")
 _ONLINE = r'^\{.*"event": ?"online".*\}$'
 _MOVED = r'^\{.*"event": ?"moved".*\}$'
 
@@ -62,26 +64,33 @@ class DaemonOptions:
         return "\n".join(lines) + "\n"
 
 
-def daemon_process(options: DaemonOptions) -> Child:
+class ForkedDaemon(Child):
+    """The same command in a process that has its imports behind it; where nothing is measured."""
+
+    def _spawn(self, log: int) -> ForkedProcess:
+        return fork_petalsd(self.command[len(_PROGRAM) :], self.environment, log, is_group=True)
+
+
+def daemon_process(options: DaemonOptions, kind: type[Child] = Child) -> Child:
     """A daemon that is not started yet."""
     options.directory.mkdir(parents=True, exist_ok=True)
     options.file.write_text(options.toml())
-    command = [sys.executable, "-m", "petalsd", "run", "--config", str(options.file)]
+    command = [*_PROGRAM, "run", "--config", str(options.file)]
     environment = {"XDG_STATE_HOME": str(options.directory), "OMP_NUM_THREADS": str(options.threads)}
-    return Child(command, options.directory / "daemon.log", environment)
+    return kind(command, options.directory / "daemon.log", environment)
 
 
 @contextmanager
-def petalsd_daemon(options: DaemonOptions) -> Iterator[list[str]]:
+def petalsd_daemon(options: DaemonOptions, kind: type[Child] = Child) -> Iterator[list[str]]:
     """Run a daemon until the block ends; yields its multiaddresses once it is online. It must stop in order."""
-    with running_daemon(options) as (_, maddrs):
+    with running_daemon(options, kind) as (_, maddrs):
         yield maddrs
 
 
 @contextmanager
-def running_daemon(options: DaemonOptions) -> Iterator[tuple[Child, list[str]]]:
+def running_daemon(options: DaemonOptions, kind: type[Child] = Child) -> Iterator[tuple[Child, list[str]]]:
     """The same, with the process."""
-    child = daemon_process(options)
+    child = daemon_process(options, kind)
     child.start()
     try:
         yield child, json.loads(child.wait_for(_ONLINE, START_DEADLINE_S)[0])["maddrs"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from petalsd.types import BlockSpan
-from tests.interop.daemon import DaemonOptions, petalsd_daemon
+from tests.interop.daemon import DaemonOptions, ForkedDaemon, petalsd_daemon
 from tests.interop.models import Model
 from tests.interop.stock import ServerOptions, stock_server
 
@@ -36,7 +36,7 @@ def _server(
 ) -> AbstractContextManager[list[str]]:
     if kind == "petalsd":
         return petalsd_daemon(
-            DaemonOptions(model.directory, directory, model.dht_prefix, span, initial_peers)
+            DaemonOptions(model.directory, directory, model.dht_prefix, span, initial_peers), ForkedDaemon
         )
     return stock_server(
         ServerOptions(model.petals_directory, directory, model.dht_prefix, span, initial_peers)

@@ -15,7 +15,7 @@ from petalsd.swarm.node import Node, NodeOptions
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 from tests.interop.child import Child
-from tests.interop.daemon import DaemonOptions, daemon_process
+from tests.interop.daemon import DaemonOptions, ForkedDaemon, daemon_process
 from tests.interop.models import Model, random_llama
 from tests.interop.stock import ServerOptions, server_process
 from tests.waiting import eventually
@@ -122,7 +122,7 @@ def make_servers(model: Model, directory: Path, maddrs: list[str]) -> list[Serve
     for number in range(3):
         petalsd, stock = directory / f"petalsd{number}", directory / f"stock{number}"
         options = DaemonOptions(model.directory, petalsd, model.dht_prefix, 2, maddrs, others=ours)
-        servers.append(Server(daemon_process(options)))
+        servers.append(Server(daemon_process(options, ForkedDaemon)))
         others = ServerOptions(
             model.petals_directory, stock, model.dht_prefix, 2, maddrs, num_handlers=1,
             balance_period_s=PERIOD_S,

@@ -11,7 +11,7 @@ import pytest
 from petalsd.types import BlockSpan
 from tests.interop.child import ChildFailed
 from tests.interop.clients import stock_greedy_ids, stock_pass
-from tests.interop.daemon import DaemonOptions, move, petalsd_daemon, running_daemon
+from tests.interop.daemon import DaemonOptions, ForkedDaemon, move, petalsd_daemon, running_daemon
 from tests.interop.models import DEMO_PROMPT, PROMPT, Model
 from tests.interop.reference import assert_same_pass, greedy_ids, random_inputs, run_pass
 from tests.interop.stock import StockClient
@@ -80,8 +80,8 @@ def test_a_session_on_blocks_that_a_server_leaves(
 
     leaving = options("leaving", BlockSpan(0, 3), [])
     with (
-        running_daemon(leaving) as (process, peers),
-        petalsd_daemon(options("upper", BlockSpan(2, 4), peers)) as upper,
+        running_daemon(leaving, ForkedDaemon) as (process, peers),
+        petalsd_daemon(options("upper", BlockSpan(2, 4), peers), ForkedDaemon) as upper,
     ):
         swarm = tiny.swarm(peers + upper)
         begun = stock_client.call(
@@ -89,7 +89,7 @@ def test_a_session_on_blocks_that_a_server_leaves(
         )
         assert begun["servers"][0] == _peer_id(peers)
         assert begun["output_ids"] == greedy_ids(tiny.local, [PROMPT], 6)
-        with petalsd_daemon(options("taker", BlockSpan(0, 3), peers)) as taker:
+        with petalsd_daemon(options("taker", BlockSpan(0, 3), peers), ForkedDaemon) as taker:
             move(process, leaving, BlockSpan(2, 4))
             with pytest.raises(ChildFailed, match=rf"Broken input cache: .*{_peer_id(taker)}"):
                 stock_client.call("finish_generation", swarm=swarm, max_new_tokens=8)
