@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +160,7 @@ class P2PDaemon:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env=_environment(),
+            env=child_environment(os.environ, len(os.sched_getaffinity(0))),
             start_new_session=True,  # a terminal's Ctrl-C is for us; we still have farewells to send
         )
         return self._child
@@ -228,11 +228,17 @@ async def _end(child: asyncio.subprocess.Process) -> None:
                 await child.wait()
 
 
-def _environment() -> dict[str, str]:
-    """Only what the daemon needs: no tokens, no sockets of the service manager."""
+def child_environment(ours: Mapping[str, str], num_cores: int) -> dict[str, str]:
+    """Only what the daemon needs: no tokens, no sockets of the service manager.
+
+    It runs on half of the cores unless ``GOMAXPROCS`` says otherwise. Go wakes another thread for whatever it
+    might do in parallel; on few cores that one takes the core from us just when a step has come, and moves no
+    more bytes.
+    """
     kept = ("PATH", "HOME", "TMPDIR", "LANG", "GOMAXPROCS", "GODEBUG")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment["GOLOG_LOG_LEVEL"] = os.environ.get("GOLOG_LOG_LEVEL", "error")
+    environment = {name: ours[name] for name in kept if name in ours}
+    environment.setdefault("GOMAXPROCS", str(max(1, num_cores // 2)))
+    environment["GOLOG_LOG_LEVEL"] = ours.get("GOLOG_LOG_LEVEL", "error")
     environment["GOLOG_LOG_FMT"] = "json"
     return environment
 

@@ -22,7 +22,7 @@ from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.swarm.directory import read_view
 from petalsd.swarm.identity import ensure_identity
 from petalsd.swarm.node import Node, NodeOptions, dialable
-from petalsd.swarm.p2pd import P2PDOptions
+from petalsd.swarm.p2pd import P2PDOptions, child_environment
 from petalsd.swarm.protocol import ServerState, make_uid
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -241,6 +241,16 @@ def test_the_daemon_is_told_only_what_was_asked() -> None:
         Path("/run/s")
     )
     assert {"-bootstrapPeers=/a,/b", "-hostAddrs=/ip4/0.0.0.0/tcp/1", "-natPortMap=1", "-b=1"} <= set(public)
+
+
+@pytest.mark.parametrize(("num_cores", "expected"), [(1, "1"), (2, "1"), (3, "1"), (8, "4")])
+def test_the_daemon_gets_half_of_the_cores_and_no_secrets(num_cores: int, expected: str) -> None:
+    """Whoever sets GOMAXPROCS is obeyed."""
+    ours = {"PATH": "/bin", "HF_TOKEN": "secret", "NOTIFY_SOCKET": "/run/n"}
+    given = child_environment(ours, num_cores)
+    assert given["GOMAXPROCS"] == expected
+    assert set(given) == {"PATH", "GOMAXPROCS", "GOLOG_LOG_LEVEL", "GOLOG_LOG_FMT"}
+    assert child_environment({**ours, "GOMAXPROCS": "7"}, num_cores)["GOMAXPROCS"] == "7"
 
 
 def _child(running: Node) -> int:
