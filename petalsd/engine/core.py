@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 import torch
@@ -276,10 +277,10 @@ class EngineCore:
         self._progress.end()
 
     def report(self) -> None:
-        """Tell the observer about the last iteration; apart from it, so that the answers can go first."""
+        """Have the observer told about the last iteration, behind its answers."""
         if self._report.rows:
             report, self._report = self._report, BatchReport()
-            self._observer.batch_done(report)
+            self._outbox.follow_up(partial(self._observer.batch_done, report))
         self.passes.report(self._observer)
 
     def _num_tokens(self, plan: Plan) -> int:

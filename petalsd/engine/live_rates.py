@@ -28,7 +28,7 @@ _TOKEN = Work(1.0, 1.0)
 
 
 class LiveRates:
-    """Told of batches and passes on the engine thread, it is asked for rates on the loop."""
+    """Belongs to the loop, which tells it of batches and passes and asks it for rates."""
 
     def __init__(self, attention: AttentionShare, clock: Callable[[], float] = time.monotonic) -> None:
         self._pass = Work(1.0, attention.work(1, PASS_TOKENS, 0, 1).tokens)

@@ -50,10 +50,10 @@ class EngineObserver(Protocol):
     """Called after the answers are on their way. Must be quick, and must not raise."""
 
     def batch_done(self, report: BatchReport) -> None:
-        """On the engine thread, after each batch that had a client's step in it."""
+        """On the loop, after each batch that had a client's step in it."""
 
     def pass_done(self, timing: PassTiming) -> None:
-        """On the engine thread."""
+        """On the loop."""
 
     def span_computed(self, *, is_replayed: bool) -> None:
         """On the engine thread, where steps are captured: blocks were computed in a step, by graphs or without."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import structlog
 
@@ -77,9 +78,9 @@ class PassLane:
                 return
 
     def report(self, observer: EngineObserver) -> None:
-        """Tell of the passes that were answered since the last time."""
+        """Have it told of the passes that were answered since the last time, behind the answers."""
         while self._timings:
-            observer.pass_done(self._timings.pop())
+            self._outbox.follow_up(partial(observer.pass_done, self._timings.pop()))
 
     def _run_unit(self, job: PassJob, seconds: float) -> None:
         """One that takes about so long; the smallest there is takes longer, if it must."""

@@ -143,8 +143,8 @@ class EngineThread:
                 return
             log.exception("engine_iteration_failed")
             core.fail_all(error)
-        self.outbox.flush()
         core.report()
+        self.outbox.flush()
 
 
 def check_alive(thread: EngineThread) -> None:
