@@ -69,16 +69,16 @@ def build_batch(items: Sequence[BatchItem], pool: KVPool) -> ItemBatch:
     contexts = [start + length for start, length in zip(starts, lengths, strict=True)]
     page_tokens = pool.kv.page_tokens
     origins = np.empty((len(starts), -(-max(contexts) // page_tokens)), dtype=np.int32)
-    origins_table = torch.from_numpy(origins)
-    pool.fill_origins([item.kv for item in items], origins_table)
+    pool.fill_origins([item.kv for item in items], origins)
     index = index_decode if max(lengths) == 1 else index_tokens
-    indices = torch.from_numpy(index(starts, lengths, origins, page_tokens))
-    positions, write_origins, write_offsets = indices.unbind()
+    positions, write_origins, write_offsets = map(
+        torch.from_numpy, index(starts, lengths, origins, page_tokens)
+    )
     ragged = RaggedBatch(
         token_bounds=list(accumulate(lengths, initial=0)),
         context_lens=contexts,
         positions=positions,
-        origins=origins_table,
+        origins=torch.from_numpy(origins),
         write_origins=write_origins,
         write_offsets=write_offsets,
     )
@@ -108,7 +108,8 @@ def index_decode(
     """``index_tokens`` where each row has one token. A few rows in plain Python cost less than array calls."""
     places = [divmod(start, page_tokens) for start in starts]
     write_origins = [origins.item(row, run) for row, (run, _) in enumerate(places)]
-    return np.array([starts, write_origins, [offset for _, offset in places]])
+    numbers = [*starts, *write_origins, *[offset for _, offset in places]]
+    return np.array(numbers).reshape(3, -1)
 
 
 def step_ends(items: Sequence[BatchItem]) -> torch.Tensor:

@@ -307,8 +307,10 @@ class EngineCore:
                 self._complete(session, job, output)
         return not num_failed
 
-    def _make_room(self, slices: Sequence[Slice]) -> list[Slice]:
+    def _make_room(self, slices: Sequence[Slice]) -> Sequence[Slice]:
         """The slices whose sessions are in memory now, side by side; the others are deferred."""
+        if not self._pool.can_spill:
+            return slices
         sessions = [self._sessions[piece.key] for piece in slices]
         wanted = [
             (session.kv, session.position + piece.tokens)

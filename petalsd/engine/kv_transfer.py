@@ -115,7 +115,7 @@ def _slots(kv: KVSession, place: Place, length: int, pool: KVPool) -> torch.Tens
     pool.apply_copies()
     page_tokens = pool.kv.page_tokens
     origins = np.empty((kv.batch, -(-length // page_tokens)), dtype=np.int32)
-    pool.fill_origins([kv], torch.from_numpy(origins))
+    pool.fill_origins([kv], origins)
     positions = np.arange(place.start, place.end)
     blocks = np.arange(place.blocks.start, place.blocks.end).reshape(-1, 1, 1)
     pages = origins[:, positions // page_tokens].astype(np.int64) + blocks

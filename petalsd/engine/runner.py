@@ -33,6 +33,9 @@ def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
     >>> split_segments([BlockSpan(0, 4), BlockSpan(2, 6)])
     0:2 with item 0, 2:4 with items 0 and 1, 4:6 with item 1
     """
+    first = spans[0]
+    if all(span == first for span in spans[1:]):  # most servers' sessions use all that is served
+        return [Segment(first, tuple(range(len(spans))))]
     cuts = sorted({span.start for span in spans} | {span.end for span in spans})
     segments = []
     for start, end in pairwise(cuts):
@@ -71,6 +74,8 @@ class SpanRunner:
         Writes the keys and values of the new tokens. Raises what computing raises; running the same items again
         then is safe, because the same places are written.
         """
+        if len(items) == 1:
+            return self._run_ordered(items)
         # Kernels take single tokens together when they come first.
         order = sorted(range(len(items)), key=lambda index: items[index].tokens > 1)
         answers = self._run_ordered([items[index] for index in order])

@@ -44,7 +44,8 @@ class StepJob:
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Cast the tensors, and move the prompts; the states go to the device with those of their batch."""
-        self.hidden = self.hidden.to(dtype)
+        if self.hidden.dtype != dtype:
+            self.hidden = self.hidden.to(dtype)
         if self.prompts is not None:
             self.prompts = self.prompts.to(device, dtype)
 

@@ -197,9 +197,10 @@ class _Layout:
         if self.bucket is not None and self.bucket > len(self.starts):
             pad_rows(DecodeLayout(self.bucket, self.width).batch(memory), len(self.starts))
         fields, first = self.fields(memory), self.decodes
-        pool.fill_origins([item.kv for item in self.items], fields.origins)
+        origins = fields.origins.numpy()
+        pool.fill_origins([item.kv for item in self.items], origins)
         index = index_decode if first == len(self.starts) else index_tokens
-        indices = index(self.starts, self.lengths, fields.origins.numpy(), pool.kv.page_tokens)
+        indices = index(self.starts, self.lengths, origins, pool.kv.page_tokens)
         for field, values in zip(
             (fields.positions, fields.write_origins, fields.write_offsets), indices, strict=True
         ):

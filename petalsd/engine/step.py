@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +29,7 @@ class SessionSpec:
     alloc_timeout_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One step of a session.
 
     hidden     ``[B, n, M]`` any float dtype; n may be 0 (nothing is computed, the same shape is answered)

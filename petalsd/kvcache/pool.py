@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from petalsd._C import PagePool, PoolStats
@@ -132,6 +134,11 @@ class KVPool:
         """Disk space that the spill file takes now."""
         return 0 if self._spill is None else self._spill.file.allocated_bytes()
 
+    @property
+    def can_spill(self) -> bool:
+        """Whether ``make_room`` has anything to do."""
+        return self._spill is not None
+
     async def reserve(self, request: KVRequest, timeout_s: float) -> KVSession:
         """Open a session that may grow to ``max_tokens``, waiting ``timeout_s`` for others to leave.
 
@@ -209,14 +216,14 @@ class KVPool:
         self._known_copies = moved, shared
         self._observer.copied(shared - known_shared, moved - known_moved)
 
-    def fill_origins(self, sessions: Sequence[KVSession], out: torch.Tensor) -> int:
+    def fill_origins(self, sessions: Sequence[KVSession], out: npt.NDArray[np.int32]) -> int:
         """Write the page table of a batch (see ``ops.ragged``) and return its number of rows.
 
-        ``out``: ``[R, max_runs]`` int32 on the CPU; rows are the sessions' rows in order, entries past a row's
+        ``out``: ``[R, max_runs]``; rows are the sessions' rows in order, entries past a row's
         runs are left as they are. Raises SessionClosed when one of them is closed, KVPoolError when ``out`` is
         too small; ``out`` is untouched then.
         """
-        return self._pages.fill_origins([session.handle for session in sessions], out.numpy())
+        return self._pages.fill_origins([session.handle for session in sessions], out)
 
     def stats(self) -> PoolStats:
         return self._pages.stats()

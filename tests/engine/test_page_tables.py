@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
-import torch
 
 from petalsd.engine.step import Step
 from petalsd.kvcache.pool import KVPool
@@ -33,7 +33,7 @@ async def test_one_table_serves_all_blocks_of_a_batch(
     tables: list[int] = []
     fill = KVPool.fill_origins
 
-    def counted(pool: KVPool, sessions: list, out: torch.Tensor) -> int:
+    def counted(pool: KVPool, sessions: list, out: np.ndarray) -> int:
         tables.append(len(sessions))
         return fill(pool, sessions, out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ def table(pool: KVPool, session: KVSession) -> torch.Tensor:
     """``[batch, runs]`` origins."""
     runs = pool.geometry.tokens_to_pages(session.length)
     out = torch.zeros(session.batch, runs, dtype=torch.int32)
-    assert pool.fill_origins([session], out) == session.batch
+    assert pool.fill_origins([session], out.numpy()) == session.batch
     return out
 
 
@@ -104,7 +105,7 @@ async def test_origins_of_a_batch_stand_in_the_order_of_its_sessions(pool: KVPoo
     for session in (one, two):
         session.extend(session.request.max_tokens)
     buffer = torch.full((10, 6), -99, dtype=torch.int32)
-    assert pool.fill_origins([two, one], buffer[4:, 2:]) == 3
+    assert pool.fill_origins([two, one], buffer[4:, 2:].numpy()) == 3
     assert buffer[4, 2:4].tolist() == table(pool, two)[0].tolist()
     assert buffer[5:7, 2:3].tolist() == table(pool, one).tolist()
     assert int((buffer != -99).sum()) == 4
@@ -123,7 +124,7 @@ async def test_a_closed_session_says_so(pool: KVPool) -> None:
         lambda: session.truncate(0),
         lambda: session.reorder([0]),
         lambda: session.length,
-        lambda: pool.fill_origins([other, session], torch.zeros(4, 4, dtype=torch.int32)),
+        lambda: pool.fill_origins([other, session], np.zeros((4, 4), np.int32)),
     ):
         with pytest.raises(SessionClosed):
             use()
@@ -137,7 +138,7 @@ async def test_a_failed_fill_leaves_the_table_alone(pool: KVPool) -> None:
     session.extend(8)
     out = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(KVPoolError, match="has 1 rows, the sessions have 2"):
-        pool.fill_origins([session], out)
+        pool.fill_origins([session], out.numpy())
     assert not out.any()
 
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -243,7 +244,7 @@ async def test_without_room_a_session_cannot_be_extended(
     with pytest.raises(
         KVPoolError, match="pages that are not in memory, of a session in the batch = none: 2 != 0"
     ):
-        pool.fill_origins([one], torch.zeros(1, 12, dtype=torch.int32))
+        pool.fill_origins([one], np.zeros((1, 12), np.int32))
     assert read(pool, one) == [[*range(48)]]
 
 
