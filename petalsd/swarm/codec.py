@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import msgpack
@@ -41,6 +41,7 @@ _MAX_DIMS = 8
 _MAX_ELEMENTS = 2**40
 _TUPLE = 0x40  # hivemind's msgpack extension for tuples: the payload is a msgpack array
 _MAX_TUPLE_DEPTH = 8
+_MAX_KNOWN_TUPLES, _MAX_KNOWN_BYTES = 256, 256
 _KEY_TYPES = {str}
 
 # Stand for absent optional tensors, which must still be sent to keep positions. Never written to.
@@ -100,7 +101,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     if tensor.dtype == torch.bfloat16:
         bits = tensor.view(torch.int16).numpy()
         return not bool(((bits & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any())
-    return bool(np.logical_and.reduce(np.isfinite(tensor.numpy()), axis=None))
+    finite = np.isfinite(tensor.numpy())
+    return bool(np.count_nonzero(finite) == finite.size)
 
 
 def _shape(proto: runtime_pb2.Tensor, field: str) -> tuple[int, ...]:
@@ -151,7 +153,7 @@ def _decode_raw(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype, field
         )
     if numel == 0:
         return torch.empty(shape, dtype=dtype)
-    values = torch.from_numpy(np.frombuffer(buffer, _ARRAY_DTYPES[stored]).reshape(shape).copy())
+    values = torch.from_numpy(np.ndarray(shape, _ARRAY_DTYPES[stored], bytearray(buffer)))
     if dtype == torch.bfloat16:
         return values.view(dtype) if stored == dtype else values.to(dtype)
     return values
@@ -251,6 +253,11 @@ def _unpack(data: bytes, depth: int = 0) -> object:
 
 
 def _unpack_tuple(depth: int, code: int, payload: bytes) -> object:
+    unpack = _unpack_known if len(payload) <= _MAX_KNOWN_BYTES else _unpack_items
+    return unpack(depth, code, payload)
+
+
+def _unpack_items(depth: int, code: int, payload: bytes) -> object:
     if code != _TUPLE:
         raise ValueError(f"extension {code} has no place in metadata")
     items = _unpack(payload, depth + 1)
@@ -259,6 +266,8 @@ def _unpack_tuple(depth: int, code: int, payload: bytes) -> object:
     return tuple(items)
 
 
+# The tuples of a session are the same in each of its messages, and nobody changes what is in them.
+_unpack_known = lru_cache(_MAX_KNOWN_TUPLES)(_unpack_items)
 _TUPLE_HOOKS = [partial(_unpack_tuple, depth) for depth in range(_MAX_TUPLE_DEPTH + 1)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hivemind.proto import runtime_pb2
@@ -39,8 +39,7 @@ class NextServer:
     span: BlockSpan
 
 
-@dataclass(frozen=True, slots=True)
-class StepMessage:
+class StepMessage(NamedTuple):
     """One message of a session, from its client or pushed; its ``num_bytes`` of tensors are not decoded yet."""
 
     tensors: Sequence[runtime_pb2.Tensor]
