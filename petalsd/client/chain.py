@@ -85,8 +85,8 @@ class ChainLink:
                 output = await stream.step(StepInput(hidden, begin, slices, hypo_ids if start else None))
                 self._valid, hypo_ids, self._left = stop, None, []
                 if stop >= keep_from:
-                    outputs.append(output[:, max(keep_from - begin, 0) :])
-            return torch.cat(outputs, dim=1)
+                    outputs.append(output[:, keep_from - begin :] if begin < keep_from else output)
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         except BaseException as error:
             # Rows that have changed places already must not do so again.
             if isinstance(error, RemoteError) and stream is not None and moves_rows == (hypo_ids is not None):

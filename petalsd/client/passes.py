@@ -18,7 +18,7 @@ from petalsd.client.options import ClientOptions
 from petalsd.client.retry import REMOTE_ERRORS, RetryBudget
 from petalsd.client.routing import Hop
 from petalsd.errors import MissingBlocks, RemoteFailure
-from petalsd.swarm.codec import DUMMY, pack_structure
+from petalsd.swarm.codec import DUMMY, packed_structure
 from petalsd.swarm.protocol import make_chain
 from petalsd.types import BlockSpan
 
@@ -186,7 +186,7 @@ class SwarmPasses:
         return outputs
 
     async def _call(self, method: PassMethod, hop: Hop, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        metadata = {"points": 0.0, "active_adapter": "", "args_structure": pack_structure(len(tensors))}
+        metadata = {"points": 0.0, "active_adapter": "", "args_structure": packed_structure(len(tensors))}
         uid = make_chain(self._prefix, hop.blocks)
         return await method(
             uid, [tensor.detach() for tensor in tensors], metadata, self._options.request_timeout_s

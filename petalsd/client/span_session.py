@@ -14,11 +14,11 @@ from petalsd.client.connection import Connector, StepStream
 from petalsd.client.options import ClientOptions
 from petalsd.client.routing import Hop
 from petalsd.errors import RemoteFailure
-from petalsd.swarm.codec import DUMMY, DUMMY_INT64, pack_structure
+from petalsd.swarm.codec import DUMMY, DUMMY_INT64, packed_structure
 from petalsd.swarm.protocol import make_chain
 
 _CLOSE_TIMEOUT_S = 3.0
-_ARGUMENTS = pack_structure(3)
+_ARGUMENTS = packed_structure(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class SpanSession:
         self._terms = terms
         self._session_id = str(uuid.uuid4())
         self._is_first = True
+        self._num_sent = 0
         self._opened_s = self._used_s = time.monotonic()
 
     @classmethod
@@ -92,6 +93,7 @@ class SpanSession:
         if self._is_first:
             uid = make_chain(self._terms.prefix, self.hop.blocks)
             timeout_s += self._terms.options.alloc_timeout_s
+        self._num_sent += 1
         await self._stream.send(uid, _tensors(step), self._metadata(step.start))
         self._is_first = False
         (output,) = _expect_one(self.hop.peer, await self._stream.receive(timeout_s))
@@ -118,7 +120,7 @@ class SpanSession:
     def _metadata(self, start: int) -> dict[str, object]:
         metadata: dict[str, object] = {
             "session_id": self._session_id,
-            "step_id": str(uuid.uuid4()),
+            "step_id": f"{self._session_id}-{self._num_sent}",
             "start_from_position": start,
             "args_structure": _ARGUMENTS,
         }

@@ -59,13 +59,20 @@ def is_dummy(tensor: torch.Tensor) -> bool:
 
 
 def encode_tensor(tensor: torch.Tensor) -> runtime_pb2.Tensor:
-    """Any CPU tensor of a dtype in DTYPES -> its message, uncompressed."""
+    """Any CPU tensor of a dtype in DTYPES -> its message, uncompressed. Dummies share theirs: never change it."""
+    if tensor is DUMMY or tensor is DUMMY_INT64:
+        return _encoded_dummy(_NAMES[tensor.dtype])
     return runtime_pb2.Tensor(
         buffer=_bytes(tensor.detach() if tensor.requires_grad else tensor),
         size=tensor.shape,
         dtype=_NAMES[tensor.dtype],
         compression=runtime_pb2.NONE,
     )
+
+
+@cache
+def _encoded_dummy(dtype: str) -> runtime_pb2.Tensor:
+    return runtime_pb2.Tensor(size=(0,), dtype=dtype, compression=runtime_pb2.NONE)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -239,7 +246,7 @@ def decode_metadata(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _pack_tuple(value: object) -> object:
+def _pack_tuple(value: object) -> msgpack.ExtType:
     if not isinstance(value, tuple):
         raise TypeError(f"cannot send a {type(value).__name__}, convert it to a plain Python value")
     packed = msgpack.packb(list(value), default=_pack_tuple, strict_types=True, use_bin_type=True)
@@ -278,6 +285,12 @@ _TUPLE_HOOKS = [partial(_unpack_tuple, depth) for depth in range(_MAX_TUPLE_DEPT
 def pack_structure(num_tensors: int) -> tuple[tuple[bytes, ...], dict[str, object]]:
     """The ``args_structure`` of that many positional tensors."""
     return tuple(b"__T%d" % index for index in range(num_tensors)), {}
+
+
+@cache
+def packed_structure(num_tensors: int) -> msgpack.ExtType:
+    """The same, as it goes into a message."""
+    return _pack_tuple(pack_structure(num_tensors))
 
 
 def arrange(

@@ -11,6 +11,7 @@ from petalsd.client.options import ClientOptions
 from petalsd.client.session import InferenceSession
 from petalsd.client.span_session import StreamTerms
 from petalsd.errors import BadRequest, MissingBlocks, RemoteFailure, SessionClosed
+from petalsd.swarm.codec import decode_metadata, encode_metadata
 from petalsd.types import BlockSpan
 from tests.client.fake_swarm import (
     HIDDEN,
@@ -71,7 +72,8 @@ async def test_messages_have_the_form_that_stock_servers_want() -> None:
     assert first.uid == "tiny.3 tiny.4 tiny.5"
     assert first.metadata["max_length"] == 64
     assert (first.metadata["start_from_position"], later.metadata["start_from_position"]) == (0, 3)
-    assert first.metadata["args_structure"] == ((b"__T0", b"__T1", b"__T2"), {})
+    on_the_wire = decode_metadata(encode_metadata(first.metadata))
+    assert on_the_wire["args_structure"] == ((b"__T0", b"__T1", b"__T2"), {})
     assert "max_length" not in later.metadata
     assert first.metadata["session_id"] == later.metadata["session_id"]
     assert first.metadata["step_id"] != later.metadata["step_id"]
