@@ -22,6 +22,7 @@ void AttentionPlan::choose(const BlockShape& shape, int num_threads) {
   parts_.clear();
   first_parts_.clear();
   num_kv_heads_ = shape.num_kv_heads;
+  for (std::size_t piece = 0; piece + 1 < pieces.size(); ++piece) pieces[piece].next = &pieces[piece + 1];
   if (!is_worth_splitting(shape, num_threads)) return;
   std::int64_t at = 0;
   for (std::size_t piece = 0; piece < pieces.size(); ++piece) {

@@ -69,8 +69,10 @@ struct QueryRows {
   std::int64_t num_rows;
   std::int64_t position;        // of the first one
   const std::int32_t* origins;  // of the sequence
+  const QueryRows* next = nullptr;  // whose pages are likely to be read after these
 
-  std::int64_t num_parts() const { return (position + num_rows - 1) / kPartTokens + 1; }  // of all that they see
+  std::int64_t end() const { return position + num_rows; }  // of the positions that some of them see
+  std::int64_t num_parts() const { return (end() - 1) / kPartTokens + 1; }
 };
 
 // Attention of the query heads of one KV head, for some rows. q, as `AttentionKernels::prepare` leaves it, and out,
