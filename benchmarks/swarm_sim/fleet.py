@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from petalsd.swarm.ghosts import MAX_PINGS
+
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -65,6 +67,8 @@ class Scenario:
     part_s                 how much is loaded at a petalsd until that serves: blocks come one after the other
     ping_targets           servers that each server pings at a refresh, as the wire's next_pings
     ping_timeout           until a ping counts as failed
+    search_targets         up to so many servers a petalsd that checks pings itself; those that are silent
+    search_s               it pings once more before it plans without them, which takes so long
     steady_from            averages are taken from here on
     """
 
@@ -90,6 +94,8 @@ class Scenario:
     part_s: float = 5.0
     ping_targets: int = 10
     ping_timeout: float = 10.0
+    search_targets: int = MAX_PINGS
+    search_s: float = 8.0
     steady_from: float = 2400.0
 
     @property

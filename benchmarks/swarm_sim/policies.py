@@ -73,15 +73,15 @@ class PetalsdPolicy:
         return choose_start(state, server.n, server.t, self.constants)
 
     def should_move(self, view: View, server: Server, rng: Rng, now: float) -> int | None:
-        if server.row not in view.cached(self, lambda: self._listed(view)):
+        if server.row not in view.cached((self, server.silent), lambda: self._listed(view, server.silent)):
             return None
-        state, _ = view.swarm_state()
+        state, _ = view.swarm_state(server.silent)
         span = BlockSpan(server.start, server.start + server.n)
         own = OwnSpan(view.names[server.row], span, now - server.since)
         costs = MoveCosts(load_block_s=server.load_s / server.n, margin=self.margin)
         decision = decide(state, own, costs, self.constants)
         return decision.target.start if decision.is_move else None
 
-    def _listed(self, view: View) -> set[int]:
-        state, rows = view.swarm_state()
+    def _listed(self, view: View, silent: frozenset[int]) -> set[int]:
+        state, rows = view.swarm_state(silent)
         return {int(rows[move.row]) for move in plan_moves(state, self.constants)}

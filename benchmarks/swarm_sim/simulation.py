@@ -215,6 +215,22 @@ class Simulation:
         view = self.view
         if view.state[row] != ONLINE or view.start[row] != server.start:
             return self._next_check(row)  # the directory does not show our own record yet
+        server.silent = self._silent() if policy.follows else frozenset()
+        # Whoever leaves a ping without an answer is pinged once more before anybody plans without it.
+        if server.silent:
+            self._at(self.now + self.scenario.search_s, self._decide, row)
+        else:
+            self._decide(row)
+
+    def _silent(self) -> frozenset[int]:
+        """Rows of those that went and whose records are still read, where servers ping all of the swarm."""
+        rows = self.view.believed()
+        if len(rows) > self.scenario.search_targets:
+            return frozenset()
+        return frozenset(rows[self.fleet.depart[rows] <= self.now].tolist())
+
+    def _decide(self, row: int) -> None:
+        server, policy, view = self.servers[row], self.policy[row], self.view
         goal = self._timed(lambda: policy.should_move(view, server, self.rng, self.now))
         if goal is None:
             return self._next_check(row)

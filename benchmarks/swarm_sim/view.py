@@ -33,7 +33,10 @@ class Record:
 
 @dataclass(slots=True)
 class Server:
-    """What a server knows about itself: blocks, throughput, time to load them all, where it is and since when."""
+    """What a server knows about itself: blocks, throughput, time to load them all, where it is and since when.
+
+    ``silent``: rows of those that did not answer its own pings when it checked last.
+    """
 
     row: int
     n: int
@@ -41,6 +44,7 @@ class Server:
     load_s: float
     start: int = -1
     since: float = -math.inf
+    silent: frozenset[int] = frozenset()
 
 
 class View:
@@ -98,12 +102,18 @@ class View:
         """Rows of all servers with a record that is not OFFLINE."""
         return self.cached("listed", lambda: np.flatnonzero(self.state))
 
-    def swarm_state(self) -> tuple[SwarmState, Ints]:
-        """What petalsd's placement gets, and the row of each server in it."""
-        return self.cached("swarm_state", self._swarm_state)
+    def believed(self) -> Ints:
+        """Rows of the servers with such a record whom nobody has declared dead."""
+        return self.cached("believed", lambda: np.flatnonzero((self.state > 0) & ~self.is_dead))
 
-    def _swarm_state(self) -> tuple[SwarmState, Ints]:
-        rows = np.flatnonzero((self.state > 0) & ~self.is_dead)
+    def swarm_state(self, silent: frozenset[int] = frozenset()) -> tuple[SwarmState, Ints]:
+        """What petalsd's placement gets where those of ``silent`` are known to be gone; each server's row."""
+        return self.cached(("swarm_state", silent), lambda: self._swarm_state(silent))
+
+    def _swarm_state(self, silent: frozenset[int]) -> tuple[SwarmState, Ints]:
+        rows = self.believed()
+        if silent:
+            rows = rows[[row not in silent for row in rows.tolist()]]
         is_online, n, goal = self.state[rows] == ONLINE, self.n[rows], self.goal[rows]
         start, end = np.where(is_online, self.start[rows], 0), np.where(is_online, self.end[rows], 0)
         state = SwarmState(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 _LOADING = "this server is loading its blocks"
 _GHOST_PING_S = 3.0  # the placement waits for it
+_STALE_S = 1.0  # others may have announced a move meanwhile
 
 # The record of a state and span as things are now; told whether others reach us through relays only.
 Describe = Callable[[ServerState, BlockSpan, bool], ServerRecord]
@@ -138,8 +140,13 @@ class Membership:
         return replace(view, ghosts=joined.ghosts.known)
 
     async def read_live_view(self) -> SwarmView:
+        """Seconds go by where somebody is silent: the directory is read once more after that."""
         ghosts, view = self._joined.ghosts, await self.read_view()
-        return replace(view, ghosts=await ghosts.search(view)).without_ghosts()
+        began_s = time.monotonic()
+        view = replace(view, ghosts=await ghosts.search(view))
+        if time.monotonic() - began_s > _STALE_S:
+            view = await self.read_view()
+        return view.without_ghosts()
 
     def stats(self) -> MemberStats:
         connection = self._connection

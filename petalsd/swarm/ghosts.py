@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 MISSES = 2  # one may be a lost packet
 APART_S = 2.0
-_MAX_PINGS = 32  # in one search: a swarm of so many is pinged whole, a larger one suspects first
+MAX_PINGS = 64  # in one search: a swarm of so many is pinged whole, a larger one suspects first
 
 
 @dataclass(slots=True)
@@ -135,9 +135,9 @@ class GhostFinder:
     def _choose(self, servers: Mapping[str, ServerRecord], reports: Mapping[str, int]) -> list[str]:
         """Suspects of ours, then of others, then anybody."""
         reported = [peer for peer, more in reports.items() if more > 0 and peer in servers]
-        others = self._rng.sample(sorted(servers), min(_MAX_PINGS, len(servers)))
+        others = self._rng.sample(sorted(servers), min(MAX_PINGS, len(servers)))
         self._rng.shuffle(reported)
-        return list(dict.fromkeys([*self._rule.suspects(), *reported, *others]))[:_MAX_PINGS]
+        return list(dict.fromkeys([*self._rule.suspects(), *reported, *others]))[:MAX_PINGS]
 
     async def _ping_all(self, peers: Collection[str], servers: Mapping[str, ServerRecord]) -> None:
         rtts = dict(zip(peers, await asyncio.gather(*map(self._ping, peers)), strict=True))

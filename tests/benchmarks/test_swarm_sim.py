@@ -90,6 +90,30 @@ def test_a_server_on_its_way_counts_where_it_goes_and_serves_where_it_was() -> N
     assert view.swarm_state()[0].is_free[0]
 
 
+def test_a_view_without_those_who_are_silent() -> None:
+    """Whoever has found out plans without them; for others they are there until they are declared dead."""
+    fleet = draw_fleet(SMALL, 1)
+    view = View(80, fleet, np.ones(len(fleet.n), bool))
+    for row in range(3):
+        view.put(row, Record(ONLINE, 0, int(fleet.n[row]), 0))
+    assert view.swarm_state(frozenset({1}))[1].tolist() == [0, 2]
+    assert view.swarm_state()[1].tolist() == [0, 1, 2]
+    view.declare_dead(2)
+    assert view.swarm_state(frozenset({1}))[1].tolist() == [0]
+
+
+@pytest.mark.parametrize(("search_targets", "expected"), [(64, {1}), (1, set())])
+def test_who_checks_finds_the_crashed_by_its_own_pings(search_targets: int, expected: set[int]) -> None:
+    """All of a small swarm answer for themselves; in a larger one only others' word tells."""
+    simulation = Simulation(replace(SMALL, search_targets=search_targets), make_policies("petalsd"), 3)
+    for row in range(2):
+        simulation.view.put(row, Record(ONLINE, 0, simulation.servers[row].n, 0))
+    simulation.fleet.depart[:] = [1e9, 50.0, *simulation.fleet.depart[2:]]
+    assert simulation._silent() == set()
+    simulation.now = 50.0
+    assert simulation._silent() == expected
+
+
 def test_fleets_do_not_depend_on_the_rule() -> None:
     first, second = draw_fleet(SMALL, 1), draw_fleet(SMALL, 1)
     assert (first.arrive == second.arrive).all() and (first.depart == second.depart).all()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from petalsd.swarm.directory import SwarmView, read_view
-from petalsd.swarm.ghosts import APART_S, GhostFinder, GhostRule, silence_reports
+from petalsd.swarm.ghosts import APART_S, MAX_PINGS, GhostFinder, GhostRule, silence_reports
 from petalsd.swarm.protocol import ServerState, make_uid
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -120,7 +120,7 @@ async def test_a_large_swarm_is_asked_where_somebody_is_in_doubt() -> None:
     records = {f"s{number}": record({"lost": SILENT}) for number in range(200)}
     records |= {"lost": record(), "gone": record(state=ServerState.OFFLINE)}
     assert await network.search(records) == {"lost"}
-    assert len(network.asked) == 33 and network.asked[0] == "lost" == network.asked[-1]
+    assert len(network.asked) == MAX_PINGS + 1 and network.asked[0] == "lost" == network.asked[-1]
 
 
 async def test_when_nobody_answers_the_silence_is_ours() -> None:
