@@ -59,10 +59,10 @@ class Options:
         """Servers of the whole model."""
         return self.fleet.serve(self.servers, whole_model(self.model, self.threads, dtype))
 
-    def serve_block(self, model: Path, names: Sequence[str]) -> list[Provider]:
+    def serve_block(self, model: Path, names: Sequence[str], dtype: str = "float32") -> list[Provider]:
         """Servers of the first block of ``model``; a smoke run shares those of the whole small model instead."""
-        whole = whole_model(self.model, self.threads)
-        return self.fleet.serve(names, whole if self.smoke else Job(model, BlockSpan(0, 1), self.threads))
+        job = Job(model, BlockSpan(0, 1), self.threads, dtype)
+        return self.fleet.serve(names, whole_model(self.model, self.threads) if self.smoke else job)
 
     @property
     def servers(self) -> list[str]:

@@ -1,7 +1,8 @@
 """One decode step through one block over loopback, at the client: a bare echo, petalsd, and stock Petals.
 
-A random block of SmolLM2-135M's shape (hidden 576, 9 heads, 3 KV heads), float32, batch 1. Two real p2pd lie
-between client and server, and the client is the smallest that there is. The echo is what the wire alone costs.
+A random block of SmolLM2-135M's shape (hidden 576, 9 heads, 3 KV heads), batch 1, in float32 and in bfloat16,
+which petalsd serves unless it is told otherwise; states are sent in float32. Two real p2pd lie between client and
+server, and the client is the smallest that there is. The echo is what the wire alone costs.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ STEPS_PER_ROUND = 100
 
 def run(options: Options) -> list[Row]:
     rounds, steps = (1, 3) if options.smoke else (ROUNDS, STEPS_PER_ROUND)
-    providers = options.serve_block(make_block(options.directory / "model"), ["echo", *options.servers])
-    samples = uvloop.run(measure(providers, rounds, steps))
-    setting = {"format": "float32", "hidden": HIDDEN_SIZE, "sessions": 1, "threads": options.threads}
+    model = make_block(options.directory / "model")
+    providers = options.serve_block(model, ["echo", *options.servers])
+    if not options.smoke:
+        providers += options.serve_block(model, options.servers, "bfloat16")
+    setting = {"hidden": HIDDEN_SIZE, "sessions": 1, "threads": options.threads}
     return [
-        Row(name, setting, "decode step of one block", "ms", summarize(ms)) for name, ms in samples.items()
-    ]
+        Row(
+            provider.name, {"format": provider.job.dtype, **setting}, "decode step of one block", "ms",
+            summarize(milliseconds),
+        )
+        for provider, milliseconds in uvloop.run(measure(providers, rounds, steps))
+    ]  # fmt: skip
 
 
 def make_block(path: Path) -> Path:
@@ -44,25 +51,25 @@ def make_block(path: Path) -> Path:
     return path
 
 
-async def measure(providers: list[Provider], rounds: int, steps: int) -> dict[str, list[float]]:
+async def measure(providers: list[Provider], rounds: int, steps: int) -> list[tuple[Provider, list[float]]]:
     """Milliseconds of every step, by provider."""
-    samples: dict[str, list[float]] = {provider.name: [] for provider in providers}
     size = providers[0].hidden_size
     max_length = PREFILL_TOKENS + WARM_UP_STEPS + rounds * steps
     async with contextlib.AsyncExitStack() as stack:
-        streams = {}
+        streams = []
         for provider in providers:
             connection = await stack.enter_async_context(connect(provider.maddr))
             stream = connection.stream(provider.uid, max_length)
-            streams[provider.name] = await stack.enter_async_context(stream)
-        for stream in streams.values():
+            streams.append(await stack.enter_async_context(stream))
+        for stream in streams:
             await time_step(stream, size, PREFILL_TOKENS)
             for _ in range(WARM_UP_STEPS):
                 await time_step(stream, size, 1)
+        samples: list[list[float]] = [[] for _ in providers]
         for _ in range(rounds):
-            for name, stream in streams.items():
-                samples[name] += [await time_step(stream, size, 1) for _ in range(steps)]
-    return samples
+            for stream, milliseconds in zip(streams, samples, strict=True):
+                milliseconds += [await time_step(stream, size, 1) for _ in range(steps)]
+    return list(zip(providers, samples, strict=True))
 
 
-BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 35.0)
+BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 50.0)
