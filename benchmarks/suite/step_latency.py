@@ -72,4 +72,4 @@ async def measure(providers: list[Provider], rounds: int, steps: int) -> list[tu
     return list(zip(providers, samples, strict=True))
 
 
-BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 50.0)
+BENCHMARK = Benchmark("step_latency", "one decode step through one block over loopback p2p", run, 35.0)
