@@ -59,15 +59,14 @@ def test_a_swarm_where_nobody_comes_or_goes_comes_to_rest() -> None:
 @pytest.mark.parametrize(("policy", "is_early"), [("petalsd", True), ("petals", False)])
 def test_blocks_serve_as_they_come(policy: str, is_early: bool) -> None:
     """At petalsd; each part holds the one before, and the last is the whole. Stock Petals serves all at once."""
-    simulation = Simulation(replace(SMALL, hours=0.3, burst=1.0), make_policies(policy), 3, policy)
     shown: dict[int, list[tuple[int, int]]] = {}
-    serve = simulation._serve
 
-    def note(row: int, start: int, end: int) -> None:
-        shown.setdefault(row, []).append((start, end))
-        serve(row, start, end)
+    class Noted(Simulation):
+        def _serve(self, row: int, start: int, end: int) -> None:
+            shown.setdefault(row, []).append((start, end))
+            super()._serve(row, start, end)
 
-    simulation._serve = note  # type: ignore[method-assign]
+    simulation = Noted(replace(SMALL, hours=0.3, burst=1.0), make_policies(policy), 3, policy)
     simulation.run()
     first = {row: next(i for i, (a, b) in enumerate(spans) if b - a == simulation.servers[row].n)
              for row, spans in shown.items()}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ from petalsd.types import BlockSpan, DaemonState
 NUM_BLOCKS = 8
 PEER = "Qm" + "a" * 44
 OTHER = "Qm" + "b" * 44
+GATE_S = 20.0
 QUICK = Backoff(attempts=3, first_delay_s=0.0, max_delay_s=0.0)
 
 
@@ -252,12 +254,15 @@ class FakeReader:
     calls: list[str]
     failures: list[Exception] = field(default_factory=list)
     failing_blocks: dict[int, Exception] = field(default_factory=dict)
+    gates: dict[int, threading.Event] = field(default_factory=dict)
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         if self.failures:
             raise self.failures.pop(0)
 
     def load_block(self, index: int) -> Any:
+        if index in self.gates:
+            self.gates[index].wait(GATE_S)
         self.calls.append(f"load {index}")
         if index in self.failing_blocks:
             raise self.failing_blocks[index]

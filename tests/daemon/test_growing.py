@@ -30,14 +30,7 @@ def _every_block_is_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def slow_at(stage: Stage, block: int) -> Callable[[], None]:
     """Loading ``block`` takes until the function that this returns is called."""
-    load, gate = stage.reader.load_block, threading.Event()
-
-    def load_block(index: int) -> object:
-        if index == block:
-            gate.wait(DEADLINE_S)
-        return load(index)
-
-    stage.reader.load_block = load_block  # type: ignore[method-assign]
+    gate = stage.reader.gates[block] = threading.Event()
     return gate.set
 
 
