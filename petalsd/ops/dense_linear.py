@@ -12,11 +12,11 @@ from petalsd.ops.launching import Options, check_tensor, launch, strides
 from petalsd.ops.split_workspace import ProductTile, SplitWorkspace, tile_for
 
 # Measured on an H200: as fast as torch's, and a launch less. Of more rows torch's are faster, in one launch too.
-_TILES = (
+TILES = (
     ProductTile(16, 64, 128, Options(num_warps=4, num_stages=4), programs=2),
     ProductTile(32, 64, 128, Options(num_warps=4, num_stages=4), programs=2),
 )
-MAX_ROWS = _TILES[-1].rows
+MAX_ROWS = TILES[-1].rows
 """Beyond, and in float32, products are torch's."""
 
 
@@ -45,7 +45,7 @@ def dense_linear(
         _by_torch(x, weight, bias, out)
         return
     check_tensor("x", x, (None, num_in))
-    tile = tile_for(rows, _TILES)
+    tile = tile_for(rows, TILES)
     num_tiles = -(-num_out // tile.outputs)
     num_splits = workspace.num_splits(tile, num_tiles, num_in)
     launch(

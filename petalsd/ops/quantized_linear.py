@@ -21,12 +21,12 @@ _FEW_ROWS = (
     ProductTile(16, 64, 128, Options(num_warps=2, num_stages=3), programs=8),
     ProductTile(32, 64, 64, Options(num_warps=2, num_stages=4), programs=4),
 )
-_TILES = {
+TILES = {
     4: _FEW_ROWS,
     8: (*_FEW_ROWS, ProductTile(64, 128, 128, Options(num_warps=4, num_stages=3), programs=2)),
 }
 # Multiplied without matrix units, from registers. Larger tiles spill, and on 10.0 Triton rounds them to TF32.
-_FLOAT32_TILE = ProductTile(16, 32, 32, Options(num_warps=4, num_stages=3), programs=4)
+FLOAT32_TILE = ProductTile(16, 32, 32, Options(num_warps=4, num_stages=3), programs=4)
 
 
 def quantized_linear(
@@ -56,7 +56,7 @@ def quantized_linear(
         unpacked_linear(x, weight, bias, out)
         return
     bits = _BITS[weight.format]
-    tile = _FLOAT32_TILE if x.dtype == torch.float32 else tile_for(rows, _TILES[bits])
+    tile = FLOAT32_TILE if x.dtype == torch.float32 else tile_for(rows, TILES[bits])
     inputs = tile.inputs if bits == 8 else max(tile.inputs, GROUP_INPUTS)
     grid = (-(-rows // tile.rows), -(-weight.num_out // tile.outputs))
     num_splits = workspace.num_splits(tile, grid[0] * grid[1], weight.num_in)

@@ -9,8 +9,10 @@ import torch
 
 from petalsd.ops.launching import Options
 
-_VALUES_PER_MULTIPROCESSOR = 1 << 14
-_PROGRAMS_PER_MULTIPROCESSOR = 16
+VALUES_PER_MULTIPROCESSOR = 1 << 14
+PROGRAMS_PER_MULTIPROCESSOR = 16
+"""Room for what the programs of any ``ProductTile`` leave there."""
+
 _MIN_PIECES_PER_SPLIT = 4
 _MAX_SPLITS = 16
 
@@ -27,10 +29,6 @@ class ProductTile:
     inputs: int
     options: Options
     programs: int
-
-    def __post_init__(self) -> None:
-        assert self.programs <= _PROGRAMS_PER_MULTIPROCESSOR
-        assert self.programs * self.rows * self.outputs <= _VALUES_PER_MULTIPROCESSOR
 
 
 def tile_for(rows: int, tiles: Sequence[ProductTile]) -> ProductTile:
@@ -54,8 +52,8 @@ class SplitWorkspace:
     @classmethod
     def allocate(cls, device: torch.device, num_multiprocessors: int) -> SplitWorkspace:
         """64 KB for each multiprocessor."""
-        partials = torch.empty(_VALUES_PER_MULTIPROCESSOR * num_multiprocessors, device=device)
-        programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
+        partials = torch.empty(VALUES_PER_MULTIPROCESSOR * num_multiprocessors, device=device)
+        programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
         arrivals = torch.zeros(programs, dtype=torch.int32, device=device)
         return cls(partials, arrivals, num_multiprocessors)
 

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import pytest
+
+from petalsd.ops import dense_linear, quantized_linear
 from petalsd.ops.launching import Options
-from petalsd.ops.split_workspace import ProductTile, SplitWorkspace, tile_for
+from petalsd.ops.split_workspace import (
+    PROGRAMS_PER_MULTIPROCESSOR,
+    VALUES_PER_MULTIPROCESSOR,
+    ProductTile,
+    SplitWorkspace,
+    tile_for,
+)
 from tests.device import DEVICE
 
 TILE = ProductTile(16, 64, 128, Options(), programs=4)
+USED = [
+    *dense_linear.TILES,
+    *quantized_linear.TILES[4],
+    *quantized_linear.TILES[8],
+    quantized_linear.FLOAT32_TILE,
+]
+
+
+@pytest.mark.parametrize("tile", USED)
+def test_there_is_room_for_the_parts_of_every_tile(tile: ProductTile) -> None:
+    """Its programs on one multiprocessor, as many as are ever wanted of it."""
+    assert tile.programs <= PROGRAMS_PER_MULTIPROCESSOR
+    assert tile.programs * tile.rows * tile.outputs <= VALUES_PER_MULTIPROCESSOR
 
 
 def test_splits_fill_the_device_and_fit_the_workspace() -> None:
