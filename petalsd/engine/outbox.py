@@ -46,7 +46,8 @@ class Outbox:
             try:
                 self._loop.call_soon_threadsafe(self._deliver, answers, follow_ups)
             except RuntimeError:  # the loop is closed: this thread hung in the device and was left behind
-                log.warning("answers_lost", num_answers=len(answers))
+                if answers:
+                    log.warning("answers_lost", num_answers=len(answers))
 
     def _deliver(self, answers: Sequence[_Answer], follow_ups: Sequence[Callable[[], object]]) -> None:
         """On the loop, where the waiters' tasks come before whatever is called soon after them."""
