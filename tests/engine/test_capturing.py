@@ -12,7 +12,6 @@ from petalsd.daemon.warnings import WarningBoard
 from petalsd.engine.captures import Capturing
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
-from petalsd.engine.observer import BatchReport
 from petalsd.types import BlockSpan
 from tests.engine.kernel_rig import Counter, KernelRunners, serving
 from tests.engine.recorded_graphs import RecordedGraph, RecordedGraphs
@@ -39,14 +38,15 @@ class Journal(RecordedGraphs):
 
 
 class Observer(Counter):
-    """Notes batches, and ends the test's turn with the first of them."""
+    """Notes batches where they are computed, in the engine's thread, and ends the test's turn with the first."""
 
     def __init__(self, journal: Journal, capturing: Capturing) -> None:
         super().__init__()
         self._journal, self._capturing = journal, capturing
         self.must_release = False
 
-    def batch_done(self, report: BatchReport) -> None:
+    def span_computed(self, *, is_replayed: bool) -> None:
+        super().span_computed(is_replayed=is_replayed)
         self._journal.events.append("batch")
         if self.must_release:
             self._capturing.turn.release()
@@ -105,7 +105,7 @@ async def test_new_blocks_are_captured_one_by_one_between_the_steps_of_sessions(
             stage.graphs.events.clear()
             stage.observer.must_release = True
             new.append(await feed(coming, other[:, 2:37], [35]))
-            await stage.until_settled(2)  # the last batch is noted after it was answered
+            await stage.until_settled(2)
             during = stage.graphs.events[: 1 + _last(stage.graphs.events, "batch")]
             stage.observer.runs = {True: 0, False: 0}
             new.append(await feed(coming, other[:, 37:], [1]))
