@@ -35,6 +35,10 @@ struct LinearKernels {
   void (*multiply)(const LinearTask& task, std::int64_t first_tile, std::int64_t last_tile);
 };
 
+// How far apart operands lie: an odd number of cache lines. Those of many models are a power of two long, and so close
+// together rows would meet in a few sets of the first cache, which hold fewer than are multiplied at once.
+constexpr std::int64_t operand_stride(std::int64_t operand_bytes) { return operand_bytes | kUnitBytes; }
+
 // Keys and values of all pages, in an order made for these kernels. K is kept rotated.
 //
 //   k  `[N, Hkv, P / 16, D / pair, 16, pair]`

@@ -32,7 +32,7 @@ void LinearTeam::run(const PackedWeight& weight, const float* in, float* out, st
   const bool keeps_inputs = is_wide && weight.format == WeightFormat::kBFloat16;
   const LinearKernels& kernels =
       keeps_inputs ? tier_.kernels.wide_bfloat16 : tier_.kernels.linear[static_cast<int>(weight.format)];
-  const std::int64_t stride = kernels.operand_bytes(weight.num_in);
+  const std::int64_t stride = operand_stride(kernels.operand_bytes(weight.num_in));
   const std::lock_guard lock(mutex_);
   const ThreadTeam::Shift shift(team_);
   reserve(round_up(std::min(kRowsAtOnce, num_rows), kTileRows) * stride);

@@ -31,10 +31,10 @@ class SpanWorkspace {
  public:
   // `operand_bytes`: of the largest operand that a linear layer of the span reads.
   SpanWorkspace(const BlockShape& shape, std::int64_t operand_bytes, std::int64_t max_rows)
-      : operand_stride(operand_bytes), max_rows_(max_rows) {
+      : operand_stride(petalsd::operand_stride(operand_bytes)), max_rows_(max_rows) {
     const std::int64_t sizes[] = {shape.qkv_size(), shape.attended_size(), shape.attended_size()};
     const std::int64_t row = float_bytes(shape.hidden_size) + shared_bytes(shape);
-    const std::int64_t total = round_up(max_rows, kTileRows) * operand_bytes + max_rows * row;
+    const std::int64_t total = round_up(max_rows, kTileRows) * operand_stride + max_rows * row;
     memory_.reset(static_cast<char*>(::operator new(static_cast<std::size_t>(total), kAlignment)));
     char* at = memory_.get();
     hidden = reinterpret_cast<float*>(at);
