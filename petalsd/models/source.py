@@ -56,7 +56,7 @@ class ModelSource:
 
     def config(self) -> dict[str, Any]:
         """``config.json``, parsed; code that a repository brings is never run. Raises WeightsError."""
-        return self._read_json(CONFIG_FILE)
+        return self.read_json(CONFIG_FILE)
 
     def index(self) -> dict[str, str]:
         """Tensor name to file name, read once. Raises WeightsError, also for a model without safetensors."""
@@ -68,6 +68,14 @@ class ModelSource:
         """Make these files available at ``path``, downloading what is missing. Raises WeightsError."""
         self._files.fetch(files, progress)
 
+    def fetch_weights(self, file: str) -> Path:
+        """Where a safetensors file of this name lies, fetched. WeightsError when there is none."""
+        present = self._files.list_files()
+        if file not in present:
+            raise self._lacks(f"has no {file}", present)
+        self.fetch([file])
+        return self.path(file)
+
     def path(self, file: str) -> Path:
         """Where a fetched file lies on this machine."""
         return self._files.path(file)
@@ -75,18 +83,24 @@ class ModelSource:
     def _read_index(self) -> dict[str, str]:
         present = self._files.list_files()
         if INDEX_FILE in present:
-            return _parse_index(self._read_json(INDEX_FILE))
+            return _parse_index(self.read_json(INDEX_FILE))
         if SINGLE_FILE in present:
             self.fetch([SINGLE_FILE])
             return dict.fromkeys(_tensor_names(self.path(SINGLE_FILE)), SINGLE_FILE)
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
-            raise WeightsError(
-                f"{self.name} has weights in pickle files only, which can run code when read",
-                hint="convert it: load it with transformers and call save_pretrained, which writes safetensors",
-            )
-        raise WeightsError(f"{self.name} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+        raise self._lacks(f"has neither {INDEX_FILE} nor {SINGLE_FILE}", present)
 
-    def _read_json(self, file: str) -> dict[str, Any]:
+    def _lacks(self, what: str, present: frozenset[str]) -> WeightsError:
+        """Why there are no safetensors files."""
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
+            return WeightsError(
+                f"{self.name} has weights in pickle files only, which can run code when read",
+                hint="convert it: load it with the library that it is made for, transformers or peft, and call "
+                "save_pretrained, which writes safetensors",
+            )
+        return WeightsError(f"{self.name} {what}")
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """A JSON object in a file, which is fetched. Raises WeightsError."""
         self.fetch([file])
         try:
             content = json.loads(self.path(file).read_bytes())

@@ -7,6 +7,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import structlog
 import torch
@@ -27,6 +28,16 @@ from petalsd.ops.staging import Copy, copying_to
 from petalsd.ops.weight_packing import pack_rows
 
 log = structlog.get_logger(__name__)
+
+PROJECTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "output": ("self_attn.o_proj",),
+        "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
+    }
+)
+"""The matrices of ``BlockWeights``, and the linear modules of a checkpoint that are in them, in this order."""
 
 
 def block_tensors(config: BlockConfig, index: int) -> dict[str, tuple[int, ...]]:
@@ -102,20 +113,18 @@ def assemble_block(
 
 
 def _place_block(config: BlockConfig, place: Placement) -> BlockWeights:
-    qkv = [f"self_attn.{part}_proj" for part in "qkv"]
-    gate_up = ["mlp.gate_proj", "mlp.up_proj"]
     return BlockWeights(
         input_norm=place.fuse(["input_layernorm.weight"]),
-        qkv=place.project(qkv),
-        output=place.project(["self_attn.o_proj"]),
+        qkv=place.project("qkv"),
+        output=place.project("output"),
         mlp_norm=place.fuse(["post_attention_layernorm.weight"]),
-        gate_up=place.project(gate_up),
-        down=place.project(["mlp.down_proj"]),
-        qkv_bias=place.fuse_if(config.qkv_bias, [f"{name}.bias" for name in qkv]),
+        gate_up=place.project("gate_up"),
+        down=place.project("down"),
+        qkv_bias=place.fuse_if(config.qkv_bias, [f"{name}.bias" for name in PROJECTIONS["qkv"]]),
         q_norm=place.fuse_if(config.qk_norm, ["self_attn.q_norm.weight"]),
         k_norm=place.fuse_if(config.qk_norm, ["self_attn.k_norm.weight"]),
         output_bias=place.fuse_if(config.output_bias, ["self_attn.o_proj.bias"]),
-        gate_up_bias=place.fuse_if(config.mlp_bias, [f"{name}.bias" for name in gate_up]),
+        gate_up_bias=place.fuse_if(config.mlp_bias, [f"{name}.bias" for name in PROJECTIONS["gate_up"]]),
         down_bias=place.fuse_if(config.mlp_bias, ["mlp.down_proj.bias"]),
     )
 
@@ -139,9 +148,9 @@ class Placement:
         # A packed weight may have scales beside it.
         self._arena = Arena(storage.nbytes(shapes), 2 * len(shapes), storage.device)
 
-    def project(self, layers: list[str]) -> Weight:
-        """The weights of these linear layers one below the other, packed where the storage says so."""
-        names = [f"{layer}.weight" for layer in layers]
+    def project(self, projection: str) -> Weight:
+        """One of ``PROJECTIONS``, packed where the storage says so."""
+        names = [f"{layer}.weight" for layer in PROJECTIONS[projection]]
         format = self._storage.format
         if format is None:
             return self.fuse(names)
@@ -179,13 +188,14 @@ def read_tensors(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> 
         names_by_file[index[name]].append(name)
     tensors: dict[str, torch.Tensor] = {}
     for file, names in names_by_file.items():
-        tensors.update(_read_file(source.path(file), file, names))
+        tensors.update(read_file(source.path(file), file, names))
     for name, shape in shapes.items():
         _check_tensor(name, tensors[name], shape, index[name])
     return tensors
 
 
-def _read_file(path: Path, file_name: str, names: list[str]) -> dict[str, torch.Tensor]:
+def read_file(path: Path, file_name: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Map these tensors from a safetensors file, which messages call ``file_name``. Raises WeightsError."""
     check_readable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -200,6 +210,11 @@ def _read_file(path: Path, file_name: str, names: list[str]) -> dict[str, torch.
 def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], file: str) -> None:
     if tuple(tensor.shape) != shape:
         raise WeightsError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json means {shape}")
+    check_values(name, tensor, file)
+
+
+def check_values(name: str, tensor: torch.Tensor, file: str) -> None:
+    """WeightsError for a tensor of a dtype that is not read, or with values that are not finite."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise WeightsError(
             f"{file}: {name} has dtype {tensor.dtype}, one of bfloat16, float16, float32 is read",
