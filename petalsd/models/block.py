@@ -18,6 +18,7 @@ from petalsd.models.rope import Rope
 from petalsd.ops.attention import dense_attention, paged_attention
 from petalsd.ops.kv import write_kv
 from petalsd.ops.linear import Weight, linear
+from petalsd.ops.low_rank import LowRankWeight
 from petalsd.ops.norm import rms_norm
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rotary import apply_rope
@@ -30,7 +31,8 @@ class BlockWeights:
     """All on one device, none requires grad; I is the intermediate size.
 
     Tensors are of the block's dtype, as norms and biases always are. The projections may be packed, and
-    then of a lower precision than what is computed with them.
+    then of a lower precision than what is computed with them, or those of another block with an adapter's
+    terms beside them.
 
     qkv      ``[(H + 2*Hkv) * D, M]`` q, k and v one below the other
     gate_up  ``[2*I, M]`` gate above up
@@ -51,8 +53,16 @@ class BlockWeights:
 
     @property
     def nbytes(self) -> int:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        """Of all tensors, or of an adapter's terms alone, beside which the tensors are another block's."""
+        tensors = [tensor for field in fields(self) if (tensor := getattr(self, field.name)) is not None]
+        terms = [tensor for tensor in tensors if isinstance(tensor, LowRankWeight)]
+        return sum(tensor.nbytes for tensor in terms or tensors)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there are low-rank terms beside any projection; only ``ops.linear`` computes them."""
+        matrices = (self.qkv, self.output, self.gate_up, self.down)
+        return any(isinstance(matrix, LowRankWeight) for matrix in matrices)
 
 
 class TransformerBlock:

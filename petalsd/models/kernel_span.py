@@ -235,4 +235,5 @@ class Projection:
         if isinstance(self._weight, PackedWeight):
             quantized_linear(x, self._weight, self._bias, out, workspace)
         else:
+            assert isinstance(self._weight, torch.Tensor)
             dense_linear(x, self._weight, self._bias, out, workspace)

@@ -59,7 +59,7 @@ def paged_span(blocks: Mapping[int, PagedBlock], num_threads: int, tier: str = "
 
 def can_be_native(block: PagedBlock) -> TypeGuard[TransformerBlock]:
     """Whether the C++ code computes what ``block`` does, on this device and in its dtype."""
-    if not isinstance(block, TransformerBlock):
+    if not isinstance(block, TransformerBlock) or block.weights.is_adapted:
         return False
     config = block.config
     return (
@@ -73,7 +73,7 @@ def can_be_native(block: PagedBlock) -> TypeGuard[TransformerBlock]:
 
 def can_use_kernels(block: PagedBlock) -> TypeGuard[TransformerBlock]:
     """Whether the kernels of GPUs compute what ``block`` does, and it is on one."""
-    if not isinstance(block, TransformerBlock):
+    if not isinstance(block, TransformerBlock) or block.weights.is_adapted:
         return False
     config = block.config
     widths = (config.head_dim, config.hidden_size, config.intermediate_size)

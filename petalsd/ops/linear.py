@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn import functional
 
+from petalsd.ops.low_rank import LowRankWeight
 from petalsd.ops.packed_weight import PackedWeight
 
-Weight: TypeAlias = torch.Tensor | PackedWeight
+Weight: TypeAlias = torch.Tensor | PackedWeight | LowRankWeight
 
 _FEW_ROWS = range(2, 65)
 
@@ -20,6 +21,8 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     A packed weight is unpacked in the dtype of x for the duration of the call, and again for the gradient of x; it
     has no gradient itself, nor has a bias beside it.
     """
+    if isinstance(weight, LowRankWeight):
+        return weight.multiply(x, bias)
     if isinstance(weight, PackedWeight):
         rows = x.reshape(-1, weight.num_in)
         product: torch.Tensor = _PackedLinear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
