@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from petalsd.models.contract import Angles
+from petalsd.models.hf.adapted_linear import adapt_layer
 from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, PagedCall
 from petalsd.models.hf.packing import layer_nbytes
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.paged_span import CosSin
+from petalsd.ops.low_rank import LowRankUpdate
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 
 
@@ -31,10 +34,21 @@ class LayerBlock:
         self.dtype = angles.dtype
         self.device = angles.device
         self.nbytes = layer_nbytes(layer)
+        self.layer = layer
         self._angles = angles
         self._part = angles_part
         self._window = config.windows[index]
         self._call = LayerCall(layer)
+
+    def with_updates(self, updates: Mapping[str, LowRankUpdate]) -> LayerBlock:
+        """The block with these linear modules adapted, by their names in the layer.
+
+        The weights are shared; ``nbytes`` is what the updates take.
+        """
+        layer = adapt_layer(self.layer, updates)
+        block = LayerBlock(self.index, self.config, layer, self._angles, self._part)
+        block.nbytes = sum(update.nbytes for update in updates.values())
+        return block
 
     def forward_paged(
         self, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin

@@ -52,6 +52,12 @@ class Layers:
         parts = self._parts(self.empty_layer(index), "")
         return [part.shape for group in parts.values() for part in group for _ in part.names]
 
+    def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """The linear modules by their names in the layer, ``[out, in]``; experts are none."""
+        modules = self.empty_layer(index).named_modules()
+        linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+        return {name: (module.out_features, module.in_features) for name, module in linears.items()}
+
     def tensor_shapes(self, index: int, source: ModelSource) -> dict[str, tuple[int, ...]]:
         """Names and shapes in the checkpoint. WeightsError when none of the family's spellings is there."""
         parts = self._parts(self.empty_layer(index), self._prefix(index, source))
