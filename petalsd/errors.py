@@ -46,6 +46,12 @@ class PetalsdError(Exception):
         return f"{text} ({self.hint})" if self.hint else text
 
 
+def shortened(value: object) -> str:
+    """As Python writes it, at most 120 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
+
+
 class ConfigError(PetalsdError):
     code = "bad_config"
 
@@ -68,10 +74,7 @@ class BadRequest(PetalsdError):
     code = "bad_request"
 
     def __init__(self, field: str, value: object, rule: str) -> None:
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        super().__init__(f"{field} = {shown}: {rule}")
+        super().__init__(f"{field} = {shortened(value)}: {rule}")
         self.field = field
 
 
@@ -156,10 +159,11 @@ class MissingBlocks(SwarmError):
 
     code = "missing_blocks"
 
-    def __init__(self, blocks: Iterable[int]) -> None:
+    def __init__(self, blocks: Iterable[int], adapter: str | None = None) -> None:
         self.blocks = sorted(blocks)
+        with_adapter = "" if adapter is None else f" with adapter {adapter}"
         super().__init__(
-            f"no server holds blocks {_ranges(self.blocks)}",
+            f"no server holds blocks {_ranges(self.blocks)}{with_adapter}",
             hint="wait for a server that serves them, or start one",
         )
 

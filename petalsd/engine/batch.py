@@ -38,6 +38,7 @@ class BatchItem:
     hidden   ``[rows * tokens, M]`` in the model's dtype on the CPU, row after row
     prompts  None, or ``[len(span), rows or 1, prefix, M]`` with prefix <= tokens, on the device: slice k is added
              to each row's first ``prefix`` tokens at the input of the span's block k
+    adapter  that of the session
     """
 
     span: BlockSpan
@@ -48,6 +49,7 @@ class BatchItem:
     step_end: int
     hidden: torch.Tensor
     prompts: torch.Tensor | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)

@@ -5,13 +5,14 @@ Pure: nothing is changed, so a refused step leaves its session as it was. Errors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, SessionSpec, Step
-from petalsd.errors import BadRequest, Draining, NotServed
+from petalsd.errors import BadRequest, Draining, NotServed, shortened
 from petalsd.types import BlockSpan
 
 
@@ -42,6 +43,13 @@ def check_session(spec: SessionSpec, limits: EngineLimits) -> None:
         raise BadRequest("batch size", spec.batch, f"must be 1 to {limits.max_session_rows}")
     if not 0 <= spec.max_tokens <= limits.max_session_tokens:
         raise BadRequest("max_length", spec.max_tokens, f"must be 0 to {limits.max_session_tokens}")
+
+
+def check_adapter(adapter: str | None, there: Sequence[str]) -> None:
+    """NotServed unless the adapter is one of these, or none is asked for: another server may have it."""
+    if adapter is not None and adapter not in there:
+        names = f"the adapters here are {', '.join(there)}" if there else "this server has no adapters"
+        raise NotServed(f"active_adapter = {shortened(adapter)}: {names}")
 
 
 def check_step(step: Step, spec: SessionSpec, position: int, hidden_size: int) -> None:

@@ -68,6 +68,11 @@ class ServedSpan:
     def hidden_size(self) -> int:
         return self.config.hidden_size
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What the blocks were loaded with, all of them the same."""
+        return tuple(self.blocks[self.span.start].adapted)
+
 
 @dataclass(slots=True)
 class Progress:

@@ -16,7 +16,7 @@ from typing import NoReturn
 import structlog
 import torch
 
-from petalsd.engine.checks import Restriction, check_pass, check_session, check_span
+from petalsd.engine.checks import Restriction, check_adapter, check_pass, check_session, check_span
 from petalsd.engine.core import EngineCore, Progress, ServedSpan
 from petalsd.engine.handle import Session, SessionInfo
 from petalsd.engine.limits import EngineLimits
@@ -366,6 +366,7 @@ class Engine:
     def _check_offered(self, work: SessionSpec | PassRequest) -> None:
         """NotServed or Draining unless new work on these blocks is taken; the canary goes everywhere."""
         check_span(work.span, self.span)
+        check_adapter(work.adapter, self._serving_core().served.adapters)
         if self._restriction is not None and work.peer != CANARY_PEER:
             self._restriction.check(work.span)
 

@@ -18,7 +18,7 @@ import torch
 from petalsd.engine.block_units import Pace, PassUnit, backward_block, forward_block
 from petalsd.engine.iteration_cost import NO_WORK, Work
 from petalsd.engine.step import PassRequest
-from petalsd.models.contract import Block
+from petalsd.models.contract import Block, with_adapter
 
 PassUnits: TypeAlias = Generator[PassUnit, None, list[torch.Tensor]]
 
@@ -71,7 +71,7 @@ class PassRunner:
             prompts = self._prompts_of(request, rows)
             for k, block in enumerate(request.span):
                 entering, states = _add_prompt(states, prompts, k), torch.empty_like(states)
-                yield from forward_block(self.blocks[block], entering, states, pace)
+                yield from forward_block(self._block(block, request), entering, states, pace)
             output[rows] = states.cpu()
             if rows.stop < request.hidden.shape[0]:
                 yield PassUnit(None, is_pause=True)
@@ -91,12 +91,12 @@ class PassRunner:
             for k, block in enumerate(list(request.span)[:-1]):
                 entering = _add_prompt(inputs[k], prompts, k)
                 inputs.append(torch.empty_like(entering))
-                yield from forward_block(self.blocks[block], entering, inputs[-1], pace)
+                yield from forward_block(self._block(block, request), entering, inputs[-1], pace)
             grad = self._load(grad_output[rows])
             for k, block in reversed(list(enumerate(request.span))):
                 entering, leaving = _add_prompt(inputs.pop(), prompts, k), grad
                 grad = torch.empty_like(leaving)
-                yield from backward_block(self.blocks[block], entering, leaving, grad, pace)
+                yield from backward_block(self._block(block, request), entering, leaving, grad, pace)
                 if grad_prompts is not None:
                     grad_prompts[k, rows] = grad[:, : grad_prompts.shape[2]].cpu()
             grad_hidden[rows] = grad.cpu()
@@ -115,6 +115,9 @@ class PassRunner:
         step = self.group_rows(request)
         for first in range(0, batch, step):
             yield slice(first, first + step)
+
+    def _block(self, index: int, request: PassRequest) -> Block:
+        return with_adapter(self.blocks[index], request.adapter)
 
     def _load(self, states: torch.Tensor) -> torch.Tensor:
         return states.detach().to(self.device, self.dtype)

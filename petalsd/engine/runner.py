@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,35 +21,56 @@ from petalsd.types import BlockSpan
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Blocks through which the same items run; ``items`` are indices into the batch's items, ascending."""
+    """Blocks through which the same items run; ``items`` are indices into the batch's items, ascending.
+
+    ``adapter`` is that of all of them.
+    """
 
     blocks: BlockSpan
     items: tuple[int, ...]
+    adapter: str | None = None
 
 
-def split_segments(spans: Sequence[BlockSpan]) -> list[Segment]:
+def split_segments(spans: Sequence[BlockSpan], adapters: Sequence[str | None]) -> list[Segment]:
     """Cut the spans of a batch's items where one of them starts or ends; ascending, gaps left out.
 
-    >>> split_segments([BlockSpan(0, 4), BlockSpan(2, 6)])
+    What has different adapters goes through the same blocks one after the other.
+
+    >>> split_segments([BlockSpan(0, 4), BlockSpan(2, 6)], [None, None])
     0:2 with item 0, 2:4 with items 0 and 1, 4:6 with item 1
     """
-    first = spans[0]
-    if all(span == first for span in spans[1:]):  # most servers' sessions use all that is served
-        return [Segment(first, tuple(range(len(spans))))]
+    first, adapter = spans[0], adapters[0]
+    # Most servers' sessions use all that is served.
+    if all(span == first for span in spans[1:]) and all(one == adapter for one in adapters[1:]):
+        return [Segment(first, tuple(range(len(spans))), adapter)]
     cuts = sorted({span.start for span in spans} | {span.end for span in spans})
     segments = []
     for start, end in pairwise(cuts):
-        active = tuple(i for i, span in enumerate(spans) if span.start <= start and end <= span.end)
-        if active:
-            segments.append(Segment(BlockSpan(start, end), active))
+        active: dict[str | None, list[int]] = {}
+        for i, span in enumerate(spans):
+            if span.start <= start and end <= span.end:
+                active.setdefault(adapters[i], []).append(i)
+        blocks = BlockSpan(start, end)
+        segments += [Segment(blocks, tuple(items), name) for name, items in active.items()]
     return segments
 
 
 class SpanRunner:
-    """Computes batches over the blocks of one loaded span. Lives on the engine thread."""
+    """Computes batches over the blocks of one loaded span. Lives on the engine thread.
 
-    def __init__(self, span: PagedSpan, pool: KVPool, rope: Angles, staging: Staging) -> None:
+    ``adapted``: the same blocks with each of their adapters.
+    """
+
+    def __init__(
+        self,
+        span: PagedSpan,
+        pool: KVPool,
+        rope: Angles,
+        staging: Staging,
+        adapted: Mapping[str, PagedSpan] | None = None,
+    ) -> None:
         self._span = span
+        self._adapted = adapted or {}
         self._pool = pool
         self._rope = rope
         self._staging = staging
@@ -66,7 +87,7 @@ class SpanRunner:
 
     def release(self) -> None:
         """Let go of the blocks, their graphs included; nothing is run any more."""
-        self._span = BlockByBlock({})
+        self._span, self._adapted = BlockByBlock({}), {}
 
     def run(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
         """Compute the items; one ``[rows * tokens, M]`` CPU tensor in the model's dtype for each.
@@ -83,7 +104,7 @@ class SpanRunner:
         return [by_index[index] for index in range(len(items))]
 
     def _run_ordered(self, items: Sequence[BatchItem]) -> list[torch.Tensor]:
-        segments = split_segments([item.span for item in items])
+        segments = split_segments([item.span for item in items], [item.adapter for item in items])
         parts = [segment.items for segment in segments if len(segment.items) < len(items)]
         batch, staged_parts = self._staging.build(items, self._pool, parts)
         seq_lens = step_ends(items) if self._rope.is_length_dependent else None
@@ -94,42 +115,43 @@ class SpanRunner:
         remaining = iter(staged_parts)
         for segment in segments:
             if len(segment.items) == len(items):
-                hidden = self._walk(segment.blocks, items, hidden, batch.ragged, cos_sin)
+                hidden = self._walk(segment, items, hidden, batch.ragged, cos_sin)
             else:
                 active = [items[index] for index in segment.items]
-                hidden = self._walk_part(segment.blocks, active, hidden, next(remaining), cos_sin)
+                hidden = self._walk_part(segment, active, hidden, next(remaining), cos_sin)
         answer = self._staging.fetch(hidden)
         return [answer[tokens] for tokens in batch.item_tokens] if len(items) > 1 else [answer]
 
     def _walk_part(
         self,
-        blocks: BlockSpan,
+        segment: Segment,
         items: Sequence[BatchItem],
         hidden: torch.Tensor,
         part: Part,
         cos_sin: CosSin,
     ) -> torch.Tensor:
-        """Take some items through blocks; the states of the others in ``hidden`` pass unchanged."""
+        """Take a segment's items through its blocks; the states of the others in ``hidden`` pass unchanged."""
         chosen = tuple(of_all[part.tokens] for of_all in cos_sin)
-        states = self._walk(blocks, items, hidden[part.tokens], part.ragged, chosen)
+        states = self._walk(segment, items, hidden[part.tokens], part.ragged, chosen)
         return hidden.index_copy(0, part.tokens, states)
 
     def _walk(
         self,
-        blocks: BlockSpan,
+        segment: Segment,
         items: Sequence[BatchItem],
         hidden: torch.Tensor,
         batch: RaggedBatch,
         cos_sin: CosSin,
     ) -> torch.Tensor:
         """``hidden`` ``[T, M]`` of the items through the blocks; it may be written to when there are prompts."""
-        prompts = place_prompts(items)
+        prompts, blocks = place_prompts(items), segment.blocks
+        span = self._span if segment.adapter is None else self._adapted[segment.adapter]
         # A prompt is added between two blocks, so the walk stops there.
         runs = [BlockSpan(block, block + 1) for block in blocks] if prompts else [blocks]
         for run in runs:
             for prompt in prompts:
                 prompt.add_to(hidden, run.start)
-            hidden = self._span.forward_paged(run, hidden, self._pool.kv, batch, cos_sin)
+            hidden = span.forward_paged(run, hidden, self._pool.kv, batch, cos_sin)
         return hidden
 
 

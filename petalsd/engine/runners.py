@@ -18,9 +18,9 @@ from petalsd.engine.staging import InPlace, Staged
 from petalsd.engine.step_memory import CapturableSpan, GraphLimits
 from petalsd.engine.thread import EngineThread
 from petalsd.errors import DeadlineExceeded
-from petalsd.models.contract import Angles, Block
+from petalsd.models.contract import Angles, Block, with_adapter
 from petalsd.models.native_span import paged_span
-from petalsd.models.paged_span import CosSin, PagedSpan
+from petalsd.models.paged_span import BlockByBlock, CosSin, PagedSpan
 from petalsd.ops.ragged import PagedKV
 
 
@@ -51,21 +51,24 @@ class RunnerFactory:
     async def make(self, served: ServedSpan, thread: EngineThread, *, is_idle: bool) -> SpanRunner:
         """Ready to run on ``thread``. Where steps are captured, and it ``is_idle``, it has captured them there."""
         span = await asyncio.to_thread(self.make_span, served.blocks)  # sessions may go on meanwhile
+        adapted = {name: _adapted_span(served, name) for name in served.adapters}
         if not self.is_staged:
-            return SpanRunner(span, served.pool, served.rope, InPlace())
+            return SpanRunner(span, served.pool, served.rope, InPlace(), adapted)
         if self.device.type == "cuda":
             # Else pinned memory would open a context on the first GPU, too.
             thread.post(partial(torch.cuda.set_device, self.device))
         kv, parts = served.pool.kv, parts_of(span)
         staging, fused = Staged(self.device, self._graph_limits(kv).max_runs), capturable(parts)
-        angles = KnownAngles(served.rope) if fused and len(fused) == len(parts) else served.rope
+        has_angles = fused and len(fused) == len(parts) and not adapted
+        angles = KnownAngles(served.rope) if has_angles else served.rope
         if not fused or self._capturing is None:
             self._on_settled(None)
-            return SpanRunner(span, served.pool, angles, staging)
+            return SpanRunner(span, served.pool, angles, staging, adapted)
         captures = self._captures(self._capturing, fused, kv, partial(thread.outbox.call, self._on_settled))
         if is_idle:
             await self._capture_all(captures, thread)
-        return SpanRunner(GraphedSpan(parts, captures, self._observer), served.pool, angles, staging)
+        graphed = GraphedSpan(parts, captures, self._observer)
+        return SpanRunner(graphed, served.pool, angles, staging, adapted)
 
     @property
     def is_staged(self) -> bool:
@@ -103,6 +106,10 @@ class RunnerFactory:
 
     def _graph_limits(self, kv: PagedKV) -> GraphLimits:
         return GraphLimits.of(self.limits, kv.page_tokens)
+
+
+def _adapted_span(served: ServedSpan, name: str) -> PagedSpan:
+    return BlockByBlock({index: with_adapter(block, name) for index, block in served.blocks.items()})
 
 
 class KnownAngles:

@@ -92,6 +92,7 @@ class EngineSession:
             step_end=job.step.start + job.num_tokens,
             hidden=hidden.reshape(-1, hidden.shape[-1]),
             prompts=prompts,
+            adapter=self.spec.adapter,
         )
 
     def accept(self, states: torch.Tensor) -> torch.Tensor | None:

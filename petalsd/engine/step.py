@@ -20,6 +20,7 @@ class SessionSpec:
     batch        rows (sequences), >= 1
     max_tokens   positions each row may reach
     peer         base58 PeerID that fairness is counted by
+    adapter      the blocks' adapter that it is computed with; None: the model as it is
     """
 
     span: BlockSpan
@@ -27,6 +28,7 @@ class SessionSpec:
     max_tokens: int
     peer: str
     alloc_timeout_s: float = 0.0
+    adapter: str | None = None
 
 
 class Step(NamedTuple):
@@ -52,6 +54,7 @@ class PassRequest:
     hidden       ``[B, n, M]`` the states that enter the first block
     prompts      as in Step
     grad_output  backward only: ``[B, n, M]``, the gradient at the last block's output
+    adapter      as in SessionSpec
     """
 
     span: BlockSpan
@@ -59,3 +62,4 @@ class PassRequest:
     peer: str
     prompts: torch.Tensor | None = None
     grad_output: torch.Tensor | None = None
+    adapter: str | None = None

@@ -50,16 +50,16 @@ class Adapter:
         """The most memory that it takes beside one block."""
         return max(sum(pair.nbytes(dtype) for pair in pairs.values()) for pairs in self._blocks.values())
 
-    def adapt(self, block: Block, make_product: MakeProduct) -> Block:
+    def adapt(self, block: Block, make_product: MakeProduct) -> Block | None:
         """A block over the same weights, with this adapter's terms in the block's dtype on its device.
 
-        It is the block itself when the adapter has nothing for it; else its ``nbytes`` is what the terms take.
+        None when the adapter has nothing for it; else its ``nbytes`` is what the terms take.
         ``make_product`` is what multiplies by packed weights of a fused block. Raises WeightsError when the file
         is gone, TypeError for another kind of block.
         """
         pairs = self._blocks.get(block.index)
         if pairs is None:
-            return block
+            return None
         file = _fetched(self._source)  # again: a full disk may have cost us the file
         factors = file.read(pairs, block.dtype, block.device)
         if isinstance(block, TransformerBlock):
@@ -84,9 +84,11 @@ def _adapt_fused(
             if module in factors:
                 parts.append(replace(factors[module], start=start))
             start += shapes[f"model.layers.{block.index}.{module}.weight"][0]
-        if parts:
-            base = _base_product(getattr(block.weights, projection), make_product)
-            replaced[projection] = LowRankWeight(base, LowRankUpdate(parts))
+        weight = getattr(block.weights, projection)
+        # A packed weight would be unpacked at every step where the block is not computed as a whole.
+        if parts or isinstance(weight, PackedWeight):
+            update = LowRankUpdate(parts) if parts else None
+            replaced[projection] = LowRankWeight(_base_product(weight, make_product), update)
     return TransformerBlock(block.index, block.config, replace(block.weights, **replaced), block.rope)
 
 

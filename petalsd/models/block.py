@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.contract import Block
 from petalsd.models.paged_span import CosSin
 from petalsd.models.rope import Rope
 from petalsd.ops.attention import dense_attention, paged_attention
@@ -73,6 +74,7 @@ class TransformerBlock:
         self.config = config
         self.weights = weights
         self.rope = rope
+        self.adapted: Mapping[str, Block | None] = {}
         self.window = config.windows[index]
         self._scale = config.head_dim**-0.5
         self._activation = _ACTIVATIONS[config.activation]

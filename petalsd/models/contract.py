@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -12,7 +13,13 @@ from petalsd.ops.ragged import PagedKV, RaggedBatch
 
 
 class Block(Protocol):
-    """One block with its weights. ``TransformerBlock`` and ``LayerBlock`` are ones."""
+    """One block with its weights. ``TransformerBlock`` and ``LayerBlock`` are ones.
+
+    adapted  the same block with each of the adapters that it was loaded with, by their names; None where an
+             adapter has nothing for it: a block that held itself would keep its memory
+    """
+
+    adapted: Mapping[str, Block | None]
 
     @property
     def index(self) -> int: ...
@@ -46,6 +53,11 @@ class Block(Protocol):
 
         hidden ``[B, n, M]`` in the block's dtype; returns ``[B, n, M]``.
         """
+
+
+def with_adapter(block: Block, name: str | None) -> Block:
+    """The block as this adapter of it computes; without one itself."""
+    return block if name is None else block.adapted[name] or block
 
 
 class Angles(Protocol):

@@ -51,17 +51,18 @@ class LowRankUpdate:
 
 
 class LowRankWeight:
-    """Stands for a weight ``[out, in]`` in ``ops.linear``: the one below with low-rank terms beside it."""
+    """Stands for a weight ``[out, in]`` in ``ops.linear``: the one below with low-rank terms beside it, if any."""
 
-    def __init__(self, base: BaseProduct, update: LowRankUpdate) -> None:
+    def __init__(self, base: BaseProduct, update: LowRankUpdate | None) -> None:
         self._base = base
         self._update = update
 
     @property
     def nbytes(self) -> int:
         """What the terms take; the weight below is not theirs."""
-        return self._update.nbytes
+        return 0 if self._update is None else self._update.nbytes
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``ops.linear`` has the contract."""
-        return self._update.add_to(self._base(x, bias), x)
+        product = self._base(x, bias)
+        return product if self._update is None else self._update.add_to(product, x)

@@ -130,6 +130,7 @@ class HookedBlock:
         self._hook = hook
         self.dtype = block.dtype
         self.config = block.config
+        self.adapted = block.adapted
 
     def forward_paged(self, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
         self._hook(hidden)

@@ -28,7 +28,7 @@ spans = st.builds(
 @given(st.lists(spans, min_size=1, max_size=6))
 def test_segments_cover_each_span_once_and_in_order(chosen: list[BlockSpan]) -> None:
     """Every item runs through exactly its blocks, ascending, and neighbouring segments differ in their items."""
-    segments = split_segments(chosen)
+    segments = split_segments(chosen, [None] * len(chosen))
     for number, span in enumerate(chosen):
         blocks = [block for segment in segments if number in segment.items for block in segment.blocks]
         assert blocks == list(span)
@@ -39,7 +39,7 @@ def test_segments_cover_each_span_once_and_in_order(chosen: list[BlockSpan]) -> 
 
 def test_segments_of_equal_spans() -> None:
     """Items of one span make one segment."""
-    (segment,) = split_segments([BlockSpan(2, 5)] * 3)
+    (segment,) = split_segments([BlockSpan(2, 5)] * 3, [None] * 3)
     assert (segment.blocks, segment.items) == (BlockSpan(2, 5), (0, 1, 2))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petalsd.models.contract import Angles
+from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.adapted_linear import adapt_layer
 from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, PagedCall
 from petalsd.models.hf.packing import layer_nbytes
@@ -35,6 +35,7 @@ class LayerBlock:
         self.device = angles.device
         self.nbytes = layer_nbytes(layer)
         self.layer = layer
+        self.adapted: Mapping[str, Block | None] = {}
         self._angles = angles
         self._part = angles_part
         self._window = config.windows[index]
