@@ -26,13 +26,13 @@ from petalsd.engine.step import SessionSpec
 from petalsd.errors import BadRequest
 from petalsd.swarm.codec import DTYPES, decode_metadata, decode_tensor, encode_metadata, encode_tensor
 from petalsd.swarm.protocol import MIB, make_chain
-from petalsd.swarm.requests import served_span
+from petalsd.swarm.requests import adapter_of, served_span
 from petalsd.types import BlockSpan
 
-_VERSION = 2
+_VERSION = 3
 _CHUNK_BYTES = MIB  # of keys, and of values: small beside what a session's step may bring
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FIELDS = {"version", "client", "batch", "max_tokens", "dtype", "num_kv_heads", "head_dim"}
+_FIELDS = {"version", "client", "batch", "max_tokens", "dtype", "num_kv_heads", "head_dim", "active_adapter"}
 _PLACE_FIELDS = ("start_block", "end_block", "start", "end")
 
 
@@ -70,6 +70,7 @@ class Offer:
             "dtype": _DTYPE_NAMES[shape.dtype],
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
+            "active_adapter": spec.adapter or "",
         }
         uid = make_chain(prefix, spec.span)
         return runtime_pb2.ExpertRequest(uid=uid, metadata=encode_metadata(metadata))
@@ -93,7 +94,8 @@ class Offer:
         batch, max_tokens, heads, head_dim = (
             _count(metadata, name) for name in ("batch", "max_tokens", "num_kv_heads", "head_dim")
         )
-        spec = SessionSpec(served_span(request.uid, prefix), batch, max_tokens, client)
+        span, adapter = served_span(request.uid, prefix), adapter_of(metadata)
+        spec = SessionSpec(span, batch, max_tokens, client, adapter=adapter)
         return cls(spec, KVShape(heads, head_dim, DTYPES[dtype]))
 
     def places(self, tokens: range) -> Iterator[Place]:

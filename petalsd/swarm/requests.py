@@ -96,6 +96,7 @@ class OpenRequest:
             max_tokens=_max_length(metadata),
             peer=peer,
             alloc_timeout_s=min(_alloc_timeout(metadata), max_alloc_timeout_s),
+            adapter=adapter_of(metadata),
         )
         session_id, ticket = _text(metadata, "session_id"), _text(metadata, "session_ticket")
         return cls(spec, session_id, structure, ticket, metadata.get("can_follow") is True)
@@ -141,6 +142,7 @@ def decode_forward(
         hidden=decode_tensor(hidden, "hidden states"),
         peer=peer,
         prompts=_optional(prompts, "prompts"),
+        adapter=adapter_of(metadata),
     )
 
 
@@ -157,6 +159,7 @@ def decode_backward(
         peer=peer,
         prompts=_optional(prompts, "prompts"),
         grad_output=decode_tensor(grad_output, "grad_outputs"),
+        adapter=adapter_of(metadata),
     )
 
 
@@ -169,13 +172,20 @@ def served_span(uid: str, prefix: str) -> BlockSpan:
 
 
 def check_common(metadata: Mapping[str, Any]) -> None:
-    """Fields that every computing call may carry: the price offered, the adapter wanted."""
+    """What every computing call may carry, and does not matter: the price offered."""
     points = metadata.get("points", 0)
     if not _is_number(points):
         raise BadRequest("points", points, "must be a number")
+
+
+def adapter_of(metadata: Mapping[str, Any]) -> str | None:
+    """The adapter that is wanted, if one is; whether it is here, the engine knows."""
     adapter = metadata.get("active_adapter")
-    if adapter:
-        raise BadRequest("active_adapter", adapter, "this server has no adapters")
+    if not adapter:
+        return None
+    if not isinstance(adapter, str):
+        raise BadRequest("active_adapter", adapter, "must be the name of an adapter")
+    return adapter
 
 
 def _optional(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor | None:

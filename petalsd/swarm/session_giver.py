@@ -45,6 +45,7 @@ def takers(view: SwarmView, own_peer: str, spec: SessionSpec) -> list[RemoteSpan
         if remote.peer != own_peer
         and remote.span.covers(spec.span)
         and "petalsd" in (remote.record.version or "")
+        and (spec.adapter is None or spec.adapter in remote.record.adapters)
     ]
     random.shuffle(fitting)
     return sorted(fitting, key=lambda remote: not _has_room(remote, spec))

@@ -73,8 +73,9 @@ class TicketOffice:
             raise NotServed("no session of this peer waits under this ticket")
         session = held.session
         ours = session.spec
-        if (ours.span, ours.batch, ours.max_tokens) != (spec.span, spec.batch, spec.max_tokens):
-            held_as = f"blocks {ours.span}, {ours.batch} rows, {ours.max_tokens} tokens"
+        if _shape(ours) != _shape(spec):
+            adapter = "no adapter" if ours.adapter is None else f"adapter {ours.adapter}"
+            held_as = f"blocks {ours.span}, {ours.batch} rows, {ours.max_tokens} tokens, {adapter}"
             raise BadRequest("session_ticket", str(spec.span), f"the session was opened for {held_as}")
         if session.end_reason is None:
             self._charge(ticket, session)
@@ -116,3 +117,7 @@ class TicketOffice:
         held.expiry.cancel()
         held.deposit.release()
         return held.session
+
+
+def _shape(spec: SessionSpec) -> tuple[BlockSpan, int, int, str | None]:
+    return spec.span, spec.batch, spec.max_tokens, spec.adapter

@@ -96,6 +96,11 @@ async def claim(swarm: Swarm, ticket: str, claimant: Node | None = None, tokens:
         ({"shape": KVShape(2, 16, torch.bfloat16)}, "bad_request", Outcome.FAILED),
         ({"shape": KVShape(4, 16, torch.float32)}, "bad_request", Outcome.FAILED),
         ({"spec": SessionSpec(BlockSpan(2, 5), 1, 32, GHOST)}, "not_served", Outcome.FAILED),
+        (
+            {"spec": SessionSpec(SPAN, 1, 32, GHOST, adapter="x")},
+            "not_served: active_adapter",
+            Outcome.FAILED,
+        ),
         ({"spec": SessionSpec(SPAN, 1, 512, GHOST)}, "overloaded", Outcome.OVER_SHARE),
         ({"spec": SessionSpec(SPAN, 1 << 30, 1 << 30, GHOST)}, "overloaded", Outcome.OVER_SHARE),
         ({"spec": SessionSpec(SPAN, 1, 32, "nobody")}, "bad_request", Outcome.FAILED),

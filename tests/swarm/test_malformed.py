@@ -86,6 +86,7 @@ HOSTILE = {
     "huge length": (message(max_length=2**63), "max_length"),
     "points that are none": (message(points=None), "points"),
     "unknown adapter": (message(active_adapter="evil/adapter"), "active_adapter"),
+    "adapter of the wrong type": (message(active_adapter=["x"]), "active_adapter"),
     "session id of the wrong type": (message(session_id=5), "session_id"),
     "endless session id": (message(session_id="x" * 1000), "session_id"),
     "step id of the wrong type": (message(step_id=["x"]), "step_id"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import BadRequest, NotServed, SessionClosed, SessionMoved
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.escrow import NOTHING, Amount, Escrow, EscrowFull, EscrowLimits, Outcome
 from petalsd.swarm.givers import KnownGivers, UnknownGiver
+from petalsd.swarm.handover import KVShape, Offer
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.session_giver import takers
@@ -82,6 +85,8 @@ async def test_a_session_that_ended_meanwhile_says_why(tmp_path: Path) -> None:
         engine.end_work("the blocks went")
         with pytest.raises(BadRequest, match="session_ticket"):
             office.claim(ticket, SessionSpec(BlockSpan(0, 3), 1, 32, GHOST))
+        with pytest.raises(BadRequest, match=r"opened for .* no adapter"):
+            office.claim(ticket, replace(spec, adapter="poet"))
         session = office.claim(ticket, spec)
         assert (session.end_reason, notes.hand_overs) == ("the blocks went", [Outcome.ENDED])
         with pytest.raises(SessionClosed):
@@ -152,7 +157,7 @@ def listing(peer: str, state: ServerState) -> SwarmView:
 
 
 def test_who_is_asked_to_take_a_session() -> None:
-    """Servers of petalsd that hold all of its blocks, those with room first; never ourselves."""
+    """Servers of petalsd that hold all of its blocks and its adapter, those with room first; never ourselves."""
     spec = SessionSpec(BlockSpan(2, 4), 1, 100, "client")
     whole = BlockSpan(0, 4)
     records = {
@@ -172,6 +177,12 @@ def test_who_is_asked_to_take_a_session() -> None:
     ]
     view = SwarmView("tiny", 4, blocks)
     assert [remote.peer[2] for remote in takers(view, "Qm" + "o" * 44, spec)] == ["a", "f"]
+    assert not takers(view, "Qm" + "o" * 44, replace(spec, adapter="poet"))
+    for held in blocks:
+        held.update({peer: replace(record, adapters=("poet",)) for peer, record in held.items()})
+    view = SwarmView("tiny", 4, blocks)
+    spec = replace(spec, adapter="poet")
+    assert [remote.peer[2] for remote in takers(view, "Qm" + "o" * 44, spec)] == ["a", "f"]
 
 
 def test_the_text_of_a_redirect_is_read_back() -> None:
@@ -187,3 +198,10 @@ def test_the_text_of_a_redirect_is_read_back() -> None:
     )
     assert SessionMoved.parse(f"{moved} and more") is None
     assert SessionMoved.parse("session_closed: the server is stopping") is None
+
+
+@pytest.mark.parametrize("adapter", [None, "poet"])
+def test_an_offer_says_everything_that_the_session_is(adapter: str | None) -> None:
+    """The taker goes on with the same adapter, or none."""
+    offer = Offer(SessionSpec(BlockSpan(1, 3), 2, 32, GHOST, adapter=adapter), KVShape(2, 16, torch.float32))
+    assert Offer.parse(offer.to_wire("tiny"), "tiny") == offer
