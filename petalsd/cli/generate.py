@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
     parser.add_argument(
         "--dht-prefix", metavar="NAME", help="what the servers call the model, if not its name"
     )
+    parser.add_argument("--adapter", metavar="NAME", help="a LoRA adapter that the servers have")
     parser.add_argument(
         "--max-new-tokens", type=_positive_int, default=128, metavar="N", help="default: %(default)s"
     )
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from petalsd.client.model import RemoteCausalLM
+    from petalsd.client.options import ClientOptions
     from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 
     configure_logging("auto", arguments.log_level)
@@ -77,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         initial_peers=PUBLIC_INITIAL_PEERS if arguments.peers == [PUBLIC] else arguments.peers,
         dht_prefix=arguments.dht_prefix,
         dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+        options=ClientOptions(adapter=arguments.adapter),
     )
     streamer = MeteredStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     with model:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petalsd.swarm.directory import RemoteSpan
+
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
@@ -20,6 +22,7 @@ class ClientOptions:
     max_stream_age_s     the same for its whole life (servers: 1800 s)
     allowed_servers      base58 PeerIDs to use and no others; None allows all
     blocked_servers      base58 PeerIDs never to use
+    adapter              the servers' adapter that all calls ask for, as its servers call it; None: the model as it is
     """
 
     connect_timeout_s: float = 5.0
@@ -41,9 +44,15 @@ class ClientOptions:
     max_stream_age_s: float = 1500.0
     allowed_servers: frozenset[str] | None = None
     blocked_servers: frozenset[str] = frozenset()
+    adapter: str | None = None
 
     def allows(self, peer: str) -> bool:
         """Whether the user lets us use this server."""
         return peer not in self.blocked_servers and (
             self.allowed_servers is None or peer in self.allowed_servers
         )
+
+    def suits(self, server: RemoteSpan) -> bool:
+        """Whether it may be used, and has the adapter."""
+        has_adapter = self.adapter is None or self.adapter in server.record.adapters
+        return has_adapter and self.allows(server.peer)

@@ -186,7 +186,11 @@ class SwarmPasses:
         return outputs
 
     async def _call(self, method: PassMethod, hop: Hop, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        metadata = {"points": 0.0, "active_adapter": "", "args_structure": packed_structure(len(tensors))}
+        metadata = {
+            "points": 0.0,
+            "active_adapter": self._options.adapter or "",
+            "args_structure": packed_structure(len(tensors)),
+        }
         uid = make_chain(self._prefix, hop.blocks)
         return await method(
             uid, [tensor.detach() for tensor in tensors], metadata, self._options.request_timeout_s

@@ -41,10 +41,12 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class RoutingFacts:
-    """What routing knows beside the spans: our round trips in seconds by peer, and who is banned."""
+    """What routing knows beside the spans: our round trips in seconds by peer, who is banned, and the adapter that
+    all of the spans have."""
 
     rtt_s: Mapping[str, float] = field(default_factory=dict)
     banned: Collection[str] = ()
+    adapter: str | None = None
 
 
 def route_by_latency(
@@ -55,7 +57,7 @@ def route_by_latency(
     A route may enter a span in the middle and leaves it only at its end. MissingBlocks names blocks without a
     server.
     """
-    _check_coverage(spans, blocks)
+    _check_coverage(spans, blocks, facts)
     queue: list[tuple[float, int, int, int]] = []  # (cost, block entered, span, visit that led here)
     visits: list[tuple[int, int, int]] = []  # (block entered, span, visit before)
     settled: set[tuple[int, int]] = set()
@@ -90,7 +92,7 @@ def route_by_throughput(
     spans: Sequence[RemoteSpan], blocks: BlockSpan, facts: RoutingFacts, rng: random.Random
 ) -> list[Hop]:
     """A random route through ``blocks`` for a pass; long spans are likelier, and each runs to its end."""
-    _check_coverage(spans, blocks)
+    _check_coverage(spans, blocks, facts)
     hops: list[Hop] = []
     block = blocks.start
     while block < blocks.end:
@@ -101,10 +103,10 @@ def route_by_throughput(
     return hops
 
 
-def _check_coverage(spans: Sequence[RemoteSpan], blocks: BlockSpan) -> None:
+def _check_coverage(spans: Sequence[RemoteSpan], blocks: BlockSpan, facts: RoutingFacts) -> None:
     missing = [block for block in blocks if not any(block in server.span for server in spans)]
     if missing:
-        raise MissingBlocks(missing)
+        raise MissingBlocks(missing, facts.adapter)
 
 
 def _walk_back(

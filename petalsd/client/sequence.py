@@ -53,7 +53,7 @@ class SequenceManager:
 
     @property
     def spans(self) -> Sequence[RemoteSpan]:
-        """The ONLINE spans of the last view that the user allows, banned ones included."""
+        """The ONLINE spans of the last view that suit the user's options, banned ones included."""
         return self._spans
 
     async def start(self) -> None:
@@ -101,7 +101,7 @@ class SequenceManager:
             log.warning("directory_unreadable", error=str(error))
             return
         spans = view.spans(ServerState.ONLINE)
-        self._spans = [span for span in spans if self._options.allows(span.peer)]
+        self._spans = [span for span in spans if self._options.suits(span)]
         await self._ping_sample()
 
     async def _refresh_loop(self) -> None:
@@ -142,4 +142,4 @@ class SequenceManager:
         self._rtt_s = {peer: rtt_s for peer, rtt_s in self._rtt_s.items() if peer in peers}
 
     def _facts(self) -> RoutingFacts:
-        return RoutingFacts(self._rtt_s, self._bans.current())
+        return RoutingFacts(self._rtt_s, self._bans.current(), self._options.adapter)

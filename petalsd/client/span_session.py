@@ -128,7 +128,7 @@ class SpanSession:
             metadata |= {
                 "max_length": self._terms.max_tokens,
                 "points": 0.0,
-                "active_adapter": "",
+                "active_adapter": self._terms.options.adapter or "",
                 "alloc_timeout": self._terms.options.alloc_timeout_s,
                 "can_follow": True,
             }

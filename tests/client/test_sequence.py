@@ -75,6 +75,20 @@ async def test_only_online_and_allowed_servers_are_used() -> None:
     assert [span.peer for span in manager.spans] == ["a"]
 
 
+async def test_only_servers_with_the_adapter_are_used() -> None:
+    """And the adapter is named where some blocks have none."""
+    with_it = {"adapters": ("poet", "cook")}
+    directory = FakeDirectory(make_span("a", 0, 6), make_span("b", 0, 6, **with_it))
+    manager = directory.manager(adapter="poet")
+    await manager.refresh()
+    assert [hop.peer for hop in manager.route_session(BLOCKS, 10)] == ["b"]
+    directory.view = make_view(make_span("a", 0, 6), make_span("b", 0, 4, **with_it))
+    await manager.refresh()
+    for route in (lambda: manager.route_session(BLOCKS, 10), lambda: manager.route_pass(BLOCKS)):
+        with pytest.raises(MissingBlocks, match="no server holds blocks 4:6 with adapter poet"):
+            route()
+
+
 async def test_callers_at_the_same_time_share_one_reading() -> None:
     """Many sessions that lose a server do not flood the DHT."""
     directory = FakeDirectory(make_span("a", 0, 6))
