@@ -96,7 +96,10 @@ class ModelSection(Section):
     quantization: Annotated[Quantization, BeforeValidator(_without_nf4)] = _restart(
         "none", "how the weights of linear layers are kept: as dtype says, in 8 bits, or in 4"
     )
-    adapters: Texts = _restart((), "LoRA repositories served beside the model")
+    adapters: Texts = _restart(
+        (),
+        "LoRA adapters that clients may ask for by name: Hub repositories, or directories called as these are",
+    )
     dht_prefix: str | None = _restart(None, "name of the model in the swarm; derived from source if unset")
     token_file: PathText | None = _restart(
         None,

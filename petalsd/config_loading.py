@@ -24,7 +24,6 @@ DEFAULT_ORIGIN = "default"
 
 # Keys that later versions give a meaning: refused, since ignoring them would look like obedience.
 _NOT_YET = {
-    "model.adapters": ((), "this version serves no adapters"),
     "swarm.allowed_peers": ((), "this version serves every peer of its swarm; bound that by a private swarm"),
 }
 

@@ -76,6 +76,7 @@ class Model(Document):
     family: str
     dtype: str
     quantization: str
+    adapters: list[str] = Field(description="that clients may ask for by name")
     device: str
     path: BlockPath | None = Field(description="of the slowest kind; null until blocks are loaded")
     kernels: str | None = Field(description="that the path uses")

@@ -121,7 +121,6 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ('[swarm]\ninitial_peers = "pubic"', "swarm.initial_peers = 'pubic'"),
         ('[swarm]\nhost_maddrs = ["/ip4/1.2.3/tcp/1"]', "'1.2.3' is no ip4 address"),
         ('[model]\nquantization = "nf4"', "model.quantization = 'nf4': write int4, which takes as much memory"),
-        ('[model]\nadapters = ["a/b"]', "serves no adapters"),
         ('[swarm]\nallowed_peers = ["x"]', "serves every peer of its swarm"),
     ],
 )  # fmt: skip

@@ -53,6 +53,7 @@ class RecordWriter:
             inference_rps=rates.inference_rps,
             torch_dtype=self._plan.dtype_name,
             quant_type=self._plan.storage.quantization,
+            adapters=self._plan.adapter_names,
             using_relay=is_relayed,
             max_blocks=self._max_blocks(),
             cache_tokens_left=None if pool is None else 2 * pool.tokens_free,

@@ -8,7 +8,6 @@ import structlog
 
 from petalsd.daemon.memory import free_memory_bytes
 from petalsd.daemon.plan import ServingPlan
-from petalsd.daemon.sizing import block_weights_bytes
 from petalsd.engine.engine import Engine
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for, tokens_for
@@ -29,9 +28,7 @@ async def cache_pages(plan: ServingPlan, engine: Engine, blocks: Mapping[int, Bl
     trial = KVPool(plan.geometry, _TRIAL_PAGES, plan.dtype, plan.device)
     trial.allocate()
     graph_bytes = await engine.measure_graphs(blocks, trial)
-    missing_bytes = (num_blocks - len(blocks)) * (
-        block_weights_bytes(plan.architecture, plan.storage) + plan.need.graphs.block_bytes
-    )
+    missing_bytes = (num_blocks - len(blocks)) * (plan.block_weights_bytes + plan.need.graphs.block_bytes)
     room_bytes = free_memory_bytes(plan.device) - graph_bytes - missing_bytes
     kv_tokens = cache_tokens(plan, num_blocks, room_bytes)
     log.info("graphs_measured", bytes=graph_bytes, kv_tokens=kv_tokens, planned_kv_tokens=plan.kv_tokens)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from petalsd.config import BlocksSection, Config, EngineSection, ModelSection
+from petalsd.daemon.adapter_sources import open_adapters
 from petalsd.daemon.memory import device_memory_bytes, free_memory_bytes
 from petalsd.daemon.sizing import (
     ESTIMATED_GRAPHS,
@@ -27,6 +28,7 @@ from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.engine.limits import EngineLimits
 from petalsd.errors import ConfigError, DeviceLost
 from petalsd.kvcache.sizing import KVGeometry
+from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
 from petalsd.models.ladder import Ladder
@@ -50,6 +52,7 @@ _KV_DTYPES = {"int8": torch.int8, "float8": FLOAT8}
 @dataclass(frozen=True, slots=True)
 class ServingPlan:
     """architecture  what the model's config.json describes
+    adapters      what sessions and passes may ask for beside the model itself
     prefix        name of the model in the swarm
     repository    its page on the Hub, None for a directory
     storage       how weights are kept, and the dtype and device of all that is computed
@@ -60,6 +63,7 @@ class ServingPlan:
 
     source: ModelSource
     architecture: Architecture
+    adapters: tuple[Adapter, ...]
     prefix: str
     repository: str | None
     storage: WeightStorage
@@ -101,11 +105,19 @@ class ServingPlan:
         precision = str(stored).removeprefix("torch.").partition("_")[0]
         return f"{self.weights_name} with {precision} cache"
 
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @property
+    def block_weights_bytes(self) -> int:
+        """What the model's largest block takes with its adapters, the cache not included."""
+        return block_weights_bytes(self.architecture, self.storage, self.adapters)
+
     def has_room_beside(self, num_blocks: int) -> bool:
         """Whether the weights of so many more blocks fit now; the cache they will use is there already."""
         share = _CPU_MEMORY_SHARE if self.device.type == "cpu" else 1.0
-        need_bytes = num_blocks * block_weights_bytes(self.architecture, self.storage)
-        return need_bytes <= share * free_memory_bytes(self.device)
+        return num_blocks * self.block_weights_bytes <= share * free_memory_bytes(self.device)
 
     def files_of(self, span: BlockSpan) -> list[str]:
         """The files that hold the blocks of ``span``. Raises WeightsError."""
@@ -139,6 +151,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     """Blocking: reads the model's config, perhaps from the Hub. ConfigError, UnsupportedModel or WeightsError."""
     source = open_source(config.model, paths)
     architecture = Architecture.read(source.config())
+    adapters = open_adapters(config.model, source, architecture)
     model = architecture.config
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
@@ -151,6 +164,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     return ServingPlan(
         source=source,
         architecture=architecture,
+        adapters=adapters,
         prefix=dht_prefix(
             model.model_type, config.model.source, source.is_directory, config.model.dht_prefix
         ),
@@ -158,7 +172,7 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
         storage=storage,
         geometry=geometry,
         kv_tokens=kv_tokens,
-        need=memory_need(architecture, storage, geometry, kv_tokens, graphs),
+        need=memory_need(architecture, storage, geometry, kv_tokens, graphs, adapters),
         memory_bytes=int(device_memory_bytes(device) * share),
         limits=_limits(config, max_session_tokens_for(config.engine.max_session_tokens, model, kv_tokens)),
         has_graphs=has_graphs,
@@ -257,7 +271,12 @@ class ModelReader:
 
     def load_block(self, index: int) -> Block:
         with self._turn:
-            return self._ladder.load(index)
+            block = self._ladder.load(index)
+            block.adapted = {
+                adapter.name: adapter.adapt(block, self._ladder.make_product)
+                for adapter in self._plan.adapters
+            }
+            return block
 
 
 def gib(num_bytes: int) -> str:

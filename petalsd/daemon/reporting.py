@@ -207,6 +207,7 @@ class Reporter:
             family=plan.model.model_type,
             dtype=plan.dtype_name,
             quantization=plan.storage.quantization,
+            adapters=list(plan.adapter_names),
             device=str(plan.device),
             path=None if slowest is None else slowest.taken.rung.value,
             kernels=None if slowest is None else slowest.taken.kernels,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import KVGeometry, pages_for
+from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.weight_storage import WeightStorage
@@ -85,16 +87,21 @@ def memory_need(
     geometry: KVGeometry,
     kv_tokens: int,
     graphs: GraphMemory = _NO_GRAPHS,
+    adapters: Sequence[Adapter] = (),
 ) -> MemoryNeed:
     """All blocks are counted as the model's largest."""
     cache_bytes = (pages_for(kv_tokens, 1, geometry.page_tokens) - 1) * geometry.page_bytes
     pass_bytes = int(architecture.config.hidden_size * _PASS_BYTES_PER_HIDDEN)
-    return MemoryNeed(block_weights_bytes(architecture, storage) + cache_bytes, pass_bytes, graphs)
+    block_bytes = block_weights_bytes(architecture, storage, adapters) + cache_bytes
+    return MemoryNeed(block_bytes, pass_bytes, graphs)
 
 
-def block_weights_bytes(architecture: Architecture, storage: WeightStorage) -> int:
-    """What the weights of the model's largest block take."""
-    return int(storage.nbytes(architecture.largest_block()) * _WEIGHTS_OVERHEAD)
+def block_weights_bytes(
+    architecture: Architecture, storage: WeightStorage, adapters: Sequence[Adapter] = ()
+) -> int:
+    """What the weights of the model's largest block take, with these adapters of it."""
+    adapted = sum(adapter.max_block_nbytes(storage.dtype) for adapter in adapters)
+    return int((storage.nbytes(architecture.largest_block()) + adapted) * _WEIGHTS_OVERHEAD)
 
 
 def network_rps(network_mbps: float, hidden_size: int) -> float:

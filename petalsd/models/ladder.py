@@ -157,10 +157,13 @@ class Ladder:
     def _pack(self, layer: nn.Module) -> None:
         pack_layer(layer, self.architecture.layers.family.experts, self._make_product)
 
+    def make_product(self, weight: PackedWeight) -> Product:
+        """What multiplies with a packed weight on the blocks' device."""
+        return self._products[1](weight)
+
     def _make_product(self, weight: torch.Tensor) -> Product:
         assert self.storage.format is not None
-        make = self._products[1]
-        return make(pack_weight(weight.cpu(), self.storage.format).to(self.storage.device))
+        return self.make_product(pack_weight(weight.cpu(), self.storage.format).to(self.storage.device))
 
     def _as_block(self, layer: nn.Module, index: int) -> LayerBlock:
         angles, part = self.angles, slice(0, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ class ModelSource:
         max_disk_bytes: int | None = None,
     ) -> None:
         self.source = source
+        self._beside = partial(
+            ModelSource, cache_dir=cache_dir, token=token, offline=offline, max_disk_bytes=max_disk_bytes
+        )
         self.is_directory = Path(source).is_dir()
         self._index: dict[str, str] | None = None
         self._files: FileStore
@@ -48,6 +52,10 @@ class ModelSource:
         else:
             cache = cache_dir or instance_paths("client", os.environ).weights_dir
             self._files = HubStore(source, revision, cache, token, offline, max_disk_bytes)
+
+    def sibling(self, source: str) -> ModelSource:
+        """Another source, by what this one was made with; of a repository the main revision."""
+        return self._beside(source)
 
     @property
     def name(self) -> str:

@@ -146,8 +146,9 @@ def test_graphs_are_for_gpus(model_dir: Path, paths: InstancePaths) -> None:
 
 def test_a_block_takes_its_memory_while_nothing_is_captured(plan: ServingPlan) -> None:
     turn = threading.Lock()
-    ladder: Any = SimpleNamespace(load=lambda index: turn.locked())
-    assert ModelReader(plan, ladder, turn).load_block(0)
+    ladder: Any = SimpleNamespace(load=lambda index: SimpleNamespace(is_in_turn=turn.locked()))
+    block: Any = ModelReader(plan, ladder, turn).load_block(0)
+    assert block.is_in_turn
     assert not turn.locked()
 
 

@@ -123,6 +123,8 @@ def _serving_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         ),
     )
     yield from _path_fields(model)
+    if adapters := model.get("adapters"):
+        yield "adapters", ", ".join(adapters)
     if graphs := document.get("graphs"):
         yield "graphs", _graphs_line(graphs)
     if model["dht_prefix"] not in (None, model["source"]):
