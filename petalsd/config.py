@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from petalsd.config_addresses import check_maddr
+from petalsd.config_addresses import check_maddr, check_peer_id
 from petalsd.types import BlockSpan, HostPort
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
@@ -26,6 +26,12 @@ def _to_path(value: object) -> object:
 
 def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _to_peer_ids(value: object) -> object:
+    for peer_id in value if isinstance(value, list) else ():
+        check_peer_id(peer_id)
+    return _to_tuple(value)
 
 
 def _to_bytes(value: object) -> object:
@@ -67,6 +73,7 @@ SizeBytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
 AutoSizeBytes = Literal["auto"] | Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 Maddrs = Annotated[tuple[str, ...], _maddrs(needs_peer=False)]
+PeerIds = Annotated[tuple[str, ...], BeforeValidator(_to_peer_ids)]
 PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], _maddrs(needs_peer=True)]
 Span = Annotated[BlockSpan, BeforeValidator(_to_span)]
 Quantization = Literal["none", "int8", "int4"]
@@ -139,7 +146,7 @@ class SwarmSection(Section):
     public_name: str | None = _restart(None, "name shown in swarm dashboards")
     relay: bool = _restart(True, "reach, and be reached by, peers behind a NAT through relays")
     update_period_s: Seconds = _restart(120.0, "period of announcements; records live for twice as long")
-    allowed_peers: Texts = _restart((), "PeerIDs that may use this server; empty: everybody")
+    allowed_peers: PeerIds = _restart((), "PeerIDs of the clients that may use this server; empty: everybody")
     throughput: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
         "auto",
         "tokens/s announced to the swarm; auto: measured once, kept, and then as clients' requests show",

@@ -25,6 +25,12 @@ def check_maddr(text: object, *, needs_peer: bool) -> None:
         raise ValueError(f"{text}: an initial peer ends in /p2p/ and its PeerID")
 
 
+def check_peer_id(text: object) -> None:
+    """ValueError unless it is a base58 PeerID, ``Qm...`` or ``12D3Koo...``."""
+    if not isinstance(text, str) or not _PEER_ID.fullmatch(text):
+        raise ValueError(f"{text!r} is no PeerID")
+
+
 def _walk(text: str) -> list[str]:
     """The protocol names in order; each value is checked on the way."""
     parts = text[1:].split("/")
@@ -52,7 +58,9 @@ def _check_value(text: str, protocol: str, value: str) -> None:
         if not value.isdecimal() or int(value) > 65535:
             raise ValueError(f"{text}: {value!r} is no port")
     elif protocol in {"p2p", "ipfs"}:
-        if not _PEER_ID.fullmatch(value):
-            raise ValueError(f"{text}: {value!r} is no PeerID")
+        try:
+            check_peer_id(value)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
     elif not _HOST_NAME.fullmatch(value):
         raise ValueError(f"{text}: {value!r} is no host name")

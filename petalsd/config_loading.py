@@ -22,11 +22,6 @@ from petalsd.errors import ConfigError
 ENVIRONMENT_PREFIX = "PETALSD_"
 DEFAULT_ORIGIN = "default"
 
-# Keys that later versions give a meaning: refused, since ignoring them would look like obedience.
-_NOT_YET = {
-    "swarm.allowed_peers": ((), "this version serves every peer of its swarm; bound that by a private swarm"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
@@ -55,8 +50,6 @@ def load_config(file: Path | None, environ: Mapping[str, str], overrides: Sequen
         config = Config.model_validate(_nested(merged))
     except ValidationError as error:
         problems += _describe(error, origins)
-    if config is not None:
-        problems += _unavailable(config, origins)
     if problems or config is None:
         raise ConfigError("\n  ".join(["the configuration cannot be used:", *problems]))
     return LoadedConfig(config, origins)
@@ -235,12 +228,3 @@ def _hint_for_key(key: str) -> str:
 def _hint_for_section(section: str) -> str:
     close = difflib.get_close_matches(section, _sections(), n=1, cutoff=0.6)
     return f"; did you mean [{close[0]}]?" if close else ""
-
-
-def _unavailable(config: Config, origins: Mapping[str, str]) -> list[str]:
-    problems = []
-    for key, (allowed, sentence) in _NOT_YET.items():
-        value = value_of(config, key)
-        if value != allowed and not (isinstance(allowed, tuple) and value in allowed):
-            problems.append(f"{origins[key]}: {key} = {value!r}: {sentence}; remove the key")
-    return problems

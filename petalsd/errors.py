@@ -7,6 +7,7 @@ PetalsdError
 │   └── WeightsError         files are missing, damaged, of a refused kind, or do not fit the disk
 ├── BadRequest           a peer sent something wrong: names the field, its value and the rule
 ├── NotServed            the blocks asked for are not served here (any more)
+├── NotAllowed           the peer may not use this server
 ├── OutOfPages           the KV pool cannot hold the session, now or within the time allowed
 ├── Overloaded           as many sessions or passes as are allowed are already here
 ├── Conflict             an administrator asked for something that the daemon's state does not allow now
@@ -80,6 +81,10 @@ class BadRequest(PetalsdError):
 
 class NotServed(PetalsdError):
     code = "not_served"
+
+
+class NotAllowed(PetalsdError):
+    code = "not_allowed"
 
 
 class OutOfPages(PetalsdError):

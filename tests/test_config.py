@@ -121,7 +121,7 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ('[swarm]\ninitial_peers = "pubic"', "swarm.initial_peers = 'pubic'"),
         ('[swarm]\nhost_maddrs = ["/ip4/1.2.3/tcp/1"]', "'1.2.3' is no ip4 address"),
         ('[model]\nquantization = "nf4"', "model.quantization = 'nf4': write int4, which takes as much memory"),
-        ('[swarm]\nallowed_peers = ["x"]', "serves every peer of its swarm"),
+        ('[swarm]\nallowed_peers = ["x"]', "swarm.allowed_peers = ['x']: 'x' is no PeerID"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_the_reason(tmp_path: Path, text: str, expected: str) -> None:

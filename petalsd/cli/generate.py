@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petalsd.cli.exit_codes import EXIT_OK
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
     )
     parser.add_argument(
         "--dht-prefix", metavar="NAME", help="what the servers call the model, if not its name"
+    )
+    parser.add_argument(
+        "--identity", type=Path, metavar="FILE", help="private key, made if missing; unset: a new PeerID"
     )
     parser.add_argument("--adapter", metavar="NAME", help="a LoRA adapter that the servers have")
     parser.add_argument(
@@ -79,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         initial_peers=PUBLIC_INITIAL_PEERS if arguments.peers == [PUBLIC] else arguments.peers,
         dht_prefix=arguments.dht_prefix,
         dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
-        options=ClientOptions(adapter=arguments.adapter),
+        options=ClientOptions(identity_path=arguments.identity, adapter=arguments.adapter),
     )
     streamer = MeteredStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     with model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from petalsd.swarm.directory import RemoteSpan
 
@@ -22,7 +23,9 @@ class ClientOptions:
     max_stream_age_s     the same for its whole life (servers: 1800 s)
     allowed_servers      base58 PeerIDs to use and no others; None allows all
     blocked_servers      base58 PeerIDs never to use
-    adapter              the servers' adapter that all calls ask for, as its servers call it; None: the model as it is
+    identity_path        private key file, made if missing, for servers that know their clients; None: a new PeerID
+                         each time
+    adapter              adapter of the servers that all calls ask for, by its name; None: the model as it is
     """
 
     connect_timeout_s: float = 5.0
@@ -44,6 +47,7 @@ class ClientOptions:
     max_stream_age_s: float = 1500.0
     allowed_servers: frozenset[str] | None = None
     blocked_servers: frozenset[str] = frozenset()
+    identity_path: Path | None = None
     adapter: str | None = None
 
     def allows(self, peer: str) -> bool:

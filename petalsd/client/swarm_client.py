@@ -41,7 +41,9 @@ class SwarmClient:
         self.prefix = prefix
         self.whole_from = whole_from
         self.options = options or ClientOptions()
-        self._node_options = NodeOptions(initial_peers=tuple(initial_peers), client_mode=True)
+        self._node_options = NodeOptions(
+            initial_peers=tuple(initial_peers), client_mode=True, identity_path=self.options.identity_path
+        )
         self.node = Node(self._node_options)
         self.manager = SequenceManager(self._read_view, self._ping, num_blocks, self.options)
         self._tending: asyncio.Task[None] | None = None

@@ -111,7 +111,13 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
-        Serving(engine, _served_model(plan), _handler_limits(config), SwarmRecorder(metrics, link)),
+        Serving(
+            engine,
+            _served_model(plan),
+            _handler_limits(config),
+            SwarmRecorder(metrics, link),
+            config.swarm.allowed_peers,
+        ),
         RecordWriter(
             plan, engine, speed, config.swarm.public_name, partial(_max_blocks, settings, demand)
         ).describe,

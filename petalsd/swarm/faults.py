@@ -11,6 +11,7 @@ from petalsd.errors import (
     DeadlineExceeded,
     Draining,
     EngineError,
+    NotAllowed,
     NotServed,
     OutOfPages,
     Overloaded,
@@ -26,6 +27,7 @@ _PUBLIC = (
     DeadlineExceeded,
     Draining,
     EngineError,
+    NotAllowed,
     NotServed,
     OutOfPages,
     Overloaded,
@@ -58,7 +60,7 @@ def wire_code(error: BaseException) -> str:
 def wire_text(error: BaseException, method: str, peer: str) -> str:
     """The text for the peer. Errors that are not meant for it go to the log under the id that it gets."""
     if isinstance(error, _PUBLIC):
-        note = log.debug if isinstance(error, BadRequest | NotServed) else log.info
+        note = log.debug if isinstance(error, BadRequest | NotAllowed | NotServed) else log.info
         note("call_refused", method=method, peer=peer, code=error.code, error=error.message)
         return str(error)
     if isinstance(error, TimeoutError):

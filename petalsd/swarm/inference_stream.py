@@ -120,7 +120,7 @@ class InferenceCall:
         """A session that was handed to us was admitted already."""
         if opening.ticket is not None:
             return self._tickets.claim(opening.ticket, opening.spec)
-        self._serving.check_open()
+        self._serving.check_open(opening.spec.peer)
         return await self._serving.engine.open_session(opening.spec)
 
     async def _steps(self, session: Session, structure: object, message: StepMessage | Errand | None) -> None:

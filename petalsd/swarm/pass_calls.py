@@ -33,7 +33,7 @@ class PassCalls:
 
     async def collect(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
         """Put a streamed request together; the first part's metadata counts, all parts name the same blocks."""
-        self._serving.check_open()
+        self._serving.check_open(stream.peer)
         assembler = TensorAssembler(self._max_request_bytes)
         first: runtime_pb2.ExpertRequest | None = None
         while (part := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
@@ -67,14 +67,14 @@ class PassCalls:
         return response
 
     async def _forward(self, request: runtime_pb2.ExpertRequest, peer: str) -> torch.Tensor:
-        self._serving.check_open()
+        self._serving.check_open(peer)
         span = served_span(request.uid, self._serving.model.prefix)
         metadata = decode_metadata(request.metadata)
         asked = await off_loop(request.ByteSize(), decode_forward, request.tensors, metadata, span, peer)
         return await self._serving.engine.forward(asked)
 
     async def _backward(self, request: runtime_pb2.ExpertRequest, peer: str) -> list[torch.Tensor]:
-        self._serving.check_open()
+        self._serving.check_open(peer)
         span = served_span(request.uid, self._serving.model.prefix)
         metadata = decode_metadata(request.metadata)
         asked = await off_loop(request.ByteSize(), decode_backward, request.tensors, metadata, span, peer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from petalsd.engine.engine import Engine
-from petalsd.errors import Draining
+from petalsd.errors import Draining, NotAllowed
 from petalsd.swarm.observer import NullObserver, SwarmObserver
 
 
@@ -41,7 +42,10 @@ class HandlerLimits:
 
 
 class Serving:
-    """The engine behind the handlers, who is told of their calls, and whether new work is taken."""
+    """The engine behind the handlers, who is told of their calls, and whether new work is taken.
+
+    ``allowed_peers``: the clients (base58 PeerIDs) whose work is taken; empty: everybody's.
+    """
 
     def __init__(
         self,
@@ -49,11 +53,13 @@ class Serving:
         model: ServedModel,
         limits: HandlerLimits,
         observer: SwarmObserver | None = None,
+        allowed_peers: Collection[str] = (),
     ) -> None:
         self.engine = engine
         self.model = model
         self.limits = limits
         self.observer = observer or NullObserver()
+        self._allowed_peers = frozenset(allowed_peers)
         self._refusal: str | None = None
 
     def refuse(self, reason: str) -> None:
@@ -64,7 +70,9 @@ class Serving:
         """Take new work again."""
         self._refusal = None
 
-    def check_open(self) -> None:
-        """Draining while new work is refused."""
+    def check_open(self, client: str) -> None:
+        """NotAllowed for a client that may not use this server, Draining while new work is refused."""
+        if self._allowed_peers and client not in self._allowed_peers:
+            raise NotAllowed(f"{client} may not use this server", hint="use another server")
         if self._refusal is not None:
             raise Draining(self._refusal, hint="use another server")

@@ -51,7 +51,7 @@ class SessionTaker:
     async def _take(self, stream: MessageStream) -> None:
         opening = await self._receive(stream)
         offer = Offer.parse(opening, self._serving.model.prefix)
-        self._serving.check_open()
+        self._serving.check_open(offer.spec.peer)
         check_span(offer.spec.span, self._serving.engine.span)
         await self._givers.check(stream.peer, offer.spec.span)
         deposit = self.escrow.take_in(stream.peer, self._amount(offer.spec))

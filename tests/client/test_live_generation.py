@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from petalsd.client.model import RemoteCausalLM
 from petalsd.client.options import ClientOptions
+from petalsd.swarm.identity import ensure_identity
 from tests.client.live_server import PREFIX, LiveServer, in_threads
 from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 
@@ -171,3 +172,15 @@ def test_hidden_states_after_the_blocks(llama: Llama) -> None:
         actual = llama.model(ids, past_key_values=cache).logits
         expected = llama.reference(ids).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_client_that_keeps_its_key_keeps_its_peer_id(tmp_path: Path) -> None:
+    """By it servers may know their clients; without a file it is another one each time."""
+    make_tiny("llama", tmp_path)
+    key = tmp_path / "client.key"
+    with in_threads(tmp_path, "0:4") as servers:
+        peers = []
+        for identity_path in (key, key, None):
+            with connect(tmp_path, servers, identity_path=identity_path) as model:
+                peers.append(model.client.node.peer_id)
+    assert peers[0] == peers[1] == ensure_identity(key) != peers[2]

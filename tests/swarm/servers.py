@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ async def server(
     model: TinyModel | None = None,
     observer: SwarmObserver | None = None,
     max_peer_share: float = 1.0,
+    allowed_peers: Collection[str] = (),
 ) -> AsyncIterator[Server]:
     """Serve a tiny Llama on a started node; at the end everything must be given back."""
     model = model or TinyModel(path)
@@ -98,7 +99,7 @@ async def server(
     await engine.load_span(model.blocks, pool, model.rope)
     config = model.config
     served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, pool.dtype, "0.1.0")
-    serving = Serving(engine, served, limits or HandlerLimits(), observer)
+    serving = Serving(engine, served, limits or HandlerLimits(), observer, allowed_peers)
     handler = TransformerConnectionHandler(on, serving)
     await handler.start()
     running = Server(on, model, engine, serving, handler, pool)

@@ -8,12 +8,13 @@ import pytest
 from hivemind.p2p import P2PHandlerError
 
 from petalsd.engine.limits import EngineLimits
+from petalsd.errors import RemoteFailure
 from petalsd.swarm.node import Node
 from petalsd.swarm.serving import HandlerLimits
 from tests.engine.rig import states
 from tests.numeric import assert_close
-from tests.swarm.servers import server
-from tests.swarm.stock import StockSession
+from tests.swarm.servers import PREFIX, server
+from tests.swarm.stock import DUMMY, StockSession, stock_request
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -81,4 +82,26 @@ async def test_row_15_a_prefill_larger_than_a_batch_is_split_inside(
         session = await chunking.stock_session(client)
         answer = await session.step(chunking.uid, hidden, max_length=90)
         assert_close(answer, chunking.model.expected(hidden).detach(), **TOLERANCE, what="chunked")
+        assert await session.end()
+
+
+async def test_only_allowed_peers_are_served(client: Node, nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    """Sessions and passes of others are refused by name; anybody may ask what is served."""
+    stranger = "Qm" + "x" * 44
+    request = stock_request(f"{PREFIX}.1", [states(1, 3), DUMMY], {})
+    async with server(nodes[0], tmp_path, allowed_peers=[stranger]) as closed:
+        refusal = f"not_allowed: {client.peer_id} may not use this server"
+        for call in (
+            lambda: closed.stock(client).rpc_forward(request, timeout=20),
+            lambda: closed.stub(client).backward(closed.uid, [states(1, 3)] * 2 + [DUMMY], {}, timeout_s=20),
+        ):
+            with pytest.raises((P2PHandlerError, RemoteFailure), match=refusal):
+                await call()
+        session = await closed.stock_session(client)
+        with pytest.raises(P2PHandlerError, match=refusal):
+            await session.step(closed.uid, states(1, 3), max_length=8)
+        assert (await closed.stub(client).rpc_info(closed.uid))["version"] == "0.1.0"
+    async with server(nodes[0], tmp_path, allowed_peers=[stranger, client.peer_id]) as shared:
+        session = await shared.stock_session(client)
+        await session.step(shared.uid, states(1, 3), max_length=8)
         assert await session.end()
