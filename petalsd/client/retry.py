@@ -6,8 +6,12 @@ import re
 import time
 from collections.abc import Callable
 
+import structlog
+
 from petalsd.client.options import ClientOptions
 from petalsd.errors import DeadlineExceeded, MissingBlocks, RemoteFailure, SwarmError
+
+log = structlog.get_logger(__name__)
 
 # What the next server would refuse too. The first line is petalsd's (the code of a stream's error text, the class
 # name in the repr of a unary one), the others are texts of stock Petals servers.
@@ -54,6 +58,10 @@ class RetryBudget:
             self._deadline = now + self._options.recovery_timeout_s
         if isinstance(error, MissingBlocks):
             self._waits += 1
+            if self._waits == 1:  # or else minutes would pass without a word
+                log.warning(
+                    "blocks_missing", error=error.message, waited_for_s=self._options.recovery_timeout_s
+                )
             delay_s = self._backoff(self._waits)
         else:
             self._failures += 1

@@ -40,6 +40,8 @@ def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
         known_plan = plan
         yield Finding("model", True, _describe_model(plan))
         yield _finding("weights", lambda: _check_weights(known_plan))
+        if known_plan.adapters:
+            yield Finding("adapters", True, ", ".join(known_plan.adapter_names))
         yield _finding("device", lambda: f"{known_plan.device}, {known_plan.weights_name}")
         yield _finding("blocks", lambda: _check_blocks(known_plan, config))
         yield _finding("limits", lambda: _describe_limits(known_plan))

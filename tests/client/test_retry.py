@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from structlog.testing import capture_logs
 
 from petalsd.client.options import ClientOptions
 from petalsd.client.retry import RetryBudget, is_permanent
@@ -92,3 +93,14 @@ def test_a_permanent_error_is_raised_at_once() -> None:
     """Also as the first failure."""
     with pytest.raises(RemoteFailure, match="bad_request"):
         RetryBudget(OPTIONS, Clock()).next_delay(RemoteError("peer", "bad_request: hidden = 1: no"))
+
+
+def test_missing_blocks_are_told_once() -> None:
+    """Somebody waits minutes for them, perhaps because of a name that is wrong."""
+    budget = RetryBudget(OPTIONS, Clock())
+    with capture_logs() as logs:
+        for _ in range(3):
+            budget.next_delay(MissingBlocks([1, 2], "poet"))
+    assert [(entry["event"], entry["error"]) for entry in logs] == [
+        ("blocks_missing", "no server holds blocks 1:3 with adapter poet")
+    ]
