@@ -111,13 +111,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
-        Serving(
-            engine,
-            _served_model(plan),
-            _handler_limits(config),
-            SwarmRecorder(metrics, link),
-            config.swarm.allowed_peers,
-        ),
+        _serving(engine, plan, config, SwarmRecorder(metrics, link)),
         RecordWriter(
             plan, engine, speed, config.swarm.public_name, partial(_max_blocks, settings, demand)
         ).describe,
@@ -224,17 +218,14 @@ def _warn_of_tight_memory(plan: ServingPlan, demand: Demand, board: WarningBoard
         board.set("memory_tight", f"{demand.num_blocks} blocks take {need}, there are {there}")
 
 
-def _served_model(plan: ServingPlan) -> ServedModel:
-    return ServedModel(plan.prefix, plan.model.num_blocks, plan.model.hidden_size, plan.dtype, VERSION)
-
-
-def _handler_limits(config: Config) -> HandlerLimits:
-    engine = config.engine
-    return HandlerLimits(
-        request_timeout_s=engine.request_timeout_s,
-        step_timeout_s=engine.step_timeout_s,
-        session_timeout_s=engine.session_timeout_s,
+def _serving(engine: Engine, plan: ServingPlan, config: Config, recorder: SwarmRecorder) -> Serving:
+    model = ServedModel(plan.prefix, plan.model.num_blocks, plan.model.hidden_size, plan.dtype, VERSION)
+    limits = HandlerLimits(
+        request_timeout_s=config.engine.request_timeout_s,
+        step_timeout_s=config.engine.step_timeout_s,
+        session_timeout_s=config.engine.session_timeout_s,
     )
+    return Serving(engine, model, limits, recorder, config.swarm.allowed_peers)
 
 
 def _make_directories(paths: InstancePaths) -> None:
