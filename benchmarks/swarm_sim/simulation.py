@@ -15,9 +15,11 @@ from benchmarks.swarm_sim.policies import LEAVE, Policy
 from benchmarks.swarm_sim.reference import bound_shares, offline_best
 from benchmarks.swarm_sim.view import JOINING, ONLINE, Record, Server, View
 from petalsd.swarm.placement.growth import loading_order
+from petalsd.swarm.placement.policy import Policy as Constants
 from petalsd.types import BlockSpan
 
 _MIN_LOAD_S = 10.0
+_CONSTANTS = Constants()
 _BACK_AGAIN = 0.9  # of the offline reference
 
 
@@ -181,7 +183,7 @@ class Simulation:
         """New blocks serve as they come, a part at a time; loading began ``done_s`` ago."""
         server, (state, _) = self.servers[row], self.view.swarm_state()
         goal = BlockSpan(server.start, server.start + server.n)
-        order = loading_order(state, self.view.names[row], goal, kept)
+        order = loading_order(state, self.view.names[row], goal, kept, _CONSTANTS)
         num_kept, size = len(kept or ()), max(1, math.ceil(self.scenario.part_s / block_s))
         for number in range(num_kept + size, server.n, size):
             loaded = order[:number]

@@ -99,7 +99,7 @@ class Rebalancer:
         """All blocks of ``goal``, those of ``served`` first: by what the directory said when it was read last."""
         if self._seen is None:
             return list(goal)
-        return loading_order(self._seen, self._member.peer_id, goal, served)
+        return loading_order(self._seen, self._member.peer_id, goal, served, self._policy)
 
     def _read(self, view: SwarmView) -> SwarmState:
         came_after = time.time() - self._policy.min_stay_s

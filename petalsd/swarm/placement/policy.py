@@ -30,6 +30,7 @@ class Policy:
     moves_share     how many moves may begin at the same time, as a share of the servers, and
     min_moves, max_moves: bounds of that
     candidates_per_move  how many servers are looked at closely: those whose blocks are needed least
+    soon_s          where a server grows first, blocks that others will have loaded in t count by exp(-t / soon_s)
     """
 
     softness: float = 0.02
@@ -46,6 +47,7 @@ class Policy:
     min_moves: int = 4
     max_moves: int = 24
     candidates_per_move: int = 8
+    soon_s: float = 40.0
 
     def num_moves(self, servers: int) -> int:
         """Length of the list of a swarm of that many servers."""
