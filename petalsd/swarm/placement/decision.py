@@ -114,7 +114,7 @@ class Decision:
 
 def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) -> Decision:
     """Whether ``own`` should move now. ValueError when it is not in ``state``."""
-    row = state.row_of(own.peer)
+    row, policy = state.row_of(own.peer), policy.seen(state)
     weakest = weakest_blocks(state)
     is_seen = int(state.start[row]) == own.span.start and int(state.length[row]) == len(own.span)
     if not (state.is_free[row] and is_seen):
@@ -148,7 +148,7 @@ def judge(
     ``rate``: tokens/s through each of its blocks there.
     """
     row = state.row_of(own.peer)
-    figures = estimate(state, row, target, costs, policy, rate)
+    figures = estimate(state, row, target, costs, policy.seen(state), rate)
     verdict = Verdict.FITS if target == own.span else Verdict.MOVE
     return Decision(verdict, own.span, target, figures, weakest=weakest_blocks(state))
 

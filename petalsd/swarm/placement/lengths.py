@@ -88,7 +88,7 @@ def with_lengths(
     """
     if decision.verdict is not Verdict.FITS or decision.ahead:
         return decision
-    row, is_small = state.row_of(own.peer), len(state.peers) <= _MAX_SERVERS
+    row, is_small, policy = state.row_of(own.peer), len(state.peers) <= _MAX_SERVERS, policy.seen(state)
     mine = _wish(state, row, lengths[row], policy, is_small)
     if mine is None:
         return decision

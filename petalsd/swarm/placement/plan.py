@@ -25,7 +25,7 @@ class PlannedMove:
 
 def plan_moves(state: SwarmState, policy: Policy) -> list[PlannedMove]:
     """Best replies, the most valuable first, each to the state that those before it leave behind."""
-    land, num_moves = Landscape(state, policy), policy.num_moves(len(state.peers))
+    land, num_moves = Landscape(state, policy.seen(state)), policy.num_moves(len(state.peers))
     rows = _candidates(state, land, policy.candidates_per_move * num_moves)
     if not len(rows):
         return []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from petalsd.swarm.placement.state import Floats
+from petalsd.swarm.placement.state import Floats, SwarmState
 
 T = TypeVar("T", float, Floats)
 
@@ -17,6 +17,7 @@ class Policy:
 
     softness        how soft the minimum over blocks is, as a share of the mean cover
     horizon_s       how long a gain is expected to last; it counts for less the later it comes
+    settled_horizon_s  the same while nobody loads blocks: no change is under way that makes plans worthless
     load_base_s     what loading a whole span takes at least, and
     load_block_s    for each of its blocks; a move loads the share of it that is new
     leaving_share   of that time the blocks that are left are missing: until then, the new ones are downloaded
@@ -35,6 +36,7 @@ class Policy:
 
     softness: float = 0.02
     horizon_s: float = 100.0
+    settled_horizon_s: float = 200.0
     load_base_s: float = 60.0
     load_block_s: float = 2.0
     leaving_share: float = 0.5
@@ -48,6 +50,10 @@ class Policy:
     max_moves: int = 24
     candidates_per_move: int = 8
     soon_s: float = 40.0
+
+    def seen(self, state: SwarmState) -> Policy:
+        """What holds in that state."""
+        return replace(self, horizon_s=self.settled_horizon_s) if state.is_settled else self
 
     def num_moves(self, servers: int) -> int:
         """Length of the list of a swarm of that many servers."""

@@ -39,6 +39,12 @@ class SwarmState:
     throughput: Floats
     is_free: Flags
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all serve what they announced."""
+        end = self.start + self.length
+        return np.array_equal(self.served_start, self.start) and np.array_equal(self.served_end, end)
+
     def planned_cover(self) -> Floats:
         """[num_blocks] tokens/s of each block once everything announced is loaded."""
         return cover(self.num_blocks, self.start, self.start + self.length, self.throughput)

@@ -72,6 +72,25 @@ def test_turns_lead_to_rest(seed: int) -> None:
     assert float(state.planned_cover().min()) > before
 
 
+def test_a_gain_counts_for_longer_while_nobody_loads() -> None:
+    """So a move that does not pay for its way may do so once the last one has come; for all figures alike."""
+    rates = [(0, 4, 10.0), (0, 4, 10.0), (4, 8, 10.0), (4, 8, 10.0), (0, 8, 1.0)]
+    settled = state_of(8, *rates)
+    coming = dataclasses.replace(settled, served_end=np.array([4, 4, 8, 8, 7]))
+    assert settled.is_settled and not coming.is_settled
+    policy = Policy(horizon_s=100.0, settled_horizon_s=300.0)
+    assert policy.seen(coming) is policy
+    assert policy.seen(settled).horizon_s == 300.0 == policy.seen(settled).seen(settled).horizon_s
+
+    gap = state_of(8, (0, 4, 10.0), (0, 4, 10.0))
+    tokens = [
+        decide(gap, OwnSpan("a", BlockSpan(0, 4)), MoveCosts(), Policy(settled_horizon_s=horizon_s)).estimate
+        for horizon_s in (100.0, 200.0)
+    ]
+    assert tokens[1].gain_tokens > 1.5 * tokens[0].gain_tokens
+    assert tokens[1].cost_tokens == tokens[0].cost_tokens
+
+
 def test_blocks_are_not_left_before_those_that_come_there_have_loaded() -> None:
     """The crowd on the left half thins out for a small gap only when the newcomer there is up."""
     spans = [(0, 4, 6.0), (0, 4, 2.0), (0, 4, 3.0), (4, 8, 8.0)]
