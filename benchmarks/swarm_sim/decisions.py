@@ -16,7 +16,8 @@ from petalsd.types import BlockSpan
 def unsettled_state(model: str, servers: int, seed: int) -> SwarmState:
     """Servers of the simulated hardware at random places, all of them online and free."""
     rng, blocks = np.random.default_rng([seed, 5]), MODELS[model].blocks
-    n, t, _ = draw_hardware(MODELS[model], servers, rng)
+    hardware = draw_hardware(MODELS[model], servers, rng)
+    n = hardware.n
     start = rng.integers(0, blocks - n + 1)
     return SwarmState(
         num_blocks=blocks,
@@ -25,7 +26,7 @@ def unsettled_state(model: str, servers: int, seed: int) -> SwarmState:
         length=n,
         served_start=start,
         served_end=start + n,
-        throughput=t,
+        throughput=hardware.t,
         is_free=n < blocks,
     )
 

@@ -65,6 +65,8 @@ class Scenario:
     load_min, load_all     loading n of L blocks takes load_min + (load_all - load_min) * n / L; a move, its share
     fetch_share            of the load time is the download: a petalsd that moves serves on for that of one block
     part_s                 how much is loaded at a petalsd until that serves: blocks come one after the other
+    disk_spans             the disk keeps so many times the blocks that a server holds, those that it had last:
+                           they need no download
     ping_targets           servers that each server pings at a refresh, as the wire's next_pings
     ping_timeout           until a ping counts as failed
     search_targets         up to so many servers a petalsd that checks pings itself; those that are silent
@@ -92,6 +94,7 @@ class Scenario:
     load_all: float = 300.0
     fetch_share: float = 0.5
     part_s: float = 5.0
+    disk_spans: float = 4.0
     ping_targets: int = 10
     ping_timeout: float = 10.0
     search_targets: int = MAX_PINGS
@@ -105,18 +108,59 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fleet:
-    """One row per server: blocks, requests/s through each, when it comes and goes, if it crashes, load time."""
+    """One row per server: what it is, when it comes and goes, if it crashes, time to load all its blocks."""
 
-    n: Ints
-    t: Array
+    hardware: Hardware
     arrive: Array
     depart: Array
     crash: Flags
     load_s: Array
 
+    @property
+    def n(self) -> Ints:
+        return self.hardware.n
 
-def draw_hardware(model: Model, count: int, rng: np.random.Generator) -> tuple[Ints, Array, Ints]:
-    """Blocks, throughput, region; throughput as Petals computes it: min(compute / mean blocks used, network)."""
+    @property
+    def t(self) -> Array:
+        return self.hardware.t
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hardware:
+    """One row per server; rates in requests/s.
+
+    n       how many blocks it holds
+    device  what it does through one block
+    link    what its network carries
+    region  where it is
+    """
+
+    n: Ints
+    device: Array
+    link: Array
+    region: Ints
+
+    @property
+    def t(self) -> Array:
+        """Through each of its blocks, if it serves all that it holds."""
+        return _throughput(self.device, self.link, self.n)
+
+    def throughput(self, row: int, blocks: int) -> float:
+        """Of one server, through each of so many blocks."""
+        at = slice(row, row + 1)
+        return float(_throughput(self.device[at], self.link[at], np.array([blocks]))[0])
+
+    def rows(self, rows: Ints) -> Hardware:
+        return Hardware(self.n[rows], self.device[rows], self.link[rows], self.region[rows])
+
+
+def _throughput(device: Array, link: Array, blocks: Ints) -> Array:
+    """As Petals computes it: min(compute / mean blocks used, network)."""
+    t = np.minimum(device / ((blocks + 1) / 2), link)
+    return np.asarray(np.maximum(np.round(t * 64), 1) / 64)  # multiples of 1/64: sums are exact in any order
+
+
+def draw_hardware(model: Model, count: int, rng: np.random.Generator) -> Hardware:
     region = rng.integers(0, REGIONS, count)
     share = np.array(
         [[card[1] * (2 if card[3] and at == 0 else 1) for card in CARDS] for at in range(REGIONS)]
@@ -127,30 +171,30 @@ def draw_hardware(model: Model, count: int, rng: np.random.Generator) -> tuple[I
     free = memory * GIB * 0.96 - 0.5 * GIB - 2 * GIB / 14336 * model.hidden
     block_bytes = model.params * model.bytes_per_param * 1.01 + model.cache_bytes
     n = (free / block_bytes).astype(int).clip(1, model.blocks)
-    compute = tflops * 1e12 / (2 * model.params) / ((n + 1) / 2) * rng.lognormal(0, 0.2, count)
+    device = tflops * 1e12 / (2 * model.params) * rng.lognormal(0, 0.2, count)
     home = rng.lognormal(math.log(120), 0.9, count).clip(10, 1000)
     mbit = np.where(in_centre, rng.lognormal(math.log(2000), 0.6, count), home)
     relay = np.where((rng.random(count) < 0.3) & (in_centre == 0), 0.2, 1.0)
-    t = np.minimum(compute, mbit * 1e6 / (16 * model.hidden) * relay)
-    return n, np.maximum(np.round(t * 64), 1) / 64, region  # multiples of 1/64: sums are exact in any order
+    return Hardware(n, device, mbit * 1e6 / (16 * model.hidden) * relay, region)
 
 
 def draw_fleet(scenario: Scenario, seed: int) -> Fleet:
     rng = np.random.default_rng([seed, 1])
     model, end = MODELS[scenario.model], scenario.end
     arrive = _arrivals(scenario, rng)
-    n, t, region = draw_hardware(model, len(arrive), rng)
+    hardware = draw_hardware(model, len(arrive), rng)
     life = rng.exponential(scenario.short_life, len(arrive)) * np.where(rng.random(len(arrive)) < 0.4, 1, 8)
     depart, crash = arrive + np.maximum(life, 60), rng.random(len(arrive)) < scenario.crash
-    hit = (region == 0) & (arrive < scenario.outage_at) & (depart > scenario.outage_at)
+    hit = (hardware.region == 0) & (arrive < scenario.outage_at) & (depart > scenario.outage_at)
     if scenario.outage_at < end:  # the lost servers come back as newcomers with their old hardware
         back = scenario.outage_at + scenario.outage_s + rng.uniform(0, scenario.burst_s, hit.sum())
         left = np.maximum(depart[hit], back + 600)
         depart, crash = np.where(hit, scenario.outage_at, depart), crash | hit
-        n, t, crash = (np.concatenate([column, column[hit]]) for column in (n, t, crash))
+        hardware = hardware.rows(np.concatenate([np.arange(len(hit)), np.flatnonzero(hit)]))
+        crash = np.concatenate([crash, crash[hit]])
         arrive, depart = np.concatenate([arrive, back]), np.concatenate([depart, left])
-    load_s = scenario.load_min + (scenario.load_all - scenario.load_min) * n / model.blocks
-    return Fleet(n, t, arrive, depart, crash, load_s)
+    load_s = scenario.load_min + (scenario.load_all - scenario.load_min) * hardware.n / model.blocks
+    return Fleet(hardware, arrive, depart, crash, load_s)
 
 
 def _arrivals(scenario: Scenario, rng: np.random.Generator) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 
@@ -10,12 +10,14 @@ from benchmarks.swarm_sim.petals_rule import best_start, should_move
 from benchmarks.swarm_sim.view import Server, View
 from petalsd.swarm.placement.decision import MoveCosts, OwnSpan, decide
 from petalsd.swarm.placement.joining import choose_start
+from petalsd.swarm.placement.lengths import wishing, with_lengths
 from petalsd.swarm.placement.plan import plan_moves
 from petalsd.swarm.placement.policy import Policy as Constants
 from petalsd.types import BlockSpan
 
 Rng = np.random.Generator
-LEAVE = -1  # stop serving, then choose again
+LEAVE: Final = "leave"  # stop serving, then choose again
+Goal = BlockSpan | Literal["leave"] | None
 
 
 class Policy(Protocol):
@@ -30,8 +32,8 @@ class Policy(Protocol):
 
     def choose_start(self, view: View, server: Server, rng: Rng) -> int: ...
 
-    def should_move(self, view: View, server: Server, rng: Rng, now: float) -> int | None:
-        """None: stay; LEAVE: stop and choose again later; a start: move there."""
+    def should_move(self, view: View, server: Server, rng: Rng, now: float) -> Goal:
+        """None: stay; LEAVE: stop and choose again later; a span: serve that instead."""
 
 
 class PetalsPolicy:
@@ -45,7 +47,7 @@ class PetalsPolicy:
     def choose_start(self, view: View, server: Server, rng: Rng) -> int:
         return best_start(view.cover, server.n)
 
-    def should_move(self, view: View, server: Server, rng: Rng, now: float) -> int | None:
+    def should_move(self, view: View, server: Server, rng: Rng, now: float) -> Goal:
         rows = view.listed()
         own = int(np.searchsorted(rows, server.row))
         if own == len(rows) or rows[own] != server.row:
@@ -72,16 +74,22 @@ class PetalsdPolicy:
         state, _ = view.swarm_state()
         return choose_start(state, server.n, server.t, self.constants)
 
-    def should_move(self, view: View, server: Server, rng: Rng, now: float) -> int | None:
-        if server.row not in view.cached((self, server.silent), lambda: self._listed(view, server.silent)):
+    def should_move(self, view: View, server: Server, rng: Rng, now: float) -> Goal:
+        if server.row not in view.cached((self, server.silent), lambda: self._may_go(view, server.silent)):
             return None
-        state, _ = view.swarm_state(server.silent)
-        span = BlockSpan(server.start, server.start + server.n)
-        own = OwnSpan(view.names[server.row], span, now - server.since)
-        costs = MoveCosts(load_block_s=server.load_s / server.n, margin=self.margin)
+        state, rows = view.swarm_state(server.silent)
+        own = OwnSpan(view.names[server.row], server.span, now - server.since)
+        costs = MoveCosts(load_block_s=server.block_s, margin=self.margin)
         decision = decide(state, own, costs, self.constants)
-        return decision.target.start if decision.is_move else None
+        lengths = view.lengths(rows, state.is_free)
+        decision = with_lengths(decision, state, lengths, own, costs, self.constants)
+        return decision.target if decision.is_move else None
 
-    def _listed(self, view: View, silent: frozenset[int]) -> set[int]:
+    def _may_go(self, view: View, silent: frozenset[int]) -> set[int]:
+        """Who is on the list of moves; where nobody is, whoever would rather serve another number of blocks."""
         state, rows = view.swarm_state(silent)
-        return {int(rows[move.row]) for move in plan_moves(state, self.constants)}
+        moves = plan_moves(state, self.constants)
+        listed = [move.row for move in moves] or wishing(
+            state, view.lengths(rows, state.is_free), self.constants
+        )
+        return {int(rows[row]) for row in listed}

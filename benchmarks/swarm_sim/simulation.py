@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from benchmarks.swarm_sim.view import JOINING, ONLINE, Record, Server, View
 from petalsd.swarm.placement.growth import loading_order
 from petalsd.swarm.placement.policy import Policy as Constants
 from petalsd.types import BlockSpan
+
+T = TypeVar("T")
 
 _MIN_LOAD_S = 10.0
 _CONSTANTS = Constants()
@@ -92,10 +95,8 @@ class Simulation:
         self.rng = np.random.default_rng([seed, 3])
         kind = np.random.default_rng([seed, 4]).permutation(count) % len(policies)
         self.policy = [policies[number] for number in kind]
-        self.servers = [
-            Server(row, int(fleet.n[row]), float(fleet.t[row]), float(fleet.load_s[row]))
-            for row in range(count)
-        ]
+        rows = zip(fleet.n.tolist(), fleet.t.tolist(), (fleet.load_s / fleet.n).tolist(), strict=True)
+        self.servers = [Server(row, n, t, n, block_s) for row, (n, t, block_s) in enumerate(rows)]
         blocks = MODELS[scenario.model].blocks
         self.view = View(blocks, fleet, np.array([policy.follows for policy in self.policy]))
         self.now, self.queue = (
@@ -103,7 +104,8 @@ class Simulation:
             list[tuple[float, int, Callable[..., None], int, int, tuple[object, ...]]](),
         )
         self.count, self.epoch = 0, [0] * count
-        self.served = [(0, 0)] * count
+        self.disks = [dict[int, None]() for _ in range(count)]
+        self.served, self.rates = [(0, 0)] * count, [0.0] * count
         self.sent, self.shown, self.sent_at = [0] * count, [0] * count, [0.0] * count
         self.cover, self.bound, self.mass, self.alive = np.zeros(blocks), 0.0, 0.0, 0
         self.goals: dict[str, float] = {}
@@ -173,34 +175,48 @@ class Simulation:
     def _select(self, row: int) -> None:
         server, policy = self.servers[row], self.policy[row]
         server.start = self._timed(lambda: policy.choose_start(self.view, server, self.rng))
-        self._announce(row, Record(JOINING, server.start, server.start + server.n, server.start))
+        self._announce(row, Record(JOINING, server.start, server.start + server.n))
         if policy.follows:
-            self._load(row, None, server.load_s / server.n)
+            self._load(row, self._order(row, server.span, None), 0, server.block_s)
         else:
-            self._at(self.now + server.load_s, self._online, row)
+            load_s = sum(self._load_times(row, list(server.span), server.block_s))
+            self._at(self.now + load_s, self._online, row)
 
-    def _load(self, row: int, kept: BlockSpan | None, block_s: float, done_s: float = 0.0) -> None:
-        """New blocks serve as they come, a part at a time; loading began ``done_s`` ago."""
-        server, (state, _) = self.servers[row], self.view.swarm_state()
-        goal = BlockSpan(server.start, server.start + server.n)
-        order = loading_order(state, self.view.names[row], goal, kept, _CONSTANTS)
-        num_kept, size = len(kept or ()), max(1, math.ceil(self.scenario.part_s / block_s))
-        for number in range(num_kept + size, server.n, size):
-            loaded = order[:number]
-            when = self.now - done_s + (number - num_kept) * block_s
-            self._at(when, self._serve_part, row, min(loaded), max(loaded) + 1)
-        self._at(self.now - done_s + (server.n - num_kept) * block_s, self._online, row)
+    def _order(self, row: int, goal: BlockSpan, kept: BlockSpan | None) -> list[int]:
+        state, _ = self.view.swarm_state()
+        return loading_order(state, self.view.names[row], goal, kept, _CONSTANTS)
+
+    def _load(self, row: int, order: list[int], num_kept: int, block_s: float, done_s: float = 0.0) -> None:
+        """Those behind ``num_kept`` serve as they come, a part at a time; loading began ``done_s`` ago."""
+        when = last = self.now - done_s
+        for number, load_s in enumerate(self._load_times(row, order[num_kept:], block_s), num_kept + 1):
+            when += load_s
+            if number < len(order) and when - last >= self.scenario.part_s:
+                last, loaded = when, order[:number]
+                self._at(when, self._serve_part, row, min(loaded), max(loaded) + 1)
+        self._at(when, self._online, row)
+
+    def _load_times(self, row: int, blocks: list[int], block_s: float) -> list[float]:
+        """Of each of ``blocks``: those on the disk need not be fetched. Then all are, the oldest no more."""
+        disk, scenario = self.disks[row], self.scenario
+        times = [block_s * (1.0 - scenario.fetch_share if block in disk else 1.0) for block in blocks]
+        for block in self.servers[row].span:
+            disk.pop(block, None)
+            disk[block] = None
+        while len(disk) > scenario.disk_spans * self.servers[row].longest:
+            del disk[next(iter(disk))]
+        return times
 
     def _serve_part(self, row: int, start: int, end: int) -> None:
         self._serve(row, start, end)
-        self._announce(row, Record(ONLINE, start, end, self.servers[row].start))
+        self._announce(row, Record(ONLINE, start, end, self.servers[row].span))
 
     def _online(self, row: int) -> None:
         server = self.servers[row]
         self._serve(row, server.start, server.start + server.n)
         server.since = self.now
         stay_s = self.policy[row].min_stay_s
-        self._announce(row, Record(ONLINE, server.start, server.start + server.n, server.start, stay_s > 0))
+        self._announce(row, Record(ONLINE, server.start, server.start + server.n, is_settling=stay_s > 0))
         self._at(self.now + stay_s, self._settle, row, self.sent[row])
         self._next_check(row)
 
@@ -215,7 +231,8 @@ class Simulation:
     def _check(self, row: int) -> None:
         server, policy = self.servers[row], self.policy[row]
         view = self.view
-        if view.state[row] != ONLINE or view.start[row] != server.start:
+        shown = view.state[row], view.start[row], view.n[row]
+        if shown != (ONLINE, server.start, server.n):
             return self._next_check(row)  # the directory does not show our own record yet
         server.silent = self._silent() if policy.follows else frozenset()
         # Whoever leaves a ping without an answer is pinged once more before anybody plans without it.
@@ -243,38 +260,38 @@ class Simulation:
             self._announce(row, Record())
             self._at(self.now + self.rng.uniform(0, 2 * self.scenario.select_delay), self._select, row)
         else:
-            num_new = min(abs(goal - server.start), server.n)
-            block_s = max(_MIN_LOAD_S / num_new, server.load_s / server.n)
+            num_new = sum(map(len, goal.minus(server.span)))
+            block_s = max(_MIN_LOAD_S / num_new, server.block_s) if num_new else 0.0
             self._announce(row, Record(ONLINE, server.start, server.start + server.n, goal))
-            self._at(self.now + self.scenario.fetch_share * block_s, self._shift, row, goal, block_s)
+            order = self._order(row, goal, server.span.intersect(goal))
+            new = next((block for block in order if block not in server.span), None)
+            fetch_s = 0.0 if new in self.disks[row] else self.scenario.fetch_share * block_s
+            self._at(self.now + fetch_s, self._shift, row, goal, order, block_s, fetch_s)
 
-    def _shift(self, row: int, goal: int, block_s: float) -> None:
+    def _shift(self, row: int, goal: BlockSpan, order: list[int], block_s: float, fetch_s: float) -> None:
         """The first new block is on the disk: those in both spans go on, others are left, the new ones come."""
-        server = self.servers[row]
-        start, end = max(server.start, goal), min(server.start, goal) + server.n
-        start, end = (start, end) if start < end else (0, 0)
-        self._count_sessions(row, goal)
-        self._serve(row, start, end)
-        server.start = goal
-        kept = (
-            Record(ONLINE, start, end, goal) if end > start else Record(JOINING, goal, goal + server.n, goal)
-        )
-        self._announce(row, kept)
-        staying = BlockSpan(start, end) if end > start else None
-        self._load(row, staying, block_s, self.scenario.fetch_share * block_s)
+        server, kept = self.servers[row], self.servers[row].span.intersect(goal)
+        for left in server.span.minus(goal):
+            self._count_sessions(row, left)
+        server.start, server.n = goal.start, len(goal)
+        server.t = self.fleet.hardware.throughput(row, server.n)
+        if kept == goal:
+            return self._online(row)
+        if kept is None:
+            self._serve(row, 0, 0)
+            self._announce(row, Record(JOINING, goal.start, goal.end))
+        else:
+            self._serve_part(row, kept.start, kept.end)
+        self._load(row, order, len(kept or ()), block_s, fetch_s)
 
-    def _count_sessions(self, row: int, goal: int) -> None:
+    def _count_sessions(self, row: int, left: BlockSpan) -> None:
         """Sessions on blocks that are left go on with another petalsd that serves all of those; else they end."""
-        server = self.servers[row]
-        left = (server.start, min(goal, server.start + server.n))
-        if goal < server.start:
-            left = (max(goal + server.n, server.start), server.start + server.n)
         takers = (
-            other != row and policy.follows and start <= left[0] and left[1] <= end
+            other != row and policy.follows and start <= left.start and left.end <= end
             for other, (policy, (start, end)) in enumerate(zip(self.policy, self.served, strict=True))
         )
         if not any(takers):
-            self.outcome.cut += (left[1] - left[0]) / server.n
+            self.outcome.cut += len(left) / self.servers[row].n
 
     def _leave(self, row: int) -> None:
         self.alive -= 1
@@ -314,10 +331,11 @@ class Simulation:
 
     def _serve(self, row: int, start: int, end: int) -> None:
         (old_start, old_end), self.served[row] = self.served[row], (start, end)
-        self.cover[old_start:old_end] -= self.fleet.t[row]
-        self.cover[start:end] += self.fleet.t[row]
+        self.cover[old_start:old_end] -= self.rates[row]
+        self.rates[row] = self.servers[row].t
+        self.cover[start:end] += self.rates[row]
 
-    def _timed(self, decide: Callable[[], int | None]) -> int | None:
+    def _timed(self, decide: Callable[[], T]) -> T:
         begin = time.thread_time()
         answer = decide()
         self.outcome.slowest_ms = max(self.outcome.slowest_ms, 1e3 * (time.thread_time() - begin))

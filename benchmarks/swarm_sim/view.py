@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from benchmarks.swarm_sim.fleet import Array, Flags, Fleet, Ints
+from petalsd.swarm.placement.lengths import Lengths
 from petalsd.swarm.placement.state import SwarmState
+from petalsd.types import BlockSpan
 
 OFFLINE, JOINING, ONLINE = 0, 1, 2
 
@@ -19,32 +21,43 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One server's announcement: ``[start, end)`` is what is read of it, ``goal`` where its blocks will start.
+    """One server's announcement: ``[start, end)`` is what is read of it.
 
-    ``is_settling``: it says that it came a short while ago.
+    ``goal``: what it will have, None: the same. ``is_settling``: it says that it came a short while ago.
     """
 
     state: int = OFFLINE
     start: int = 0
     end: int = 0
-    goal: int = 0
+    goal: BlockSpan | None = None
     is_settling: bool = False
+
+    @property
+    def claim(self) -> BlockSpan:
+        return self.goal or BlockSpan(self.start, self.end)
 
 
 @dataclass(slots=True)
 class Server:
-    """What a server knows about itself: blocks, throughput, time to load them all, where it is and since when.
+    """What a server knows about itself: ``n`` blocks that it serves or is to, throughput, where it is, since when.
 
-    ``silent``: rows of those that did not answer its own pings when it checked last.
+    longest  how many blocks it holds
+    block_s  time to load one
+    silent   rows of those that did not answer its own pings when it checked last
     """
 
     row: int
     n: int
     t: float
-    load_s: float
+    longest: int
+    block_s: float
     start: int = -1
     since: float = -math.inf
     silent: frozenset[int] = frozenset()
+
+    @property
+    def span(self) -> BlockSpan:
+        return BlockSpan(self.start, self.start + self.n)
 
 
 class View:
@@ -56,7 +69,8 @@ class View:
 
     def __init__(self, blocks: int, fleet: Fleet, follows: Flags) -> None:
         count = len(fleet.n)
-        self.blocks, self.n, self.t, self.follows = blocks, fleet.n, fleet.t, follows
+        self.blocks, self.hardware, self.follows = blocks, fleet.hardware, follows
+        self.n, self.t = fleet.n.copy(), fleet.t
         self.state: Ints = np.zeros(count, np.int64)
         self.start: Ints = np.zeros(count, np.int64)
         self.end: Ints = np.zeros(count, np.int64)
@@ -70,16 +84,17 @@ class View:
         self._cache: dict[Any, tuple[int, Any]] = {}
 
     def put(self, row: int, record: Record) -> None:
-        t, n = self.t[row], self.n[row]
         if self.state[row]:
-            self.cover[self.start[row] : self.end[row]] -= t
-            self.mass -= n * t
+            self.cover[self.start[row] : self.end[row]] -= self.t[row]
+            self.mass -= self.n[row] * self.t[row]
         self.state[row], self.is_dead[row] = record.state, False
         self.is_settling[row] = record.is_settling
         if record.state:
-            self.start[row], self.end[row], self.goal[row] = record.start, record.end, record.goal
-            self.cover[record.start : record.end] += t
-            self.mass += n * t
+            self.start[row], self.end[row], self.goal[row] = record.start, record.end, record.claim.start
+            self.n[row] = len(record.claim)
+            self.t[row] = self.hardware.throughput(row, len(record.claim))
+            self.cover[record.start : record.end] += self.t[row]
+            self.mass += self.n[row] * self.t[row]
         self.version += 1
 
     def declare_dead(self, row: int) -> None:
@@ -129,3 +144,11 @@ class View:
         if state.planned_cover().min() > 0:
             state = replace(state, is_free=state.is_free & ~self.is_settling[rows])
         return state, rows
+
+    def lengths(self, rows: Ints, is_free: Flags) -> list[Lengths | None]:
+        """What the records of ``rows`` say of how many blocks each may serve; as the daemon reads it."""
+        kind = self.hardware
+        return [
+            Lengths(int(kind.n[row]), float(kind.device[row]), float(kind.link[row])) if free else None
+            for row, free in zip(rows.tolist(), is_free.tolist(), strict=True)
+        ]

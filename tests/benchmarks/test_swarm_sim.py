@@ -20,6 +20,7 @@ from benchmarks.swarm_sim.reference import bound_shares, offline_best
 from benchmarks.swarm_sim.results import publish, summarize
 from benchmarks.swarm_sim.simulation import Ceiling, Outcome, Simulation
 from benchmarks.swarm_sim.view import ONLINE, Record, View
+from petalsd.types import BlockSpan
 
 SMALL = Scenario(
     model="70b", servers=8, hours=1.0, wave_at=1e9, outage_at=1800.0, outage_s=600.0, steady_from=900.0
@@ -81,12 +82,65 @@ def test_a_server_on_its_way_counts_where_it_goes_and_serves_where_it_was() -> N
     fleet = draw_fleet(SMALL, 1)
     size, follows = int(fleet.n[0]), np.ones(len(fleet.n), bool)
     view = View(80, fleet, follows)
-    view.put(0, Record(ONLINE, 0, size, 2))
+    view.put(0, Record(ONLINE, 0, size, BlockSpan(2, 2 + size)))
     state, rows = view.swarm_state()
     assert rows.tolist() == [0] and not state.is_free[0]
     assert (state.start[0], state.served_start[0], state.served_end[0]) == (2, 0, size)
-    view.put(0, Record(ONLINE, 2, 2 + size, 2))
+    view.put(0, Record(ONLINE, 2, 2 + size))
     assert view.swarm_state()[0].is_free[0]
+
+
+def test_a_server_that_gives_blocks_up_serves_the_others_faster() -> None:
+    """It says so in its record; how many it may serve is read as at the daemon."""
+    fleet = draw_fleet(SMALL, 1)
+    row = int((fleet.t < fleet.hardware.link * 0.9).argmax())  # its device is the bound
+    longest, view = int(fleet.n[row]), View(80, fleet, np.ones(len(fleet.n), bool))
+    view.put(row, Record(ONLINE, 0, longest))
+    view.put(row, Record(ONLINE, 1, longest - 1))
+    state, rows = view.swarm_state()
+    assert state.is_free[0] and (state.start[0], state.length[0]) == (1, longest - 2)
+    assert state.throughput[0] == view.cover.max() > fleet.t[row]
+    lengths = view.lengths(rows, state.is_free)[0]
+    assert lengths is not None and lengths.longest == longest
+    assert lengths.throughput(longest - 2) == pytest.approx(state.throughput[0], abs=1 / 64)
+    assert view.lengths(rows, ~state.is_free) == [None]
+
+
+def test_servers_of_a_simulation_change_how_many_blocks_they_serve() -> None:
+    """Up to what each holds, at the rate that goes with it; the cover is always the sum of what is served."""
+    seen: set[int] = set()
+
+    class Checked(Simulation):
+        def _serve(self, row: int, start: int, end: int) -> None:
+            super()._serve(row, start, end)
+            server = self.servers[row]
+            assert server.t == self.fleet.hardware.throughput(row, server.n)
+            if server.n != server.longest:
+                seen.add(row)
+            cover = np.zeros(len(self.cover))
+            for (first, last), rate in zip(self.served, self.rates, strict=True):
+                cover[first:last] += rate
+            assert (cover == self.cover).all() and server.n <= server.longest
+
+    Checked(SMALL, make_policies("petalsd"), 4).run()
+    assert seen
+
+
+def test_what_is_on_the_disk_is_not_fetched_again() -> None:
+    """Of the blocks that a server had last the disk keeps so many times what it holds."""
+    simulation = Simulation(replace(SMALL, disk_spans=2.0, fetch_share=0.5), make_policies("petalsd"), 3)
+    server = simulation.servers[0]
+    server.n = server.longest = 2
+
+    def load_times(start: int) -> list[float]:
+        server.start = start
+        return simulation._load_times(0, list(server.span), 8.0)
+
+    assert load_times(0) == [8.0, 8.0]
+    assert load_times(1) == [4.0, 8.0]
+    assert load_times(0) == [4.0, 4.0]
+    assert load_times(5) == [8.0, 8.0]  # and block 2 is the one that was had longest ago
+    assert load_times(1) == [4.0, 8.0]
 
 
 def test_a_view_without_those_who_are_silent() -> None:
@@ -94,7 +148,7 @@ def test_a_view_without_those_who_are_silent() -> None:
     fleet = draw_fleet(SMALL, 1)
     view = View(80, fleet, np.ones(len(fleet.n), bool))
     for row in range(3):
-        view.put(row, Record(ONLINE, 0, int(fleet.n[row]), 0))
+        view.put(row, Record(ONLINE, 0, int(fleet.n[row])))
     assert view.swarm_state(frozenset({1}))[1].tolist() == [0, 2]
     assert view.swarm_state()[1].tolist() == [0, 1, 2]
     view.declare_dead(2)
@@ -106,7 +160,7 @@ def test_who_checks_finds_the_crashed_by_its_own_pings(search_targets: int, expe
     """All of a small swarm answer for themselves; in a larger one only others' word tells."""
     simulation = Simulation(replace(SMALL, search_targets=search_targets), make_policies("petalsd"), 3)
     for row in range(2):
-        simulation.view.put(row, Record(ONLINE, 0, simulation.servers[row].n, 0))
+        simulation.view.put(row, Record(ONLINE, 0, simulation.servers[row].n))
     simulation.fleet.depart[:] = [1e9, 50.0, *simulation.fleet.depart[2:]]
     assert simulation._silent() == set()
     simulation.now = 50.0

@@ -97,6 +97,12 @@ def with_lengths(
     return Decision(verdict, own.span, mine.target, mine.figures, ahead, decision.weakest)
 
 
+def wishing(state: SwarmState, lengths: Sequence[Lengths | None], policy: Policy) -> list[int]:
+    """Rows of those that would serve another number of blocks, if each were alone in the choice."""
+    may_shrink, policy = len(state.peers) <= _MAX_SERVERS, policy.seen(state)
+    return [row for row, its in enumerate(lengths) if _wish(state, row, its, policy, may_shrink) is not None]
+
+
 def _turns_before(
     mine: _Wish, state: SwarmState, lengths: Sequence[Lengths | None], policy: Policy
 ) -> tuple[Turn, ...]:
@@ -139,8 +145,9 @@ def _wish(
     state: SwarmState, row: int, lengths: Lengths | None, policy: Policy, may_shrink: bool
 ) -> _Wish | None:
     """What server ``row`` would do if it were alone in the choice; None if it stays as it is."""
-    if lengths is None:
-        return None
+    own = int(state.length[row])
+    if lengths is None or (lengths.longest <= own and lengths.throughput(1) <= lengths.throughput(own)):
+        return None  # the link is the bound, and all that fits is served
     choice = _Choice(state, row, lengths, policy)
     target = choice.best(may_shrink)
     if target == choice.span:

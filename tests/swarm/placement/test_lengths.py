@@ -9,7 +9,7 @@ import pytest
 
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, Verdict, decide
-from petalsd.swarm.placement.lengths import Lengths, read_lengths, with_lengths
+from petalsd.swarm.placement.lengths import Lengths, read_lengths, wishing, with_lengths
 from petalsd.swarm.placement.policy import Policy
 from petalsd.swarm.placement.potential import scale, soft_minimum
 from petalsd.swarm.placement.reading import read_state
@@ -91,6 +91,15 @@ def test_nobody_is_faster_for_fewer_blocks_where_its_link_is_the_bound() -> None
     """Then the blocks that it would leave are a plain loss."""
     decision = overlapping(network_rps=2.0).decision(0)
     assert (decision.verdict, decision.target) == (Verdict.FITS, BlockSpan(0, 6))
+
+
+def test_who_would_rather_serve_another_number() -> None:
+    """The one whose decision says so; nobody who does not say what it holds, or whose link is the bound."""
+    fleet = overlapping()
+    assert wishing(fleet.state, fleet.lengths, POLICY) == [0]
+    assert wishing(fleet.state, [None, fleet.lengths[1]], POLICY) == []
+    bound = overlapping(network_rps=2.0)
+    assert wishing(bound.state, bound.lengths, POLICY) == []
 
 
 @pytest.mark.parametrize("fault", ["settling", "never moves", "does not say"])
