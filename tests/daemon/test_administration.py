@@ -34,6 +34,7 @@ PLAN = cast(
         model=SimpleNamespace(num_blocks=NUM_BLOCKS, model_type="llama"),
         source=SimpleNamespace(source="example/model"),
         prefix="model-hf",
+        adapter_names=("poet",),
         dtype_name="float32",
         storage=WeightStorage.choose(torch.float32, torch.device("cpu"), "int8"),
         device=torch.device("cpu"),
@@ -78,6 +79,7 @@ async def test_a_status_before_anything_is_known() -> None:
     check(status, "status")
     assert (status.state, status.span, status.kv, status.throughput) == ("starting", None, None, None)
     assert (status.model.dtype, status.model.quantization) == ("float32", "int8")
+    assert status.model.adapters == ["poet"]
     assert status.summary == "Starting: starting"
 
 

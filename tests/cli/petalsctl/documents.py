@@ -37,6 +37,7 @@ STATUS: dict[str, Any] = {
         "family": "llama",
         "dtype": "float32",
         "quantization": "none",
+        "adapters": [],
         "device": "cpu",
         "path": "fused",
         "kernels": "avx512bf16",

@@ -109,6 +109,14 @@ def test_a_daemon_that_serves_its_first_blocks(daemon: FakeDaemon, ctl: Ctl) -> 
     assert " 0:15 of 30  3:12 online, 9 of 15\n" in out
 
 
+def test_adapters_are_named(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """Clients ask for them by these names."""
+    model = {**STATUS["model"], "adapters": ["a/poet", "cook"]}
+    daemon.answers["GET /v1/status"] = document(STATUS, model=model)
+    _, out, _ = ctl("status")
+    assert "  adapters      a/poet, cook\n" in out
+
+
 def test_warnings_end_with_what_to_do(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
     """Each warning has its title, code, age and hint; long lines break between words."""
     hint = "it is announced again; if this stays, check that the initial peers can be reached"
