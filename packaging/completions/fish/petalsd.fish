@@ -82,6 +82,8 @@ for of in petalsd petalsctl
     complete --command $of --condition '__petalsd_is generate' --long-option model --require-parameter --force-files --description 'Hub repository or directory'
     complete --command $of --condition '__petalsd_is generate' --long-option peers --exclusive --arguments public --description 'members of the swarm'
     complete --command $of --condition '__petalsd_is generate' --long-option dht-prefix --exclusive --description 'what the servers call the model'
+    complete --command $of --condition '__petalsd_is generate' --long-option identity --require-parameter --force-files --description 'private key of this client'
+    complete --command $of --condition '__petalsd_is generate' --long-option adapter --exclusive --description 'LoRA adapter of the servers'
     complete --command $of --condition '__petalsd_is generate' --long-option max-new-tokens --exclusive --description 'how long the answer may get'
     complete --command $of --condition '__petalsd_is generate' --long-option temperature --exclusive --description '0: the likeliest token'
     complete --command $of --condition '__petalsd_is generate' --long-option top-p --exclusive --description 'share of the probability that is sampled from'
