@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from petalsd.errors import WeightsError
+from petalsd.errors import WeightsError, shortened
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
@@ -121,8 +121,5 @@ class _Fields:
     def _error(
         self, field: str, value: object, reason: str, hint: str = _ONLY_LINEAR_MODULES
     ) -> WeightsError:
-        shown = repr(value)
-        shown = shown if len(shown) <= 120 else f"{shown[:117]}..."
-        return WeightsError(
-            f"adapter {self._adapter}: {ADAPTER_CONFIG_FILE} has {field} = {shown}: {reason}", hint=hint
-        )
+        found = f"{ADAPTER_CONFIG_FILE} has {field} = {shortened(value)}"
+        return WeightsError(f"adapter {self._adapter}: {found}: {reason}", hint=hint)

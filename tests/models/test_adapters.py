@@ -21,6 +21,7 @@ from petalsd.models.hf.block import LayerBlock
 from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.native_span import NativeSpan, paged_span
 from petalsd.models.paged_span import BlockByBlock
+from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import assemble_block, block_tensors, read_tensors
@@ -63,10 +64,10 @@ class Model:
     def _unpacked(self) -> Block:
         """As on a GPU: the projections are plain tensors."""
         config, rope = self.architecture.fused, self.ladder.angles
-        assert config is not None
+        assert config is not None and isinstance(rope, Rope)
         tensors = read_tensors(self.source, block_tensors(config, INDEX))
         weights = assemble_block(tensors.__getitem__, config, INDEX, WeightStorage(torch.float32, CPU, None))
-        return TransformerBlock(INDEX, config, weights, rope)  # type: ignore[arg-type]
+        return TransformerBlock(INDEX, config, weights, rope)
 
     def hidden(self, *shape: int) -> torch.Tensor:
         drawn = torch.Generator().manual_seed(1)
