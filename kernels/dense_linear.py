@@ -55,7 +55,7 @@ def dense_linear_kernel(
     is_last = True
     if NUM_SPLITS > 1:
         is_last, total = reduce_splits(
-            total, is_row[None, :], partials, arrivals, tl.program_id(1), tl.num_programs(1), NUM_SPLITS
+            total, partials, arrivals, tl.program_id(1), tl.num_programs(1), NUM_SPLITS
         )
     if is_last:
         if bias is not None:

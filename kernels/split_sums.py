@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+VALUES_AT_ONCE = tl.constexpr(4096)  # of all threads: a chain of loads would cost more than the product
+
 
 @triton.jit
 def split_range(num_pieces, NUM_SPLITS: tl.constexpr):
@@ -15,10 +17,10 @@ def split_range(num_pieces, NUM_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def reduce_splits(total, is_used, partials, arrivals, program, num_programs, NUM_SPLITS: tl.constexpr):
+def reduce_splits(total, partials, arrivals, program, num_programs, NUM_SPLITS: tl.constexpr):
     """Leave this program's sums, and take all of a tile's if it is the last to come. (is last, sums).
 
-    total     float32 ``[R, C]``; ``is_used`` ``[R, 1]`` or ``[1, C]`` says of which anything is wanted
+    total     float32 ``[R, C]``
     partials  float32 ``[NUM_SPLITS, num_programs, R * C]``
     arrivals  int32 ``[num_programs]``, zeros before and after
     program   the tile's number; the split is the program's in the grid's third dimension
@@ -27,15 +29,17 @@ def reduce_splits(total, is_used, partials, arrivals, program, num_programs, NUM
     """
     rows: tl.constexpr = total.shape[0]
     columns: tl.constexpr = total.shape[1]
+    AT_ONCE: tl.constexpr = min(NUM_SPLITS, max(1, VALUES_AT_ONCE // (rows * columns)))
     inside = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
     split = tl.program_id(2)
-    tl.store(partials + (split * num_programs + program) * rows * columns + inside, total, mask=is_used)
+    tl.store(partials + (split * num_programs + program) * rows * columns + inside, total)
     tl.debug_barrier()  # all threads have stored before one of them says so
     is_last = tl.atomic_add(arrivals + program, 1, sem="acq_rel") == NUM_SPLITS - 1
     total = tl.zeros([rows, columns], tl.float32)
     if is_last:
-        for other in range(NUM_SPLITS):
-            place = partials + (other * num_programs + program) * rows * columns + inside
-            total += tl.load(place, mask=is_used, other=0.0, cache_modifier=".cg")
+        for first in range(0, NUM_SPLITS, AT_ONCE):
+            for other in tl.static_range(AT_ONCE):  # loads that do not wait for each other
+                place = partials + ((first + other) * num_programs + program) * rows * columns + inside
+                total += tl.load(place, cache_modifier=".cg")
         tl.store(arrivals + program, 0)  # as the next launch expects it
     return is_last, total

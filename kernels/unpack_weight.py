@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from petalsd.kernels.quantized_linear import unpack_bytes, unpack_nibbles
+from petalsd.kernels.weight_values import unpack_bytes, unpack_nibbles
 
 
 @triton.jit(do_not_specialize=["first_tile"])

@@ -16,11 +16,14 @@ from petalsd.ops.split_workspace import SplitWorkspace
 _NUM_OUT, _NUM_IN = 4096, 14336
 _MANY_MULTIPROCESSORS = 128  # so that products of few rows are split
 # By rows of a tile. Two warps are too few for the instructions of warp groups.
-_QUANTIZED_LIMITS = {
+_FEW_LIMITS = {
     8: Limits(96, Matrix.FEW_ROWS, is_async=True),
     16: Limits(128, Matrix.FEW_ROWS, is_async=True),
-    32: Limits(232, Matrix.FEW_ROWS, is_async=True),
-    64: Limits(255, Matrix.MANY_ROWS, is_async=True),
+}
+_MANY_LIMITS = Limits(255, Matrix.MANY_ROWS, is_async=True)
+_QUANTIZED_LIMITS = {
+    WeightFormat.INT8: {**_FEW_LIMITS, 32: Limits(232, Matrix.FEW_ROWS, is_async=True), 64: _MANY_LIMITS},
+    WeightFormat.INT4: {**_FEW_LIMITS, 32: Limits(168, Matrix.MANY_ROWS, is_async=True), 64: _MANY_LIMITS},
 }
 _DENSE_LIMITS = {rows: Limits(128, Matrix.MANY_ROWS, is_async=True) for rows in (16, 32)}
 # Exact, so by no matrix instructions.
@@ -36,15 +39,13 @@ def variants() -> Iterator[Variant]:
         "dense product, 16 rows, bias", partial(_dense, 16, False, has_bias=True), _DENSE_LIMITS[16]
     )
     for format, scale_copies in _SCALE_COPIES.items():
-        for rows, limits in _QUANTIZED_LIMITS.items():
-            if rows > 32 and format is WeightFormat.INT4:
-                continue  # as two tiles of 32
+        for rows, limits in _QUANTIZED_LIMITS[format].items():
             allowed = replace(limits, narrow_copies=scale_copies)
             yield Variant(
                 f"{format} product, {rows} rows, split", partial(_quantized, format, rows, True), allowed
             )
         whole = partial(_quantized, format, 16, False, has_bias=True)
-        allowed = replace(_QUANTIZED_LIMITS[16], narrow_copies=scale_copies)
+        allowed = replace(_FEW_LIMITS[16], narrow_copies=scale_copies)
         yield Variant(f"{format} product, 16 rows, bias", whole, allowed)
         exact = partial(_quantized, format, 16, True, dtype=torch.float32)
         yield Variant(

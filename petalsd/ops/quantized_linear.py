@@ -15,16 +15,24 @@ MAX_ROWS = 64
 """Beyond, weights are unpacked for a dense product."""
 
 
-# All fit the shared memory of their devices, and none spills, as int4 would with more rows. Measured on an H200.
+# All fit the shared memory of their devices, and none spills. Measured on an H100 and an H200.
 _FEW_ROWS = (
     ProductTile(8, 64, 128, Options(num_warps=2, num_stages=3), programs=10),
-    ProductTile(16, 64, 128, Options(num_warps=2, num_stages=3), programs=8),
-    ProductTile(32, 64, 64, Options(num_warps=2, num_stages=4), programs=4),
+    ProductTile(16, 64, 128, Options(num_warps=2, num_stages=3), programs=6),
 )
 TILES = {
-    4: _FEW_ROWS,
-    8: (*_FEW_ROWS, ProductTile(64, 128, 128, Options(num_warps=4, num_stages=3), programs=2)),
+    4: (
+        *_FEW_ROWS,
+        ProductTile(32, 128, 64, Options(num_warps=4, num_stages=4), programs=3),
+        ProductTile(64, 128, 128, Options(num_warps=4, num_stages=3), programs=2),
+    ),
+    8: (
+        *_FEW_ROWS,
+        ProductTile(32, 64, 64, Options(num_warps=2, num_stages=4), programs=4),
+        ProductTile(64, 128, 64, Options(num_warps=4, num_stages=4), programs=2),
+    ),
 }
+_GROUP_WARPS = 4  # for whose matrix instructions weights are unpacked as pairs
 # Multiplied without matrix units, from registers. Larger tiles spill, and on 10.0 Triton rounds them to TF32.
 FLOAT32_TILE = ProductTile(16, 32, 32, Options(num_warps=4, num_stages=3), programs=4)
 
@@ -39,7 +47,7 @@ def quantized_linear(
     """``out = x @ weight.T + bias``; sums are float32, and rounded once.
 
     x       ``[R, num_in]``
-    weight  int8 or int4, on x's device
+    weight  int8 or int4, on x's device; int4 is rounded to x's dtype after it was scaled, with over 16 rows
     bias    ``[num_out]``
     out     ``[R, num_out]``
 
@@ -73,6 +81,7 @@ def quantized_linear(
             "IS_OUT_WHOLE": weight.num_out % tile.outputs == 0, "IS_IN_WHOLE": weight.num_in % inputs == 0,
             "NUM_SPLITS": num_splits, "NUM_STAGES": tile.options.num_stages,
             "IN_PTX": takes_ptx(quantized_linear_kernel),
+            "AS_PAIRS": tile.options.num_warps == _GROUP_WARPS and x.dtype != torch.float32,
         },
         tile.options,
     )  # fmt: skip
