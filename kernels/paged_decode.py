@@ -1,5 +1,7 @@
 """Attention of one new token per row over pages, its context cut into splits; and the combination of the splits.
 
+The last of a few splits to come combines them; many are combined by a launch of its own, which spreads that out.
+
 The query heads of a KV head are the rows of one matrix product, so keys and values are read once for all of them.
 Lengths and pages are read on the device and the grid depends on neither: a launch can be captured in a graph.
 """
@@ -20,18 +22,22 @@ from petalsd.kernels.attention_tile import (
 @triton.jit(do_not_specialize=["block"])
 def paged_decode(
     q, k, v, k_scales, v_scales, out,
-    part_acc, part_greatest, part_total,
+    part_acc, part_greatest, part_total, arrivals,
     origins, context_lens, slopes, sinks,
     block, scale, softcap, alibi_factor,
     q_row_stride, out_row_stride, origins_stride,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, MIN_TILES: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
+    COMBINES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, Hkv * ceil(G / BM), SPLITS).
 
-    q, out         ``[B, H, D]``, of contiguous rows; out is written when SPLITS is 1, else the partial results
+    q, out         ``[B, H, D]``, of contiguous rows; out is written when SPLITS is 1 and with COMBINES, else the
+                   partial results are left to `combine_splits`
     part_acc       float32 ``[B, H, SPLITS, D]``; part_greatest, part_total: float32 ``[B, H, SPLITS]``
+    arrivals       int32, one for each program of one split, zeros before and after. With COMBINES the last split
+                   to come combines all of them
     k, v           ``[N, PAGE, Hkv, D]``; k_scales, v_scales: float32 ``[N, PAGE, Hkv]``, with SCALED; contiguous
     origins        int32 ``[B, …]``; context_lens: int32 ``[B]``, 0 gives zeros
     slopes, sinks  float32 ``[H]``, with ALIBI and SINKS
@@ -60,7 +66,7 @@ def paged_decode(
     end = tl.minimum(begin + tiles_per_split, num_tiles)
 
     part = (row * (HKV * G) + head) * SPLITS + split
-    if SPLITS > 1:  # noqa: SIM102 - a constant, and a number of the device
+    if SPLITS > 1 and not COMBINES:  # noqa: SIM102 - constants, and a number of the device
         if begin >= end:
             tl.store(part_greatest + part, float("-inf"), mask=is_head)
             tl.store(part_total + part, 0.0, mask=is_head)
@@ -116,6 +122,42 @@ def paged_decode(
         tl.store(part_greatest + part, greatest, mask=is_head)
         tl.store(part_total + part, total, mask=is_head)
         tl.store(part_acc + part[:, None].to(tl.int64) * D + dims[None, :], acc, mask=is_element)
+        if COMBINES:
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            arrived = arrivals + row * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
+                result = combine_heads(
+                    part_acc, part_greatest, part_total, part - split, is_head, is_element, dims, D, SPLITS
+                )
+                out_row = out + row.to(tl.int64) * out_row_stride
+                tl.store(out_row + elements, result.to(out.dtype.element_ty), mask=is_element)
+                tl.store(arrived, 0)  # as the next launch expects it
+
+
+@triton.jit
+def combine_heads(
+    part_acc, part_greatest, part_total, first, is_head, is_element, dims, D: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """The result ``[BM, DP]`` of heads whose first parts are ``first`` ``[BM]``; few splits, whose loads all start
+    at once. In the order of the splits, whatever that of their arrival.
+    """
+    highest = tl.full(first.shape, float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        greatest = tl.load(
+            part_greatest + first + split, mask=is_head, other=float("-inf"), cache_modifier=".cg"
+        )
+        highest = tl.maximum(highest, greatest)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    acc = tl.zeros(is_element.shape, tl.float32)
+    total = tl.zeros(first.shape, tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = first + split
+        greatest = tl.load(part_greatest + part, mask=is_head, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(greatest - highest)
+        places = part_acc + part[:, None].to(tl.int64) * D + dims[None, :]
+        acc += weight[:, None] * tl.load(places, mask=is_element, other=0.0, cache_modifier=".cg")
+        total += weight * tl.load(part_total + part, mask=is_head, other=0.0, cache_modifier=".cg")
+    return acc / tl.where(total == 0, 1.0, total)[:, None]
 
 
 @triton.jit

@@ -121,7 +121,11 @@ def variants(is_full: bool) -> Iterator[Variant]:
         yield Variant(f"prefill {name}", partial(_prefill, attention), prefill, targets)
     one_split = partial(_decode, TESTED["Llama-3.1-8B"], 1)
     yield Variant("decode Llama-3.1-8B, one split", one_split, _PLAIN)
-    yield Variant("combine 32x128, 4 splits", partial(_combine, TESTED["Llama-3.1-8B"]), Limits())
+    for name in ("Llama-3.1-8B", "SmolLM2-135M, int8"):  # cut into so many parts that they are combined apart
+        attention = {**TESTED, **OTHERS}[name]
+        apart = partial(_decode, attention, _MULTIPROCESSORS, rows=1)
+        yield Variant(f"decode {name}, one row", apart, attention.limits()[0])
+    yield Variant("combine 32x128, 64 splits", partial(_combine, TESTED["Llama-3.1-8B"]), Limits())
     yield Variant("copy_pages 8x128", partial(_copy, TESTED["Llama-3.1-8B"]), Limits())
 
 
@@ -129,12 +133,12 @@ def _integers(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
-def _decode(attention: Attention, num_sms: int) -> None:
-    _launch_again(_decode_launches(attention, num_sms)[0])
+def _decode(attention: Attention, num_sms: int, rows: int = _ROWS) -> None:
+    _launch_again(_decode_launches(attention, num_sms, rows)[0])
 
 
 def _combine(attention: Attention) -> None:
-    _launch_again(_decode_launches(attention, _MULTIPROCESSORS)[1])
+    _launch_again(_decode_launches(attention, _MULTIPROCESSORS, rows=1)[1])
 
 
 def _launch_again(one: Launch) -> None:
@@ -142,11 +146,11 @@ def _launch_again(one: Launch) -> None:
     launch(one.kernel, one.grid, one.arguments, one.constants, one.options)
 
 
-def _decode_launches(attention: Attention, num_sms: int) -> list[Launch]:
-    q, pages = attention.queries(_ROWS), attention.pages()
-    places = _integers(_ROWS)
-    batch = DecodeBatch(places, places, _integers(_ROWS, _MAX_RUNS), places, places)
-    plan = DecodePlan.create(_ROWS, attention.heads, pages, num_sms, attention.window or _MAX_CONTEXT)
+def _decode_launches(attention: Attention, num_sms: int, rows: int) -> list[Launch]:
+    q, pages = attention.queries(rows), attention.pages()
+    places = _integers(rows)
+    batch = DecodeBatch(places, places, _integers(rows, _MAX_RUNS), places, places)
+    plan = DecodePlan.create(rows, attention.heads, pages, num_sms, attention.window or _MAX_CONTEXT)
     with record_launches() as launches:
         decode_attention(q, pages, batch, 3, attention.rule(), plan, q)
     return launches

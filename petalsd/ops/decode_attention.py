@@ -22,6 +22,7 @@ _MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
 _MAX_BLOCK_M = 32
 _PROGRAMS_PER_SM = 4
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
+_MOST_COMBINED = 8  # by the last program to come, which does alone what a launch of its own spreads out
 _MAX_REGISTERS = 255
 _BLACKWELL = 100  # two warps spill there
 _NUM_STAGES = 2
@@ -72,6 +73,8 @@ class DecodePlan:
     part_greatest, part_total
                       float32 ``[B, H, num_splits]``: what the parts leave to be combined; None for one part.
                       Nothing in them outlives a call, so blocks share a plan
+    arrivals          int32 ``[B, programs]``, zeros between calls: of few parts the last one to come combines all.
+                      None: a launch of its own does
     """
 
     block_m: int
@@ -81,6 +84,7 @@ class DecodePlan:
     part_acc: torch.Tensor | None = None
     part_greatest: torch.Tensor | None = None
     part_total: torch.Tensor | None = None
+    arrivals: torch.Tensor | None = None
 
     @classmethod
     def create(cls, num_rows: int, num_heads: int, kv: PagedKV, num_sms: int, max_context: int) -> DecodePlan:
@@ -109,7 +113,11 @@ class DecodePlan:
             torch.empty(shape, dtype=torch.float32, device=kv.k.device)
             for shape in ((*parts, head_dim), parts, parts)
         )
-        return cls(*tile, splits, part_acc, part_greatest, part_total)
+        arrivals = None
+        if splits <= _MOST_COMBINED:
+            programs = num_kv_heads * -(-num_heads // num_kv_heads // tile[0])
+            arrivals = torch.zeros(num_rows, programs, dtype=torch.int32, device=kv.k.device)
+        return cls(*tile, splits, part_acc, part_greatest, part_total, arrivals)
 
 
 def decode_attention(
@@ -127,7 +135,7 @@ def decode_attention(
     block  index of the block, which selects the page within each run
     out    ``[B, H, D]`` in q's dtype; zeros for rows whose ``context_lens`` is 0
 
-    One launch, or two with more than one split. ValueError for tensors that don't fit.
+    One launch, or two with many splits. ValueError for tensors that don't fit.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = kv.k.shape[2]
@@ -146,17 +154,17 @@ def decode_attention(
         paged_decode,
         (num_rows, num_kv_heads * -(-group // plan.block_m), plan.num_splits),
         (
-            q, kv.k, kv.v, *scales_of(kv), out, *parts, batch.origins, batch.context_lens, rule.slopes, rule.sinks,
-            block, *rule.numbers, strides(q)[0], strides(out)[0], batch.origins.stride(0),
+            q, kv.k, kv.v, *scales_of(kv), out, *parts, plan.arrivals, batch.origins, batch.context_lens,
+            rule.slopes, rule.sinks, block, *rule.numbers, strides(q)[0], strides(out)[0], batch.origins.stride(0),
         ),
         {
             "HKV": num_kv_heads, "G": group, "D": head_dim, "DP": padded, "PAGE": kv.page_tokens,
             "BM": plan.block_m, "BN": plan.block_n, "SPLITS": plan.num_splits, "MIN_TILES": MIN_TILES,
-            "SCALED": isinstance(kv, Int8KV), **rule.constants,
+            "SCALED": isinstance(kv, Int8KV), "COMBINES": plan.arrivals is not None, **rule.constants,
         },
         Options(plan.num_warps, _NUM_STAGES, _MAX_REGISTERS),
     )  # fmt: skip
-    if plan.num_splits > 1:
+    if plan.num_splits > 1 and plan.arrivals is None:
         launch(
             combine_splits,
             (num_rows, num_heads),

@@ -94,6 +94,7 @@ class AttentionRows:
         padded = torch.cat([q, torch.full((padding, *q.shape[1:]), torch.nan, dtype=q.dtype)])
         out = torch.full_like(padded, torch.nan)
         decode_attention(padded, self.rows.kv, decode_batch(batch, padding), BLOCK, rule, plan, out)
+        assert plan.arrivals is None or not plan.arrivals.any()
         lengths = [*batch.context_lens, *[0] * padding]
         self._compare(out, padded, batch, [(1, length) for length in lengths], rule)
         return out

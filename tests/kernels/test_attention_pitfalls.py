@@ -184,7 +184,7 @@ def test_one_new_token_is_the_same_in_prefill() -> None:
 def test_launches_of_a_size_differ_in_nothing_that_a_graph_holds() -> None:
     """Grid, constants, numbers and addresses are the same for short and for long rows."""
     rows, q, batch = decode_rows(AttentionCase(4, 1, 64, 16, 2, F32), 1, 500)
-    device, plan, out = decode_batch(batch), rows.plan(2, 2), torch.empty_like(q)
+    device, plan, out = decode_batch(batch), rows.plan(2, 16), torch.empty_like(q)
     recorded = []
     for lengths in ([1, 500], [0, 3]):
         device.context_lens.copy_(torch.tensor(lengths))
