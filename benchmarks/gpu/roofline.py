@@ -22,7 +22,7 @@ from benchmarks.gpu.cards import (
     Card,
     Shape,
 )
-from petalsd.ops.decode_attention import num_splits
+from petalsd.ops.decode_attention import MOST_COMBINED, num_splits
 
 Kind = Literal["product", "attention", "elementwise"]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
@@ -76,7 +76,7 @@ def weight_bytes(shape: Shape, weights: str) -> dict[str, float]:
 
 
 def attention_launches(shape: Shape, step: Step, card: Card) -> list[Launch]:
-    """One, or two where contexts are cut into parts."""
+    """One, or two where contexts are cut into many parts."""
     q_bytes = step.batch * shape.num_heads * shape.head_dim * _VALUE_BYTES
     kv_bytes = step.batch * step.context * shape.kv_token_bytes
     flops = 4.0 * step.batch * step.context * shape.num_heads * shape.head_dim
@@ -84,6 +84,8 @@ def attention_launches(shape: Shape, step: Step, card: Card) -> list[Launch]:
     if splits == 1:
         return [Launch("decode attention", "attention", kv_bytes + 2 * q_bytes, flops)]
     parts = splits * step.batch * shape.num_heads * (shape.head_dim + 2) * _PARTIAL_BYTES
+    if splits <= MOST_COMBINED:
+        return [Launch("decode attention", "attention", kv_bytes + 2 * q_bytes + 2 * parts, flops)]
     return [
         Launch("decode attention", "attention", kv_bytes + q_bytes + parts, flops),
         Launch("combine", "elementwise", parts + q_bytes),

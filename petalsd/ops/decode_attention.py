@@ -18,11 +18,13 @@ MAX_SPLITS = 64
 MIN_TILES = 4
 """Tiles of keys that a split takes at least: below, a second split costs more than it saves."""
 
+MOST_COMBINED = 8
+"""Splits that the last program to come combines: it does alone what a launch of its own spreads out."""
+
 _MIN_BLOCK_M = 16  # the smallest matrix product there are instructions for
 _MAX_BLOCK_M = 32
 _PROGRAMS_PER_SM = 4
 _SPLITS_AT_ONCE = 16  # that the combination holds in registers
-_MOST_COMBINED = 8  # by the last program to come, which does alone what a launch of its own spreads out
 _MAX_REGISTERS = 255
 _BLACKWELL = 100  # two warps spill there
 _NUM_STAGES = 2
@@ -114,7 +116,7 @@ class DecodePlan:
             for shape in ((*parts, head_dim), parts, parts)
         )
         arrivals = None
-        if splits <= _MOST_COMBINED:
+        if splits <= MOST_COMBINED:
             programs = num_kv_heads * -(-num_heads // num_kv_heads // tile[0])
             arrivals = torch.zeros(num_rows, programs, dtype=torch.int32, device=kv.k.device)
         return cls(*tile, splits, part_acc, part_greatest, part_total, arrivals)
