@@ -32,4 +32,8 @@ def _why_move(decision: Decision) -> str:
         return f"the swarm gains when the server is faster at blocks {target} and leaves the others to others"
     if len(target) > len(span) and target.covers(span):
         return f"the swarm gains when the server takes blocks {target}, though it is slower at each"
-    return f"blocks {target} need this server more"
+    why = f"blocks {target} need this server more"
+    if decision.together:
+        others = ", ".join(f"…{turn.peer[-6:]} to {turn.target}" for turn in decision.together)
+        return f"{why}, and others close the gap that it leaves: {others}"
+    return why

@@ -29,6 +29,14 @@ def test_every_verdict_is_explained(verdict: Verdict, words: str) -> None:
     assert words in explain(Decision(verdict, HERE, THERE, FIGURES, turns), Demand(4, None))
 
 
+def test_moves_that_pay_only_together_are_told() -> None:
+    """The figures beside it are of all of them."""
+    turns = (Turn("12D3KooWabcdef", HERE, THERE), Turn("12D3KooWuvwxyz", HERE, BlockSpan(2, 6)))
+    decision = Decision(Verdict.MOVE, HERE, THERE, FIGURES, together=turns)
+    told = "and others close the gap that it leaves: …abcdef to 4:8, …uvwxyz to 2:6"
+    assert explain(decision, Demand(4, None)) == f"blocks 4:8 need this server more, {told}"
+
+
 @pytest.mark.parametrize(
     ("verdict", "target", "words"),
     [

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from petalsd.swarm.placement.plan import plan_moves
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.potential import Landscape, scale, soft_minimum
+from petalsd.swarm.placement.potential import Landscape, PlannedMove, scale, soft_minimum
 from petalsd.swarm.placement.state import SwarmState
 from petalsd.types import BlockSpan
 
@@ -85,7 +86,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A server that moves first, from where to where."""
+    """A server that moves first, or at the same time: from where to where."""
 
     peer: str
     span: BlockSpan
@@ -96,8 +97,9 @@ class Turn:
 class Decision:
     """``target`` is the best place for this server, its own span when there is no better one.
 
-    ahead    the moves that come before its own, the most valuable first
-    weakest  the runs of blocks that are served worst, as they are now; within a tenth of the weakest
+    ahead     the moves that come before its own, the most valuable first
+    weakest   the runs of blocks that are served worst, as they are now; within a tenth of the weakest
+    together  the moves of others without which its own would not pay; ``estimate`` is of all, ``load_s`` its own
     """
 
     verdict: Verdict
@@ -106,6 +108,7 @@ class Decision:
     estimate: Estimate
     ahead: tuple[Turn, ...] = ()
     weakest: tuple[BlockSpan, ...] = ()
+    together: tuple[Turn, ...] = ()
 
     @property
     def is_move(self) -> bool:
@@ -120,24 +123,22 @@ def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) ->
     if not (state.is_free[row] and is_seen):
         verdict = Verdict.FITS if len(own.span) == state.num_blocks else Verdict.LOADING
         return Decision(verdict, own.span, own.span, _nothing(state), weakest=weakest)
-    turns: list[Turn] = []
-    moves, later = plan_moves(state, policy), state
-    is_listed = any(move.row == row for move in moves)
-    for move in moves:
-        target = _span(move.target, int(state.length[move.row]))
-        if move.row == row:
-            figures = estimate(later, row, target, costs, policy)
-            return Decision(
-                own_turn(own, costs, figures, policy), own.span, target, figures, tuple(turns), weakest
-            )
-        turns.append(Turn(state.peers[move.row], _span(int(state.start[move.row]), len(target)), target))
-        if is_listed:
-            later = later.moved(move.row, target)
-    target = _best_target(state, row, policy)
-    if target == own.span:
-        return Decision(Verdict.FITS, own.span, target, _nothing(state), tuple(turns), weakest)
-    figures = estimate(state, row, target, costs, policy)
-    return Decision(Verdict.WAITS, own.span, target, figures, tuple(turns), weakest)
+    moves = plan_moves(state, policy)
+    turns = [_turn(state, move) for move in moves]
+    at = next((at for at, move in enumerate(moves) if move.row == row), None)
+    if at is None:
+        target = _best_target(state, row, policy)
+        verdict = Verdict.FITS if target == own.span else Verdict.WAITS
+        figures = estimate(state, row, target, costs, policy) if target != own.span else _nothing(state)
+        return Decision(verdict, own.span, target, figures, tuple(turns), weakest)
+    target, ahead, together = turns[at].target, turns[:at], []
+    if moves[at].in_chain:
+        ahead, together = [], [*turns[:at], *turns[at + 1 :]]
+        figures = _estimate_chain(state, turns, own.peer, costs, policy)
+    else:
+        figures = estimate(_after(state, ahead), row, target, costs, policy)
+    verdict = own_turn(own, costs, figures, policy)
+    return Decision(verdict, own.span, target, figures, tuple(ahead), weakest, tuple(together))
 
 
 def judge(
@@ -190,6 +191,44 @@ def estimate(
         + missed * policy.pending_s
         + (policy.move_s + costs.session_s) * work,
     )
+
+
+def _estimate_chain(
+    state: SwarmState, chain: Sequence[Turn], peer: str, costs: MoveCosts, policy: Policy
+) -> Estimate:
+    """What all moves of ``chain`` do together, that of ``peer`` at its own ``costs``; ``load_s`` is its own."""
+    figures = {
+        turn.peer: estimate(
+            _after(state, chain[:number]),
+            state.row_of(turn.peer),
+            turn.target,
+            costs if turn.peer == peer else MoveCosts(),
+            policy,
+        )
+        for number, turn in enumerate(chain)
+    }
+    parts = list(figures.values())
+    return Estimate(
+        weakest_before=parts[0].weakest_before,
+        weakest_after=parts[-1].weakest_after,
+        gain=sum(part.gain for part in parts),
+        lost_rate=max(part.lost_rate for part in parts),
+        load_s=figures[peer].load_s,
+        gain_tokens=sum(part.gain_tokens for part in parts),
+        cost_tokens=sum(part.cost_tokens for part in parts),
+    )
+
+
+def _turn(state: SwarmState, move: PlannedMove) -> Turn:
+    start, length = int(state.start[move.row]), int(state.length[move.row])
+    return Turn(state.peers[move.row], _span(start, length), _span(move.target, length))
+
+
+def _after(state: SwarmState, turns: Sequence[Turn]) -> SwarmState:
+    """What they leave behind when all of them have begun."""
+    for turn in turns:
+        state = state.moved(state.row_of(turn.peer), turn.target)
+    return state
 
 
 def weakest_blocks(state: SwarmState) -> tuple[BlockSpan, ...]:

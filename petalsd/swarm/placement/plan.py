@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from petalsd.swarm.placement.chains import plan_chain
 from petalsd.swarm.placement.policy import Policy
-from petalsd.swarm.placement.potential import Landscape
+from petalsd.swarm.placement.potential import Landscape, PlannedMove
 from petalsd.swarm.placement.state import Ints, SwarmState
 
 _LOOK_AGAIN = 8  # candidates whose value is computed anew after each planned move
 _NOTHING = 1e-9  # tokens: what rounding makes of staying
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedMove:
-    """Server ``row`` should start at block ``target``; ``value`` is what that wins over the horizon, in tokens."""
-
-    row: int
-    target: int
-    value: float
-
-
 def plan_moves(state: SwarmState, policy: Policy) -> list[PlannedMove]:
-    """Best replies, the most valuable first, each to the state that those before it leave behind."""
-    land, num_moves = Landscape(state, policy.seen(state)), policy.num_moves(len(state.peers))
+    """Those that pay; where none does alone, and the swarm is small, those that pay together."""
+    policy = policy.seen(state)
+    moves = _best_replies(state, policy)
+    if moves or len(state.peers) > policy.chain_servers or not _may_chain(state):
+        return moves
+    return plan_chain(state, policy)
+
+
+def _may_chain(state: SwarmState) -> bool:
+    """What several servers leave for is worth less while others load; but no chain serves anybody at a gap."""
+    return state.is_settled or float(state.planned_cover().min()) <= 0
+
+
+def _best_replies(state: SwarmState, policy: Policy) -> list[PlannedMove]:
+    """The most valuable first, each to the state that those before it leave behind."""
+    land, num_moves = Landscape(state, policy), policy.num_moves(len(state.peers))
     rows = _candidates(state, land, policy.candidates_per_move * num_moves)
     if not len(rows):
         return []

@@ -31,6 +31,7 @@ class Policy:
     moves_share     how many moves may begin at the same time, as a share of the servers, and
     min_moves, max_moves: bounds of that
     candidates_per_move  how many servers are looked at closely: those whose blocks are needed least
+    chain_servers   in swarms of up to so many servers moves that pay only together are looked for
     soon_s          where a server grows first, blocks that others will have loaded in t count by exp(-t / soon_s)
     """
 
@@ -49,6 +50,7 @@ class Policy:
     min_moves: int = 4
     max_moves: int = 24
     candidates_per_move: int = 8
+    chain_servers: int = 64
     soon_s: float = 40.0
 
     def seen(self, state: SwarmState) -> Policy:

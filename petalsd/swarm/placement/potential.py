@@ -7,6 +7,9 @@ are weakest, and a swarm in which every move raises it cannot go round in circle
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import numpy as np
 
 from petalsd.swarm.placement.policy import Policy
@@ -16,6 +19,19 @@ _NOTHING = 1e-6  # of a server's throughput: what rounding leaves of a block tha
 _HOLE = 1e100
 _MAX_EXPONENT = 200.0  # far above what a swarm with anything served can have, and e to it below _HOLE
 _TINY = 1e-300  # below what a sum of weights can be
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMove:
+    """Server ``row`` should start at block ``target``; ``value`` is what that wins over the horizon, in tokens.
+
+    ``in_chain``: it pays only together with the other moves of its list, and may be worth less than nothing alone.
+    """
+
+    row: int
+    target: int
+    value: float
+    in_chain: bool = False
 
 
 def soft_minimum(cover: Floats, tau: float) -> float:
@@ -41,6 +57,12 @@ class Landscape:
         self.start = state.start.copy()
         self.cover = state.planned_cover()
         self.served = state.served_cover()
+
+    def copy(self) -> Landscape:
+        """One in which other moves can be put."""
+        other = copy.copy(self)
+        other.start, other.cover, other.served = self.start.copy(), self.cover.copy(), self.served.copy()
+        return other
 
     def move(self, row: int, target: int) -> None:
         """Server ``row`` leaves for the blocks from ``target``; what it leaves is not served any more."""

@@ -1,0 +1,96 @@
+"""Moves that pay only together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from petalsd.swarm.placement.decision import Decision, MoveCosts, OwnSpan, Verdict, decide
+from petalsd.swarm.placement.plan import plan_moves
+from petalsd.swarm.placement.policy import Policy
+from petalsd.swarm.placement.potential import soft_minimum
+from petalsd.swarm.placement.state import SwarmState
+from petalsd.types import BlockSpan
+from tests.swarm.placement.swarms import loading, random_state, state_of
+
+ALONE = Policy(chain_servers=0)  # moves that pay by themselves only
+
+
+def row_of_three(last: float = 0.0) -> SwarmState:
+    """Block 1 is served twice; block 5 by ``last`` alone, and no single move to it leaves less of a gap."""
+    spans = [(0, 2, 10.0), (1, 3, 10.0), (3, 5, 10.0)]
+    return state_of(6, *spans, *([(5, 6, last)] if last else []))
+
+
+def asked(state: SwarmState, peer: str, costs: MoveCosts | None = None) -> Decision:
+    row = state.row_of(peer)
+    span = BlockSpan(int(state.start[row]), int(state.start[row] + state.length[row]))
+    return decide(state, OwnSpan(peer, span), costs or MoveCosts(margin=4 / 3), Policy())
+
+
+def after(state: SwarmState, policy: Policy) -> SwarmState:
+    """All moves of the list made, and all loaded."""
+    for move in plan_moves(state, policy):
+        state = state.moved(move.row, BlockSpan(move.target, move.target + int(state.length[move.row])))
+    return replace(state, served_start=state.start, served_end=state.start + state.length)
+
+
+def test_a_gap_is_closed_by_a_row_of_servers() -> None:
+    """One takes the block that nobody has, another the one that this leaves; the rest waits."""
+    state = row_of_three()
+    assert plan_moves(state, ALONE) == []
+    first, second, third = asked(state, "c"), asked(state, "b"), asked(state, "a")
+    assert (first.verdict, first.target, first.ahead) == (Verdict.MOVE, BlockSpan(4, 6), ())
+    assert (second.verdict, second.target) == (Verdict.MOVE, BlockSpan(2, 4))
+    assert [turn.peer for turn in first.together] == ["b"] and [turn.peer for turn in second.together] == [
+        "c"
+    ]
+    assert [turn.peer for turn in third.ahead] == ["c", "b"] and not third.is_move
+    assert after(state, Policy()).planned_cover().min() == 10.0
+
+
+def test_its_figures_are_those_of_all_its_moves() -> None:
+    """What is said of a chain is what it is listed for."""
+    state, policy = row_of_three(last=1.0), Policy()
+    for peer in "cb":
+        figures = asked(state, peer).estimate
+        assert (figures.weakest_before, figures.weakest_after) == (1.0, 10.0)
+        won = figures.gain_tokens - policy.margin * figures.cost_tokens
+        assert won == pytest.approx(sum(move.value for move in plan_moves(state, policy)))
+
+
+def test_who_loads_slowly_or_never_moves_breaks_it_off() -> None:
+    state = row_of_three(last=8.0)
+    assert asked(state, "c").is_move
+    assert asked(state, "c", MoveCosts(load_block_s=1e4, margin=4 / 3)).verdict is Verdict.TOO_DEAR
+    assert asked(state, "c", MoveCosts(margin=float("inf"))).verdict is Verdict.TOO_DEAR
+
+
+def test_none_is_begun_while_others_load_unless_a_block_has_nobody() -> None:
+    """The first server has one of its blocks yet to come; nobody waits for it where no chain serves anybody."""
+    for last, listed in ((1.0, []), (0.0, [2, 1])):
+        state = row_of_three(last)
+        is_there = np.arange(len(state.peers)) > 0
+        state = replace(state, served_end=state.served_end - ~is_there, is_free=is_there)
+        assert [move.row for move in plan_moves(state, Policy())] == listed
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_makes_a_swarm_at_rest_better(seed: int) -> None:
+    """From where no single move pays; each of the moves is of another server that may go there."""
+    state = random_state(seed, servers=10, num_blocks=40)
+    while plan_moves(state, ALONE):
+        state = after(state, ALONE)
+    moves, better, tau = plan_moves(state, Policy()), after(state, Policy()), 0.02 * state.mean_cover()
+    assert len({move.row for move in moves}) == len(moves) <= 5 and all(move.in_chain for move in moves)
+    if moves:
+        assert soft_minimum(better.planned_cover(), tau) > soft_minimum(state.planned_cover(), tau)
+    loads = loading(state, 3)
+    assert not {move.row for move in plan_moves(loads, Policy())} & {0, 1, 2}
+
+
+def test_large_swarms_look_for_none() -> None:
+    state = row_of_three()
+    assert plan_moves(state, Policy(chain_servers=2)) == []
