@@ -14,16 +14,19 @@ _NOTHING = 1e-9  # tokens: what rounding makes of staying
 
 
 def plan_moves(state: SwarmState, policy: Policy) -> list[PlannedMove]:
-    """Those that pay; where none does alone, and the swarm is small, those that pay together."""
+    """Those that win most: best replies, each of which pays, or in small swarms a chain, which pays as a whole."""
     policy = policy.seen(state)
     moves = _best_replies(state, policy)
-    if moves or len(state.peers) > policy.chain_servers or not _may_chain(state):
+    if not _may_chain(state, policy):
         return moves
-    return plan_chain(state, policy)
+    chain = plan_chain(state, policy)
+    return max(moves, chain, key=lambda plan: sum(move.value for move in plan))
 
 
-def _may_chain(state: SwarmState) -> bool:
-    """What several servers leave for is worth less while others load; but no chain serves anybody at a gap."""
+def _may_chain(state: SwarmState, policy: Policy) -> bool:
+    """While others load a chain disturbs more than it wins; where a block has nobody nothing is disturbed."""
+    if len(state.peers) > policy.chain_servers:
+        return False
     return state.is_settled or float(state.planned_cover().min()) <= 0
 
 

@@ -68,6 +68,15 @@ def test_who_loads_slowly_or_never_moves_breaks_it_off() -> None:
     assert asked(state, "c", MoveCosts(margin=float("inf"))).verdict is Verdict.TOO_DEAR
 
 
+def test_it_is_made_instead_of_single_moves_that_win_less() -> None:
+    """A slow server that nobody needs where it is could help at once; the chain makes it needless."""
+    state = state_of(6, (0, 2, 10.0), (1, 3, 10.0), (3, 5, 10.0), (5, 6, 1.0), (0, 1, 2.0))
+    alone, together = plan_moves(state, ALONE), plan_moves(state, Policy())
+    assert [(move.row, move.target) for move in alone] == [(4, 5)]
+    assert [(move.row, move.target) for move in together] == [(2, 4), (1, 2)]
+    assert sum(move.value for move in together) > alone[0].value > 0
+
+
 def test_none_is_begun_while_others_load_unless_a_block_has_nobody() -> None:
     """The first server has one of its blocks yet to come; nobody waits for it where no chain serves anybody."""
     for last, listed in ((1.0, []), (0.0, [2, 1])):
