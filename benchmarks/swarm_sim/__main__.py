@@ -26,7 +26,7 @@ FIRST_SEED = 100
 def main() -> int:
     options = parse_arguments()
     if options.decisions:
-        for servers in (100, 1000, 10_000):
+        for servers in (64, 100, 1000, 10_000):
             print(f"{servers} servers: {slowest_decision_ms('405b', servers):.1f} ms the slowest decision")
         return 0
     try:
