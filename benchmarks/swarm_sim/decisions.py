@@ -28,6 +28,7 @@ def unsettled_state(model: str, servers: int, seed: int) -> SwarmState:
         served_end=start + n,
         throughput=hardware.t,
         is_free=n < blocks,
+        is_pledged=np.ones(servers, bool),
     )
 
 

@@ -140,6 +140,7 @@ class View:
             served_end=end,
             throughput=self.t[rows],
             is_free=is_online & self.follows[rows] & (start == goal) & (end - start == n) & (n < self.blocks),
+            is_pledged=self.follows[rows],
         )
         if state.planned_cover().min() > 0:
             state = replace(state, is_free=state.is_free & ~self.is_settling[rows])

@@ -42,8 +42,11 @@ class _Chain:
 
 
 def plan_chain(state: SwarmState, policy: Policy) -> list[PlannedMove]:
-    """The moves that win most together, in the order in which they were judged; none where nothing is won."""
-    rows: Ints = np.flatnonzero(state.is_free)
+    """The moves that win most together, in the order in which they were judged; none where nothing is won.
+
+    Of servers that the others can rely on: a chain that lacks a move may leave the swarm worse than it was.
+    """
+    rows: Ints = np.flatnonzero(state.is_free & state.is_pledged)
     best = _Chain((), Landscape(state, policy), _NOTHING)
     beam = [best]
     for _ in range(min(_LONGEST, len(rows))):

@@ -131,14 +131,29 @@ def decide(state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy) ->
         verdict = Verdict.FITS if target == own.span else Verdict.WAITS
         figures = estimate(state, row, target, costs, policy) if target != own.span else _nothing(state)
         return Decision(verdict, own.span, target, figures, tuple(turns), weakest)
-    target, ahead, together = turns[at].target, turns[:at], []
     if moves[at].in_chain:
-        ahead, together = [], [*turns[:at], *turns[at + 1 :]]
-        figures = _estimate_chain(state, turns, own.peer, costs, policy)
-    else:
-        figures = estimate(_after(state, ahead), row, target, costs, policy)
+        return _in_chain(state, own, costs, policy, turns)
+    figures = estimate(_after(state, turns[:at]), row, turns[at].target, costs, policy)
     verdict = own_turn(own, costs, figures, policy)
-    return Decision(verdict, own.span, target, figures, tuple(ahead), weakest, tuple(together))
+    return Decision(verdict, own.span, turns[at].target, figures, tuple(turns[:at]), weakest)
+
+
+def _in_chain(
+    state: SwarmState, own: OwnSpan, costs: MoveCosts, policy: Policy, chain: Sequence[Turn]
+) -> Decision:
+    """The others rely on ``own``: unless it never moves it goes, and reckons with what the rule expects of all."""
+    target = next(turn.target for turn in chain if turn.peer == own.peer)
+    load_s = estimate(state, state.row_of(own.peer), target, costs, policy).load_s
+    figures = _estimate_chain(state, chain, load_s, policy)
+    expected = MoveCosts(margin=costs.margin if math.isinf(costs.margin) else policy.margin)
+    return Decision(
+        own_turn(own, expected, figures, policy),
+        own.span,
+        target,
+        figures,
+        weakest=weakest_blocks(state),
+        together=tuple(turn for turn in chain if turn.peer != own.peer),
+    )
 
 
 def judge(
@@ -193,27 +208,19 @@ def estimate(
     )
 
 
-def _estimate_chain(
-    state: SwarmState, chain: Sequence[Turn], peer: str, costs: MoveCosts, policy: Policy
-) -> Estimate:
-    """What all moves of ``chain`` do together, that of ``peer`` at its own ``costs``; ``load_s`` is its own."""
-    figures = {
-        turn.peer: estimate(
-            _after(state, chain[:number]),
-            state.row_of(turn.peer),
-            turn.target,
-            costs if turn.peer == peer else MoveCosts(),
-            policy,
-        )
-        for number, turn in enumerate(chain)
-    }
-    parts = list(figures.values())
+def _estimate_chain(state: SwarmState, chain: Sequence[Turn], load_s: float, policy: Policy) -> Estimate:
+    """What all moves of ``chain`` do together, at what the policy expects; ``load_s`` is the asking server's."""
+    parts = []
+    for turn in chain:
+        row = state.row_of(turn.peer)
+        parts.append(estimate(state, row, turn.target, MoveCosts(), policy))
+        state = state.moved(row, turn.target)
     return Estimate(
         weakest_before=parts[0].weakest_before,
         weakest_after=parts[-1].weakest_after,
         gain=sum(part.gain for part in parts),
         lost_rate=max(part.lost_rate for part in parts),
-        load_s=figures[peer].load_s,
+        load_s=load_s,
         gain_tokens=sum(part.gain_tokens for part in parts),
         cost_tokens=sum(part.cost_tokens for part in parts),
     )

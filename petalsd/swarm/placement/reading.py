@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from petalsd.swarm.directory import SwarmView
+from petalsd.swarm.directory import RemoteSpan, SwarmView
 from petalsd.swarm.placement.state import SwarmState
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
@@ -44,6 +44,7 @@ def read_state(view: SwarmView) -> SwarmState:
         served_end=np.array([0 if span is None else span.end for span in now], np.int64),
         throughput=np.array(rates, np.float64),
         is_free=np.array(free, bool),
+        is_pledged=np.array([_is_pledged(served.get(peer)) for peer in peers], bool),
     )
 
 
@@ -69,6 +70,11 @@ def _came_at(view: SwarmView, peer: str, block: int) -> float:
 def is_ours(record: ServerRecord) -> bool:
     """Whether the server that wrote it follows this rule."""
     return (record.version or "").startswith(_OURS)
+
+
+def _is_pledged(remote: RemoteSpan | None) -> bool:
+    """Servers that are pinned, never move or serve a fixed number of blocks do not say how many they may serve."""
+    return remote is not None and remote.record.max_blocks is not None
 
 
 def _loading(view: SwarmView) -> dict[str, tuple[BlockSpan, float]]:

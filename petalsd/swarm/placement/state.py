@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-_COLUMNS = ("start", "length", "served_start", "served_end", "throughput", "is_free")
+_COLUMNS = ("start", "length", "served_start", "served_end", "throughput", "is_free", "is_pledged")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +28,7 @@ class SwarmState:
     served_end    [N] int64: the blocks that it serves now, equal where it serves none yet
     throughput    [N] float64, tokens/s through each of its blocks, not negative
     is_free       [N] bool, whether it follows this rule, serves all that it announced, and could stand elsewhere
+    is_pledged    [N] bool, whether it says that its place is for the rule to choose: others may rely on its moves
     """
 
     num_blocks: int
@@ -38,6 +39,7 @@ class SwarmState:
     served_end: Ints
     throughput: Floats
     is_free: Flags
+    is_pledged: Flags
 
     @property
     def is_settled(self) -> bool:

@@ -21,6 +21,7 @@ def state_of(num_blocks: int, *spans: tuple[int, int, float], is_free: bool = Tr
         served_end=end,
         throughput=np.array([span[2] for span in spans], np.float64),
         is_free=np.full(len(spans), is_free),
+        is_pledged=np.ones(len(spans), bool),
     )
 
 
@@ -38,6 +39,7 @@ def random_state(seed: int, servers: int = 24, num_blocks: int = 16) -> SwarmSta
         served_end=start + length,
         throughput=rng.lognormal(2.0, 1.0, servers),
         is_free=np.ones(servers, bool),
+        is_pledged=np.ones(servers, bool),
     )
 
 
