@@ -69,7 +69,7 @@ test-interop: $(DEMO_MODEL)/config.json petals-env ## run the tests against stoc
 bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most; results in benchmarks/results
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks $(ARGS)
 
-bench-swarm: $(STAMP) ## simulate placement in swarms of 10 to 1,000 servers; about an hour, ARGS names single cases
+bench-swarm: $(STAMP) ## simulate placement in swarms of 10 to 1,000 servers; an hour and a half, ARGS names single cases
 	@$(BIN)/python -m benchmarks.swarm_sim $(ARGS)
 
 bench-compare: $(DEMO_MODEL)/config.json petals-env ## the same beside stock Petals and transformers, in twenty minutes at most
