@@ -4,7 +4,7 @@
                                    [--seeds N] [--first-seed 100] [--print-only]
     python -m benchmarks.swarm_sim --decisions
 
-Without options: all cases, which takes about an hour. docs/placement.md says what is simulated.
+Without options: all cases, which takes an hour and a half. docs/placement.md says what is simulated.
 """
 
 from __future__ import annotations

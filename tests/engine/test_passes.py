@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, Step
 from petalsd.errors import BadRequest, DeadlineExceeded, EngineError, NotServed, Overloaded
 from petalsd.types import BlockSpan
-from tests.engine.rig import HookedBlock, TinyModel, feed, opened, serving, states
+from tests.engine.rig import HookedBlock, TinyModel, opened, serving, states, with_hook
 from tests.numeric import assert_close
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -81,12 +82,26 @@ async def test_steps_go_on_between_the_units_of_a_pass(llama: TinyModel) -> None
     """A session decodes while a long pass is under way, and both get right answers."""
     hidden = states(1, 30)
     batch = states(40, 6, seed=3)
-    async with serving(llama, EngineLimits(max_pass_tokens=6)) as engine, opened(engine) as session:
+    step_waits = threading.Event()
+
+    def be_slow(states: torch.Tensor) -> None:
+        """Units of the pass take longer than a turn has time for, and run only where they hold a step up."""
+        if states.dim() == 3:
+            assert step_waits.wait(30)
+            time.sleep(0.005)
+
+    blocks, limits = with_hook(llama, SPAN.start, be_slow), EngineLimits(max_pass_tokens=6)
+    async with serving(llama, limits, blocks=blocks) as engine, opened(engine) as session:
         a_pass = asyncio.create_task(engine.forward(PassRequest(SPAN, batch, "q")))
-        await asyncio.sleep(0)
-        actual = await feed(session, hidden, [1] * 30)
-        assert not a_pass.done(), "120 units of the pass ran before 30 steps did"
+        answers = []
+        for position in range(30):
+            step_waits.set()
+            answers.append(await session.step(Step(hidden[:, position : position + 1], position)))
+            step_waits.clear()
+        assert not a_pass.done(), "all units of the pass ran before 30 steps did"
+        step_waits.set()
         output = await a_pass
+    actual = torch.cat(answers, 1)
     assert_close(actual, llama.expected(hidden).detach(), **TOLERANCE, what="the session beside the pass")
     assert_close(
         output, llama.expected(batch, SPAN).detach(), **TOLERANCE, what="the pass beside the session"
