@@ -55,8 +55,9 @@ def to_rows(provider: str, kind: str, found: dict[str, Any]) -> list[Row]:
         ratio = summarize([resident / found["model_bytes"]])
         rows.append(Row(provider, setting, "resident weights over the model's bytes", "x", ratio))
         of_session = {**setting, "context": SESSION_TOKENS}
-        kib = summarize([found["session_bytes"] / 2**10])
-        over = summarize([found["session_bytes"] / found["session_kv_bytes"]])
+        of_one = max(1, found["session_bytes"])  # and so do its sessions
+        kib = summarize([of_one / 2**10])
+        over = summarize([of_one / found["session_kv_bytes"]])
         rows += [
             Row(provider, of_session, "memory of a session", "KiB", kib),
             Row(provider, of_session, "memory of a session over its keys and values", "x", over),
