@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+
+from tests.gpu.child import run_compiled
 
 pytestmark = pytest.mark.gpu
 BFLOAT16_STEP = 2.0**-7  # a product of another size may be summed in another order
@@ -20,13 +18,7 @@ def found() -> Any:
     """What ``gpu_graphs`` prints; it needs compiled kernels, and this process interprets them."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.engine.gpu_graphs"],
-        env=environment, capture_output=True, text=True, timeout=110,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+    return run_compiled("tests.engine.gpu_graphs", timeout_s=110)
 
 
 def test_steps_are_captured(found: Any) -> None:

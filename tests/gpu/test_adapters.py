@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+
+from tests.gpu.child import run_compiled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,13 +28,7 @@ pytestmark = [
 )
 def test_adapted_blocks_equal_merged_ones(dtype: str, quantization: str, tolerance: float) -> None:
     """Whole sequences and steps, as near as the rounding of the weights lets them; without it they are far."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.adapters", dtype, quantization],
-        env=environment, capture_output=True, text=True, timeout=290, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_compiled("tests.gpu.adapters", dtype, quantization, timeout_s=290)
     wrong = {
         name: errors
         for name, errors in found.items()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+
+from tests.gpu.child import run_compiled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,13 +21,7 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_rung_is_rejected(dtype: str, quantization: str) -> None:
     """What computes at all computes what it should, the best way of each family."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.families", dtype, quantization],
-        env=environment, capture_output=True, text=True, timeout=590, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_compiled("tests.gpu.families", dtype, quantization, timeout_s=590)
     wrong = {
         name: outcome
         for name, outcome in found.items()
