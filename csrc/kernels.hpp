@@ -27,7 +27,7 @@ struct LinearTask {
 };
 
 // The linear layer over weights of one format. Before it multiplies, an input row becomes an *operand*: float32 or
-// bfloat16 values, or int8 values with a scale for each group of 64 inputs.
+// bfloat16 values, or integers of 8 bits, in 8 or 16, with a scale for each group of 64 inputs.
 struct LinearKernels {
   std::int64_t (*operand_bytes)(std::int64_t num_in);  // a multiple of the cache line
   void (*prepare)(const float* in, void* operand, std::int64_t num_in);

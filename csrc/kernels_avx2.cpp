@@ -5,6 +5,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define PETALSD_MADD(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#define PETALSD_MADDUBS(a, b) _mm256_maddubs_epi16((__m256i)(a), (__m256i)(b))
 #endif
 
 #define PETALSD_LANES 8

@@ -5,6 +5,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #define PETALSD_MADD(a, b) _mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+#define PETALSD_MADDUBS(a, b) _mm512_maddubs_epi16((__m512i)(a), (__m512i)(b))
 #endif
 
 #define PETALSD_LANES 16
