@@ -39,7 +39,7 @@ def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
     if plan is not None:
         known_plan = plan
         yield Finding("model", True, _describe_model(plan))
-        yield _finding("weights", lambda: _check_weights(known_plan))
+        yield _finding("weights", lambda: _check_weights(known_plan, config))
         if known_plan.adapters:
             yield Finding("adapters", True, ", ".join(known_plan.adapter_names))
         yield _finding("device", lambda: f"{known_plan.device}, {known_plan.weights_name}")
@@ -87,9 +87,12 @@ def _describe_model(plan: ServingPlan) -> str:
     )
 
 
-def _check_weights(plan: ServingPlan) -> str:
-    """The index names a file for every tensor of every block; the files themselves may still be remote."""
-    files = plan.files_of(BlockSpan(0, plan.model.num_blocks))
+def _check_weights(plan: ServingPlan, config: Config) -> str:
+    """A file for every tensor of every block; those of a directory are sound, as far as they may be served."""
+    whole = BlockSpan(0, plan.model.num_blocks)
+    files = plan.files_of(whole)
+    pinned = config.blocks.span
+    plan.source.check_files(files if pinned is None or not whole.covers(pinned) else plan.files_of(pinned))
     return f"all tensors found in {len(files)} safetensors files"
 
 

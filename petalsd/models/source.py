@@ -19,6 +19,7 @@ from petalsd.paths import instance_paths
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+COPY_AGAIN = "it is damaged or incomplete: copy it here again; of a repository, delete it and start again"
 
 
 class ModelSource:
@@ -88,6 +89,22 @@ class ModelSource:
         """Where a fetched file lies on this machine."""
         return self._files.path(file)
 
+    def check_files(self, files: Iterable[str]) -> None:
+        """WeightsError for a safetensors file of a directory that is missing, damaged or lacks a tensor.
+
+        Reads headers only. What the Hub has is checked against its digest when it comes.
+        """
+        if not self.is_directory:
+            return
+        self.fetch(files)
+        for file in files:
+            names = set(_tensor_names(self.path(file)))
+            lacking = sorted(
+                name for name, where in self.index().items() if where == file and name not in names
+            )
+            if lacking:
+                raise WeightsError(f"{file} lacks the tensor {lacking[0]}", hint=COPY_AGAIN)
+
     def _read_index(self) -> dict[str, str]:
         present = self._files.list_files()
         if INDEX_FILE in present:
@@ -137,4 +154,6 @@ def _tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path.name} has no valid safetensors header: {error}") from error
+        raise WeightsError(
+            f"{path.name} has no valid safetensors header: {error}", hint=COPY_AGAIN
+        ) from error

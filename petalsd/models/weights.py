@@ -19,7 +19,7 @@ from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.files import check_readable
 from petalsd.models.rope import Rope
-from petalsd.models.source import ModelSource
+from petalsd.models.source import COPY_AGAIN, ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.ops.linear import Weight
 from petalsd.ops.memory import Arena
@@ -203,7 +203,7 @@ def read_file(path: Path, file_name: str, names: Iterable[str]) -> dict[str, tor
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise WeightsError(
             f"{file_name} cannot be read: {error}",
-            hint="it is damaged or incomplete: delete it and start again",
+            hint=COPY_AGAIN,
         ) from error
 
 

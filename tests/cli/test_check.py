@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,31 @@ def test_a_model_that_cannot_be_read_is_found(model_dir: Path, capsys: pytest.Ca
     config_file.write_text(json.dumps(content | {"model_type": "gpt2"}))
     code, findings = check(capsys, model_dir)
     assert findings["model"].startswith("BAD model_type = 'gpt2' is not served")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "empty", "of another model"])
+def test_damaged_weights_in_a_directory_are_found(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """A shard that could not be loaded is named, unless the pinned blocks lie elsewhere."""
+    sharded = tmp_path / "sharded"
+    make_tiny("llama", sharded, max_shard_size="100KB")
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = sharded / index["model.layers.2.mlp.down_proj.weight"]
+    whole = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut short":
+        shard.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        shard.touch()
+    elif damage == "of another model":
+        shutil.copy(sharded / index["model.layers.0.mlp.down_proj.weight"], shard)
+    code, findings = check(capsys, sharded, "engine.device=cpu")
+    assert code == EXIT_BAD_CONFIG
+    assert findings["weights"].startswith(f"BAD {shard.name} "), findings
+    assert "copy" in findings["weights"]
+    code, findings = check(capsys, sharded, "engine.device=cpu", "blocks.span=0:1")
+    assert code == EXIT_OK, findings
 
 
 def test_without_json_the_findings_are_for_people(
