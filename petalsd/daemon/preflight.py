@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from petalsd.config import Config
+from petalsd.control.access import Access
 from petalsd.daemon.plan import ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.spilling import plan_spill
-from petalsd.errors import PetalsdError
+from petalsd.errors import ConfigError, PetalsdError
 from petalsd.paths import InstancePaths, existing_part
 from petalsd.swarm.identity import read_peer_id
-from petalsd.types import BlockSpan
+from petalsd.types import BlockSpan, HostPort
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,11 @@ def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
         yield _finding("limits", lambda: _describe_limits(known_plan))
         yield _finding("spill file", lambda: _check_spill(known_plan, config, paths))
     yield Finding("swarm", True, _describe_swarm(config))
+    yield _finding("control group", lambda: _check_group(config))
+    control_socket = config.control.socket or paths.control_socket
+    yield _finding("control socket", lambda: _check_socket(control_socket))
+    if (address := config.metrics.listen) is not None:
+        yield _finding("metrics", lambda: _check_metrics(address))
 
 
 def _finding(name: str, check: Callable[[], str]) -> Finding:
@@ -129,3 +137,36 @@ def _describe_swarm(config: Config) -> str:
     if not peers:
         return "a private swarm of our own"
     return "the public swarm" if peers == "public" else f"joins through {len(peers)} peers"
+
+
+def _check_group(config: Config) -> str:
+    return f"{Access.of(config.control.group).actors} may act"
+
+
+def _check_socket(path: Path) -> str:
+    if path.exists() and not path.is_socket():
+        raise ConfigError(
+            f"control.socket = {path}: there is something else than a socket",
+            hint="move it away, or set control.socket to another path",
+        )
+    _check_writable(path.parent)
+    return str(path)
+
+
+def _check_metrics(address: HostPort) -> str:
+    """Whether a server could listen there. A port that is taken may be taken by this very instance."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            return f"{address}, taken at the moment: by this instance, if it runs"
+        raise ConfigError(
+            f"metrics.listen = {str(address)!r}: {getattr(error, 'strerror', None) or error}",
+            hint="name an address of this machine and a free port, for instance 127.0.0.1:9465",
+        ) from error
+    return str(address)

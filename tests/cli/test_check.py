@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_a_good_configuration_passes(model_dir: Path, capsys: pytest.CaptureFixt
     assert findings["identity"].endswith("identity.key will be made")
     assert " GiB in " in findings["spill file"] or "in memory" in findings["spill file"]
     assert findings["swarm"] == "a private swarm of our own"
+    assert findings["control group"].endswith(" may act")
+    assert findings["control socket"].endswith("/control.sock")
+    assert "metrics" not in findings
     assert not (model_dir.parent / "home").exists()
 
 
@@ -71,6 +75,23 @@ def test_quantized_weights_are_named(model_dir: Path, capsys: pytest.CaptureFixt
         ("swarm.identity_path=/dev/null/key", "identity", "BAD /dev/null: is not a directory"),
         ("model.dht_prefix=a.b", "model", "BAD "),
         (
+            "control.group=no-such-group",
+            "control group",
+            "BAD control.group = 'no-such-group': there is no such group",
+        ),
+        (
+            "control.socket=/dev/null",
+            "control socket",
+            "BAD control.socket = /dev/null: there is something else",
+        ),
+        ("control.socket=/dev/null/x/y.sock", "control socket", "BAD /dev/null: is not a directory"),
+        ("metrics.listen=192.0.2.7:9465", "metrics", "BAD metrics.listen = '192.0.2.7:9465': Cannot assign"),
+        (
+            "metrics.listen=no-such-host.invalid:9465",
+            "metrics",
+            "BAD metrics.listen = 'no-such-host.invalid:",
+        ),
+        (
             "engine.kv_spill_bytes=1000000TB",
             "spill file",
             "BAD engine.kv_spill_bytes = 1000000000000000000: ",
@@ -84,6 +105,17 @@ def test_what_would_not_serve_is_found(
     code, findings = check(capsys, model_dir, "engine.device=cpu", override)
     assert code == EXIT_BAD_CONFIG
     assert findings[name].startswith(text), findings
+
+
+def test_the_port_of_a_running_daemon_is_no_problem(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file is checked before a reload, while the daemon that it belongs to listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listen = f"127.0.0.1:{server.getsockname()[1]}"
+        code, findings = check(capsys, model_dir, "engine.device=cpu", f"metrics.listen={listen}")
+    assert code == EXIT_OK, findings
+    assert findings["metrics"].startswith(f"{listen}, taken at the moment")
 
 
 def test_a_count_that_does_not_fit_says_how_many_do(

@@ -27,7 +27,7 @@ _LOW_DISK_BYTES = 2 << 30
 _STREAM_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
 _SEVERITY_LEVELS: Mapping[str, Level] = {"critical": "fail", "warning": "warn", "info": "ok"}
 # What preflight finds about files that only the service's own user may touch.
-_OWNED_BY_SERVICE = frozenset({"identity", "state directory", "weights cache"})
+_OWNED_BY_SERVICE = frozenset({"identity", "state directory", "weights cache", "control socket"})
 
 
 @dataclass(frozen=True, slots=True)
