@@ -18,6 +18,7 @@ EXIT_DEVICE_LOST = 74  # EX_IOERR: another process may get the device back
 EXIT_TEMPORARY = 75  # EX_TEMPFAIL: a restart may help
 EXIT_BAD_CONFIG = 78  # EX_CONFIG: a restart cannot help (RestartPreventExitStatus= in a unit)
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # the reader of our output went away
 
 
 def exit_code_of(error: PetalsdError) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
-from petalsd.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK, exit_code_of
+from petalsd.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, exit_code_of
+from petalsd.cli.output import give_up_output
 from petalsd.errors import PetalsdError
 
 
@@ -40,11 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_OK
     try:
-        return int(importlib.import_module(verb.module).run(arguments))
+        status = int(importlib.import_module(verb.module).run(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        give_up_output()
+        return EXIT_BROKEN_PIPE
     except PetalsdError as error:
         return _fail(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    return status
 
 
 def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:

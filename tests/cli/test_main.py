@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from petalsd.cli import main as cli
-from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
+from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_OK
 
 
 @pytest.fixture
@@ -86,3 +86,17 @@ def test_light_commands_never_import_torch(words: list[str]) -> None:
     )
     environ = {"PETALSD_MODEL__SOURCE": "owner/model", "HOME": "/nonexistent", "PATH": "/usr/bin"}
     subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=60, capture_output=True)
+
+
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["check"]])
+def test_a_reader_that_leaves_ends_the_command(words: list[str], tmp_path: Path) -> None:
+    """petalsd show | head: no traceback, and the status that a shell gives for SIGPIPE."""
+    program = f"import sys\nfrom petalsd.cli.main import main\nsys.exit(main({[*words, '-i', 'x']!r}))"
+    environ = {"PETALSD_MODEL__SOURCE": str(tmp_path / "none"), "HOME": str(tmp_path), "PATH": "/usr/bin"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == EXIT_BROKEN_PIPE

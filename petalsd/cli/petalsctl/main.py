@@ -7,12 +7,12 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
+from petalsd.cli.output import give_up_output
 from petalsd.cli.petalsctl.context import Context, print_raw
 from petalsd.cli.petalsctl.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.options import Parser, add_common_options
@@ -72,7 +72,7 @@ def _run(verb: Verb, context: Context, arguments: argparse.Namespace) -> int:
         status = int(importlib.import_module(verb.module).run(context, arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        _give_up_output()
+        give_up_output()
         return EXIT_BROKEN_PIPE
     except PetalsdError as error:
         return _fail(context, error)
@@ -136,11 +136,6 @@ def _tolerate_poor_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-
-
-def _give_up_output() -> None:
-    """Python flushes standard output at exit, and would complain again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
