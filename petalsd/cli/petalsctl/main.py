@@ -83,12 +83,18 @@ def _run(verb: Verb, context: Context, arguments: argparse.Namespace) -> int:
 
 def make_parser(loaded: Sequence[Verb]) -> argparse.ArgumentParser:
     """All verbs by name and summary, but the arguments, and so the imports, of the ``loaded`` ones only."""
-    parser = Parser(prog="petalsctl", description="Asks and steers a running petalsd.", epilog=_EXIT_STATUSES)
+    # An abbreviated --instance would hide the verb from _chosen, which has to know what takes a value.
+    parser = Parser(
+        prog="petalsctl",
+        description="Asks and steers a running petalsd.",
+        epilog=_EXIT_STATUSES,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"petalsctl {__version__}")
     add_common_options(parser, is_verb=False)
     verbs = parser.add_subparsers(metavar="VERB", title="verbs")
     for verb in VERBS:
-        sub = verbs.add_parser(verb.name, help=verb.summary, description=verb.summary)
+        sub = verbs.add_parser(verb.name, help=verb.summary, description=verb.summary, allow_abbrev=False)
         if verb in loaded:
             importlib.import_module(verb.module).add_arguments(sub)
             add_common_options(sub, is_verb=True)

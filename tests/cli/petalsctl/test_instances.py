@@ -144,7 +144,8 @@ def test_errors_are_documents_for_programs(system: System, ctl: Ctl) -> None:
 @pytest.mark.parametrize(
     "words",
     [["fly"], ["-i", "../x", "status"], ["status", "--interval", "-1"], ["rebalance", "--to", "5:5"],
-     ["rebalance", "--dry-run", "--wait"], ["wait", "--ready", "--drained"]],
+     ["rebalance", "--dry-run", "--wait"], ["wait", "--ready", "--drained"],
+     ["--inst", "demo", "status"], ["status", "--wat"]],
 )  # fmt: skip
 def test_bad_usage_exits_3(words: list[str], daemon: FakeDaemon, ctl: Ctl) -> None:
     """2 is taken: it says that the daemon does not answer."""
