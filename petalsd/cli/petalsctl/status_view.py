@@ -194,7 +194,7 @@ def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     if kv := document["kv"]:
         used = 1 - kv["pages_free"] / kv["pages_total"] if kv["pages_total"] else 1.0
         style = "good" if used < 0.8 else "busy" if used < 0.95 else "bad"
-        text = f" {used * 100:.0f} %, room for {count(kv['tokens_left'])} tokens"
+        text = f" {used * 100:.0f} %, room for {count(_tokens_left(kv, document['span']))} tokens"
         pages = Piece(f"  {counted(kv['pages_total'], 'page')}", "dim")
         yield "cache", line(*bar(used, _BAR_WIDTH, style), text, pages)
         if spill := kv["spill"]:
@@ -207,6 +207,12 @@ def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
             )
     if speed := document["throughput"]:
         yield from _speed_fields(speed)
+
+
+def _tokens_left(kv: Mapping[str, Any], span: Mapping[str, int] | None) -> int:
+    """Of a session that uses all our blocks; the document sums over them, since a session may use fewer."""
+    num_blocks = 1 if span is None else span["end"] - span["start"]
+    return int(kv["tokens_left"]) // num_blocks
 
 
 def _speed_fields(speed: Mapping[str, Any]) -> Iterable[tuple[str, Line | str]]:

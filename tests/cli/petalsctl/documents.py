@@ -50,7 +50,7 @@ STATUS: dict[str, Any] = {
         "pages_total": 15_360,
         "pages_free": 11_827,
         "page_tokens": 16,
-        "tokens_left": 12_600,
+        "tokens_left": 15 * 12_600,  # summed over the blocks
         "pages_reserved": 7_200,
         "spill": {
             "max_bytes": 2_264_924_160,
