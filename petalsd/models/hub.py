@@ -139,7 +139,7 @@ class HubStore:
             )
         except HFValidationError as error:
             raise WeightsError(
-                f"model.source = {self._repository!r} is neither a directory here nor the name of a repository"
+                f"{self._repository!r} is neither a directory here nor the name of a repository"
             ) from error
         except (HTTP_ERROR, OfflineModeIsEnabled) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)

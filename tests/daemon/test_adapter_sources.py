@@ -56,6 +56,12 @@ def test_adapters_are_named_and_counted(planner: Planner, places: list[Path]) ->
     assert plan.block_weights_bytes > plain.block_weights_bytes
 
 
+def test_a_place_without_an_adapter_is_named(planner: Planner) -> None:
+    """Whose key it is shows from its value: the model's source is another one."""
+    with pytest.raises(WeightsError, match=r"^weights_error: '/no/such/adapter' is neither a directory here"):
+        planner(Path("/no/such/adapter"))
+
+
 def test_blocks_are_loaded_with_all_of_them(planner: Planner, places: list[Path]) -> None:
     """What an adapter leaves alone is not there twice, and nothing holds a block that was given up."""
     plan = planner(*places)

@@ -210,7 +210,9 @@ def test_an_unknown_revision_is_refused(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_nonsense_is_not_asked_for(hub: FakeHub, tmp_path: Path) -> None:
     """A source that is no directory and cannot be a repository is refused without a request."""
-    with pytest.raises(WeightsError, match="neither a directory here nor"):
+    with pytest.raises(
+        WeightsError, match=r"^weights_error: '/no/such/directory' is neither a directory here nor"
+    ):
         ModelSource("/no/such/directory", cache_dir=tmp_path).config()
     assert hub.tokens == []
 
