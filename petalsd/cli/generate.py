@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petalsd.cli.exit_codes import EXIT_OK
+from petalsd.config_addresses import check_maddr
 from petalsd.errors import WeightsError
 from petalsd.log import configure_logging
 
@@ -65,15 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the continuation to standard output and what it took to standard error."""
-    import torch
+    prompt = _take_prompt(arguments)
+    _check_peers(arguments)
+    import torch  # late, like those below: bad usage is told without waiting for them
     from transformers import TextStreamer
 
     from petalsd.client.model import RemoteCausalLM
     from petalsd.client.options import ClientOptions
+    from petalsd.models.source import ModelSource
     from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 
     configure_logging("auto", arguments.log_level)
-    prompt = _take_prompt(arguments)
+    ModelSource(
+        arguments.model
+    ).config()  # says what is wrong with a name before transformers wonders about it
     tokenizer = _load_tokenizer(arguments.model)
     input_ids = _encode(tokenizer, prompt, arguments.chat)
     if arguments.seed is not None:
@@ -152,6 +158,16 @@ def _take_prompt(arguments: argparse.Namespace) -> str:
     return prompt
 
 
+def _check_peers(arguments: argparse.Namespace) -> None:
+    if arguments.peers == [PUBLIC]:
+        return
+    try:
+        for peer in arguments.peers:
+            check_maddr(peer, needs_peer=True)
+    except ValueError as error:
+        arguments.usage_error(f"--peers: {error}")
+
+
 def _encode(tokenizer: Any, prompt: str, is_chat: bool) -> torch.Tensor:
     """Token ids ``[1, n]``."""
     if is_chat:
@@ -173,21 +189,29 @@ def _generation_settings(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, 1 or more")
+    return int(text)
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a number >= 0")
+    number = _number(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
     return number
 
 
 def _share(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+        raise argparse.ArgumentTypeError(f"{text!r} is not in (0, 1]")
     return number
+
+
+def _number(text: str) -> float:
+    """NaN for what is none, or not finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan

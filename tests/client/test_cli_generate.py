@@ -54,6 +54,30 @@ def test_bad_usage_exits_with_2(words: tuple[str, ...], capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("/ip4/127.0.0.1/tcp/31337", "an initial peer ends in /p2p/ and its PeerID"),
+        ("nonsense", "a multiaddr is text as in /ip4/"),
+        ("/ip4/1.2.3.4/tcp/99999/p2p/Qm", "'99999' is no port"),
+    ],
+)
+def test_a_bad_address_is_bad_usage(peer: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told at once, and not as a libp2p daemon that does not start."""
+    with pytest.raises(SystemExit) as caught:
+        generate.run(parse("hello", "--model", "m", "--peers", peer))
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--temperature", "--top-p"])
+def test_what_is_no_number_is_told_in_words(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse would name the function that reads it."""
+    with pytest.raises(SystemExit):
+        parse("hello", *BASE, option, "many")
+    assert f"argument {option}: 'many' is no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         ((), {"max_new_tokens": 128, "do_sample": False}),
