@@ -16,16 +16,22 @@ from petalsd.config_addresses import check_maddr, check_peer_id
 from petalsd.types import BlockSpan, HostPort
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_PUBLIC = "public"
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def _to_path(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    if isinstance(value, str) and value:
+        return Path(value).expanduser()
+    return _instance_of(Path, value, "should be a path")
 
 
 def _to_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(value)
+    return _instance_of(tuple, value, 'should be a list, as in ["one", "two"]')
 
 
 def _to_peer_ids(value: object) -> object:
@@ -34,16 +40,27 @@ def _to_peer_ids(value: object) -> object:
     return _to_tuple(value)
 
 
+def _instance_of(kind: type, value: object, rule: str) -> object:
+    """``value`` where it was made from text before; else ValueError, for pydantic would name our class."""
+    if not isinstance(value, kind):
+        raise ValueError(rule)
+    return value
+
+
 def _to_bytes(value: object) -> object:
     """50 GB, 64GiB or a number of bytes."""
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
+    if not isinstance(value, str):
         return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError('should be a number of bytes, or text as in "50GB"')
     return int(float(match[1]) * (_DECIMAL | _BINARY)[(match[2] or "").upper()])
 
 
 def _to_span(value: object) -> object:
-    return BlockSpan.parse(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return BlockSpan.parse(value)
+    return _instance_of(BlockSpan, value, 'should be text as in "0:16"')
 
 
 def _without_nf4(value: object) -> object:
@@ -53,16 +70,38 @@ def _without_nf4(value: object) -> object:
 
 
 def _to_host_port(value: object) -> object:
-    return HostPort.parse(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return HostPort.parse(value)
+    return _instance_of(HostPort, value, 'should be text as in "127.0.0.1:9465"')
 
 
-def _maddrs(*, needs_peer: bool) -> BeforeValidator:
-    def check(value: object) -> object:
-        for maddr in value if isinstance(value, list) else ():
-            check_maddr(maddr, needs_peer=needs_peer)
-        return _to_tuple(value)
+def _to_device(value: object) -> object:
+    if isinstance(value, str) and _DEVICE.fullmatch(value):
+        return value
+    raise ValueError("should be auto, cpu, cuda or cuda:N")
 
-    return BeforeValidator(check)
+
+def _to_maddrs(value: object) -> object:
+    for maddr in value if isinstance(value, list) else ():
+        check_maddr(maddr, needs_peer=False)
+    return _to_tuple(value)
+
+
+def _to_host_maddrs(value: object) -> object:
+    """A server that listens nowhere would be announced without an address."""
+    if value == []:
+        raise ValueError("a server listens somewhere: leave the key out to listen everywhere")
+    return _to_maddrs(value)
+
+
+def _to_peers(value: object) -> object:
+    if isinstance(value, str):
+        if value != _PUBLIC:
+            raise ValueError('should be a list of multiaddrs, or the word "public"')
+        return value
+    for maddr in value if isinstance(value, list) else ():
+        check_maddr(maddr, needs_peer=True)
+    return _to_tuple(value)
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -72,9 +111,10 @@ PathText = Annotated[Path, BeforeValidator(_to_path)]
 SizeBytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
 AutoSizeBytes = Literal["auto"] | Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
-Maddrs = Annotated[tuple[str, ...], _maddrs(needs_peer=False)]
+Maddrs = Annotated[tuple[str, ...], BeforeValidator(_to_maddrs)]
+HostMaddrs = Annotated[tuple[str, ...], BeforeValidator(_to_host_maddrs)]
 PeerIds = Annotated[tuple[str, ...], BeforeValidator(_to_peer_ids)]
-PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], _maddrs(needs_peer=True)]
+PeerMaddrs = Annotated[Literal["public"] | tuple[str, ...], BeforeValidator(_to_peers)]
 Span = Annotated[BlockSpan, BeforeValidator(_to_span)]
 Quantization = Literal["none", "int8", "int4"]
 ListenAddress = Annotated[HostPort, BeforeValidator(_to_host_port)]
@@ -138,7 +178,7 @@ class SwarmSection(Section):
     initial_peers: PeerMaddrs = _restart(
         (), 'multiaddrs of peers to join; empty starts a private swarm; "public" joins the public one'
     )
-    host_maddrs: Maddrs = _restart(("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"), "multiaddrs to listen on")
+    host_maddrs: HostMaddrs = _restart(("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"), "multiaddrs to listen on")
     announce_maddrs: Maddrs = _restart((), "multiaddrs told to others; empty: what is listened on")
     identity_path: PathText | None = _restart(
         None, "private key file, made if missing; unset: state directory"
@@ -158,7 +198,7 @@ class SwarmSection(Section):
 
 
 class EngineSection(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = _restart(
+    device: Annotated[str, BeforeValidator(_to_device)] = _restart(
         "auto", "auto (CUDA if there is one), cpu, cuda or cuda:N"
     )
     kv_tokens: AutoCount = _restart(

@@ -112,7 +112,9 @@ def _file_layer(file: Path | None) -> _Layer:
     problems: list[str] = []
     for section, table in document.items():
         if not isinstance(table, dict):
-            problems.append(f"{file}: {section} stands outside a section{_hint_for_key(section)}")
+            is_section = section in _sections()
+            wrong = f"is a section: write [{section}]" if is_section else "stands outside a section"
+            problems.append(f"{file}: {section} {wrong}{'' if is_section else _hint_for_key(section)}")
             continue
         for key, value in table.items():
             _put(values, problems, (f"{section}.{key}", value, str(file)))

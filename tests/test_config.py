@@ -121,6 +121,9 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ('[swarm]\ninitial_peers = "pubic"', "swarm.initial_peers = 'pubic'"),
         ('[swarm]\nhost_maddrs = ["/ip4/1.2.3/tcp/1"]', "'1.2.3' is no ip4 address"),
         ('[model]\nquantization = "nf4"', "model.quantization = 'nf4': write int4, which takes as much memory"),
+        ("[swarm]\nhost_maddrs = []", "swarm.host_maddrs = []: a server listens somewhere"),
+        ("[[blocks]]\ncount = 3", "blocks is a section: write [blocks]"),
+        ("blocks = 3", "blocks is a section: write [blocks]"),
         ('[swarm]\nallowed_peers = ["x"]', "swarm.allowed_peers = ['x']: 'x' is no PeerID"),
     ],
 )  # fmt: skip
@@ -130,6 +133,26 @@ def test_a_bad_file_is_refused_with_the_reason(tmp_path: Path, text: str, expect
     message = refusal(file, None, "model.source=a/b")
     assert expected in message
     assert str(file) in message or "exclude" in expected or "raise" in expected
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[blocks]\nspan = 3", 'blocks.span = 3: should be text as in "0:16"'),
+        ('[model]\ncache_dir = ""', "model.cache_dir = '': should be a path"),
+        ('[model]\nadapters = "a/b"', "model.adapters = 'a/b': should be a list"),
+        ('[model]\nmax_disk_bytes = "50 XB"', 'should be a number of bytes, or text as in "50GB"'),
+        ("[metrics]\nlisten = 9465", 'metrics.listen = 9465: should be text as in "127.0.0.1:9465"'),
+        ('[engine]\ndevice = "gpu"', "engine.device = 'gpu': should be auto, cpu, cuda or cuda:N"),
+        (f'[swarm]\ninitial_peers = "{PEER}"', 'should be a list of multiaddrs, or the word "public"'),
+        ('[swarm]\nhost_maddrs = "/ip4/0.0.0.0/tcp/0"', "should be a list"),
+    ],
+)
+def test_a_wrong_type_is_told_in_words_of_the_file(tmp_path: Path, text: str, rule: str) -> None:
+    """Not in names of our classes, of Python's types or of patterns."""
+    message = refusal(write(tmp_path, text), None, "model.source=a/b")
+    assert rule in message
+    assert not any(word in message for word in ("instance of", "tuple", "pattern"))
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
