@@ -82,8 +82,13 @@ def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:
     """/etc/petalsd/NAME.toml; a user's own instance lives in the XDG configuration directory."""
     check_instance_name(instance)
     system = (_systemd_dir(environ, "CONFIGURATION_DIRECTORY") or Path("/etc/petalsd")) / f"{instance}.toml"
-    own = _xdg(environ, "XDG_CONFIG_HOME", ".config") / f"{instance}.toml"
+    own = own_config_dir(environ) / f"{instance}.toml"
     return own if own.exists() and not system.exists() else system
+
+
+def own_config_dir(environ: Mapping[str, str]) -> Path:
+    """Where a user keeps instances that are no services."""
+    return _xdg(environ, "XDG_CONFIG_HOME", ".config")
 
 
 @contextmanager
@@ -106,8 +111,12 @@ def existing_part(path: Path) -> Path:
     return path
 
 
+def is_instance_name(name: str) -> bool:
+    return _INSTANCE_NAME.fullmatch(name) is not None
+
+
 def check_instance_name(instance: str) -> None:
-    if not _INSTANCE_NAME.fullmatch(instance):
+    if not is_instance_name(instance):
         raise ConfigError(f"instance = {instance!r}: use letters, digits, '_', '-' and '.'")
 
 

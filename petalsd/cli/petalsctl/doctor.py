@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from petalsd.cli.petalsctl.context import Context, Document, parse
 from petalsd.cli.petalsctl.exit_codes import EXIT_FAILED, EXIT_OK
 from petalsd.cli.petalsctl.findings import Check, Finding, run_checks
-from petalsd.cli.petalsctl.instances import Instance, configured_instances, named_instance
+from petalsd.cli.petalsctl.instances import Instance, all_configured
 from petalsd.cli.petalsctl.problems import CommandError, NoAnswer
 from petalsd.cli.petalsctl.text import EMPTY, Piece, line
 from petalsd.cli.petalsctl.units import counted
@@ -58,9 +58,8 @@ def _ask(context: Context) -> tuple[Instance | None, Document | None]:
     try:
         instance = context.instance
     except NoAnswer:
-        configured = configured_instances(context.system)
-        only = configured[0] if len(configured) == 1 else None
-        return (named_instance(only, context.environ, context.system) if only else None), None
+        configured = all_configured(context.environ, context.system)
+        return (configured[0] if len(configured) == 1 else None), None
     try:
         status = parse(context.get("/v1/status"))
     except CommandError:

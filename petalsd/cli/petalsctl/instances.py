@@ -13,7 +13,13 @@ from pathlib import Path
 from petalsd.cli.petalsctl.connection import is_listening
 from petalsd.cli.petalsctl.problems import BadUsage, NoAnswer
 from petalsd.errors import ConfigError
-from petalsd.paths import check_instance_name, config_file_of, control_socket_of
+from petalsd.paths import (
+    check_instance_name,
+    config_file_of,
+    control_socket_of,
+    is_instance_name,
+    own_config_dir,
+)
 
 _SOCKET_NAME = "control.sock"
 _GROUP = "petalsd"
@@ -78,7 +84,7 @@ def find_instance(
             f"several instances are running: {names}",
             hint=f"name one: petalsctl -i {found[0].name} …",
         )
-    raise _nobody_found(configured_instances(system), system)
+    raise _nobody_found(environ, system)
 
 
 def named_instance(name: str, environ: Mapping[str, str], system: System) -> Instance:
@@ -113,11 +119,15 @@ def running_instances(environ: Mapping[str, str], system: System) -> list[Instan
 
 
 def configured_instances(system: System) -> list[str]:
-    """Names of the files in the configuration directory."""
-    try:
-        return sorted(path.stem for path in system.config_dir.glob("*.toml"))
-    except OSError:
-        return []
+    """Names of the services' files."""
+    return _names_in(system.config_dir)
+
+
+def all_configured(environ: Mapping[str, str], system: System) -> list[Instance]:
+    """Services first, then this user's own, whether they run or not."""
+    services = configured_instances(system)
+    names = [*services, *(name for name in _names_in(own_config_dir(environ)) if name not in services)]
+    return [named_instance(name, environ, system) for name in names]
 
 
 def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer:
@@ -151,24 +161,25 @@ def ways_to_permission(instance: Instance, argv: Iterable[str]) -> str:
     return f"{command}; or join its group: {join}, then log in again"
 
 
-def _nobody_found(configured: list[str], system: System) -> NoAnswer:
+def _nobody_found(environ: Mapping[str, str], system: System) -> NoAnswer:
     if not os.access(system.run_dir, os.R_OK | os.X_OK) and system.run_dir.exists():
         return NoAnswer(
             f"this user may not look into {system.run_dir}", hint="sudo petalsctl …", is_forbidden=True
         )
+    configured = all_configured(environ, system)
     if not configured:
         return NoAnswer(
-            f"no petalsd is running, and none is configured in {system.config_dir}",
+            f"no petalsd is running, and none is configured in {system.config_dir} or {own_config_dir(environ)}",
             hint=f"write {system.config_dir}/NAME.toml, then: sudo systemctl start petalsd@NAME",
             is_absent=True,
         )
+    first = configured[0]
     if len(configured) == 1:
-        name = configured[0]
-        hint = f"sudo systemctl start petalsd@{name}; journalctl -u petalsd@{name} says why it ended"
-        return NoAnswer(f"petalsd@{name} is not running", hint=hint, is_absent=True)
+        see = f"; {first.log_command} says why it ended" if first.log_command else ""
+        return NoAnswer(f"{first.title} is not running", hint=first.start_command + see, is_absent=True)
     return NoAnswer(
-        f"no petalsd is running; configured are {', '.join(configured)}",
-        hint=f"sudo systemctl start petalsd@{configured[0]}",
+        f"no petalsd is running; configured are {', '.join(str(one.name) for one in configured)}",
+        hint=first.start_command,
         is_absent=True,
     )
 
@@ -177,7 +188,8 @@ def _unknown(name: str, environ: Mapping[str, str], system: System) -> NoAnswer:
     running = [str(instance.name) for instance in running_instances(environ, system)]
     known = f"running: {', '.join(running)}" if running else "no other one is running"
     return NoAnswer(
-        f"there is no instance {name}: neither a socket nor {system.config_dir}/{name}.toml",
+        f"there is no instance {name}: neither a socket nor {name}.toml in {system.config_dir} or "
+        f"{own_config_dir(environ)}",
         hint=known,
         is_absent=True,
     )
@@ -188,6 +200,15 @@ def _own_directories(environ: Mapping[str, str]) -> list[Path]:
     in_runtime = control_socket_of("x", environ).parent.parent
     in_state = control_socket_of("x", {**environ, "XDG_RUNTIME_DIR": ""}).parent.parent
     return list(dict.fromkeys([in_runtime, in_state]))
+
+
+def _names_in(directory: Path) -> list[str]:
+    """Of the configuration files there that can be instances."""
+    try:
+        names = sorted(path.stem for path in directory.glob("*.toml"))
+    except OSError:
+        return []
+    return [name for name in names if is_instance_name(name)]
 
 
 def _sockets_in(directory: Path) -> list[Path]:

@@ -72,11 +72,24 @@ def test_a_service_that_is_not_running(system: System, ctl: Ctl) -> None:
     assert "no petalsd is running; configured are demo, other" in ctl("status")[2]
 
 
-def test_nothing_at_all(system: System, ctl: Ctl) -> None:
+def test_an_own_instance_that_is_not_running(system: System, home: Path, ctl: Ctl) -> None:
+    """As the README begins: a file in one's own configuration directory, and no service."""
+    own = home / ".config" / "petalsd"
+    own.mkdir(parents=True)
+    (own / "mine.toml").touch()
+    status, _, err = ctl("status")
+    assert status == 2
+    assert err == "petalsctl: petalsd mine is not running\n  petalsd run --instance mine\n"
+    system.config_dir.mkdir()
+    (system.config_dir / "demo.toml").touch()
+    assert "no petalsd is running; configured are demo, mine" in ctl("status")[2]
+
+
+def test_nothing_at_all(system: System, home: Path, ctl: Ctl) -> None:
     """A machine without an instance: how to make one."""
     status, _, err = ctl("status")
     assert status == 2
-    assert f"none is configured in {system.config_dir}" in err
+    assert f"none is configured in {system.config_dir} or {home}/.config/petalsd" in err
     assert "sudo systemctl start petalsd@NAME" in err
 
 
