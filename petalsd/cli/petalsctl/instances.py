@@ -94,9 +94,12 @@ def named_instance(name: str, environ: Mapping[str, str], system: System) -> Ins
         raise BadUsage(error.message) from error
     service = system.run_dir / name / _SOCKET_NAME
     if _exists(service) or _exists(system.config_dir / f"{name}.toml"):
-        return Instance(name, _configured_socket(name, system) or service, is_service=True)
-    own = Instance(name, control_socket_of(name, environ, system.run_dir), is_service=False)
-    if not _exists(own.socket) and not config_file_of(name, environ).exists():
+        socket = _configured_socket(system.config_dir / f"{name}.toml") or service
+        return Instance(name, socket, is_service=True)
+    file = config_file_of(name, environ)
+    socket = _configured_socket(file) or control_socket_of(name, environ, system.run_dir)
+    own = Instance(name, socket, is_service=False)
+    if not _exists(own.socket) and not file.exists():
         raise _unknown(name, environ, system)
     return own
 
@@ -108,24 +111,18 @@ def running_instances(environ: Mapping[str, str], system: System) -> list[Instan
         for path in _sockets_in(directory):
             name = path.parent.name
             found.setdefault(name, Instance(name, path, is_service=directory == system.run_dir))
-    for name in configured_instances(system):
-        elsewhere = _configured_socket(name, system)
-        if elsewhere is not None and _exists(elsewhere):
-            found[name] = Instance(name, elsewhere, is_service=True)
+    for instance in all_configured(environ, system):
+        if _exists(instance.socket):
+            found[str(instance.name)] = instance
     sockets = list(found.values())
     if len(sockets) < 2:
         return sockets
     return [instance for instance in sockets if is_listening(instance.socket)] or sockets
 
 
-def configured_instances(system: System) -> list[str]:
-    """Names of the services' files."""
-    return _names_in(system.config_dir)
-
-
 def all_configured(environ: Mapping[str, str], system: System) -> list[Instance]:
     """Services first, then this user's own, whether they run or not."""
-    services = configured_instances(system)
+    services = _names_in(system.config_dir)
     names = [*services, *(name for name in _names_in(own_config_dir(environ)) if name not in services)]
     return [named_instance(name, environ, system) for name in names]
 
@@ -218,10 +215,10 @@ def _sockets_in(directory: Path) -> list[Path]:
         return []
 
 
-def _configured_socket(name: str, system: System) -> Path | None:
-    """control.socket of the instance's file, where it sets one and we may read it."""
+def _configured_socket(file: Path) -> Path | None:
+    """control.socket of an instance's file, where it sets one and we may read it."""
     try:
-        text = (system.config_dir / f"{name}.toml").read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
     if "socket" not in text:
@@ -230,8 +227,8 @@ def _configured_socket(name: str, system: System) -> Path | None:
 
     try:
         control = tomllib.loads(text).get("control", {})
-        return Path(control["socket"]) if control.get("socket") else None
-    except (tomllib.TOMLDecodeError, AttributeError, TypeError):
+        return Path(control["socket"]).expanduser() if control.get("socket") else None
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError, RuntimeError):
         return None
 
 

@@ -112,6 +112,19 @@ def test_a_configured_socket_is_found(system: System, home: Path, start_daemon: 
     assert ctl("-i", "demo", "status")[0] == 0
 
 
+@pytest.mark.parametrize("written", ["{home}/elsewhere.sock", "~/elsewhere.sock"])
+def test_a_configured_socket_of_an_own_instance_is_found(
+    written: str, system: System, home: Path, start_daemon: Start, ctl: Ctl
+) -> None:
+    """The same for a file in the user's own directory, which may say ~ as the daemon understands it."""
+    serve(start_daemon, home / "elsewhere.sock", "mine")
+    file = home / ".config" / "petalsd" / "mine.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'[control]\nsocket = "{written.format(home=home)}"\n')
+    assert ctl("status")[0] == 0
+    assert ctl("-i", "mine", "status")[0] == 0
+
+
 def test_no_permission_says_how_to_get_it(home: Path) -> None:
     """The command again with sudo, or the group that the socket belongs to."""
     instance = Instance("demo", home / "control.sock", is_service=True)
