@@ -111,6 +111,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Without ``past_key_values`` a session is opened for this call and closed after."""
+        text = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        _check_text(text, kwargs.get("past_key_values"))
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
             return super().generate(*args, **kwargs)
         with self.inference_session() as cache:
@@ -186,6 +188,15 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
+
+
+def _check_text(text: Any, cache: object) -> None:
+    """transformers counts what is new from the end, and would feed any tokens of a text that ends too early."""
+    if not isinstance(text, torch.Tensor) or not isinstance(cache, RemoteCache):
+        return
+    if text.shape[1] <= cache.position:
+        rule = f"give the whole text, what the session holds ({cache.position} tokens) and at least one token more"
+        raise BadRequest("input_ids", tuple(text.shape), rule)
 
 
 def _check_inputs(attention_mask: torch.Tensor | None, cache: object, others: dict[str, Any]) -> None:

@@ -191,6 +191,16 @@ def test_a_session_continues_over_calls(model: RemoteCausalLM, local: LocalModel
     assert swarm.servers["a"].messages[4].hidden.shape[1] == 3
 
 
+def test_a_text_that_the_session_holds_already_is_refused(model: RemoteCausalLM) -> None:
+    """A later call takes the whole text: tokens of the prompt would be fed once more, behind the answer."""
+    with model.inference_session(max_tokens=40) as cache:
+        model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        for given in ({"inputs": PROMPT}, {"input_ids": PROMPT}):
+            with pytest.raises(BadRequest, match=r"give the whole text, what the session holds \(8 tokens\)"):
+                model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        assert cache.position == 8
+
+
 def test_generation_without_a_cache_uses_passes(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
     """``use_cache=False`` opens no session."""
     output = model.generate(PROMPT, max_new_tokens=3, do_sample=False, use_cache=False)
