@@ -72,7 +72,7 @@ def _without_nf4(value: object) -> object:
 def _to_host_port(value: object) -> object:
     if isinstance(value, str):
         return HostPort.parse(value)
-    return _instance_of(HostPort, value, 'should be text as in "127.0.0.1:9465"')
+    return _instance_of(HostPort, value, 'should be text as in "127.0.0.1:9464"')
 
 
 def _to_device(value: object) -> object:

@@ -83,10 +83,10 @@ class HostPort:
 
     @classmethod
     def parse(cls, text: str) -> HostPort:
-        """Read ``"127.0.0.1:9465"`` or ``"[::1]:9465"``; ValueError says what is wrong."""
+        """Read ``"127.0.0.1:9464"`` or ``"[::1]:9464"``; ValueError says what is wrong."""
         match = _HOST_PORT_TEXT.fullmatch(text.strip())
         if match is None or int(match[3]) > 65535:
-            raise ValueError(f"an address is written host:port, for instance 127.0.0.1:9465, got {text!r}")
+            raise ValueError(f"an address is written host:port, for instance 127.0.0.1:9464, got {text!r}")
         return cls(match[1] or match[2], int(match[3]))
 
     def __str__(self) -> str:

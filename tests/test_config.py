@@ -142,7 +142,7 @@ def test_a_bad_file_is_refused_with_the_reason(tmp_path: Path, text: str, expect
         ('[model]\ncache_dir = ""', "model.cache_dir = '': should be a path"),
         ('[model]\nadapters = "a/b"', "model.adapters = 'a/b': should be a list"),
         ('[model]\nmax_disk_bytes = "50 XB"', 'should be a number of bytes, or text as in "50GB"'),
-        ("[metrics]\nlisten = 9465", 'metrics.listen = 9465: should be text as in "127.0.0.1:9465"'),
+        ("[metrics]\nlisten = 9464", 'metrics.listen = 9464: should be text as in "127.0.0.1:9464"'),
         ('[engine]\ndevice = "gpu"', "engine.device = 'gpu': should be auto, cpu, cuda or cuda:N"),
         (f'[swarm]\ninitial_peers = "{PEER}"', 'should be a list of multiaddrs, or the word "public"'),
         ('[swarm]\nhost_maddrs = "/ip4/0.0.0.0/tcp/0"', "should be a list"),

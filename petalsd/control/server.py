@@ -78,7 +78,7 @@ class ControlServer:
         except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"metrics.listen = {str(address)!r}: {getattr(error, 'strerror', None) or error}",
-                hint="name an address of this machine and a free port, for instance 127.0.0.1:9465",
+                hint="name an address of this machine and a free port, for instance 127.0.0.1:9464",
             ) from error
         self._listening.append((listener, server))
         self.metrics_addresses = [_address_of(one) for one in listener.sockets]

@@ -167,6 +167,6 @@ def _check_metrics(address: HostPort) -> str:
             return f"{address}, taken at the moment: by this instance, if it runs"
         raise ConfigError(
             f"metrics.listen = {str(address)!r}: {getattr(error, 'strerror', None) or error}",
-            hint="name an address of this machine and a free port, for instance 127.0.0.1:9465",
+            hint="name an address of this machine and a free port, for instance 127.0.0.1:9464",
         ) from error
     return str(address)

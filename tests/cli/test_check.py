@@ -85,9 +85,9 @@ def test_quantized_weights_are_named(model_dir: Path, capsys: pytest.CaptureFixt
             "BAD control.socket = /dev/null: there is something else",
         ),
         ("control.socket=/dev/null/x/y.sock", "control socket", "BAD /dev/null: is not a directory"),
-        ("metrics.listen=192.0.2.7:9465", "metrics", "BAD metrics.listen = '192.0.2.7:9465': Cannot assign"),
+        ("metrics.listen=192.0.2.7:9464", "metrics", "BAD metrics.listen = '192.0.2.7:9464': Cannot assign"),
         (
-            "metrics.listen=no-such-host.invalid:9465",
+            "metrics.listen=no-such-host.invalid:9464",
             "metrics",
             "BAD metrics.listen = 'no-such-host.invalid:",
         ),
