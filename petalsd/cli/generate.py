@@ -77,9 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 
     configure_logging("auto", arguments.log_level)
-    ModelSource(
-        arguments.model
-    ).config()  # says what is wrong with a name before transformers wonders about it
+    ModelSource(arguments.model).config()  # says what is wrong with a name; transformers would wonder
     tokenizer = _load_tokenizer(arguments.model)
     input_ids = _encode(tokenizer, prompt, arguments.chat)
     if arguments.seed is not None:

@@ -10,7 +10,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
 
-from petalsd.errors import SwarmError
+from petalsd.errors import ConfigError, SwarmError
 
 
 def ensure_identity(path: Path) -> str:
@@ -31,7 +31,7 @@ def read_peer_id(path: Path) -> str:
     except OSError as error:
         raise SwarmError(f"identity file {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # protobuf and key parsers raise many kinds
-        raise SwarmError(
+        raise ConfigError(  # trying again does not help
             f"identity file {path} holds no usable key", hint="delete it to get a new identity"
         ) from error
 

@@ -90,7 +90,7 @@ class Node:
         self._dht: DHTNode | None = None
 
     async def start(self) -> None:
-        """Join the swarm; SwarmError says why it cannot."""
+        """Join the swarm; SwarmError says why it cannot, ConfigError that the key is damaged."""
         quiet_hivemind()
         try:
             if self.options.identity_path is not None:

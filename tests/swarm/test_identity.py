@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from petalsd.errors import SwarmError
+from petalsd.errors import ConfigError, SwarmError
 from petalsd.swarm.identity import IdentityLock, ensure_identity, read_peer_id
 
 
@@ -19,10 +19,10 @@ def test_a_missing_key_is_created_for_its_owner_only(tmp_path: Path) -> None:
 
 
 def test_a_damaged_key_is_named(tmp_path: Path) -> None:
-    """The error names the file and says what to do."""
+    """The error names the file and says what to do; nobody tries again, which would not help."""
     path = tmp_path / "identity.key"
     path.write_bytes(b"nonsense")
-    with pytest.raises(SwarmError, match=r"identity\.key holds no usable key .*delete it"):
+    with pytest.raises(ConfigError, match=r"identity\.key holds no usable key .*delete it"):
         ensure_identity(path)
 
 
