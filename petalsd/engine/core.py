@@ -30,7 +30,7 @@ from petalsd.engine.runner import SpanRunner
 from petalsd.engine.scheduler import Plan, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import CANARY_PEER
-from petalsd.errors import EngineError, PetalsdError
+from petalsd.errors import EngineError, PetalsdError, SpillError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.contract import Angles, Block
 from petalsd.models.model_config import ModelConfig
@@ -271,6 +271,9 @@ class EngineCore:
         self._progress.begin(0)
         try:
             result = transfer.run(self._pool)
+        except SpillError as error:  # also a step that waits would compute on what came instead
+            self._outbox.put(transfer.answer, error)
+            self._fail(transfer.session, error)
         except PetalsdError as error:
             self._outbox.put(transfer.answer, error)
         except Exception as error:

@@ -18,7 +18,7 @@ from petalsd.engine.kv_transfer import CopyMark, KeysValues, Place, Transfer
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
-from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed
+from petalsd.errors import BadRequest, DeadlineExceeded, PetalsdError, SessionClosed, SpillError
 from petalsd.kvcache.sizing import KVGeometry
 
 
@@ -138,17 +138,17 @@ class Session:
     async def read_kv(self, place: Place) -> KeysValues:
         """The chunk at ``place``, below ``copied.settled``, as it is when its turn comes, also beside a step.
 
-        SessionClosed, RolledBack or another EngineError, DeadlineExceeded.
+        SessionClosed, RolledBack or another EngineError, DeadlineExceeded. SpillError ends the session.
         """
-        chunk: KeysValues = await self._transfer(partial(Transfer.reading, self._state.kv, place))
+        chunk: KeysValues = await self._transfer(partial(Transfer.reading, self._state, place))
         return chunk
 
     async def write_kv(self, place: Place, chunk: KeysValues) -> None:
         """Fill a session that has taken no step yet, each block from its first token on, perhaps some anew.
 
-        SessionClosed, EngineError or DeadlineExceeded.
+        SessionClosed, EngineError or DeadlineExceeded. SpillError ends the session.
         """
-        await self._transfer(partial(Transfer.writing, self._state.kv, place, chunk))
+        await self._transfer(partial(Transfer.writing, self._state, place, chunk))
 
     def resume_at(self, position: int) -> None:
         """Go on behind ``position`` tokens, which were all written in all blocks."""
@@ -171,6 +171,9 @@ class Session:
                 return await answer
         except TimeoutError:
             raise DeadlineExceeded(f"keys and values were not moved within {self._deadline_s:g} s") from None
+        except SpillError as error:
+            self.end(error.message)
+            raise
         finally:
             self._chunk = None
 

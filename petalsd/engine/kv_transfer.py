@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from petalsd.engine.session import EngineSession
 from petalsd.engine.step import Step
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
@@ -35,20 +36,26 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One chunk on its way; ``run`` belongs to the engine thread, between two batches."""
+    """One chunk on its way; ``run`` belongs to the engine thread, between two batches.
 
+    After a SpillError of it the session's pages may hold anything.
+    """
+
+    session: EngineSession
     run: Callable[[KVPool], KeysValues | None]
     answer: asyncio.Future[Any]
 
     @classmethod
-    def reading(cls, kv: KVSession, place: Place, answer: asyncio.Future[Any]) -> Transfer:
+    def reading(cls, session: EngineSession, place: Place, answer: asyncio.Future[Any]) -> Transfer:
         """Answers the chunk at ``place``, which the session holds."""
-        return cls(partial(_read, kv, place), answer)
+        return cls(session, partial(_read, session.kv, place), answer)
 
     @classmethod
-    def writing(cls, kv: KVSession, place: Place, chunk: KeysValues, answer: asyncio.Future[Any]) -> Transfer:
+    def writing(
+        cls, session: EngineSession, place: Place, chunk: KeysValues, answer: asyncio.Future[Any]
+    ) -> Transfer:
         """Puts the chunk at ``place``, mapping pages for it."""
-        return cls(partial(_write, kv, place, chunk), answer)
+        return cls(session, partial(_write, session.kv, place, chunk), answer)
 
 
 class RolledBack(EngineError):

@@ -12,6 +12,7 @@ import torch
 
 from petalsd.engine.engine import Engine
 from petalsd.engine.handle import Session
+from petalsd.engine.kv_transfer import Place
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import Step
 from petalsd.errors import OutOfPages, SessionClosed, SpillError
@@ -234,3 +235,38 @@ async def test_a_disk_that_cannot_be_written_costs_who_needs_it(
         await sessions[3].step(Step(hidden[3], 0))
         assert engine.pool.stats().pages_spilled > 0
         await (await engine.open_session(sessions[0].spec)).close()
+
+
+async def test_a_session_that_could_not_be_read_for_its_hand_over_computes_no_more(
+    llama: TinyModel, area: SpillArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its pages hold is anybody's guess: a step on them would be answered with wrong states."""
+    disk, hidden = FailingDisk(monkeypatch, "read"), inputs(3)
+    async with serving(llama, kv_tokens=KV_TOKENS, spill=area) as engine, crowd(engine, 3) as sessions:
+        for session, states_of_one in zip(sessions, hidden, strict=True):
+            await session.step(Step(states_of_one[:, :-1], 0))
+        disk.is_broken = True
+        with pytest.raises(SpillError, match="read failed"):
+            await sessions[0].read_kv(Place(BlockSpan(0, 4), 0, TOKENS - 1))
+        disk.is_broken = False
+        with pytest.raises(SessionClosed, match="read failed"):
+            await sessions[0].step(Step(hidden[0][:, -1:], TOKENS - 1))
+        assert (await sessions[2].step(Step(hidden[2][:, -1:], TOKENS - 1))).shape[1] == 1
+
+
+async def test_a_step_beside_a_hand_over_that_could_not_be_read_fails_with_it(
+    llama: TinyModel, area: SpillArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it came before anybody could know."""
+    disk, hidden = FailingDisk(monkeypatch, "read"), inputs(3)
+    async with serving(llama, kv_tokens=KV_TOKENS, spill=area) as engine, crowd(engine, 3) as sessions:
+        for session, states_of_one in zip(sessions, hidden, strict=True):
+            await session.step(Step(states_of_one[:, :-1], 0))
+        disk.is_broken = True
+        outcomes = await asyncio.gather(
+            sessions[0].read_kv(Place(BlockSpan(0, 4), 0, TOKENS - 1)),
+            sessions[0].step(Step(hidden[0][:, -1:], TOKENS - 1)),
+            return_exceptions=True,
+        )
+        disk.is_broken = False
+        assert all(isinstance(outcome, SpillError) for outcome in outcomes), outcomes
