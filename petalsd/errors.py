@@ -48,8 +48,8 @@ class PetalsdError(Exception):
 
 
 def shortened(value: object) -> str:
-    """As Python writes it, at most 120 characters."""
-    shown = repr(value)
+    """As Python writes it, at most 120 characters; what a peer sends may be long, so not all of it is written."""
+    shown = repr(value[:120] if isinstance(value, str | bytes | list | tuple) else value)
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 

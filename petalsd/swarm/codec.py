@@ -113,9 +113,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _shape(proto: runtime_pb2.Tensor, field: str) -> tuple[int, ...]:
+    if len(proto.size) > _MAX_DIMS:
+        raise BadRequest(f"{field}.size", proto.size[:16], f"at most {_MAX_DIMS} dimensions")
     shape = tuple(proto.size)
-    if len(shape) > _MAX_DIMS:
-        raise BadRequest(f"{field}.size", list(shape[:16]), f"at most {_MAX_DIMS} dimensions")
     numel = math.prod(shape)
     if numel > _MAX_ELEMENTS or (numel == 0 and math.prod(dim or 1 for dim in shape) > _MAX_ELEMENTS):
         raise BadRequest(f"{field}.size", list(shape), "more elements than any request may have")

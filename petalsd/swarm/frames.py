@@ -17,7 +17,7 @@ from petalsd.errors import BadRequest, Overloaded, PetalsdError
 
 MESSAGE, ERROR = 0, 1
 HEADER_BYTES = 9
-_LARGE_BYTES = 256 * 1024
+LARGE_BYTES = 256 * 1024
 _AHEAD_BYTES = 256 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 
@@ -99,7 +99,7 @@ class FrameProtocol(asyncio.Protocol):
         if self.transport.is_closing():
             raise ConnectionResetError("the connection is closed")
         header = bytes((marker,)) + len(payload).to_bytes(8, "big")
-        if len(payload) < _LARGE_BYTES:
+        if len(payload) < LARGE_BYTES:
             self.transport.write(header + payload)
         else:
             self.transport.write(header)
@@ -187,7 +187,7 @@ class FrameProtocol(asyncio.Protocol):
         marker, length = buffer[0], int.from_bytes(buffer[1:HEADER_BYTES], "big")
         end = HEADER_BYTES + length
         self._check(marker, length)
-        if length > _LARGE_BYTES:
+        if length > LARGE_BYTES:
             here = min(len(buffer), end) - HEADER_BYTES
             if not self._coming_bytes:
                 self._coming_since = time.monotonic(), here
@@ -195,10 +195,10 @@ class FrameProtocol(asyncio.Protocol):
             self._coming_bytes = here
         if len(buffer) < end:
             return None
-        if length > _LARGE_BYTES and self.on_large is not None:
+        if length > LARGE_BYTES and self.on_large is not None:
             since, first_bytes = self._coming_since
             self.on_large(length - first_bytes, time.monotonic() - since)
-        if len(buffer) == end and length > _LARGE_BYTES:
+        if len(buffer) == end and length > LARGE_BYTES:
             self._buffer = bytearray()
             return marker, memoryview(buffer)[HEADER_BYTES:]
         payload = bytes(memoryview(buffer)[HEADER_BYTES:end])
@@ -238,7 +238,7 @@ def take_over(
 def _already_read(reader: asyncio.StreamReader) -> Iterator[bytes]:
     """What a reader hands out without waiting."""
     while reader.exception() is None and not reader.at_eof():
-        reading = reader.read(_LARGE_BYTES)
+        reading = reader.read(LARGE_BYTES)
         try:
             reading.send(None)
         except StopIteration as done:

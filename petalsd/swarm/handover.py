@@ -197,8 +197,8 @@ def _unpack_tensors(message: runtime_pb2.ExpertRequest, offer: Offer, place: Pla
     """BadRequest unless the chunk has exactly the shape and dtype that belong to ``place``; it is finite then."""
     shape, tokens = offer.shape, place.end - place.start
     expected = [len(place.blocks), offer.spec.batch, tokens, shape.num_kv_heads, shape.head_dim]
-    if [list(tensor.size) for tensor in message.tensors] != [expected, expected]:
-        sizes = [list(tensor.size)[:8] for tensor in message.tensors[:4]]
+    sizes = [tensor.size[:8] for tensor in message.tensors[:4]]
+    if sizes != [expected, expected]:
         raise BadRequest("tensors", sizes, f"blocks {place.blocks} need keys and values of {expected}")
     keys, values = (decode_tensor(part, "keys and values") for part in message.tensors)
     if keys.dtype != shape.dtype or values.dtype != shape.dtype:

@@ -26,6 +26,7 @@ UNARY_ENVELOPE_BYTES = 4096  # what peer id, protocol id, uid framing and call i
 MAX_PART_BYTES = 4 * MIB  # one part of a tensor in a *_stream call
 STREAM_ABOVE_BYTES = MIB  # a client sends larger input through the *_stream call
 MAX_METADATA_BYTES = 256 * 1024
+MAX_UID_CHARS = 64 * 1024  # of a chain: a thousand blocks with long names
 
 PUBLIC_INITIAL_PEERS = (
     "/dns/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
@@ -69,6 +70,8 @@ def make_chain(prefix: str, span: BlockSpan) -> str:
 
 def parse_chain(text: str) -> tuple[str, list[int]]:
     """Split a chained uid; the blocks come in the order sent. BadRequest when prefixes differ or it is empty."""
+    if len(text) > MAX_UID_CHARS:
+        raise BadRequest("uid", text, f"at most {MAX_UID_CHARS} characters")
     pairs = [parse_uid(uid) for uid in text.split(CHAIN_DELIMITER)]
     prefixes = {prefix for prefix, _ in pairs}
     if len(prefixes) != 1:

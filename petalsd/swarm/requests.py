@@ -28,6 +28,7 @@ from petalsd.types import BlockSpan
 
 _MAX_ID = 256
 _MAX_NEXT_SERVERS = 256
+_MAX_TENSORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,10 @@ class StepMessage(NamedTuple):
 
     @classmethod
     def parse(cls, request: runtime_pb2.ExpertRequest, is_pushed: bool = False) -> StepMessage:
+        if len(request.tensors) > _MAX_TENSORS:
+            raise BadRequest(
+                "tensors", f"{len(request.tensors)} of them", f"at most {_MAX_TENSORS} in a step"
+            )
         metadata = decode_metadata(request.metadata)
         return cls(
             tensors=request.tensors,
@@ -87,9 +92,7 @@ class OpenRequest:
         structure = metadata.get("args_structure")
         hidden = arrange(first.tensors, structure, 3)[0]
         if len(hidden.size) != 3 or hidden.size[0] < 1:
-            raise BadRequest(
-                "tensors[0].size", list(hidden.size)[:16], "must be [batch, tokens, hidden size]"
-            )
+            raise BadRequest("tensors[0].size", hidden.size[:16], "must be [batch, tokens, hidden size]")
         spec = SessionSpec(
             span=served_span(first.uid, prefix),
             batch=hidden.size[0],
@@ -122,11 +125,12 @@ class PushRequest:
 def decode_step(tensors: Sequence[runtime_pb2.Tensor], start: int) -> Step:
     """The tensors of a step, in order: hidden, prompts, hypo_ids."""
     hidden, prompts, hypo_ids = tensors
+    states = decode_tensor(hidden, "hidden states")
     return Step(
-        hidden=decode_tensor(hidden, "hidden states"),
+        hidden=states,
         start=start,
         prompts=_optional(prompts, "prompts"),
-        hypo_ids=_hypo_ids(hypo_ids),
+        hypo_ids=_hypo_ids(hypo_ids, states.shape[0] if states.dim() else 0),
     )
 
 
@@ -193,7 +197,7 @@ def _optional(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor | None:
     return None if tensor is DUMMY or is_dummy(tensor) else tensor
 
 
-def _hypo_ids(proto: runtime_pb2.Tensor) -> tuple[int, ...] | None:
+def _hypo_ids(proto: runtime_pb2.Tensor, batch: int) -> tuple[int, ...] | None:
     tensor = decode_tensor(proto, "hypo_ids")
     if tensor is DUMMY_INT64:
         return None
@@ -201,8 +205,8 @@ def _hypo_ids(proto: runtime_pb2.Tensor) -> tuple[int, ...] | None:
         raise BadRequest("hypo_ids", proto.dtype, "must be int64, also when empty")
     if is_dummy(tensor):
         return None
-    if tensor.dim() != 1:
-        raise BadRequest("hypo_ids", list(tensor.shape), "must be one row number per row of the batch")
+    if tensor.dim() != 1 or len(tensor) != batch:
+        raise BadRequest("hypo_ids", list(tensor.shape), f"must hold {batch} row numbers, one per row")
     return tuple(tensor.tolist())
 
 

@@ -23,10 +23,12 @@ from hivemind.proto.p2pd_pb2 import RPCError
 from petalsd import errors
 from petalsd.alarm import Alarm
 from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure, SessionMoved
-from petalsd.swarm.frames import ERROR, HEADER_BYTES, MESSAGE, FrameProtocol
+from petalsd.swarm.frames import ERROR, HEADER_BYTES, LARGE_BYTES, MESSAGE, FrameProtocol
 from petalsd.swarm.observer import NullObserver, SwarmObserver
+from petalsd.swarm.wire_fields import has_more_fields
 
 _LINGER_S = 1.0
+_MAX_FIELDS = 1024  # of a large message; a step has five
 _ON_THE_WAY_BYTES = 4 * 2**20  # sockets and p2pd may hold so much that the peer has not got yet
 
 M = TypeVar("M", bound=Message)
@@ -181,6 +183,8 @@ class MessageStream:
 
 
 def _parse(message_type: type[M], payload: bytes | memoryview) -> M:
+    if len(payload) > LARGE_BYTES and has_more_fields(payload, _MAX_FIELDS):
+        raise BadRequest("message", f"{len(payload)} bytes", f"at most {_MAX_FIELDS} fields in one")
     try:
         message: M = message_type.FromString(payload)
     except DecodeError:

@@ -97,6 +97,7 @@ def test_an_empty_compressed_tensor_is_empty(codec_id: int) -> None:
         (proto(size=[2**28], buffer=b""), "x.buffer"),
         (proto(size=[2**32 - 1] * 8), "x.size"),
         (proto(size=[1] * 9), "x.size"),
+        (proto(size=[1] * 10**6), "x.size"),
         (proto(size=[2**32 - 1, 2**32 - 1, 0], buffer=b""), "x.size"),
         (proto(compression=2, buffer=b"\0" * 3), "x.buffer"),
         (proto(compression=1), "x.buffer"),

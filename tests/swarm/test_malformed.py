@@ -53,6 +53,19 @@ def only(count: int) -> Request:
     return request
 
 
+def many(count: int) -> Request:
+    request = message()
+    request.tensors.extend([runtime_pb2.Tensor()] * count)
+    return request
+
+
+def hypo_ids(count: int) -> Request:
+    request = message()
+    ids = runtime_pb2.Tensor(buffer=b"\0" * 8 * count, size=[count], dtype="int64")
+    request.tensors[2].CopyFrom(ids)
+    return request
+
+
 def nan_values() -> bytes:
     return torch.full((1, 2, 64), math.nan).numpy().tobytes()
 
@@ -72,11 +85,14 @@ HOSTILE = {
     "too many rows": (message(tensor(size=[2**31, 0, 64], buffer=b"")), "batch size"),
     "wrong hidden size": (message(tensor(size=[1, 1, 128])), "hidden states"),
     "two tensors": (only(2), "tensors"),
+    "countless tensors": (many(1000), "tensors"),
+    "a row number for everybody else": (hypo_ids(100_000), "hypo_ids"),
     "unknown model": (message(uid="other.0"), "other"),
     "unknown block": (message(uid=f"{PREFIX}.4"), "4:5"),
     "huge block": (message(uid=f"{PREFIX}.{10**30}"), "uid"),
     "no uid": (message(uid=""), "uid"),
     "endless uid": (message(uid="x" * 100_000), "uid"),
+    "countless blocks": (message(uid=" ".join(f"{PREFIX}.{block}" for block in range(50_000))), "characters"),
     "repeated blocks": (message(uid=f"{PREFIX}.1 {PREFIX}.1"), "uid"),
     "metadata that is no msgpack": (raw_metadata(b"\xc1"), "metadata"),
     "metadata that is no map": (raw_metadata(MSGPackSerializer.dumps([1])), "metadata"),

@@ -59,3 +59,11 @@ def test_announced_throughput_counts_half_of_the_span_and_the_network() -> None:
     assert protocol.announced_throughput(1000.0, 1e9, 9, is_relayed=False) == 200.0
     assert protocol.announced_throughput(1000.0, 50.0, 9, is_relayed=False) == 50.0
     assert protocol.announced_throughput(1000.0, 50.0, 9, is_relayed=True) == 10.0
+
+
+def test_a_chain_is_as_long_as_models_need_and_no_longer() -> None:
+    """A thousand blocks with a long name are split; what would take seconds to split is not looked at."""
+    span = BlockSpan(0, 1000)
+    assert protocol.parse_span(protocol.make_chain("m" * 60, span))[1] == span
+    with pytest.raises(BadRequest, match="characters"):
+        protocol.parse_span(protocol.make_chain("m", BlockSpan(0, 100_000)))

@@ -194,3 +194,13 @@ async def test_a_session_that_goes_on_is_not_kept_waiting(stream_pair: Pair) -> 
         assert request is not None
         await server.send(ExpertResponse(tensors=request.tensors))
         assert [tensor.shape for tensor in await session.receive(1.0)] == [(1, 1, 4)]
+
+
+async def test_a_message_of_countless_fields_is_not_parsed(stream_pair: Pair) -> None:
+    """An empty tensor takes two bytes on the wire and fifty in memory; large messages have a few fields."""
+    sender, receiver = stream_pair
+    flood = ExpertRequest(tensors=[Tensor()] * 200_000)
+    sending = asyncio.create_task(sender.send(flood))
+    with pytest.raises(BadRequest, match="fields"):
+        await receiver.receive(ExpertRequest)
+    await sending
