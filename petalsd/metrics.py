@@ -154,7 +154,7 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _gauge("open_streams", "Open streams of calls"),
         _counter("wire_received_bytes_total", "Messages of other peers, without what libp2p adds"),
         _counter("wire_sent_bytes_total", "Messages to other peers, without what libp2p adds"),
-        _gauge("wire_held_bytes", "Large messages that are being received"),
+        _gauge("wire_held_bytes", "Large messages that are being received or computed on"),
         _counter(
             "hand_overs_total", "Sessions that other servers offered, and what became of those that were taken",
             "outcome",

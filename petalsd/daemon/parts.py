@@ -25,7 +25,7 @@ class MemberStats:
     is_member     whether we have joined
     known_peers   in the routing table of the DHT
     open_streams  calls of others that are streams
-    held_bytes    of large messages that are being received
+    held_bytes    of large messages that are being received or computed on
     announcement  what was last stored since we joined
     num_ghosts    servers in the directory that are thought to have gone
     awaited       sessions that other servers handed to us and whose clients have not come yet

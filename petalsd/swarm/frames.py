@@ -25,7 +25,7 @@ Frame = tuple[int, bytes | memoryview]
 
 
 class InboundBudget:
-    """Bytes of large messages that all streams of a node hold while receiving them."""
+    """Bytes of large messages that all streams of a node hold, while they come and until they are dealt with."""
 
     def __init__(self, max_message_bytes: int, max_total_bytes: int) -> None:
         self.max_message_bytes = max_message_bytes
@@ -51,7 +51,8 @@ class InboundBudget:
 class FrameProtocol(asyncio.Protocol):
     """Completes one frame ahead, and stops reading when more than a little lies behind it.
 
-    The bytes of a large frame count against the budget as they come, until the next is taken or ``release``.
+    The bytes of a large frame count against the budget as they come, until the next is taken or ``release``; those
+    of frames that are kept for longer, until they are let go.
     """
 
     def __init__(self, writer: asyncio.StreamWriter, budget: InboundBudget) -> None:
@@ -68,7 +69,7 @@ class FrameProtocol(asyncio.Protocol):
         self._frame: Frame | None = None
         self._end: Exception | None = None
         self._failure: Exception | None = None
-        self._coming_bytes = self._taken_bytes = 0
+        self._coming_bytes = self._taken_bytes = self._kept_bytes = 0
         self._coming_since = (0.0, 0)
         self._is_reading = True
         self._is_discarding = False
@@ -93,6 +94,23 @@ class FrameProtocol(asyncio.Protocol):
         self._taken_bytes, self._coming_bytes = self._coming_bytes, 0
         self._advance()
         return frame
+
+    def keep(self, at_least: int = 0) -> int:
+        """What the frame taken last counts, now ``at_least`` so much, counts until it is let go; how much it is.
+
+        Overloaded when that is too much.
+        """
+        more = max(0, at_least - self._taken_bytes)
+        self._budget.take(more)
+        num_bytes, self._taken_bytes = self._taken_bytes + more, 0
+        self._kept_bytes += num_bytes
+        return num_bytes
+
+    def let_go(self, num_bytes: int) -> None:
+        """Of what is kept; harmless after ``release``."""
+        num_bytes = min(num_bytes, self._kept_bytes)
+        self._budget.give_back(num_bytes)
+        self._kept_bytes -= num_bytes
 
     def write(self, marker: int, payload: bytes) -> int:
         """Send a frame, as far as the peer reads; the number of its bytes. OSError or RuntimeError: it is gone."""
@@ -125,8 +143,8 @@ class FrameProtocol(asyncio.Protocol):
 
     def release(self) -> None:
         """Give back what frames hold of the budget."""
-        self._budget.give_back(self._taken_bytes + self._coming_bytes)
-        self._taken_bytes = self._coming_bytes = 0
+        self._budget.give_back(self._taken_bytes + self._coming_bytes + self._kept_bytes)
+        self._taken_bytes = self._coming_bytes = self._kept_bytes = 0
 
     # What the transport tells
 

@@ -50,6 +50,8 @@ class InferenceCall:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
         self._asked_at: float | None = None
+        # Referred to from here alone: a prompt is large, and its session lives long.
+        self._at_work: StepMessage | Errand | None = None
         self.movable: Session | None = None
 
     def send_on(self, errand: Errand) -> None:
@@ -79,7 +81,7 @@ class InferenceCall:
                 request = self._stream.take(runtime_pb2.ExpertRequest)
                 if request is None or not request.tensors:
                     return self._inbox.end()
-                self._inbox.put(StepMessage.parse(request))
+                self._inbox.put(StepMessage.parse(request, kept_bytes=self._stream.keep()))
         except Exception as error:  # for ``run``; here the loop would hear of it
             if not self._broken.done():
                 self._broken.set_exception(error)
@@ -96,13 +98,13 @@ class InferenceCall:
             raise DeadlineExceeded(f"the session lasted {limit_s:g} s, longer than is allowed") from None
 
     async def _session(self) -> None:
-        first = await self._next()
-        if not isinstance(first, StepMessage):  # no errand comes before the session is open
+        await self._next()
+        if not isinstance(self._at_work, StepMessage):  # no errand comes before the session is open
             return
         self._asked_at = time.monotonic()
         serving = self._serving
         opening = OpenRequest.parse(
-            first, serving.model.prefix, self._stream.peer, serving.limits.max_alloc_timeout_s
+            self._at_work, serving.model.prefix, self._stream.peer, serving.limits.max_alloc_timeout_s
         )
         with self._sessions.claim(opening.session_id, self._inbox):
             session = await self._open(opening)
@@ -111,7 +113,7 @@ class InferenceCall:
                 self._inbox.span = opening.spec.span
                 self.movable = session if opening.can_follow else None
                 session.when_ended(lambda reason: self._inbox.fail(SessionClosed(reason)))
-                await self._steps(session, opening.structure, first)
+                await self._steps(session, opening.structure)
             finally:
                 await session.close()
                 log.debug("session_closed", peer=self._stream.peer, position=session.position)
@@ -123,13 +125,16 @@ class InferenceCall:
         self._serving.check_open(opening.spec.peer)
         return await self._serving.engine.open_session(opening.spec)
 
-    async def _steps(self, session: Session, structure: object, message: StepMessage | Errand | None) -> None:
-        while message is not None:
-            if not isinstance(message, StepMessage):
-                await message(session)
-            elif message.step_id is None or message.step_id not in self._step_ids:
-                await self._step(session, structure, message)
-            message = await self._next()
+    async def _steps(self, session: Session, structure: object) -> None:
+        while self._at_work is not None:
+            await self._work_on(self._at_work, session, structure)
+            await self._next()
+
+    async def _work_on(self, work: StepMessage | Errand, session: Session, structure: object) -> None:
+        if not isinstance(work, StepMessage):
+            await work(session)
+        elif work.step_id is None or work.step_id not in self._step_ids:
+            await self._step(session, structure, work)
 
     async def _step(self, session: Session, structure: object, message: StepMessage) -> None:
         try:
@@ -151,14 +156,17 @@ class InferenceCall:
             self._serving.observer.first_answer(time.monotonic() - self._asked_at)
             self._asked_at = None
 
-    async def _next(self) -> StepMessage | Errand | None:
+    async def _next(self) -> None:
+        """Let go of what is at work, and wait for what is next; None: there is no more."""
+        if isinstance(self._at_work, StepMessage):
+            self._stream.let_go(self._at_work.kept_bytes)
+        self._at_work = None
         self._patience.set(self._serving.limits.step_timeout_s)
         try:
-            message = await self._inbox.get()
+            self._at_work = await self._inbox.get()
         finally:
             self._patience.clear()
         self._take_in()
-        return message
 
     def _lose_patience(self) -> None:
         limit_s = self._serving.limits.step_timeout_s

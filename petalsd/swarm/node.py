@@ -42,7 +42,7 @@ class NodeOptions:
     client_mode         dial only: not in anybody's routing table, serves no part of the DHT
     num_workers         lookups in flight at once; stock servers use the number of the model's blocks
     max_message_bytes   the largest message of a stream; a prefill is one message
-    max_inbound_bytes   what all large messages on their way in may hold together
+    max_inbound_bytes   what large messages may hold together until they are dealt with
     """
 
     initial_peers: tuple[str, ...] = ()

@@ -32,7 +32,10 @@ class PassCalls:
         return await self._encode(await self._backward(request, peer))
 
     async def collect(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
-        """Put a streamed request together; the first part's metadata counts, all parts name the same blocks."""
+        """Put a streamed request together; the first part's metadata counts, all parts name the same blocks.
+
+        What came counts against the budget until the stream is closed.
+        """
         self._serving.check_open(stream.peer)
         assembler = TensorAssembler(self._max_request_bytes)
         first: runtime_pb2.ExpertRequest | None = None
@@ -44,6 +47,7 @@ class PassCalls:
                 raise BadRequest(
                     "uid", part.uid, f"all parts of a request name the same blocks, {first.uid[:60]!r}"
                 )
+            stream.keep(part.ByteSize())
             for tensor in part.tensors:
                 assembler.add(tensor)
         if first is None:

@@ -41,7 +41,10 @@ class NextServer:
 
 
 class StepMessage(NamedTuple):
-    """One message of a session, from its client or pushed; its ``num_bytes`` of tensors are not decoded yet."""
+    """One message of a session, from its client or pushed; its ``num_bytes`` of tensors are not decoded yet.
+
+    ``kept_bytes``: what its stream counts of it.
+    """
 
     tensors: Sequence[runtime_pb2.Tensor]
     metadata: Mapping[str, Any]
@@ -51,9 +54,12 @@ class StepMessage(NamedTuple):
     next_servers: tuple[NextServer, ...]
     is_pushed: bool = False
     num_bytes: int = 0
+    kept_bytes: int = 0
 
     @classmethod
-    def parse(cls, request: runtime_pb2.ExpertRequest, is_pushed: bool = False) -> StepMessage:
+    def parse(
+        cls, request: runtime_pb2.ExpertRequest, is_pushed: bool = False, kept_bytes: int = 0
+    ) -> StepMessage:
         if len(request.tensors) > _MAX_TENSORS:
             raise BadRequest(
                 "tensors", f"{len(request.tensors)} of them", f"at most {_MAX_TENSORS} in a step"
@@ -68,6 +74,7 @@ class StepMessage(NamedTuple):
             next_servers=_next_servers(metadata),
             is_pushed=is_pushed,
             num_bytes=request.ByteSize(),
+            kept_bytes=kept_bytes,
         )
 
 

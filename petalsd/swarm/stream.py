@@ -103,7 +103,7 @@ class MessageStream:
 
         StreamEnded when the stream is closed, RemoteError with the peer's text when it sent an error,
         BadRequest when the framing or the message is damaged or too large. The bytes of a large message
-        count against the budget until the next is taken or ``close``.
+        count against the budget until the next is taken or ``close``, unless they are kept.
         """
         try:
             marker, payload = self._frames.take()
@@ -116,6 +116,17 @@ class MessageStream:
                 return None
             raise RemoteError(self.peer, text)
         return _parse(message_type, payload)
+
+    def keep(self, at_least: int = 0) -> int:
+        """Count the message that was taken last until ``let_go`` or ``close``; how many bytes that is.
+
+        A small message counts nothing unless ``at_least`` is said. Overloaded when others hold too much.
+        """
+        return self._frames.keep(at_least)
+
+    def let_go(self, num_bytes: int) -> None:
+        """So many of the bytes that are kept are dealt with."""
+        self._frames.let_go(num_bytes)
 
     async def finish(self) -> None:
         """Close after everything written has reached the peer, waiting a second at most for its side.

@@ -154,3 +154,24 @@ async def test_taking_over_what_has_ended(
     assert frames.take() == (MESSAGE, b"last")
     with pytest.raises(EOFError):
         frames.take()
+
+
+async def test_what_is_kept_counts_until_it_is_let_go() -> None:
+    """A large frame as it is, a small one as much as is said; once only, and not after the release."""
+    budget = InboundBudget(2**20, 2**21)
+    frames = frames_of(Wire(), budget)
+    frames.data_received(packed(MESSAGE, b"x" * LARGE) + packed(MESSAGE, b"small") * 3)
+    frames.take()
+    assert frames.keep() == LARGE
+    frames.take()
+    assert frames.keep() == 0
+    frames.take()
+    assert frames.keep(at_least=500) == 500
+    assert budget.held_bytes == LARGE + 500
+    frames.let_go(LARGE)
+    assert budget.held_bytes == 500
+    with pytest.raises(Overloaded):
+        frames.keep(at_least=2**21)
+    frames.release()
+    frames.let_go(500)
+    assert budget.held_bytes == 0
