@@ -87,7 +87,8 @@ class TransformerConnectionHandler:
     async def stop(self, reason: str = "the server stops") -> None:
         """End all open streams and answer no more calls.
 
-        Streams whose session has ended are telling their clients why; the others get SessionClosed(reason).
+        Streams whose session has ended are telling their clients why; the others get SessionClosed(reason), as far
+        as they read what they are told.
         """
         self._ending = SessionClosed(reason, hint="use another server")
         tasks = list(self._streams)
@@ -95,6 +96,10 @@ class TransformerConnectionHandler:
             await asyncio.wait(tasks, timeout=_FAREWELL_S)
         for task in tasks:
             task.cancel()
+        if tasks:
+            _, deaf = await asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S)
+            for task in deaf:
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tickets.close(reason)
         await self.pusher.stop()
@@ -284,6 +289,9 @@ class TransformerConnectionHandler:
             await stream.send_error(text)
         except PetalsdError:
             return  # the peer is gone, nobody is left to tell
+        except asyncio.CancelledError:  # it does not read, and the server cannot wait any longer
+            stream.abort()
+            raise
         await stream.close_after_peer()
 
     def _check_room(self, peer: str) -> None:

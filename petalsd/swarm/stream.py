@@ -150,10 +150,15 @@ class MessageStream:
         self.close()
 
     def close(self) -> None:
-        """Close at once; idempotent."""
+        """Close at once; idempotent. What the peer has not read yet still goes to it."""
         self._patience.close()
         self._frames.release()
         self._frames.transport.close()
+
+    def abort(self) -> None:
+        """Close, and forget what the peer has not read."""
+        self._frames.transport.abort()
+        self.close()
 
     async def _write(self, marker: int, payload: bytes) -> None:
         try:

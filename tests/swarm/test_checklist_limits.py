@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 
 import pytest
 from hivemind.p2p import P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto.runtime_pb2 import Tensor
+from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.engine.limits import EngineLimits
 from petalsd.errors import RemoteFailure
 from petalsd.swarm.node import Node
 from petalsd.swarm.serving import HandlerLimits
+from petalsd.swarm.stream import MessageStream
 from tests.engine.rig import states
 from tests.numeric import assert_close
 from tests.swarm.servers import PREFIX, server
-from tests.swarm.stock import DUMMY, StockSession, stock_request
+from tests.swarm.stock import DUMMY, Response, StockSession, stock_request
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -35,6 +42,31 @@ async def test_row_12_a_server_that_stops_says_so(
         await session.step(stopping.uid, states(1, 3), max_length=8)
         await stopping.handler.stop("the owner stops it")
         await refused(session, "session_closed: the owner stops it")
+
+
+async def test_row_12_a_client_that_does_not_read_holds_up_no_stop(
+    nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Row 12: the others are told, and it finds its stream closed, with most of its answer unsent."""
+    ours, theirs = socket.socketpair()
+    async with server(nodes[0], tmp_path) as stopping:
+
+        async def answer(stream: MessageStream) -> None:
+            await stream.send(Response(tensors=[Tensor(buffer=bytes(2**24))]))
+
+        handle = stopping.handler._stream_handler("rpc_forward_stream", answer)
+        info = StreamInfo(nodes[0].p2p.peer_id, Multiaddr("/ip4/127.0.0.1"), "")
+        streaming = asyncio.create_task(handle(info, *await asyncio.open_connection(sock=ours)))
+        await eventually(lambda: stopping.handler.num_streams == 1)
+        async with asyncio.timeout(5):
+            await stopping.handler.stop("the owner stops it")
+        await asyncio.gather(streaming, return_exceptions=True)
+    theirs.settimeout(5)
+    received = 0
+    while data := theirs.recv(2**20):
+        received += len(data)
+    assert received < 2**24
+    theirs.close()
 
 
 async def test_row_12_waiting_too_long_for_a_step_is_an_error(
