@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -91,6 +91,8 @@ class Announcer:
         self._rng = random.Random()
         self._lock = asyncio.Lock()
         self._current: tuple[Part, ...] = ()
+        # Blocks that were left and are not told OFFLINE yet, with the time (Unix seconds) when it tells itself.
+        self._left: list[tuple[BlockSpan, float]] = []
         self._goal: BlockSpan | None = None
         self._since: float | None = None  # when the span came online, while it is all that is announced
         self._expiration = 0.0
@@ -107,7 +109,7 @@ class Announcer:
 
         The last one is what is served, if anything is. JOINING ones claim ``goal``, which they are to be served
         with; None: themselves. SwarmError or DeadlineExceeded when something could not be stored; renewing goes
-        on trying.
+        on trying, also to say OFFLINE.
         """
         async with self._lock:
             old, self._current, self._told = self._current, tuple(parts), {}
@@ -115,10 +117,8 @@ class Announcer:
             if self._current != old:
                 is_whole = [state for state, _ in parts] == [ServerState.ONLINE]
                 self._since = time.time() if is_whole else None
-            spans = [span for _, span in parts]
-            for state, span in old:
-                for left in () if state == ServerState.OFFLINE else span.minus(*spans):
-                    await self._publish(ServerState.OFFLINE, left)
+            self._leave(span for state, span in old if state != ServerState.OFFLINE)
+            await self._retract()
             for state, span in parts:
                 await self._publish(state, span)
         for state, span in parts:
@@ -128,9 +128,10 @@ class Announcer:
         """Publish OFFLINE for what was announced, and renew nothing from now on; nothing announced is no error."""
         async with self._lock:
             old, self._current = self._current, ()
-            for _, span in old:
-                await self._publish(ServerState.OFFLINE, span)
-                log.info("withdrawn", span=str(span))
+            self._leave(span for _, span in old)
+            await self._retract()
+        for _, span in old:
+            log.info("withdrawn", span=str(span))
 
     async def renew(self) -> None:
         """Measure the pings and publish the current entries again; does nothing while none is announced."""
@@ -138,15 +139,12 @@ class Announcer:
             return
         await self._measure(self._current[-1][1])
         async with self._lock:
-            for state, span in self._current:
-                await self._publish(state, span)
+            await self._catch_up(self._current)
 
     async def write_news(self) -> None:
         """Publish what says something else by now again, with the pings that are known."""
         async with self._lock:
-            for state, span in self._current:
-                if self._has_news(state, span):
-                    await self._publish(state, span)
+            await self._catch_up([part for part in self._current if self._has_news(*part)])
 
     def pings(self) -> dict[str, float]:
         """Round trips in seconds to servers that a route may go to after us, ``inf`` for no answer."""
@@ -188,6 +186,32 @@ class Announcer:
             stored = self.last_stored
             if stored is None or time.monotonic() - stored.at_monotonic_s >= self._options.min_pause_s:
                 await self.write_news()
+
+    def _leave(self, spans: Iterable[BlockSpan]) -> None:
+        """These, and those before, are OFFLINE as far as they are not announced anew."""
+        current = [span for _, span in self._current]
+        leaving = [*self._left, *((span, self._expiration) for span in spans)]
+        self._left = [(left, end) for span, end in leaving for left in span.minus(*current)]
+
+    async def _retract(self) -> None:
+        """Say OFFLINE of what was left, unless the record of before has expired."""
+        while self._left:
+            span, end = self._left[0]
+            if end > time.time():
+                await self._publish(ServerState.OFFLINE, span)
+            del self._left[0]
+
+    async def _catch_up(self, parts: Sequence[Part]) -> None:
+        """Publish these, and what could not be told before; one does not wait for the other."""
+        failure: PetalsdError | None = None
+        try:
+            await self._retract()
+        except PetalsdError as error:
+            failure = error
+        for state, span in parts:
+            await self._publish(state, span)
+        if failure is not None:
+            raise failure
 
     def _has_news(self, state: ServerState, span: BlockSpan) -> bool:
         if state == ServerState.OFFLINE:

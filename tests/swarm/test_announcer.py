@@ -208,6 +208,42 @@ async def test_nothing_stored_is_an_error() -> None:
         await announcer(dht).announce(ONLINE, BlockSpan(0, 2))
 
 
+async def test_blocks_that_were_left_are_told_of_until_it_is_stored() -> None:
+    """A swarm that does not take it at that moment would send clients to them until the old record expires."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(0, 3))
+    dht.is_reachable = False
+    for span in (BlockSpan(1, 4), BlockSpan(2, 5)):
+        with pytest.raises(SwarmError):
+            await ours.announce(ONLINE, span)
+    dht.is_reachable = True
+    dht.writes.clear()
+    await ours.renew()
+    assert dht.states() == [
+        ("m-hf.0", OFFLINE),
+        ("m-hf.1", OFFLINE),
+        *((f"m-hf.{block}", ONLINE) for block in (2, 3, 4)),
+    ]
+    dht.writes.clear()
+    await ours.renew()
+    assert [state for _, state in dht.states()] == [ONLINE] * 3
+
+
+async def test_blocks_that_are_served_again_are_not_called_left() -> None:
+    """Whatever could not be told of them in between."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ONLINE, BlockSpan(0, 3))
+    dht.is_reachable = False
+    with pytest.raises(SwarmError):
+        await ours.announce(ONLINE, BlockSpan(2, 3))
+    dht.is_reachable = True
+    dht.writes.clear()
+    await ours.announce(ONLINE, BlockSpan(1, 3))
+    assert dht.states() == [("m-hf.0", OFFLINE), ("m-hf.1", ONLINE), ("m-hf.2", ONLINE)]
+
+
 async def test_row_20_the_model_is_listed_with_all_its_blocks() -> None:
     """_petals.models gets the model's total and its repository, while we are not OFFLINE."""
     dht = FakeDHT()
