@@ -15,6 +15,7 @@ from petalsd.engine.step import SessionSpec
 from petalsd.errors import (
     BadRequest,
     DeadlineExceeded,
+    Overloaded,
     PetalsdError,
     RemoteFailure,
     SessionClosed,
@@ -33,7 +34,7 @@ from petalsd.swarm.stub import ServerStub
 log = structlog.get_logger(__name__)
 
 _MAX_ATTEMPTS = 3
-_OFFER_S = 10.0
+_OFFER_S = 10.0  # for an answer, and for reading what was sent: steps may wait for it
 _MAX_AT_ONCE = 4
 
 
@@ -74,7 +75,7 @@ class HandOver:
         does wrong, here and in ``finish``.
         """
         self._session.copied.restart()
-        await self._stream.send(self._opening)
+        await self._say(self._opening)
         await _answer(self._stream)
         missing, last = self._session.copied.take(), None
         while not self._offer.is_one_chunk(missing) and (last is None or len(missing) < last):
@@ -85,7 +86,7 @@ class HandOver:
     async def finish(self) -> SessionMoved:
         """Send the rest, while no step is under way; where the session goes on."""
         await self._send(self._session.copied.take())
-        await self._stream.send(pack_end(self._session.position, self._seal.digest))
+        await self._say(pack_end(self._session.position, self._seal.digest))
         try:
             ticket = unpack_text((await _answer(self._stream)).metadata, "ticket")
         except BadRequest as error:
@@ -98,10 +99,16 @@ class HandOver:
                 if self._stream.has_arrived:  # nothing but a refusal can have
                     await _answer(self._stream)
                 keys, values = await self._session.read_kv(place)
-                message = await off_loop(2 * keys.nbytes, self._pack, place, (keys, values))
-                await self._stream.send(message)
+                await self._say(await off_loop(2 * keys.nbytes, self._pack, place, (keys, values)))
         except RolledBack:
             self._session.copied.give_back(tokens)
+
+    async def _say(self, message: runtime_pb2.ExpertRequest) -> None:
+        try:
+            async with asyncio.timeout(_OFFER_S):
+                await self._stream.send(message)
+        except TimeoutError:
+            raise RemoteFailure(self._stream.peer, f"did not read for {_OFFER_S:g} s") from None
 
     def _pack(self, place: Place, chunk: KeysValues) -> runtime_pb2.ExpertRequest:
         message = pack_chunk(place, chunk)
@@ -114,6 +121,8 @@ async def _answer(stream: MessageStream) -> runtime_pb2.ExpertResponse:
         reply = await stream.receive(runtime_pb2.ExpertResponse, _OFFER_S)
     except TimeoutError:
         raise RemoteFailure(stream.peer, f"did not answer the hand-over within {_OFFER_S:g} s") from None
+    except (BadRequest, Overloaded) as error:
+        raise RemoteFailure(stream.peer, f"answered what cannot be read: {error.message}") from error
     if reply is None:
         raise RemoteFailure(stream.peer, "ended the hand-over without a word")
     return reply
@@ -213,4 +222,4 @@ class SessionGiver:
             send_on(parting)
             return await parting.moved
         finally:
-            stream.close()
+            stream.abort()  # what a taker has not read is of no use any more

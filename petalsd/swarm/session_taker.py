@@ -8,7 +8,7 @@ from hivemind.proto import runtime_pb2
 from petalsd.engine.checks import check_span
 from petalsd.engine.handle import Session
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded
+from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded, SessionClosed
 from petalsd.kvcache.pool import KVPool
 from petalsd.swarm.escrow import Amount, Deposit, Escrow, EscrowFull, EscrowLimits, Outcome
 from petalsd.swarm.givers import KnownGivers, UnknownGiver
@@ -60,6 +60,8 @@ class SessionTaker:
             self._check_shape(session, offer)
             await stream.send(runtime_pb2.ExpertResponse())
             position = await self._fill(session, Intake(offer, opening), stream)
+            if session.end_reason is not None:  # its client is better off where it is
+                raise SessionClosed(session.end_reason)
         except BaseException:
             session.end("its hand-over failed")
             raise

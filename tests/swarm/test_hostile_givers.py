@@ -148,6 +148,23 @@ async def test_damaged_hand_overs_leave_nothing_behind(swarm: Swarm, fault: str)
     assert swarm.notes.hand_overs == [Outcome.FAILED]
 
 
+async def test_a_session_that_ended_while_it_came_is_not_taken(swarm: Swarm) -> None:
+    """A ticket for it would send the client away from where it still could go on."""
+    offered = offer(swarm)
+    stream = await begun(swarm, offered)
+    seal = Seal(offered.to_wire(PREFIX))
+    seal.add(chunk())
+    await stream.send(chunk())
+    await eventually(lambda: swarm.second.pool.stats().pages_mapped == PAGES)
+    swarm.second.engine.end_work("the server moved on")
+    await stream.send(pack_end(20, seal.digest))
+    with pytest.raises(RemoteFailure, match="session_closed: the server moved on"):
+        await stream.receive(runtime_pb2.ExpertResponse, 10.0)
+    stream.close()
+    assert swarm.notes.hand_overs == [Outcome.FAILED]
+    assert swarm.second.handler.awaited == NOTHING
+
+
 async def test_a_giver_fills_its_own_share_and_no_more(swarm: Swarm) -> None:
     """Sessions in a client's name cost that client nothing, other givers go on, and half stays for clients."""
     hostile = swarm.client
