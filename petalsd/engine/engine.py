@@ -262,11 +262,7 @@ class Engine:
         core, thread = self._serving_core(), self._running_thread()
         self._check_offered(request)
         check_pass(request, self.limits, core.served.hidden_size)
-        if len(self._passes) >= self.limits.max_queued_passes:
-            raise Overloaded(
-                f"{len(self._passes)} forward and backward passes wait already",
-                hint="retry later, or use another server",
-            )
+        self._check_queue(request.peer)
         job = PassJob(next(self._keys), request, asyncio.get_running_loop().create_future())
         self._passes[job.key] = job
         thread.post(partial(core.passes.submit, job))
@@ -280,6 +276,16 @@ class Engine:
         finally:
             self._passes.pop(job.key, None)
             thread.post(partial(core.passes.close, job))
+
+    def _check_queue(self, peer: str) -> None:
+        """Overloaded when one more pass of this peer may not wait; the canary always may."""
+        num_own = sum(job.request.peer == peer for job in self._passes.values())
+        is_full = len(self._passes) >= self.limits.max_queued_passes
+        if peer != CANARY_PEER and (is_full or num_own >= self.limits.max_passes_per_peer):
+            raise Overloaded(
+                f"{len(self._passes)} forward and backward passes wait already, {num_own} of them yours",
+                hint="retry later, or use another server",
+            )
 
     # Health
 

@@ -17,7 +17,7 @@ class EngineLimits:
     max_sessions          session rows open at once: a session of batch size B counts B times
     max_session_tokens    positions per row, for sessions and for the rows of a forward or backward pass
     max_pass_tokens       tokens of a forward or backward pass that are in memory and computed at once at most
-    max_queued_passes     forward and backward passes that may wait
+    max_queued_passes     forward and backward passes that may wait, half of them of one peer
     step_deadline_s       longest time from handing in a step to its answer
     pass_deadline_s       the same for a forward or backward pass
     """
@@ -42,6 +42,11 @@ class EngineLimits:
     def chunk_tokens(self) -> int:
         """``prefill_chunk_tokens``, but at most half of a batch, so that neither side can starve the other."""
         return min(self.prefill_chunk_tokens, self.max_batch_tokens // 2)
+
+    @property
+    def max_passes_per_peer(self) -> int:
+        """Half of ``max_queued_passes``: who sends more than is computed is refused, and not everybody."""
+        return -(-self.max_queued_passes // 2)
 
     @property
     def max_session_rows(self) -> int:

@@ -14,7 +14,7 @@ from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import PassRequest, Step
 from petalsd.errors import BadRequest, DeadlineExceeded, EngineError, NotServed, Overloaded
 from petalsd.types import BlockSpan
-from tests.engine.rig import HookedBlock, TinyModel, opened, serving, states, with_hook
+from tests.engine.rig import Gate, HookedBlock, TinyModel, opened, serving, states, with_hook
 from tests.numeric import assert_close
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -207,6 +207,36 @@ async def test_passes_have_a_deadline_and_a_bounded_queue(llama: TinyModel) -> N
         with pytest.raises(DeadlineExceeded):
             await first
         release.set()
+
+
+async def test_one_peers_passes_leave_places_to_others(llama: TinyModel, gate: Gate) -> None:
+    """Half of them, so that a peer that sends more than is computed is refused, and not everybody."""
+    limits = EngineLimits(max_queued_passes=4)
+    async with serving(llama, limits, with_hook(llama, 1, gate)) as engine:
+        request, other = (PassRequest(SPAN, states(1, 2), peer) for peer in ("greedy", "other"))
+        passes = [asyncio.create_task(engine.forward(one)) for one in (request, request, other)]
+        await gate.wait_until_reached()
+        with pytest.raises(Overloaded, match="2 of them yours"):
+            await engine.forward(request)
+        passes.append(asyncio.create_task(engine.forward(other)))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        assert [len(answer) for answer in await asyncio.gather(*passes)] == [1] * 4
+
+
+async def test_the_self_test_needs_no_place_among_the_passes(llama: TinyModel, gate: Gate) -> None:
+    """It goes as a pass when sessions hold all pages; a full queue would look like an engine that has failed."""
+    limits = EngineLimits(max_queued_passes=1)
+    async with (
+        serving(llama, limits, with_hook(llama, 1, gate), kv_tokens=64) as engine,
+        opened(engine, max_tokens=64),
+    ):
+        waiting = asyncio.create_task(engine.forward(PassRequest(SPAN, states(1, 2), "p")))
+        await gate.wait_until_reached()
+        testing = asyncio.create_task(engine.self_test())
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(waiting, testing)
 
 
 REFUSED = {
