@@ -68,8 +68,10 @@ class ReachabilityService:
         return answer is True
 
     async def _probe_p2p(self) -> P2P:
-        """A client that listens nowhere and uses no relay; started at the first need."""
+        """A client that listens nowhere and uses no relay; started at the first need, and anew if it died."""
         async with self._starting:
+            if self._probe is not None and not self._probe.is_alive:
+                await self._probe.stop()
             if self._probe is None or self._probe.p2p is None:
                 maddrs = tuple(await self._node.visible_maddrs())
                 self._probe = P2PDaemon(

@@ -9,6 +9,7 @@ from hivemind.proto import dht_pb2
 from petalsd.swarm.node import Node
 from petalsd.swarm.reachability import ReachabilityService, ask, is_directly_reachable
 from tests.swarm.servers import joining, node
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 NOBODY = PeerID.from_base58("12D3KooWPPYTbCekn58DYPfnN3EpyNH2Y4LAnCUmRmTCwXsU74EX")
@@ -39,3 +40,25 @@ async def test_row_21_a_server_vouches_for_itself_and_looks_at_others(nodes: tup
         assert await is_directly_reachable(await joining(nodes[0]))
         await others.stop()
     await service.stop()
+
+
+async def test_a_probe_that_died_is_made_anew(nodes: tuple[Node, Node]) -> None:
+    """Else every peer that others ask about would count as unreachable from then on."""
+    options, client = await joining(nodes[0]), nodes[1].p2p
+    async with node(options) as asked, node(options) as other:
+        service, others = ReachabilityService(asked), ReachabilityService(other)
+        await service.start()
+        await others.start()
+
+        async def is_reached() -> bool:
+            service._results.clear()  # a probe that has just started knows nobody for a moment
+            return await ask(client, asked.p2p.peer_id, other.p2p.peer_id, 20) is True
+
+        await eventually(is_reached, timeout_s=20, interval_s=0.2)
+        probe = service._probe
+        assert probe is not None and probe._child is not None
+        probe._child.kill()
+        await probe.until_dead()
+        await eventually(is_reached, timeout_s=20, interval_s=0.2)
+        await others.stop()
+        await service.stop()
