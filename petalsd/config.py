@@ -216,7 +216,7 @@ class EngineSection(Section):
         'bytes or text as in "8GB"; auto: twice the cache, at most a quarter of what is available; 0: none',
     )
     max_peer_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = _restart(
-        0.75, "share of the attention cache that the sessions of one peer may reserve; 1: all of it"
+        0.75, "share of the attention cache, and of max_sessions, that one peer may have; 1: all of it"
     )
     kv_dtype: Literal["auto", "int8", "float8"] = _restart(
         "auto",

@@ -293,6 +293,7 @@ def _limits(config: Config, max_session_tokens: int) -> EngineLimits:
     return EngineLimits(
         max_batch_tokens=engine.max_batch_tokens,
         max_sessions=engine.max_sessions,
+        max_peer_share=engine.max_peer_share,
         max_session_tokens=max_session_tokens,
         pass_deadline_s=engine.request_timeout_s,
     )

@@ -21,6 +21,7 @@ from petalsd.engine.core import EngineCore, Progress, ServedSpan
 from petalsd.engine.handle import Session, SessionInfo
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver, NullObserver
+from petalsd.engine.open_rows import OpenRows, RowHold
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
 from petalsd.engine.runners import RunnerFactory
@@ -72,7 +73,7 @@ class Engine:
         self._thread: EngineThread | None = None
         self._core: EngineCore | None = None
         self._sessions: set[Session] = set()
-        self._num_rows = 0
+        self._rows = OpenRows(limits.max_sessions, limits.max_rows_per_peer)
         self._passes: dict[int, PassJob] = {}
         self._num_probes = 0
         self.device_loss: DeviceLost | None = None
@@ -192,23 +193,19 @@ class Engine:
     async def open_session(self, spec: SessionSpec, payer: str | None = None) -> Session:
         """Reserve pages for a session, waiting for them up to ``spec.alloc_timeout_s``.
 
-        They count to the share of ``payer``, by default the session's own peer. Raises NotServed, BadRequest,
-        Draining, Overloaded (too many rows are open), OutOfPages.
+        They and its rows count to the share of ``payer``, by default the session's own peer. Raises NotServed,
+        BadRequest, Draining, Overloaded (too many rows are open), OutOfPages.
         """
         core = self._serving_core()
         self._check_offered(spec)
         check_session(spec, self.limits)
-        if self._num_rows + spec.batch > self.limits.max_sessions:
-            raise Overloaded(
-                f"{self._num_rows} of {self.limits.max_sessions} rows are open, {spec.batch} more were asked for",
-                hint="retry later, or use another server",
-            )
-        self._num_rows += spec.batch
+        payer = payer or spec.peer
+        rows = self._rows.take(payer, spec.batch)
         asked_at = time.monotonic()
         try:
-            session = self._admit(core, spec, await self._reserve(core, spec, payer or spec.peer))
+            session = self._admit(core, spec, await self._reserve(core, spec, payer), rows)
         except BaseException:
-            self._num_rows -= spec.batch
+            rows.give_back()
             raise
         if spec.peer != CANARY_PEER:
             self._observer.session_admitted(time.monotonic() - asked_at)
@@ -219,7 +216,7 @@ class Engine:
         request = KVRequest(spec.span.start, len(spec.span), spec.batch, tokens, payer)
         return await core.served.pool.reserve(request, spec.alloc_timeout_s)
 
-    def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession) -> Session:
+    def _admit(self, core: EngineCore, spec: SessionSpec, kv: KVSession, rows: RowHold) -> Session:
         try:
             if self._core is not core or self._thread is None:
                 raise NotServed(f"blocks {spec.span} are not served any more")
@@ -228,13 +225,10 @@ class Engine:
             kv.close()
             raise
         state = EngineSession(next(self._keys), spec, kv)
-        session = Session(state, core, self._thread, self.limits.step_deadline_s, self._forget_session)
+        deadline_s = self.limits.step_deadline_s
+        session = Session(state, core, self._thread, rows, deadline_s, self._sessions.discard)
         self._sessions.add(session)
         return session
-
-    def _forget_session(self, session: Session) -> None:
-        self._sessions.discard(session)
-        self._num_rows -= session.spec.batch
 
     # Passes
 
@@ -302,7 +296,7 @@ class Engine:
     def stats(self) -> EngineStats:
         num_sessions = sum(session.spec.peer != CANARY_PEER for session in self._sessions)
         captures = self._core.captures if self._core else None
-        return EngineStats.of(self._progress, num_sessions, self._num_rows, len(self._passes), captures)
+        return EngineStats.of(self._progress, num_sessions, self._rows.total, len(self._passes), captures)
 
     def open_sessions(self) -> list[SessionInfo]:
         """The open ones of clients, the oldest first."""

@@ -15,6 +15,7 @@ from petalsd.alarm import Alarm
 from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
 from petalsd.engine.kv_transfer import CopyMark, KeysValues, Place, Transfer
+from petalsd.engine.open_rows import RowHold
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.engine.thread import EngineThread, check_alive
@@ -52,12 +53,14 @@ class Session:
         state: EngineSession,
         core: EngineCore,
         thread: EngineThread,
+        rows: RowHold,
         deadline_s: float,
         on_end: Callable[[Session], None],
     ) -> None:
         self._state = state
         self._core = core
         self._thread = thread
+        self._rows = rows
         self._deadline_s = deadline_s
         self._on_end = on_end
         self._position = 0
@@ -156,8 +159,11 @@ class Session:
         self._thread.post(partial(self._state.resume_at, position))
 
     def charge_to(self, peer: str) -> None:
-        """Its pages count to the share of ``peer`` from now on. OutOfPages when that may not hold as much;
-        SessionClosed."""
+        """Its rows and pages count to the share of ``peer`` from now on.
+
+        Overloaded or OutOfPages when that may not hold as much; SessionClosed.
+        """
+        self._rows.charge_to(peer)
         self._state.kv.charge_to(peer)
 
     async def _transfer(self, make: Callable[[asyncio.Future[Any]], Transfer]) -> Any:
@@ -192,6 +198,7 @@ class Session:
             if waiting is not None and not waiting.done():
                 waiting.set_exception(SessionClosed(reason))
         self._thread.post(partial(self._core.close_session, self._state))
+        self._rows.give_back()
         self._on_end(self)
         if self._tell_end is not None:
             self._tell_end(reason)

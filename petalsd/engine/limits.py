@@ -15,6 +15,7 @@ class EngineLimits:
     prefill_chunk_tokens  the share of it that decode leaves to a waiting prefill, and the most rows of a session;
                           how much of a prefill really runs beside decode depends on what that takes
     max_sessions          session rows open at once: a session of batch size B counts B times
+    max_peer_share        of them, what one peer may have; its first session may be larger
     max_session_tokens    positions per row, for sessions and for the rows of a forward or backward pass
     max_pass_tokens       tokens of a forward or backward pass that are in memory and computed at once at most
     max_queued_passes     forward and backward passes that may wait, half of them of one peer
@@ -25,6 +26,7 @@ class EngineLimits:
     max_batch_tokens: int = 1024
     prefill_chunk_tokens: int = 256
     max_sessions: int = 256
+    max_peer_share: float = 1.0
     max_session_tokens: int = 8192
     max_pass_tokens: int = 2048
     max_queued_passes: int = 64
@@ -47,6 +49,11 @@ class EngineLimits:
     def max_passes_per_peer(self) -> int:
         """Half of ``max_queued_passes``: who sends more than is computed is refused, and not everybody."""
         return -(-self.max_queued_passes // 2)
+
+    @property
+    def max_rows_per_peer(self) -> int:
+        """``max_peer_share`` of ``max_sessions``."""
+        return max(1, int(self.max_sessions * self.max_peer_share))
 
     @property
     def max_session_rows(self) -> int:

@@ -15,7 +15,7 @@ from petalsd.kvcache.session import KVRequest
 class AdmissionRules:
     """Who may wait and who goes first.
 
-    max_waiters     sessions that may wait at once
+    max_waiters     sessions that may wait at once, half of them of one peer
     max_peer_share  of all that can be promised, what one peer may hold; its first session may be larger. It holds
                     always, not only while others wait: sessions live long and most clients do not wait, so by
                     the time somebody waits it is too late to keep room for them
@@ -31,6 +31,7 @@ class AdmissionRules:
 
 @dataclass(frozen=True, slots=True)
 class _Waiter:
+    peer: str
     loop: asyncio.AbstractEventLoop
     outcome: asyncio.Future[PetalsdError | None]
 
@@ -100,17 +101,21 @@ class WaitingRoom:
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[PetalsdError | None] = loop.create_future()
         with self._lock:
-            if len(self._waiters) >= self._max_waiters:
-                raise OutOfPages(
-                    f"{len(self._waiters)} sessions wait for pages already",
-                    hint="retry later, or use another server",
-                )
+            self._check_room(request.peer)
             handle = self._pages.request(
                 request.first_block, request.num_blocks, request.batch, request.max_tokens, request.peer
             )
-            self._waiters[handle] = _Waiter(loop, outcome)
+            self._waiters[handle] = _Waiter(request.peer, loop, outcome)
         self.deliver()
         return handle, outcome
+
+    def _check_room(self, peer: str) -> None:
+        num_own = sum(waiter.peer == peer for waiter in self._waiters.values()) if peer else 0
+        if len(self._waiters) >= self._max_waiters or num_own >= -(-self._max_waiters // 2):
+            raise OutOfPages(
+                f"{len(self._waiters)} sessions wait for pages already, {num_own} of them yours",
+                hint="retry later, or use another server",
+            )
 
     def _leave(self, handle: int) -> None:
         """Withdraw the request; also when it was granted in the meantime."""

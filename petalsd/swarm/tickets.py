@@ -10,7 +10,7 @@ import structlog
 
 from petalsd.engine.handle import Session
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, NotServed, OutOfPages
+from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded
 from petalsd.swarm.escrow import Deposit, Outcome
 from petalsd.swarm.observer import SwarmObserver
 from petalsd.types import BlockSpan
@@ -66,7 +66,8 @@ class TicketOffice:
         """The caller owns the session from now on, and its client's share of the pool pays for it.
 
         NotServed when there is none for this ticket and peer (any more); BadRequest when it is another one than
-        ``spec`` says, then it waits on; OutOfPages when the client may not hold as much, then it is ended.
+        ``spec`` says, then it waits on; OutOfPages or Overloaded when the client may not hold as much, then it is
+        ended.
         """
         held = self._held.get(ticket)
         if held is None or held.session.spec.peer != spec.peer:
@@ -95,7 +96,7 @@ class TicketOffice:
     def _charge(self, ticket: str, session: Session) -> None:
         try:
             session.charge_to(session.spec.peer)
-        except OutOfPages as error:
+        except (OutOfPages, Overloaded) as error:
             log.info("claim_refused", client=session.spec.peer, error=error.message)
             self._end(ticket, error.message, Outcome.OVER_CLIENTS)
             raise

@@ -208,6 +208,39 @@ async def test_rows_are_bounded(llama: TinyModel) -> None:
             assert engine.stats().rows == 4
 
 
+async def test_one_peer_leaves_rows_to_others(llama: TinyModel) -> None:
+    """A peer has its share of the rows, by one session or many; its first one may be larger."""
+    limits = EngineLimits(max_sessions=8, max_peer_share=0.5)
+    async with serving(llama, limits) as engine:
+        first = [await engine.open_session(SessionSpec(BlockSpan(0, 1), 1, 4, "greedy")) for _ in range(4)]
+        with pytest.raises(
+            Overloaded, match="4 rows of yours are open, 1 more were asked for, a peer may have 4"
+        ):
+            await engine.open_session(SessionSpec(BlockSpan(0, 1), 1, 4, "greedy"))
+        other = await engine.open_session(SessionSpec(BlockSpan(0, 1), 3, 4, "modest"))
+        for session in (*first, other):
+            await session.close()
+        assert engine.stats().rows == 0
+        await (await engine.open_session(SessionSpec(BlockSpan(0, 1), 6, 4, "greedy"))).close()
+
+
+async def test_rows_count_to_who_pays(llama: TinyModel) -> None:
+    """A session that came from another server takes a row of its client's share once that has come."""
+    limits = EngineLimits(max_sessions=8, max_peer_share=0.25)
+    async with serving(llama, limits) as engine:
+        specs = [SessionSpec(BlockSpan(0, 1), 1, 4, "client") for _ in range(3)]
+        mine = [await engine.open_session(spec) for spec in specs[:2]]
+        handed = await engine.open_session(specs[2], payer="giver")
+        with pytest.raises(Overloaded, match="2 rows of yours"):
+            handed.charge_to("client")
+        await mine[0].close()
+        handed.charge_to("client")
+        again = [await engine.open_session(SessionSpec(BlockSpan(0, 1), 1, 4, "giver")) for _ in range(2)]
+        for session in (mine[1], handed, *again):
+            await session.close()
+        assert engine.stats().rows == 0
+
+
 async def test_a_session_waits_for_pages(llama: TinyModel) -> None:
     """With an allocation timeout a session opens as soon as another gives its pages back."""
     async with serving(llama, kv_tokens=64) as engine:

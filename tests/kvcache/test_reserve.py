@@ -17,9 +17,9 @@ from petalsd.kvcache.waiting import AdmissionRules
 LONG_S = 30.0
 
 
-def rows(batch: int) -> KVRequest:
+def rows(batch: int, peer: str = "") -> KVRequest:
     """One page per row, in one block."""
-    return KVRequest(first_block=0, num_blocks=1, batch=batch, max_tokens=4)
+    return KVRequest(first_block=0, num_blocks=1, batch=batch, max_tokens=4, peer=peer)
 
 
 async def queued(pool: KVPool, request: KVRequest, timeout_s: float = LONG_S) -> asyncio.Task[KVSession]:
@@ -105,6 +105,19 @@ async def test_the_queue_is_bounded(make_pool: Callable[..., KVPool]) -> None:
     tasks = [await queued(pool, rows(1)) for _ in range(2)]
     with pytest.raises(OutOfPages, match="2 sessions wait for pages already"):
         await pool.reserve(rows(1), LONG_S)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_one_peer_has_half_of_the_queue(make_pool: Callable[..., KVPool]) -> None:
+    """Another one still waits when a peer has sent more than its half, and is turned away."""
+    pool = make_pool(25, rules=AdmissionRules(max_waiters=4))
+    await pool.reserve(rows(24), 0)
+    tasks = [await queued(pool, rows(1, peer="greedy")) for _ in range(2)]
+    with pytest.raises(OutOfPages, match="2 sessions wait for pages already, 2 of them yours"):
+        await pool.reserve(rows(1, peer="greedy"), LONG_S)
+    tasks.append(await queued(pool, rows(1, peer="modest")))
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
