@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import cast
 
-from petalsd.errors import BadRequest, Overloaded, PetalsdError
+from petalsd.errors import BadRequest, PetalsdError
+from petalsd.swarm.inbound_budget import Budget
 
 MESSAGE, ERROR = 0, 1
 HEADER_BYTES = 9
@@ -24,30 +25,6 @@ _MAX_ERROR_BYTES = 64 * 1024
 Frame = tuple[int, bytes | memoryview]
 
 
-class InboundBudget:
-    """Bytes of large messages that all streams of a node hold, while they come and until they are dealt with."""
-
-    def __init__(self, max_message_bytes: int, max_total_bytes: int) -> None:
-        self.max_message_bytes = max_message_bytes
-        self._max_total_bytes = max_total_bytes
-        self._held_bytes = 0
-
-    @property
-    def held_bytes(self) -> int:
-        return self._held_bytes
-
-    def take(self, num_bytes: int) -> None:
-        if self._held_bytes + num_bytes > self._max_total_bytes:
-            raise Overloaded(
-                f"{self._held_bytes} bytes of requests are under way, the limit is {self._max_total_bytes}",
-                hint="try again later or use another server",
-            )
-        self._held_bytes += num_bytes
-
-    def give_back(self, num_bytes: int) -> None:
-        self._held_bytes -= num_bytes
-
-
 class FrameProtocol(asyncio.Protocol):
     """Completes one frame ahead, and stops reading when more than a little lies behind it.
 
@@ -55,7 +32,7 @@ class FrameProtocol(asyncio.Protocol):
     of frames that are kept for longer, until they are let go.
     """
 
-    def __init__(self, writer: asyncio.StreamWriter, budget: InboundBudget) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, budget: Budget) -> None:
         self._writer = writer  # it closes the transport when nobody holds it any more
         self.transport = transport = cast(asyncio.Transport, writer.transport)
         self.on_arrival: Callable[[], None] | None = None
@@ -240,9 +217,7 @@ class FrameProtocol(asyncio.Protocol):
             self.transport.pause_reading()
 
 
-def take_over(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: InboundBudget
-) -> FrameProtocol:
+def take_over(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: Budget) -> FrameProtocol:
     """The connection under a pair of asyncio's streams, and what they have read of it. They are of no use then."""
     frames = FrameProtocol(writer, budget)
     for data in _already_read(reader):

@@ -245,7 +245,7 @@ class TransformerConnectionHandler:
             info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer, timeout_s = info.peer_id.to_base58(), self._serving.limits.request_timeout_s
-            frames = take_over(reader, writer, self._node.budget)
+            frames = take_over(reader, writer, self._node.budget.share_of(peer))
             stream = MessageStream(peer, frames, timeout_s, self._observer)
             task = asyncio.current_task()
             if task is None:

@@ -21,8 +21,8 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.swarm.dht_guard import DHTGuard
-from petalsd.swarm.frames import InboundBudget
 from petalsd.swarm.identity import IdentityLock, ensure_identity
+from petalsd.swarm.inbound_budget import InboundBudget
 from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 from petalsd.swarm.protocol import MIB
 
@@ -42,7 +42,7 @@ class NodeOptions:
     client_mode         dial only: not in anybody's routing table, serves no part of the DHT
     num_workers         lookups in flight at once; stock servers use the number of the model's blocks
     max_message_bytes   the largest message of a stream; a prefill is one message
-    max_inbound_bytes   what large messages may hold together until they are dealt with
+    max_inbound_bytes   what large messages may hold together until they are dealt with; those of one peer: half
     """
 
     initial_peers: tuple[str, ...] = ()

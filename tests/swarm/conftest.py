@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from petalsd.swarm.frames import InboundBudget, take_over
+from petalsd.swarm.frames import take_over
+from petalsd.swarm.inbound_budget import InboundBudget
 from petalsd.swarm.node import Node
 from petalsd.swarm.stream import MessageStream
 from tests.swarm.handing_over import Swarm, two_servers

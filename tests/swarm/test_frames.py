@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalsd.errors import BadRequest, Overloaded
-from petalsd.swarm.frames import ERROR, MESSAGE, FrameProtocol, InboundBudget, take_over
+from petalsd.swarm.frames import ERROR, MESSAGE, FrameProtocol, take_over
+from petalsd.swarm.inbound_budget import InboundBudget
 from tests.waiting import eventually
 
 LARGE = 300_000

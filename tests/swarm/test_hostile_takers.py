@@ -15,8 +15,9 @@ from petalsd.engine.handle import Session
 from petalsd.errors import PetalsdError, SessionMoved
 from petalsd.swarm import session_giver
 from petalsd.swarm.directory import SwarmView
-from petalsd.swarm.frames import InboundBudget, take_over
+from petalsd.swarm.frames import take_over
 from petalsd.swarm.handover import Intake, Offer, pack_text
+from petalsd.swarm.inbound_budget import InboundBudget
 from petalsd.swarm.serving import ServedModel
 from petalsd.swarm.session_giver import SessionGiver
 from petalsd.swarm.sessions import Errand

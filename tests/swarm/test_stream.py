@@ -11,7 +11,8 @@ from hivemind.p2p import P2P
 from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
 
 from petalsd.errors import BadRequest, DeadlineExceeded, Overloaded
-from petalsd.swarm.frames import InboundBudget, take_over
+from petalsd.swarm.frames import take_over
+from petalsd.swarm.inbound_budget import InboundBudget
 from petalsd.swarm.observer import NullObserver
 from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
 from petalsd.swarm.stub import InferenceStream
