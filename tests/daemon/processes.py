@@ -17,7 +17,7 @@ from petalsd.swarm.node import Node
 from tests.device import DEVICE
 from tests.forked import ForkedProcess, fork_petalsd, prepare_to_fork
 
-START_S = 90
+START_S = 180
 # Compiled kernels, where it is not said to be elsewhere, lie in a home, and those of tests are empty.
 _KEPT = {name: os.environ[name] for name in ("TRITON_CACHE_DIR",) if name in os.environ}
 _Process = subprocess.Popen[bytes] | ForkedProcess
