@@ -22,7 +22,6 @@ _CHECKOUT = f"{_HOME}/checkout"
 _LIBRARY_PATHS = "/etc/ld.so.conf.d/petalsd-lab.conf"
 # As shipped, but for times that a test can wait for.
 FAST = """[Service]
-WatchdogSec=6s
 RestartSec=100ms
 Environment=OMP_NUM_THREADS=1
 """

@@ -48,10 +48,11 @@ class Instance:
         self.lab.write(f"/etc/systemd/system/{self.unit}.d/test.conf", text)
         self.lab.systemctl("daemon-reload")
 
-    def run_faulty(self, **environ: str) -> None:
-        """From the next start on, the daemon is the one with built-in faults."""
+    def run_faulty(self, watchdog_s: float, **environ: str) -> None:
+        """From the next start on, the daemon is the one with built-in faults, and watched this closely."""
         variables = [f"Environment={name}={value}" for name, value in environ.items()]
-        self.drop_in("ExecStart=", f"ExecStart={FAULTY} run --instance %i", *variables)
+        command = ("ExecStart=", f"ExecStart={FAULTY} run --instance %i")
+        self.drop_in(*command, f"WatchdogSec={watchdog_s:g}s", *variables)
 
     def start(self) -> Entry:
         """Returns when systemd says that it started; the ``online`` event."""

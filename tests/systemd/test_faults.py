@@ -18,7 +18,7 @@ from tests.systemd.lab import Lab
 
 pytestmark = [pytest.mark.systemd, pytest.mark.swarm, pytest.mark.slow, pytest.mark.timeout(180)]
 
-INTERVAL_S = 6.0  # WatchdogSec= in ``installation.FAST``
+INTERVAL_S = 6.0  # WatchdogSec=
 # What systemd and a loaded machine add to the interval before the line is in the journal.
 SLACK_S = 3.0
 P2PD_NOTICED_S = 10.0  # docs/operate.md: asked every 5 s, to answer within 5 s
@@ -29,7 +29,7 @@ TOKEN_S = 0.025  # the tests' device: 1 token in 25 ms, so that 400 take longer 
 def victim(instance: MakeInstance) -> Iterator[Instance]:
     victim = instance("victim")
     victim.configure(MODEL)
-    victim.run_faulty(FAULTY_TOKEN_S=str(TOKEN_S))
+    victim.run_faulty(INTERVAL_S, FAULTY_TOKEN_S=str(TOKEN_S))
     victim.start()
     yield victim
     victim.stop()
