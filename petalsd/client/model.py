@@ -194,7 +194,7 @@ def _check_text(text: Any, cache: object) -> None:
     """transformers counts what is new from the end, and would feed any tokens of a text that ends too early."""
     if not isinstance(text, torch.Tensor) or not isinstance(cache, RemoteCache):
         return
-    if text.shape[1] <= cache.position:
+    if text.shape[-1] <= cache.position:
         rule = f"give the whole text, what the session holds ({cache.position} tokens) and at least one token more"
         raise BadRequest("input_ids", tuple(text.shape), rule)
 

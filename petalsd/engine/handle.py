@@ -161,7 +161,7 @@ class Session:
     def charge_to(self, peer: str) -> None:
         """Its rows and pages count to the share of ``peer`` from now on.
 
-        Overloaded or OutOfPages when that may not hold as much; SessionClosed.
+        Overloaded or OutOfPages when that may not hold as much, and then the caller ends it; SessionClosed.
         """
         self._rows.charge_to(peer)
         self._state.kv.charge_to(peer)
