@@ -18,7 +18,8 @@ class StepStream(Protocol):
 
     async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Metadata, /) -> None: ...
 
-    async def receive(self, timeout_s: float, /) -> list[torch.Tensor]: ...
+    async def receive(self, timeout_s: float, /) -> list[torch.Tensor]:
+        """NoAnswer when none came in time; to receive again is to wait on."""
 
     async def close(self) -> None:
         """End the session on the server too; never raises because the server is gone."""
@@ -29,6 +30,12 @@ class StepStream(Protocol):
 
 class Connection(Protocol):
     """One server. Failures are RemoteFailure or DeadlineExceeded."""
+
+    @property
+    def peer(self) -> str: ...
+
+    async def is_silent(self, timeout_s: float, /) -> bool:
+        """Whether it leaves a ping unanswered while others answer; never raises."""
 
     async def open_inference(self, timeout_s: float, /) -> StepStream: ...
 

@@ -14,6 +14,8 @@ class ClientOptions:
 
     connect_timeout_s    dialing a server and opening a stream
     request_timeout_s    one answer of a server
+    silence_s            after so long without an answer its server is pinged, and a ping may take as long; who
+                         leaves two in a row unanswered is given up
     recovery_timeout_s   after the first failure of a call, how long it may look for a way on
     max_failures         servers that may fail within one call
     alloc_timeout_s      how long a full server may let us queue for its cache; equals routing's price of it
@@ -30,6 +32,7 @@ class ClientOptions:
 
     connect_timeout_s: float = 5.0
     request_timeout_s: float = 180.0
+    silence_s: float = 10.0
     recovery_timeout_s: float = 300.0
     max_failures: int = 16
     min_backoff_s: float = 1.0

@@ -13,10 +13,11 @@ from typing import Any, Protocol, TypeVar
 import structlog
 import torch
 
-from petalsd.client.connection import Connector, Metadata
+from petalsd.client.connection import Connection, Connector, Metadata
 from petalsd.client.options import ClientOptions
 from petalsd.client.retry import REMOTE_ERRORS, RetryBudget
 from petalsd.client.routing import Hop
+from petalsd.client.silence import while_heard
 from petalsd.errors import MissingBlocks, RemoteFailure
 from petalsd.swarm.codec import DUMMY, packed_structure
 from petalsd.swarm.protocol import make_chain
@@ -166,7 +167,7 @@ class SwarmPasses:
     ) -> torch.Tensor:
         connection = self._connector(hop.peer)
         tensors = [hidden, self._prompts_of(prompts, hop.blocks)]
-        outputs = await self._call(connection.forward, hop, tensors)
+        outputs = await self._call(connection, connection.forward, hop, tensors)
         if len(outputs) != 1 or outputs[0].shape != hidden.shape:
             raise _nonsense(hop, outputs)
         return outputs[0]
@@ -180,21 +181,23 @@ class SwarmPasses:
         expected = [tuple(span.inputs.shape)]
         if prompts is not None:
             expected.append((slices.shape[0], grad.shape[0], slices.shape[2], slices.shape[3]))
-        outputs = await self._call(connection.backward, span.hop, [span.inputs, grad, slices])
+        outputs = await self._call(connection, connection.backward, span.hop, [span.inputs, grad, slices])
         if [tuple(output.shape) for output in outputs] != expected:
             raise _nonsense(span.hop, outputs)
         return outputs
 
-    async def _call(self, method: PassMethod, hop: Hop, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    async def _call(
+        self, connection: Connection, method: PassMethod, hop: Hop, tensors: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         metadata = {
             "points": 0.0,
             "active_adapter": self._options.adapter or "",
             "args_structure": packed_structure(len(tensors)),
         }
         uid = make_chain(self._prefix, hop.blocks)
-        return await method(
-            uid, [tensor.detach() for tensor in tensors], metadata, self._options.request_timeout_s
-        )
+        inputs = [tensor.detach() for tensor in tensors]
+        answering = method(uid, inputs, metadata, self._options.request_timeout_s)
+        return await while_heard(answering, connection, self._options)
 
     def _prompts_of(self, prompts: torch.Tensor | None, blocks: BlockSpan) -> torch.Tensor:
         if prompts is None:

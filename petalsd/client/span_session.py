@@ -10,14 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from petalsd.client.connection import Connector, StepStream
+from petalsd.client.connection import Connection, Connector, StepStream
 from petalsd.client.options import ClientOptions
 from petalsd.client.routing import Hop
+from petalsd.client.silence import while_heard
 from petalsd.errors import RemoteFailure
 from petalsd.swarm.codec import DUMMY, DUMMY_INT64, packed_structure
 from petalsd.swarm.protocol import make_chain
+from petalsd.swarm.stream import NoAnswer
 
 _CLOSE_TIMEOUT_S = 3.0
+_SOON_S = 1.0  # most answers come in this time, and are waited for without a task of their own
 _ARGUMENTS = packed_structure(3)
 
 
@@ -61,9 +64,15 @@ class SpanSession:
     """
 
     def __init__(
-        self, hop: Hop, stream: StepStream, terms: StreamTerms, handed: Handed | None = None
+        self,
+        hop: Hop,
+        server: Connection,
+        stream: StepStream,
+        terms: StreamTerms,
+        handed: Handed | None = None,
     ) -> None:
         self.hop = hop
+        self._server = server
         self.position = 0 if handed is None else handed.position
         self._handed = handed
         self._stream = stream
@@ -78,8 +87,9 @@ class SpanSession:
         cls, hop: Hop, connector: Connector, terms: StreamTerms, handed: Handed | None = None
     ) -> SpanSession:
         """Dial the server. Nothing is reserved there before the first step; that claims a ``handed`` session."""
-        stream = await connector(hop.peer).open_inference(terms.options.connect_timeout_s)
-        return cls(hop, stream, terms, handed)
+        server = connector(hop.peer)
+        stream = await server.open_inference(terms.options.connect_timeout_s)
+        return cls(hop, server, stream, terms, handed)
 
     @property
     def is_worn(self) -> bool:
@@ -96,7 +106,7 @@ class SpanSession:
         self._num_sent += 1
         await self._stream.send(uid, _tensors(step), self._metadata(step.start))
         self._is_first = False
-        (output,) = _expect_one(self.hop.peer, await self._stream.receive(timeout_s))
+        (output,) = _expect_one(self.hop.peer, await self._answer(timeout_s))
         if output.shape != step.hidden.shape:
             raise RemoteFailure(
                 self.hop.peer, f"answered shape {tuple(output.shape)} to a step of {tuple(step.hidden.shape)}"
@@ -104,6 +114,15 @@ class SpanSession:
         self.position = step.start + step.hidden.shape[1]
         self._used_s = time.monotonic()
         return output
+
+    async def _answer(self, timeout_s: float) -> list[torch.Tensor]:
+        try:
+            return await self._stream.receive(min(_SOON_S, timeout_s))
+        except NoAnswer:
+            if timeout_s <= _SOON_S:
+                raise
+        waiting_on = self._stream.receive(timeout_s - _SOON_S)
+        return await while_heard(waiting_on, self._server, self._terms.options)
 
     async def close(self) -> None:
         """End the session on the server; bounded, never raises."""

@@ -57,6 +57,10 @@ class StreamEnded(RemoteFailure):
     """The peer closed the stream, or died."""
 
 
+class NoAnswer(RemoteFailure):
+    """The peer did not answer in time; the stream is as it was."""
+
+
 class MessageStream:
     """The caller's or the server's end. One task may receive while another sends."""
 

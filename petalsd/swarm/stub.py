@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from hivemind.proto import p2pd_pb2, runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
 from petalsd import errors
-from petalsd.errors import BadRequest, RemoteFailure
+from petalsd.errors import BadRequest, RemoteFailure, SwarmError
 from petalsd.swarm.codec import (
     TensorAssembler,
     decode_tensor,
@@ -33,7 +34,7 @@ from petalsd.swarm.protocol import (
     UNARY_ENVELOPE_BYTES,
     handle_name,
 )
-from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
+from petalsd.swarm.stream import MessageStream, NoAnswer, RemoteError, StreamEnded
 
 M = TypeVar("M", bound=Message)
 
@@ -48,6 +49,15 @@ class ServerStub:
         self.peer = peer
         self._node = node
         self._peer_id = PeerID.from_base58(peer)
+
+    async def is_silent(self, timeout_s: float) -> bool:
+        """Whether it leaves a ping unanswered while others answer: a silence may be ours. Never raises."""
+        if math.isfinite(await self._node.ping(self.peer, timeout_s)):
+            return False
+        try:
+            return await self._node.is_in_touch()
+        except SwarmError:  # our own node is gone
+            return False
 
     async def rpc_info(self, uid: str = "", timeout_s: float = CONNECT_TIMEOUT_S) -> dict[str, Any]:
         """What the server says about itself and, with ``uid``, the schemas of that block."""
@@ -204,11 +214,11 @@ class InferenceStream:
             raise RemoteFailure(self.peer, error.message) from error
 
     async def receive(self, timeout_s: float = REQUEST_TIMEOUT_S) -> list[torch.Tensor]:
-        """The answer to the oldest step that has none yet; RemoteFailure when none comes in time."""
+        """The answer to the oldest step that has none yet; NoAnswer when none comes in time."""
         try:
             reply = await self._stream.receive(runtime_pb2.ExpertResponse, timeout_s)
         except TimeoutError:
-            raise RemoteFailure(self.peer, f"no answer within {timeout_s:g} s") from None
+            raise NoAnswer(self.peer, f"no answer within {timeout_s:g} s") from None
         except BadRequest as error:
             raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
         if reply is None:

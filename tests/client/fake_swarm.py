@@ -18,6 +18,7 @@ from petalsd.errors import MissingBlocks, RemoteFailure
 from petalsd.swarm.directory import RemoteSpan
 from petalsd.swarm.protocol import ServerState, parse_span
 from petalsd.swarm.record import ServerRecord
+from petalsd.swarm.stream import NoAnswer
 from petalsd.types import BlockSpan
 
 HIDDEN = 8
@@ -64,15 +65,22 @@ class Message:
 
 @dataclass
 class FakeServer:
-    """``before_step`` may raise or wait; it gets the server and the number of the step since its start."""
+    """``before_step`` may raise; it gets the server and the number of the step since its start.
+
+    At step or pass ``hangs_at`` it takes until ``revived``. ``pings``: how often it was pinged.
+    """
 
     span: RemoteSpan
     before_step: Callable[[FakeServer, int], None] | None = None
     is_alive: bool = True
+    hangs_at: int | None = None
+    answers_pings: bool = True
     max_step_tokens: int = 1 << 30
     open_streams: int = 0
     messages: list[Message] = field(default_factory=list)
     passes: list[str] = field(default_factory=list)
+    pings: int = 0
+    revived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def peer(self) -> str:
@@ -81,6 +89,15 @@ class FakeServer:
     def check_alive(self) -> None:
         if not self.is_alive:
             raise RemoteFailure(self.peer, "closed the stream")
+
+    async def is_silent(self, timeout_s: float) -> bool:
+        self.pings += 1
+        return not self.answers_pings
+
+    async def hang(self, number: int) -> None:
+        """If it is to, at this step."""
+        if number == self.hangs_at:
+            await self.revived.wait()
 
     async def open_inference(self, timeout_s: float) -> FakeStream:
         self.check_alive()
@@ -92,6 +109,7 @@ class FakeServer:
     ) -> list[torch.Tensor]:
         hidden, prompts = tensors
         self.note_pass("forward")
+        await self.hang(len(self.passes))
         return [run_blocks(parse_span(uid)[1], hidden, prompts if prompts.numel() else None)]
 
     async def backward(
@@ -99,6 +117,7 @@ class FakeServer:
     ) -> list[torch.Tensor]:
         hidden, grad, prompts = tensors
         self.note_pass("backward")
+        await self.hang(len(self.passes))
         with torch.enable_grad():
             hidden = hidden.clone().requires_grad_()
             rows = hidden.shape[0]
@@ -144,6 +163,11 @@ class FakeStream:
     async def receive(self, timeout_s: float) -> list[torch.Tensor]:
         await asyncio.sleep(0)
         self.server.check_alive()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.server.hang(len(self.server.messages))
+        except TimeoutError:
+            raise NoAnswer(self.server.peer, f"no answer within {timeout_s:g} s") from None
         return self._answers.pop(0)
 
     async def close(self) -> None:

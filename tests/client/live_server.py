@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -124,6 +126,11 @@ class ServerProcess:
     @property
     def peer(self) -> str:
         return self.maddr.rpartition("/")[2]
+
+    def freeze(self) -> None:
+        """It does nothing any more, but its libp2p daemon keeps all connections open."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         self._process.kill()

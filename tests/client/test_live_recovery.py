@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ def doomed_server(path: Path, span: str, peer: str) -> Iterator[ServerProcess]:
         process.close()
 
 
-def connect(path: Path, peer: str) -> RemoteCausalLM:
-    return RemoteCausalLM.from_pretrained(path, initial_peers=[peer], dht_prefix=PREFIX, options=OPTIONS)
+def connect(path: Path, peer: str, options: ClientOptions = OPTIONS) -> RemoteCausalLM:
+    return RemoteCausalLM.from_pretrained(path, initial_peers=[peer], dht_prefix=PREFIX, options=options)
 
 
 def prompt(seed: int, tokens: int = 21) -> torch.Tensor:
@@ -99,6 +100,30 @@ def test_a_killed_server(
             streamer=AtToken(7, kill),
         )
         assert killed_at
+        assert cache.session is not None
+        assert server.peer not in [hop.peer for hop in cache.session.route]
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert output.tolist() == expected.tolist()
+
+
+def test_a_server_that_hangs(tiny: tuple[Path, PreTrainedModel]) -> None:
+    """Its connections stay open, but it answers no pings either: another server takes its place."""
+    path, reference = tiny
+    ids = prompt(7)
+    with (
+        in_threads(path, "0:2") as first,
+        in_threads(path, "1:4", peers=(first[0].maddr,), inference_rps=SLOW_RPS),
+        doomed_server(path, "2:4", first[0].maddr) as server,
+        connect(path, first[0].maddr, replace(OPTIONS, silence_s=1.0)) as model,
+        model.inference_session() as cache,
+    ):
+        output = model.generate(
+            ids,
+            past_key_values=cache,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            streamer=AtToken(7, server.freeze),
+        )
         assert cache.session is not None
         assert server.peer not in [hop.peer for hop in cache.session.route]
     expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)

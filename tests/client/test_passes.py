@@ -27,8 +27,8 @@ QUICK = ClientOptions(
 )
 
 
-def make_passes(swarm: FakeSwarm, blocks: BlockSpan = BLOCKS) -> SwarmPasses:
-    return SwarmPasses(swarm, swarm, "tiny", blocks, QUICK)
+def make_passes(swarm: FakeSwarm, blocks: BlockSpan = BLOCKS, options: ClientOptions = QUICK) -> SwarmPasses:
+    return SwarmPasses(swarm, swarm, "tiny", blocks, options)
 
 
 def two_halves() -> tuple[FakeServer, FakeServer]:
