@@ -12,10 +12,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from petalsd.client.model import RemoteCausalLM
 from petalsd.client.options import ClientOptions
+from tests.awaited import whereabouts
 from tests.waiting import eventually
 
 NEW_TOKENS, HALFWAY = 32, 12
 WAIT_S = 120.0
+OVER_S = 60.0
 OPTIONS = ClientOptions(min_backoff_s=0.1, max_backoff_s=1.0, refresh_period_s=5.0)
 
 
@@ -31,11 +33,21 @@ class Generator(BaseStreamer):
         self._expected = self._generate(reference)
         self._tokens = -1  # the prompt comes first
         self._halfway, self._released, self._over = (threading.Event() for _ in range(3))
+        self._remote: RemoteCausalLM | None = None
         self.rounds = 0
 
     async def run(self) -> None:
         """Raises what ends it before its time."""
         await asyncio.to_thread(self._run)
+
+    async def over(self, running: asyncio.Task[None]) -> None:
+        """Until ``run`` has ended after ``stop``; raises what it raised."""
+        done, _ = await asyncio.wait({running}, timeout=OVER_S)
+        if not done:
+            assert self._remote is not None, "the client has not even started"
+            tasks = self._remote.runtime.run(whereabouts())
+            raise AssertionError(f"round {self.rounds}, token {self._tokens}:\n{tasks}")
+        running.result()
 
     async def until_halfway(self) -> None:
         """Until the first generation waits in its middle."""
@@ -68,6 +80,7 @@ class Generator(BaseStreamer):
         with RemoteCausalLM.from_pretrained(
             self._model, initial_peers=[self._maddr], options=OPTIONS
         ) as remote:
+            self._remote = remote
             while not self._over.is_set():
                 assert self._generate(remote, self) == self._expected, f"round {self.rounds}"
                 self.rounds += 1

@@ -70,7 +70,7 @@ async def generating(swarm: Swarm, model: tuple[Path, PreTrainedModel]) -> Async
     finally:
         for generator in generators:
             generator.stop()
-        await asyncio.gather(*running)
+        await asyncio.gather(*map(Generator.over, generators, running))
 
 
 async def test_who_start_together_spread(swarm: Swarm) -> None:
