@@ -11,6 +11,7 @@ import torch
 
 from petalsd.client.connection import Connector
 from petalsd.client.history import InputHistory, PromptHistory, StepLog
+from petalsd.client.relay import Relay, Seat
 from petalsd.client.retry import REMOTE_ERRORS
 from petalsd.client.routing import Hop
 from petalsd.client.span_session import Handed, SpanSession, StepInput, StreamTerms
@@ -45,8 +46,36 @@ class ChainLink:
         self._terms = terms
         self._stream: SpanSession | None = None
         self._valid = 0  # positions that the stream shares with the history
+        self._is_expected = False  # an answer may come unasked, for the server before hands the step on
         self._redirect: _Redirect | None = None
         self._left: list[str] = []  # servers that have handed the session on since the last answer
+
+    @property
+    def peer(self) -> str:
+        return self.hop.peer
+
+    @property
+    def relays(self) -> bool:
+        """Whether the server hands on what it computed: stock ones do so with tensors of another step."""
+        return is_petalsd(self.hop.server.record.version)
+
+    def seat(self, position: int) -> Seat | None:
+        """Where the server may be handed a step from ``position`` on; None where its cache does not end there."""
+        stream = self._stream
+        if stream is None or not stream.is_open or stream.is_worn or not self.relays:
+            return None
+        if not self._valid == stream.position == position:
+            return None
+        return self.hop.peer, stream.session_id, self.hop.blocks.start, self.hop.blocks.end
+
+    def expect(self) -> None:
+        """The next step may be answered before it is fed. It must be fed, or else ``forget`` it."""
+        self._is_expected = True
+
+    def forget(self) -> None:
+        """The expected step is not fed: no stream may be left where its answer would be taken for another's."""
+        if self._is_expected:
+            self._drop()
 
     @property
     def suspects(self) -> list[str]:
@@ -68,10 +97,12 @@ class ChainLink:
         steps: StepLog,
         keep_from: int,
         hypo_ids: tuple[int, ...] | None = None,
+        relay: Relay | None = None,
     ) -> torch.Tensor:
         """Bring the server to the end of the history; returns its outputs from position ``keep_from`` on.
 
-        ``prompts`` and ``steps`` are the session's, up to that end; ``hypo_ids`` how rows have changed places.
+        ``prompts`` and ``steps`` are the session's, up to that end; ``hypo_ids`` how rows have changed places;
+        ``relay`` is the last step's, for the message that is all of it.
         After any failure the stream is dropped, and the next call feeds everything to a new one, unless ``follow``
         comes first.
         """
@@ -82,8 +113,11 @@ class ChainLink:
             for begin, stop in self._cut(start, prompts, steps):
                 hidden = self.history.between(begin, stop)
                 slices = prompts.between(begin, stop, self.hop.blocks)
-                output = await stream.step(StepInput(hidden, begin, slices, hypo_ids if start else None))
-                self._valid, hypo_ids, self._left = stop, None, []
+                told = relay if relay is not None and begin == relay.position else None
+                rows = hypo_ids if start else None
+                step = StepInput(hidden, begin, slices, rows, told, self._is_expected)
+                output = await stream.step(step)
+                self._valid, hypo_ids, self._left, self._is_expected = stop, None, [], False
                 if stop >= keep_from:
                     outputs.append(output[:, keep_from - begin :] if begin < keep_from else output)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -120,12 +154,12 @@ class ChainLink:
 
     async def close(self) -> None:
         """End the stream, keep the history."""
-        stream, self._stream, self._valid = self._stream, None, 0
+        stream, self._stream, self._valid, self._is_expected = self._stream, None, 0, False
         if stream is not None:
             await stream.close()
 
     def _drop(self) -> None:
-        stream, self._stream, self._valid = self._stream, None, 0
+        stream, self._stream, self._valid, self._is_expected = self._stream, None, 0, False
         if stream is not None:
             stream.abort()
 

@@ -18,6 +18,10 @@ class StepStream(Protocol):
 
     async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Metadata, /) -> None: ...
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether ``receive`` has something to say at once."""
+
     async def receive(self, timeout_s: float, /) -> list[torch.Tensor]:
         """NoAnswer when none came in time; to receive again is to wait on."""
 

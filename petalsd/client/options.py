@@ -19,6 +19,8 @@ class ClientOptions:
     recovery_timeout_s   after the first failure of a call, how long it may look for a way on
     max_failures         servers that may fail within one call
     alloc_timeout_s      how long a full server may let us queue for its cache; equals routing's price of it
+    relay_above_s        to servers whose pings take as long, steps are handed by the servers before them, too;
+                         infinite: never
     refresh_period_s     between two readings of the directory
     max_step_tokens      rows × tokens of one message; smaller than any server's limit on a batch
     max_idle_s           a stream unused for longer is opened anew (servers close theirs after 300 s)
@@ -38,6 +40,7 @@ class ClientOptions:
     min_backoff_s: float = 1.0
     max_backoff_s: float = 15.0
     alloc_timeout_s: float = 10.0
+    relay_above_s: float = 0.005
     refresh_period_s: float = 60.0
     refresh_timeout_s: float = 30.0
     ping_timeout_s: float = 2.0

@@ -78,6 +78,10 @@ class SequenceManager:
         """Servers for one forward or backward pass; MissingBlocks when some block has none."""
         return route_by_throughput(self._spans, blocks, self._facts(), self._rng)
 
+    def is_far(self, peer: str) -> bool:
+        """Whether pings to it take so long that others should hand it our steps; who was never pinged is."""
+        return self._rtt_s.get(peer, math.inf) >= self._options.relay_above_s
+
     def report_failure(self, peer: str) -> None:
         """Avoid the peer from the next route on, and look who else is there."""
         ban_s = self._bans.add(peer)

@@ -12,6 +12,7 @@ import torch
 from petalsd.client.chain import ChainLink
 from petalsd.client.connection import Connector
 from petalsd.client.history import PromptHistory, StepLog
+from petalsd.client.relay import RelayPlan
 from petalsd.client.retry import REMOTE_ERRORS, RetryBudget
 from petalsd.client.routing import Hop
 from petalsd.client.span_session import StreamTerms
@@ -29,6 +30,9 @@ class Router(Protocol):
 
     async def refresh(self) -> None:
         """Read the directory anew."""
+
+    def is_far(self, peer: str) -> bool:
+        """Whether the way to it takes long enough for others to hand it our steps."""
 
     def report_failure(self, peer: str) -> None: ...
 
@@ -52,6 +56,7 @@ class InferenceSession:
         self._links: list[ChainLink] = []
         self._prompts = PromptHistory(blocks.start)
         self._steps = StepLog(terms.whole_from)
+        self._relays = RelayPlan(router.is_far)
         self._position = 0
         self._batch: int | None = None
         self._is_closed = False
@@ -94,6 +99,8 @@ class InferenceSession:
             try:
                 output = await self._advance(hidden.detach(), prompts, hypo_ids)
             except BaseException:
+                for link in self._links:
+                    link.forget()
                 if hypo_ids is not None:  # some rows have changed places already, others have not
                     await self.close()
                 raise
@@ -122,6 +129,7 @@ class InferenceSession:
             self._links = await self._find_links(self.blocks, budget)
         self._batch = hidden.shape[0]
         self._note_inputs(prompts, hypo_ids)
+        self._plan_relays(hidden, is_plain=prompts is None and hypo_ids is None)
         flow, index = hidden, 0
         while index < len(self._links):
             self._links[index].history.append(flow)
@@ -143,6 +151,13 @@ class InferenceSession:
         if prompts is not None:
             self._prompts.add(self._position, prompts.detach())
 
+    def _plan_relays(self, hidden: torch.Tensor, *, is_plain: bool) -> None:
+        """A step goes from server to server when it is one message everywhere, of states and nothing else."""
+        if is_plain and hidden.shape[0] * hidden.shape[1] <= self._terms.options.max_step_tokens:
+            self._relays.begin(self._position)
+        else:
+            self._relays.skip()
+
     async def _pass_through(
         self, index: int, budget: RetryBudget, hypo_ids: tuple[int, ...] | None
     ) -> torch.Tensor:
@@ -151,8 +166,9 @@ class InferenceSession:
             link = self._links[index]
             is_last = index + 1 == len(self._links)
             keep_from = self._position if is_last else self._links[index + 1].history.length
+            relay = self._relays.relay(link, self._links[index + 1 :])
             try:
-                output = await link.feed(self._prompts, self._steps, keep_from, hypo_ids)
+                output = await link.feed(self._prompts, self._steps, keep_from, hypo_ids, relay)
             except REMOTE_ERRORS as error:
                 if await link.follow():
                     continue

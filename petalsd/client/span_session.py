@@ -12,6 +12,7 @@ import torch
 
 from petalsd.client.connection import Connection, Connector, StepStream
 from petalsd.client.options import ClientOptions
+from petalsd.client.relay import Relay
 from petalsd.client.routing import Hop
 from petalsd.client.silence import while_heard
 from petalsd.errors import RemoteFailure
@@ -41,12 +42,18 @@ class StreamTerms:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One message: ``hidden`` ``[B, n, M]`` for positions from ``start``; the rest as in ``engine.step.Step``."""
+    """One message: ``hidden`` ``[B, n, M]`` for positions from ``start``; the rest as in ``engine.step.Step``.
+
+    relay        of a message that is all of a step
+    is_expected  the server may have got the step from the one before it
+    """
 
     hidden: torch.Tensor
     start: int
     prompts: torch.Tensor | None = None
     hypo_ids: tuple[int, ...] | None = None
+    relay: Relay | None = None
+    is_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ class SpanSession:
         self._handed = handed
         self._stream = stream
         self._terms = terms
-        self._session_id = str(uuid.uuid4())
+        self.session_id = str(uuid.uuid4())
         self._is_first = True
         self._num_sent = 0
         self._opened_s = self._used_s = time.monotonic()
@@ -92,19 +99,28 @@ class SpanSession:
         return cls(hop, server, stream, terms, handed)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the server has answered a step of it."""
+        return not self._is_first
+
+    @property
     def is_worn(self) -> bool:
         """Whether the server may have closed the stream for its age or idleness, or will soon."""
         options, now = self._terms.options, time.monotonic()
         return now - self._used_s > options.max_idle_s or now - self._opened_s > options.max_stream_age_s
 
     async def step(self, step: StepInput) -> torch.Tensor:
-        """Send one step and wait for its answer, same shape. RemoteFailure or DeadlineExceeded."""
+        """Send one step, unless its answer is here, and wait for that: same shape.
+
+        RemoteFailure or DeadlineExceeded.
+        """
         uid, timeout_s = "", self._terms.options.request_timeout_s
         if self._is_first:
             uid = make_chain(self._terms.prefix, self.hop.blocks)
             timeout_s += self._terms.options.alloc_timeout_s
         self._num_sent += 1
-        await self._stream.send(uid, _tensors(step), self._metadata(step.start))
+        if not (step.is_expected and self._stream.has_arrived):
+            await self._stream.send(uid, _tensors(step), self._metadata(step))
         self._is_first = False
         (output,) = _expect_one(self.hop.peer, await self._answer(timeout_s))
         if output.shape != step.hidden.shape:
@@ -136,13 +152,16 @@ class SpanSession:
         """Drop a stream that failed."""
         self._stream.abort()
 
-    def _metadata(self, start: int) -> dict[str, object]:
+    def _metadata(self, step: StepInput) -> dict[str, object]:
+        relay = step.relay
         metadata: dict[str, object] = {
-            "session_id": self._session_id,
-            "step_id": f"{self._session_id}-{self._num_sent}",
-            "start_from_position": start,
+            "session_id": self.session_id,
+            "step_id": f"{self.session_id}-{self._num_sent}" if relay is None else relay.step_id,
+            "start_from_position": step.start,
             "args_structure": _ARGUMENTS,
         }
+        if relay is not None and relay.seats:
+            metadata["next_servers"] = relay.seats
         if self._is_first:
             metadata |= {
                 "max_length": self._terms.max_tokens,

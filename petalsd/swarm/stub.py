@@ -213,6 +213,11 @@ class InferenceStream:
         except errors.DeadlineExceeded as error:
             raise RemoteFailure(self.peer, error.message) from error
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether ``receive`` has something to say at once: an answer, perhaps to a pushed step, or an error."""
+        return self._stream.has_arrived
+
     async def receive(self, timeout_s: float = REQUEST_TIMEOUT_S) -> list[torch.Tensor]:
         """The answer to the oldest step that has none yet; NoAnswer when none comes in time."""
         try:

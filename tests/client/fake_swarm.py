@@ -67,7 +67,8 @@ class Message:
 class FakeServer:
     """``before_step`` may raise; it gets the server and the number of the step since its start.
 
-    At step or pass ``hangs_at`` it takes until ``revived``. ``pings``: how often it was pinged.
+    At step or pass ``hangs_at`` it takes until ``revived``. ``pings``: how often it was pinged. Steps go on
+    to other servers of ``swarm``; ``pushed``: the step ids of those that came from others.
     """
 
     span: RemoteSpan
@@ -80,6 +81,9 @@ class FakeServer:
     messages: list[Message] = field(default_factory=list)
     passes: list[str] = field(default_factory=list)
     pings: int = 0
+    swarm: FakeSwarm | None = None
+    sessions: dict[str, FakeStream] = field(default_factory=dict)
+    pushed: list[str] = field(default_factory=list)
     revived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -146,8 +150,9 @@ class FakeStream:
         self._max_length = 0
         self._answers: list[list[torch.Tensor]] = []
         self._is_open = True
+        self._step_ids: set[object] = set()
 
-    async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Mapping[str, object]) -> None:
+    async def send(self, uid: str, tensors: Sequence[torch.Tensor], metadata: Mapping[str, Any]) -> None:
         server = self.server
         server.messages.append(Message(uid, metadata, *tensors))
         if server.before_step is not None:
@@ -158,7 +163,30 @@ class FakeStream:
             self._max_length = metadata["max_length"]
             assert isinstance(self._max_length, int) and isinstance(metadata["session_id"], str)
             self._caches = [tensors[0].new_empty(tensors[0].shape[0], 0, HIDDEN) for _ in self._blocks]
-        self._answers.append([self._step(*tensors, start=metadata["start_from_position"])])
+            server.sessions[metadata["session_id"]] = self
+        self._take(tensors, metadata)
+
+    def push(self, tensors: Sequence[torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """A step from the server before us."""
+        if self.server.is_alive and self._is_open:
+            self.server.pushed.append(metadata["step_id"])
+            self._take(tensors, metadata)
+
+    def _take(self, tensors: Sequence[torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """What comes a second time is ignored."""
+        if metadata["step_id"] in self._step_ids:
+            return
+        output = self._step(*tensors, start=metadata["start_from_position"])
+        self._step_ids.add(metadata["step_id"])
+        self._answers.append([output])
+        if self.server.swarm is not None and metadata.get("next_servers"):
+            (peer, session_id, *_), *rest = metadata["next_servers"]
+            onward = {**metadata, "session_id": session_id, "next_servers": rest}
+            self.server.swarm(peer).sessions[session_id].push([output, *tensors[1:]], onward)
+
+    @property
+    def has_arrived(self) -> bool:
+        return bool(self._answers)
 
     async def receive(self, timeout_s: float) -> list[torch.Tensor]:
         await asyncio.sleep(0)
@@ -205,6 +233,7 @@ class FakeSwarm:
         self.servers = {server.peer: server for server in servers}
         self.failures: list[str] = []
         self.refreshes = 0
+        self.are_far = False
         self.on_refresh: Callable[[], None] = lambda: None
 
     def __call__(self, peer: str) -> FakeServer:
@@ -229,6 +258,9 @@ class FakeSwarm:
     async def refresh(self) -> None:
         self.refreshes += 1
         self.on_refresh()
+
+    def is_far(self, peer: str) -> bool:
+        return self.are_far
 
     def report_failure(self, peer: str) -> None:
         self.failures.append(peer)

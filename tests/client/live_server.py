@@ -29,6 +29,7 @@ from petalsd.models.weight_storage import WeightStorage
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.observer import NullObserver
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.serving import HandlerLimits, ServedModel, Serving
@@ -41,12 +42,23 @@ CPU = torch.device("cpu")
 PAGE_TOKENS, KV_TOKENS = 16, 4096
 
 
+class Pushes(NullObserver):
+    """Whether each step that was handed on arrived."""
+
+    def __init__(self) -> None:
+        self.arrived: list[bool] = []
+
+    def pushed(self, is_delivered: bool) -> None:
+        self.arrived.append(is_delivered)
+
+
 @dataclass
 class LiveServer:
     maddr: str
     node: Node
     engine: Engine
     pool: KVPool
+    pushes: Pushes
 
 
 @contextlib.asynccontextmanager
@@ -78,12 +90,13 @@ async def serve_blocks(
     await engine.start()
     await engine.load_span(blocks, pool, ladder.angles)
     await node.start()
-    handler = TransformerConnectionHandler(node, Serving(engine, served, HandlerLimits()))
+    pushes = Pushes()
+    handler = TransformerConnectionHandler(node, Serving(engine, served, HandlerLimits(), pushes))
     announcer = Announcer(node, AnnouncerOptions(PREFIX, config.num_blocks), record)
     try:
         await handler.start()
         await announcer.announce(ServerState.ONLINE, span)
-        yield LiveServer((await node.visible_maddrs())[0], node, engine, pool)
+        yield LiveServer((await node.visible_maddrs())[0], node, engine, pool, pushes)
         await announcer.withdraw()
     finally:
         await handler.stop()

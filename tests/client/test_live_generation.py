@@ -72,6 +72,25 @@ def test_rotations_that_depend_on_length(rope: str, tmp_path: Path) -> None:
     assert output.tolist() == expected.tolist()
 
 
+def test_servers_hand_steps_to_each_other(tmp_path: Path) -> None:
+    """The same tokens, also after a rollback; the first two of three servers hand on all steps but the first."""
+    reference = make_tiny("llama", tmp_path)
+    ids = prompt(4, tokens=20)
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    with (
+        in_threads(tmp_path, "0:1", "1:3", "3:4") as servers,
+        connect(tmp_path, servers, relay_above_s=0.0) as model,
+        model.inference_session(max_tokens=64) as cache,
+    ):
+        for _ in range(2):
+            output = model.generate(ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+            assert output.tolist() == expected.tolist()
+            cache.position = 12
+    first, second, last = (server.pushes.arrived for server in servers)
+    assert len(first) == len(second) >= 2 * (NEW_TOKENS - 1)
+    assert all(first) and all(second) and not last
+
+
 class Llama:
     """A tiny Llama, its reference, three servers of overlapping spans and a client: shared by the tests below."""
 

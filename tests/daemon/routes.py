@@ -22,6 +22,9 @@ class OnlyTo:
     async def refresh(self) -> None:
         """There is nothing to read."""
 
+    def is_far(self, peer: str) -> bool:
+        return False
+
     def report_failure(self, peer: str) -> None:
         raise AssertionError(f"{peer} failed")
 

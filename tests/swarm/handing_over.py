@@ -69,6 +69,9 @@ class Route:
     async def refresh(self) -> None:
         """There is nothing to read."""
 
+    def is_far(self, peer: str) -> bool:
+        return False
+
     def report_failure(self, peer: str) -> None:
         self.failures.append(peer)
 
