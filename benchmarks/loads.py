@@ -19,6 +19,7 @@ import torch
 from benchmarks.providers import DHT_PREFIX, Fleet, Provider
 from benchmarks.report import OURS, PETALS
 from benchmarks.wire import connect
+from petalsd.client.options import ClientOptions
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
 from tests.interop.stock import StockClient
@@ -88,11 +89,13 @@ def wire_load(provider: Provider, shape: LoadShape, fleet: Fleet) -> Iterator[Lo
 
 
 @contextmanager
-def petalsd_load(provider: Provider, shape: LoadShape, fleet: Fleet) -> Iterator[Load]:
+def petalsd_load(
+    provider: Provider, shape: LoadShape, fleet: Fleet, options: ClientOptions | None = None
+) -> Iterator[Load]:
     """Inference sessions of petalsd's client, all of one node."""
 
     async def open_sessions(stack: contextlib.AsyncExitStack) -> list[Step]:
-        client = SwarmClient(DHT_PREFIX, len(provider.job.span), [provider.maddr])
+        client = SwarmClient(DHT_PREFIX, len(provider.job.span), [provider.maddr], options)
         await stack.enter_async_context(client)
         sessions = [client.session(shape.max_length) for _ in range(shape.sessions)]
         return [(await stack.enter_async_context(session)).step for session in sessions]

@@ -28,7 +28,7 @@ STEPS_PER_ROUND = 100
 
 def run(options: Options) -> list[Row]:
     rounds, steps = (1, 3) if options.smoke else (ROUNDS, STEPS_PER_ROUND)
-    model = make_block(options.directory / "model")
+    model = make_blocks(options.directory / "model", 1)
     providers = options.serve_block(model, ["echo", *options.servers])
     if not options.smoke:
         providers += options.serve_block(model, options.servers, "bfloat16")
@@ -42,10 +42,10 @@ def run(options: Options) -> list[Row]:
     ]  # fmt: skip
 
 
-def make_block(path: Path) -> Path:
-    """A model of one block; the vocabulary is tiny, since no embedding is ever used."""
+def make_blocks(path: Path, num_blocks: int) -> Path:
+    """A model of so many; the vocabulary is tiny, since no embedding is ever used."""
     make_tiny(
-        "llama", path, num_hidden_layers=1, hidden_size=HIDDEN_SIZE, intermediate_size=1536,
+        "llama", path, num_hidden_layers=num_blocks, hidden_size=HIDDEN_SIZE, intermediate_size=1536,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048, initializer_range=0.02,
     )  # fmt: skip
     return path

@@ -2,4 +2,13 @@
 
 from __future__ import annotations
 
-SERVED = ("admission", "aggregate_decode", "generation", "interference", "move", "passes", "step_latency")
+SERVED = (
+    "admission",
+    "aggregate_decode",
+    "chain",
+    "generation",
+    "interference",
+    "move",
+    "passes",
+    "step_latency",
+)

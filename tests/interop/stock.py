@@ -52,9 +52,12 @@ class ServerOptions:
     num_handlers: int = 2
     threads: int = 1
     balance_period_s: float = 60.0
+    host_maddr: str = "/ip4/127.0.0.1/tcp/0"
+    announce_maddrs: Sequence[str] = ()
 
     def command(self) -> list[str]:
         swarm = ["--initial_peers", *self.initial_peers] if self.initial_peers else ["--new_swarm"]
+        announced = ["--announce_maddrs", *self.announce_maddrs] if self.announce_maddrs else []
         span = ["--num_blocks"] if isinstance(self.span, int) else ["--block_indices"]
         return [
             str(PYTHON), str(SERVER), str(self.model),
@@ -63,7 +66,8 @@ class ServerOptions:
             *span, str(self.span),
             "--mean_balance_check_period", str(self.balance_period_s),
             "--identity_path", str(self.directory / "identity"),
-            "--host_maddrs", "/ip4/127.0.0.1/tcp/0",
+            "--host_maddrs", self.host_maddr,
+            *announced,
             "--device", "cpu",
             "--torch_dtype", self.dtype,
             "--throughput", "10",
