@@ -171,11 +171,12 @@ async def test_three_daemons_fill_a_gap(launch: Launch, node: Node) -> None:
     victim.send(signal.SIGKILL)
     await victim.ended()
     moving = [
-        asyncio.create_task(daemon.event("online", after=after, matching=lambda event: event["span"] == gap))
+        asyncio.create_task(daemon.event("moved", after=after, matching=lambda event: event["new"] == gap))
         for daemon, after in zip(daemons, seen, strict=True)
     ]
-    await asyncio.wait(moving, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(moving, return_when=asyncio.FIRST_COMPLETED)
     for task in moving:
         task.cancel()
     await asyncio.gather(*moving, return_exceptions=True)
+    assert all(task.exception() is None for task in done)
     await until_view(node, lambda view: view.without({dead}).missing_blocks() == [])
