@@ -1,7 +1,8 @@
 """Reading the codecs that stock peers may use for float tensors. We never write them.
 
 Formats as in hivemind 1.1.12 (``compression/floating.py``, ``compression/quantization.py``). Each function
-takes the bytes and the shape of a non-empty tensor and returns float32; ValueError says what does not fit.
+takes the bytes and the shape of a non-empty tensor and returns float32; ValueError says what does not fit, before
+memory is taken. Beside the values themselves none takes more than the bytes again.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import math
 import struct
 
+import numpy as np
 import torch
 
 _BLOCK = 4096  # values that share one scale in the block-wise codec
 _MAX_CODES = 256
+_AT_ONCE = 1 << 18  # values that are looked up together: NumPy makes 8-byte indices of them
 
 
 def decode_float16(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
@@ -25,10 +28,11 @@ def decode_meanstd(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
     """float16 values scaled over the last axis, then the means, then the deviations as float32."""
     numel, rows = math.prod(shape), math.prod(shape[:-1])
     _expect(buffer, 2 * numel + 8 * rows)
-    values = _floats(buffer[: 2 * numel], torch.float16).reshape(rows, -1).float()
-    means = _floats(buffer[2 * numel : 2 * numel + 4 * rows], torch.float32).reshape(rows, 1)
-    deviations = _floats(buffer[2 * numel + 4 * rows :], torch.float32).reshape(rows, 1)
-    return (values * deviations + means).reshape(shape)
+    part = memoryview(buffer)
+    values = _floats(part[: 2 * numel], torch.float16).reshape(rows, -1).float()
+    means = _floats(part[2 * numel : 2 * numel + 4 * rows], torch.float32).reshape(rows, 1)
+    deviations = _floats(part[2 * numel + 4 * rows :], torch.float32).reshape(rows, 1)
+    return values.mul_(deviations).add_(means).reshape(shape)
 
 
 def decode_codebook(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
@@ -37,7 +41,7 @@ def decode_codebook(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
     (num_codes,) = _counts(buffer, 1)
     _expect(buffer, 8 + 4 * num_codes + numel)
     codes = _floats(buffer[8 : 8 + 4 * num_codes], torch.float32)
-    return _look_up(codes, buffer[8 + 4 * num_codes :]).reshape(shape)
+    return _look_up(codes, memoryview(buffer)[8 + 4 * num_codes :]).reshape(shape)
 
 
 def decode_blockwise(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
@@ -49,9 +53,12 @@ def decode_blockwise(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
     _expect(buffer, values_at + numel)
     if num_scales != -(-numel // _BLOCK):
         raise ValueError(f"{num_scales} scales for {numel} values, one per {_BLOCK} is needed")
-    scales = _floats(buffer[16:codes_at], torch.float32).repeat_interleave(_BLOCK)[:numel]
-    codes = _floats(buffer[codes_at:values_at], torch.float32)
-    return (_look_up(codes, buffer[values_at:]) * scales).reshape(shape)
+    scales = _floats(buffer[16:codes_at], torch.float32)
+    values = _look_up(_floats(buffer[codes_at:values_at], torch.float32), memoryview(buffer)[values_at:])
+    num_whole = numel // _BLOCK
+    values[: num_whole * _BLOCK].view(num_whole, _BLOCK).mul_(scales[:num_whole, None])
+    values[num_whole * _BLOCK :].mul_(scales[num_whole:])
+    return values.reshape(shape)
 
 
 def _counts(buffer: bytes, num: int, max_first: int = _MAX_CODES) -> tuple[int, ...]:
@@ -70,12 +77,16 @@ def _expect(buffer: bytes, num_bytes: int) -> None:
         raise ValueError(f"its size and codec need {num_bytes} bytes")
 
 
-def _floats(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+def _floats(data: bytes | memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
-def _look_up(codes: torch.Tensor, data: bytes) -> torch.Tensor:
-    indices = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(torch.int64)
-    if int(indices.max()) >= len(codes):
-        raise ValueError(f"a value picks code {int(indices.max())} of {len(codes)}")
-    return codes[indices]
+def _look_up(codes: torch.Tensor, data: memoryview) -> torch.Tensor:
+    picks = np.frombuffer(data, np.uint8)
+    if (highest := int(picks.max())) >= len(codes):
+        raise ValueError(f"a value picks code {highest} of {len(codes)}")
+    values = np.empty(len(picks), np.float32)
+    for start in range(0, len(picks), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        np.take(codes.numpy(), picks[some], out=values[some], mode="clip")
+    return torch.from_numpy(values)

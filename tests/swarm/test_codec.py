@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,47 @@ def test_block_wise_8_bit_is_read() -> None:
     message = proto(buffer=buffer, size=[num], compression=runtime_pb2.BLOCKWISE_8BIT)
     expected = codes[picks.long()] * torch.where(torch.arange(num) < 4096, 2.0, 10.0)
     assert torch.equal(codec.decode_tensor(message, "x"), expected)
+
+
+def packed_zeros(codec_id: int, num_values: int) -> runtime_pb2.Tensor:
+    """Zeros in rows of 4096, as little as each codec needs for them."""
+    rows, one = num_values // 4096, (1).to_bytes(8, "little")
+    parts = {
+        runtime_pb2.FLOAT16: [bytes(2 * num_values)],
+        runtime_pb2.MEANSTD_16BIT: [bytes(2 * num_values), bytes(8 * rows)],
+        runtime_pb2.UNIFORM_8BIT: [one, bytes(4), bytes(num_values)],
+        runtime_pb2.BLOCKWISE_8BIT: [
+            rows.to_bytes(8, "little"), one, bytes(4 * rows), bytes(4), bytes(num_values)
+        ],
+    }  # fmt: skip
+    return proto(buffer=b"".join(parts[codec_id]), size=[rows, 4096], compression=codec_id)
+
+
+def resident_bytes(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+@pytest.mark.parametrize(
+    "codec_id",
+    [
+        runtime_pb2.FLOAT16,
+        runtime_pb2.MEANSTD_16BIT,
+        runtime_pb2.UNIFORM_8BIT,
+        runtime_pb2.BLOCKWISE_8BIT,
+    ],
+)
+def test_unpacking_takes_little_more_than_the_values(codec_id: int) -> None:
+    """At its peak no more than the values and the bytes again: not the eightfold for indices, or copies."""
+    num_values = 16 << 20
+    message = packed_zeros(codec_id, num_values)
+    codec.decode_tensor(packed_zeros(codec_id, 4096), "x")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew
+    before = resident_bytes("VmRSS")
+    values = codec.decode_tensor(message, "x")
+    taken = resident_bytes("VmHWM") - before
+    assert taken < 1.5 * values.nbytes + len(message.buffer)
 
 
 @pytest.mark.parametrize("codec_id", [1, 2, 3, 4, 5])
