@@ -252,10 +252,15 @@ class Engine:
         grad_hidden, *grad_prompts = await self._run_pass(request)
         return grad_hidden, grad_prompts[0] if grad_prompts else None
 
-    async def _run_pass(self, request: PassRequest) -> list[torch.Tensor]:
-        core, thread = self._serving_core(), self._running_thread()
+    def check_pass(self, request: PassRequest) -> None:
+        """NotServed, BadRequest or Draining where ``forward`` or ``backward`` would refuse shapes or blocks."""
+        core = self._serving_core()
         self._check_offered(request)
         check_pass(request, self.limits, core.served.hidden_size)
+
+    async def _run_pass(self, request: PassRequest) -> list[torch.Tensor]:
+        core, thread = self._serving_core(), self._running_thread()
+        self.check_pass(request)
         self._check_queue(request.peer)
         job = PassJob(next(self._keys), request, asyncio.get_running_loop().create_future())
         self._passes[job.key] = job

@@ -98,6 +98,10 @@ class Session:
         if self._end_reason is not None:
             tell(self._end_reason)
 
+    def check(self, step: Step) -> None:
+        """BadRequest where ``step`` would refuse the shapes; from any thread, and values are not looked at."""
+        check_step(step, self.spec, self._position, self._core.served.hidden_size)
+
     async def step(self, step: Step) -> torch.Tensor:
         """Compute a step; ``[B, n, M]`` on the CPU in the model's dtype.
 
@@ -109,7 +113,7 @@ class Session:
         if self._answer is not None:
             raise BadRequest("step", step.start, "the session's step before it is not answered yet")
         check_alive(self._thread)
-        check_step(step, self.spec, self._position, self._core.served.hidden_size)
+        self.check(step)
         answer = self._answer = asyncio.get_running_loop().create_future()
         job = StepJob.of(step, answer)
         self.copied.step_begins(step)

@@ -99,6 +99,16 @@ def decode_tensor(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor:
     return tensor
 
 
+def is_compressed(proto: runtime_pb2.Tensor) -> bool:
+    """Whether its values may take more memory than its bytes do, up to eight times as much."""
+    return bool(proto.compression != runtime_pb2.NONE)
+
+
+def outline(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor:
+    """The shape and dtype that ``decode_tensor`` would return, without memory: on the device ``meta``."""
+    return torch.empty(_shape(proto, field), dtype=_dtype(proto, field), device="meta")
+
+
 def _stands_for_nothing(proto: runtime_pb2.Tensor) -> bool:
     return proto.size[0] == 0 and proto.compression == runtime_pb2.NONE and not proto.buffer
 

@@ -140,7 +140,7 @@ class InferenceCall:
         try:
             tensors = arrange(message.tensors, structure, 3)
             start = session.position if message.start is None else message.start
-            step = await off_loop(message.num_bytes, decode_step, tensors, start)
+            step = await off_loop(message.num_bytes, decode_step, tensors, start, session.check)
             answer = await session.step(step)
         except BadRequest as error:
             if not message.is_pushed:

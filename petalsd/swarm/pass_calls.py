@@ -74,14 +74,20 @@ class PassCalls:
         self._serving.check_open(peer)
         span = served_span(request.uid, self._serving.model.prefix)
         metadata = decode_metadata(request.metadata)
-        asked = await off_loop(request.ByteSize(), decode_forward, request.tensors, metadata, span, peer)
+        check = self._serving.engine.check_pass
+        asked = await off_loop(
+            request.ByteSize(), decode_forward, request.tensors, metadata, span, peer, check
+        )
         return await self._serving.engine.forward(asked)
 
     async def _backward(self, request: runtime_pb2.ExpertRequest, peer: str) -> list[torch.Tensor]:
         self._serving.check_open(peer)
         span = served_span(request.uid, self._serving.model.prefix)
         metadata = decode_metadata(request.metadata)
-        asked = await off_loop(request.ByteSize(), decode_backward, request.tensors, metadata, span, peer)
+        check = self._serving.engine.check_pass
+        asked = await off_loop(
+            request.ByteSize(), decode_backward, request.tensors, metadata, span, peer, check
+        )
         inputs, prompts = await self._serving.engine.backward(asked)
         return [inputs] if prompts is None else [inputs, prompts]
 

@@ -6,7 +6,7 @@ What only the engine can judge (shapes against the model, positions against the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ from petalsd.swarm.codec import (
     arrange,
     decode_metadata,
     decode_tensor,
+    is_compressed,
     is_dummy,
+    outline,
 )
 from petalsd.swarm.protocol import parse_span
 from petalsd.types import BlockSpan
@@ -129,9 +131,14 @@ class PushRequest:
         return cls(served_span(request.uid, prefix), session_id, message)
 
 
-def decode_step(tensors: Sequence[runtime_pb2.Tensor], start: int) -> Step:
-    """The tensors of a step, in order: hidden, prompts, hypo_ids."""
+def decode_step(tensors: Sequence[runtime_pb2.Tensor], start: int, check: Callable[[Step], None]) -> Step:
+    """The tensors of a step, in order: hidden, prompts, hypo_ids.
+
+    ``check`` sees the shapes of compressed ones before any is unpacked, and raises.
+    """
     hidden, prompts, hypo_ids = tensors
+    if is_compressed(hidden) or is_compressed(prompts):
+        check(Step(outline(hidden, "hidden states"), start, _optional_outline(prompts)))
     states = decode_tensor(hidden, "hidden states")
     return Step(
         hidden=states,
@@ -142,12 +149,18 @@ def decode_step(tensors: Sequence[runtime_pb2.Tensor], start: int) -> Step:
 
 
 def decode_forward(
-    tensors: Sequence[runtime_pb2.Tensor], metadata: Mapping[str, Any], span: BlockSpan, peer: str
+    tensors: Sequence[runtime_pb2.Tensor],
+    metadata: Mapping[str, Any],
+    span: BlockSpan,
+    peer: str,
+    check: Callable[[PassRequest], None],
 ) -> PassRequest:
-    """The tensors of a forward pass: hidden, prompts."""
+    """The tensors of a forward pass: hidden, prompts; ``check`` as for ``decode_step``."""
     check_common(metadata)
     _output_compression(metadata, (1,))
     hidden, prompts = arrange(tensors, metadata.get("args_structure"), 2)
+    if is_compressed(hidden) or is_compressed(prompts):
+        check(PassRequest(span, outline(hidden, "hidden states"), peer, _optional_outline(prompts)))
     return PassRequest(
         span=span,
         hidden=decode_tensor(hidden, "hidden states"),
@@ -158,15 +171,24 @@ def decode_forward(
 
 
 def decode_backward(
-    tensors: Sequence[runtime_pb2.Tensor], metadata: Mapping[str, Any], span: BlockSpan, peer: str
+    tensors: Sequence[runtime_pb2.Tensor],
+    metadata: Mapping[str, Any],
+    span: BlockSpan,
+    peer: str,
+    check: Callable[[PassRequest], None],
 ) -> PassRequest:
-    """The tensors of a backward pass: inputs, output gradients, prompts."""
+    """The tensors of a backward pass: inputs, output gradients, prompts; ``check`` as for ``decode_step``."""
     check_common(metadata)
     _output_compression(metadata, (1, 2))
     hidden, grad_output, prompts = arrange(tensors, metadata.get("args_structure"), 3)
+    if is_compressed(hidden) or is_compressed(prompts):
+        check(PassRequest(span, outline(hidden, "hidden states"), peer, _optional_outline(prompts)))
+    states = decode_tensor(hidden, "hidden states")
+    if is_compressed(grad_output):
+        check(PassRequest(span, states, peer, grad_output=outline(grad_output, "grad_outputs")))
     return PassRequest(
         span=span,
-        hidden=decode_tensor(hidden, "hidden states"),
+        hidden=states,
         peer=peer,
         prompts=_optional(prompts, "prompts"),
         grad_output=decode_tensor(grad_output, "grad_outputs"),
@@ -204,12 +226,17 @@ def _optional(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor | None:
     return None if tensor is DUMMY or is_dummy(tensor) else tensor
 
 
+def _optional_outline(proto: runtime_pb2.Tensor) -> torch.Tensor | None:
+    tensor = outline(proto, "prompts")
+    return None if is_dummy(tensor) else tensor
+
+
 def _hypo_ids(proto: runtime_pb2.Tensor, batch: int) -> tuple[int, ...] | None:
+    if proto.dtype != "int64":  # floats might be compressed
+        raise BadRequest("hypo_ids", proto.dtype, "must be int64, also when empty")
     tensor = decode_tensor(proto, "hypo_ids")
     if tensor is DUMMY_INT64:
         return None
-    if tensor.dtype != torch.int64:
-        raise BadRequest("hypo_ids", proto.dtype, "must be int64, also when empty")
     if is_dummy(tensor):
         return None
     if tensor.dim() != 1 or len(tensor) != batch:

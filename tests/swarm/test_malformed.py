@@ -10,6 +10,7 @@ from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
+from petalsd.swarm import codec
 from petalsd.swarm.codec import decode_tensor
 from petalsd.swarm.frames import take_over
 from petalsd.swarm.node import Node
@@ -154,6 +155,72 @@ async def test_a_hostile_pass_is_refused(tiny: Server, client: Node, method: str
     with pytest.raises(P2PHandlerError) as refusal:
         await getattr(tiny.stock(client), method)(request, timeout=20)
     assert str(refusal.value).startswith(("bad_request: ", "not_served: ")) and field in str(refusal.value)
+
+
+def compressed(index: int, *size: int) -> Request:
+    """A good message with sound 8-bit values, a byte for each, as one tensor; their shape does not fit."""
+    header = (1).to_bytes(8, "little") + b"\0" * 4
+    packed = tensor(buffer=header + b"\0" * math.prod(size), size=size, compression=runtime_pb2.UNIFORM_8BIT)
+    request = message()
+    request.tensors[index].CopyFrom(packed)
+    return request
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of 8-bit tensors that are unpacked from here on."""
+    shapes: list[tuple[int, ...]] = []
+
+    def decode(buffer: bytes, shape: tuple[int, ...]) -> torch.Tensor:
+        shapes.append(shape)
+        return torch.zeros(shape)
+
+    monkeypatch.setitem(codec._DECODERS, runtime_pb2.UNIFORM_8BIT, decode)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (compressed(0, 1, 2, 128), "hidden states"),
+        (compressed(0, 1, 9, 64), "max_length"),
+        (compressed(1, 4, 1, 3, 64), "prompts"),
+        (compressed(1, 999), "prompts"),
+        (compressed(2, 1), "hypo_ids"),
+    ],
+)
+async def test_compressed_tensors_of_a_step_are_unpacked_only_if_they_fit(
+    tiny: Server, client: Node, unpacked: list[tuple[int, ...]], request_: Request, field: str
+) -> None:
+    """Each byte would become four or eight, so their shapes are held against the session before."""
+    stream = await raw_stream(tiny, client)
+    await stream.send(request_)
+    with pytest.raises(RemoteError, match=f"bad_request: {field}"):
+        await stream.receive(Response)
+    stream.close()
+    assert unpacked == []
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "field"),
+    [
+        ("rpc_forward", compressed(0, 1, 2, 128), "hidden states"),
+        ("rpc_forward", compressed(0, 1, 10_000, 64), "hidden states"),
+        ("rpc_forward", compressed(1, 4, 1, 3, 64), "prompts"),
+        ("rpc_backward", compressed(0, 1, 2, 128), "hidden states"),
+        ("rpc_backward", compressed(1, 1, 2, 128), "grad_outputs"),
+        ("rpc_backward", compressed(2, 999), "prompts"),
+    ],
+)
+async def test_compressed_tensors_of_a_pass_are_unpacked_only_if_they_fit(
+    tiny: Server, client: Node, unpacked: list[tuple[int, ...]], method: str, request_: Request, field: str
+) -> None:
+    """As those of a step."""
+    if method == "rpc_backward" and field == "prompts":
+        request_.tensors[1].CopyFrom(tensor())
+    with pytest.raises(P2PHandlerError, match=f"bad_request: {field}"):
+        await getattr(tiny.stock(client), method)(request_, timeout=20)
+    assert unpacked == []
 
 
 @pytest.mark.parametrize(
