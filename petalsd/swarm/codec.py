@@ -7,7 +7,7 @@ Sizes are compared with the bytes that really came before anything is allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -102,6 +102,16 @@ def decode_tensor(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor:
 def is_compressed(proto: runtime_pb2.Tensor) -> bool:
     """Whether its values may take more memory than its bytes do, up to eight times as much."""
     return bool(proto.compression != runtime_pb2.NONE)
+
+
+def unpacked_bytes(tensors: Iterable[runtime_pb2.Tensor]) -> int:
+    """What the compressed ones of them may take once they are unpacked; the others take what they do now."""
+    return sum(len(proto.buffer) * _growth(proto) for proto in tensors if is_compressed(proto))
+
+
+def _growth(proto: runtime_pb2.Tensor) -> int:
+    """How many bytes one of its buffer may become."""
+    return DTYPES.get(proto.dtype, torch.float64).itemsize if is_compressed(proto) else 1
 
 
 def outline(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor:
@@ -202,11 +212,15 @@ class TensorAssembler:
         self._max_bytes = max_bytes
         self._max_tensors = max_tensors
         self._num_bytes = 0
+        self._growth = 1
         self._heads: list[runtime_pb2.Tensor] = []
         self._buffers: list[list[bytes]] = []
 
-    def add(self, part: runtime_pb2.Tensor) -> None:
-        """A part with a dtype begins a tensor, one without continues the last; BadRequest past the limits."""
+    def add(self, part: runtime_pb2.Tensor) -> int:
+        """A part with a dtype begins a tensor, one without continues the last; BadRequest past the limits.
+
+        Return the bytes that it may take once it is unpacked.
+        """
         buffer = part.buffer
         self._num_bytes += len(buffer)
         if self._num_bytes > self._max_bytes:
@@ -218,12 +232,14 @@ class TensorAssembler:
                 raise BadRequest(
                     "tensors", len(self._heads) + 1, f"at most {self._max_tensors} in one request"
                 )
+            self._growth = _growth(part)
             self._heads.append(part)
             self._buffers.append([buffer])
         elif self._buffers:
             self._buffers[-1].append(buffer)
         else:
             raise BadRequest("tensors[0].dtype", "", "the first part of a tensor names its dtype")
+        return len(buffer) * self._growth
 
     def finish(self) -> list[runtime_pb2.Tensor]:
         """The whole tensors, in the order they began."""

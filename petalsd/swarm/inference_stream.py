@@ -12,7 +12,7 @@ from hivemind.proto import runtime_pb2
 from petalsd.alarm import Alarm
 from petalsd.engine.handle import Session
 from petalsd.errors import BadRequest, DeadlineExceeded, SessionClosed
-from petalsd.swarm.codec import arrange, encode_tensor
+from petalsd.swarm.codec import arrange, encode_tensor, unpacked_bytes
 from petalsd.swarm.off_loop import off_loop
 from petalsd.swarm.push import Pusher
 from petalsd.swarm.requests import OpenRequest, StepMessage, decode_step
@@ -81,7 +81,8 @@ class InferenceCall:
                 request = self._stream.take(runtime_pb2.ExpertRequest)
                 if request is None or not request.tensors:
                     return self._inbox.end()
-                self._inbox.put(StepMessage.parse(request, kept_bytes=self._stream.keep()))
+                kept_bytes = self._stream.keep(unpacked_bytes(request.tensors))
+                self._inbox.put(StepMessage.parse(request, kept_bytes=kept_bytes))
         except Exception as error:  # for ``run``; here the loop would hear of it
             if not self._broken.done():
                 self._broken.set_exception(error)

@@ -34,7 +34,7 @@ class PassCalls:
     async def collect(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
         """Put a streamed request together; the first part's metadata counts, all parts name the same blocks.
 
-        What came counts against the budget until the stream is closed.
+        What came counts against the budget until the stream is closed, compressed tensors as what they become.
         """
         self._serving.check_open(stream.peer)
         assembler = TensorAssembler(self._max_request_bytes)
@@ -47,9 +47,7 @@ class PassCalls:
                 raise BadRequest(
                     "uid", part.uid, f"all parts of a request name the same blocks, {first.uid[:60]!r}"
                 )
-            stream.keep(part.ByteSize())
-            for tensor in part.tensors:
-                assembler.add(tensor)
+            stream.keep(max(part.ByteSize(), sum(map(assembler.add, part.tensors))))
         if first is None:
             raise BadRequest("tensors", "0 messages", "the request is empty")
         first.tensors.extend(assembler.finish())

@@ -68,6 +68,36 @@ async def test_parts_of_a_pass_count_until_it_is_answered(narrow: tuple[Server, 
             await stream.receive(Response, 2.0)
 
 
+def packed(request: Request, num_values: int) -> Request:
+    """The same with 8-bit states, a byte for each value."""
+    header = (1).to_bytes(8, "little") + bytes(4)
+    states_ = request.tensors[0]
+    states_.buffer, states_.compression = header + bytes(num_values), 4
+    return request
+
+
+async def test_compressed_parts_count_as_much_as_they_become(narrow: tuple[Server, Node]) -> None:
+    """Here four times as much as came, so that a few MiB are too much."""
+    tiny, _ = narrow
+    async with opened(narrow, "rpc_forward_stream") as stream:
+        with pytest.raises(RemoteFailure, match="overloaded"):
+            for index in range(12):
+                part = pass_part(tiny.uid, is_first=index == 0)
+                await stream.send(packed(part, PART) if index == 0 else part)
+            await stream.receive(Response, 2.0)
+
+
+async def test_a_compressed_step_counts_as_much_as_it_becomes(narrow: tuple[Server, Node]) -> None:
+    """A client may fill its share of the memory with 8-bit states, and no more than that."""
+    tiny, _ = narrow
+    request = stock_request(tiny.uid, [states(1, 1), DUMMY, DUMMY_INT64], {"max_length": 4096})
+    packed(request, 3 * MIB)
+    async with opened(narrow) as stream:
+        await stream.send(request)
+        with pytest.raises(RemoteFailure, match="overloaded"):
+            await stream.receive(Response, 2.0)
+
+
 async def test_steps_count_until_they_are_answered(narrow: tuple[Server, Node]) -> None:
     """Also the one that is waited for, and one behind it, though more came after them."""
     tiny, _ = narrow
