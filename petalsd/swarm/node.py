@@ -21,6 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.swarm.dht_guard import DHTGuard
+from petalsd.swarm.dht_storage import bound_storage
 from petalsd.swarm.identity import IdentityLock, ensure_identity
 from petalsd.swarm.inbound_budget import InboundBudget
 from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
@@ -231,7 +232,7 @@ class Node:
         peers = list(self.options.initial_peers)
         try:
             async with asyncio.timeout(self.options.startup_timeout_s):
-                return await DHTNode.create(
+                dht = await DHTNode.create(
                     p2p=p2p,
                     initial_peers=peers,
                     client_mode=self.options.client_mode,
@@ -239,6 +240,8 @@ class Node:
                     wait_timeout=self.options.dht_timeout_s,
                     record_validator=DHTGuard(),
                 )
+                bound_storage(dht)
+                return dht
         except Exception as error:  # RuntimeError, ValidationError, bad multiaddrs: all about these peers
             raise SwarmError(
                 f"cannot join the swarm through {', '.join(peers)}: {error or type(error).__name__}",
