@@ -11,22 +11,25 @@ from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.utils.serializer import MSGPackSerializer
 
-MAX_VALUE_BYTES = 256 * 1024
+from petalsd.swarm.dht_storage import LIMITS
+
 _NONE = MSGPackSerializer.dumps(None)
 
 
 class DHTGuard(RecordValidatorBase):  # type: ignore[misc]  # hivemind ships no types
-    """Accepts everything it can hold; hands out only what can be unpacked."""
+    """Accepts everything, as our storage has its own bounds; hands out only what can be unpacked."""
 
     def validate(self, record: DHTRecord) -> bool:
-        """Whether to keep a record for others: refuse none but the absurdly large."""
-        return len(record.value) <= MAX_VALUE_BYTES
+        """Refuse none: of a dictionary that another node answers, hivemind would drop all other values with it."""
+        return True
 
     def strip_value(self, record: DHTRecord) -> bytes:
         """The value as the search will unpack it."""
         try:
+            if len(record.value) > LIMITS.max_value_bytes:
+                return bytes(_NONE)
             MSGPackSerializer.loads(record.value)
-        except Exception:  # whatever an unpacker may raise about foreign bytes
+        except Exception:  # whatever an unpacker may raise about foreign bytes, or what is none
             return bytes(_NONE)
         return bytes(record.value)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils import timed_storage
@@ -239,5 +239,18 @@ async def test_one_write_does_not_hide_the_servers_of_a_block(subkey: bytes, in_
         uids = [make_uid("m", 0)]
         assert await first.store(uids, first.peer_id, RECORD.to_wire(), time.time() + 60, 10) == []
         assert not await write(client, first, subkey, MSGPackSerializer.dumps(1), in_cache=in_cache)
+        view = await read_view(client, "m", 1, timeout_s=10)
+        assert list(view.blocks[0]) == [first.peer_id]
+
+
+@pytest.mark.swarm
+async def test_a_value_that_is_too_large_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node without bounds has it; whoever asks that node reads the records beside it."""
+    async with node() as first, node(await joining(first, client_mode=True)) as client:
+        monkeypatch.setattr(first.dht.protocol, "storage", DHTLocalStorage())
+        uids = [make_uid("m", 0)]
+        assert await first.store(uids, first.peer_id, RECORD.to_wire(), time.time() + 60, 10) == []
+        large = MSGPackSerializer.dumps("x" * 300_000)
+        assert first.dht.protocol.storage.store(KEY, large, time.time() + 60, subkey="Qm" + "x" * 44)
         view = await read_view(client, "m", 1, timeout_s=10)
         assert list(view.blocks[0]) == [first.peer_id]
