@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import structlog
 from hivemind.proto import runtime_pb2
@@ -20,6 +22,7 @@ from petalsd.swarm.stub import ServerStub
 log = structlog.get_logger(__name__)
 
 _MAX_UNDER_WAY = 256
+_MAX_PER_PEER = 64  # one that hangs holds up the pushes to no other
 
 
 class Pusher:
@@ -31,21 +34,23 @@ class Pusher:
         self._timeout_s = timeout_s
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
+        self._per_peer: Counter[str] = Counter()
 
     def push(
         self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor
     ) -> None:
         """Push ``output`` with ``extra`` (the step's own tensors after hidden) if the step names a next server."""
-        if not message.next_servers or len(self._tasks) >= _MAX_UNDER_WAY:
+        if not message.next_servers or not self._has_place(peer := message.next_servers[0].peer):
             return
         if extra and extra[0].buffer:  # prompts are cut for our blocks, the next server needs its own
             return
         request = self._request(message, extra, output)
         if request.ByteSize() > MAX_UNARY_BYTES - UNARY_ENVELOPE_BYTES:
             return
-        task = asyncio.create_task(self._send(message.next_servers[0].peer, request), name="push")
+        task = asyncio.create_task(self._send(peer, request), name="push")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._per_peer[peer] += 1
+        task.add_done_callback(partial(self._end, peer))
 
     def __len__(self) -> int:
         """Pushes under way."""
@@ -61,6 +66,15 @@ class Pusher:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _has_place(self, peer: str) -> bool:
+        return len(self._tasks) < _MAX_UNDER_WAY and self._per_peer[peer] < _MAX_PER_PEER
+
+    def _end(self, peer: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._per_peer[peer] -= 1
+        if not self._per_peer[peer]:
+            del self._per_peer[peer]
 
     def _request(
         self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor

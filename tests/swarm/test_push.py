@@ -11,8 +11,12 @@ import pytest
 import pytest_asyncio
 import torch
 
-from petalsd.swarm.node import Node
+from petalsd.swarm import push
+from petalsd.swarm.codec import encode_tensor
+from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.observer import NullObserver
 from petalsd.swarm.protocol import make_chain
+from petalsd.swarm.requests import NextServer, StepMessage
 from petalsd.types import BlockSpan
 from tests.engine.rig import states
 from tests.numeric import assert_close
@@ -132,6 +136,31 @@ async def test_row_16_an_unknown_session_is_no_error(chain: tuple[Server, Server
     await pair.end()
 
 
+async def test_a_peer_that_hangs_holds_up_the_pushes_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a share of the places; what is over it is not pushed, and its client sends it."""
+    arrived, go_on = [], asyncio.Event()
+
+    class Hanging:
+        def __init__(self, _: object, peer: str) -> None:
+            self._peer = peer
+
+        async def push(self, *_: object) -> None:
+            arrived.append(self._peer)
+            await (go_on.wait() if self._peer == "hangs" else asyncio.sleep(0))
+
+    monkeypatch.setattr(push, "ServerStub", Hanging)
+    pusher = push.Pusher(Node(NodeOptions()), PREFIX, 5.0, NullObserver())
+    output = encode_tensor(states(1, 1))
+    for peer in ["hangs"] * 300 + ["lives"]:
+        step = StepMessage([], {}, "", None, None, (NextServer(peer, "session", TAIL),))
+        pusher.push(step, [], output)
+    await asyncio.sleep(0)
+    assert arrived.count("hangs") == 64 == len(pusher) - 1 and arrived[-1] == "lives"
+    go_on.set()
+    await pusher.wait()
+    assert not len(pusher) and not pusher._per_peer
+
+
 async def test_a_bad_push_leaves_the_session_to_its_client(
     chain: tuple[Server, Server], client: Node
 ) -> None:
@@ -139,9 +168,9 @@ async def test_a_bad_push_leaves_the_session_to_its_client(
     hidden = states(1, 3)
     pair = Pair(chain, client)
     first = await pair.open(hidden[:, :2])
-    push = [states(5, 1), DUMMY, DUMMY_INT64]
+    bad = [states(5, 1), DUMMY, DUMMY_INT64]
     metadata = {"session_id": pair.name, "step_id": "s", "pushed": True}
-    await _push(chain[1], client, push, metadata)
+    await _push(chain[1], client, bad, metadata)
     middle = await pair.head.step("", hidden[:, 2:], step_id="s")
     second = await pair.tail.step("", middle, step_id="s")
     expected = chain[0].model.expected(hidden).detach()
