@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import structlog
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
-from petalsd.errors import PetalsdError
+from petalsd.errors import Overloaded, PetalsdError
 from petalsd.swarm.node import Node, NodeOptions
 from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 from petalsd.swarm.protocol import REACHABILITY_SERVICE, handle_name
@@ -21,6 +24,8 @@ _CHECK = handle_name("rpc_check", REACHABILITY_SERVICE)
 _ASK_SELF_TIMEOUT_S = 5.0  # asking a peer about itself
 _ASK_OTHER_TIMEOUT_S = 10.0  # asking a peer about a third one
 _MAX_PROBES = 8
+_MAX_CHECKS = 2 * _MAX_PROBES  # under way or waiting: whoever waits longer has given up
+_MAX_CHECKS_PER_PEER = 4
 _REMEMBERED_S = 60.0
 _MAX_REMEMBERED = 4096
 _ENOUGH_ANSWERS = 5
@@ -36,6 +41,7 @@ class ReachabilityService:
         self._starting = asyncio.Lock()
         self._slots = asyncio.Semaphore(_MAX_PROBES)
         self._results: dict[bytes, tuple[bool, float]] = {}
+        self._askers: Counter[bytes] = Counter()
 
     async def start(self) -> None:
         """Answer from now on."""
@@ -48,24 +54,42 @@ class ReachabilityService:
             await probe.stop()
 
     async def rpc_check(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
-        """``request.peer.node_id`` holds the PeerID asked about. We are reachable: this request came in."""
+        """``request.peer.node_id`` holds the PeerID asked about. We are reachable: this request came in.
+
+        Overloaded, which askers count as no answer, while there are too many questions.
+        """
         asked = request.peer.node_id
         if asked == context.local_id.to_bytes():
             return dht_pb2.PingResponse(available=True)
-        return dht_pb2.PingResponse(available=await self._is_reachable(asked))
+        return dht_pb2.PingResponse(available=await self._is_reachable(asked, context.remote_id.to_bytes()))
 
-    async def _is_reachable(self, peer: bytes) -> bool:
+    async def _is_reachable(self, peer: bytes, asker: bytes) -> bool:
         known = self._results.get(peer)
         if known is not None and known[1] > time.monotonic():
             return known[0]
         if not 0 < len(peer) <= 64:
             return False
-        async with self._slots:
-            answer = await ask(await self._probe_p2p(), PeerID(peer), PeerID(peer), _ASK_SELF_TIMEOUT_S)
+        with self._counted(asker):
+            async with self._slots:
+                answer = await ask(await self._probe_p2p(), PeerID(peer), PeerID(peer), _ASK_SELF_TIMEOUT_S)
         if len(self._results) >= _MAX_REMEMBERED:
             self._results.clear()
         self._results[peer] = (answer is True, time.monotonic() + _REMEMBERED_S)
         return answer is True
+
+    @contextlib.contextmanager
+    def _counted(self, asker: bytes) -> Iterator[None]:
+        if self._askers.total() >= _MAX_CHECKS:
+            raise Overloaded(f"{_MAX_CHECKS} peers are being looked for")
+        if self._askers[asker] >= _MAX_CHECKS_PER_PEER:
+            raise Overloaded(f"{_MAX_CHECKS_PER_PEER} peers are being looked for at your request")
+        self._askers[asker] += 1
+        try:
+            yield
+        finally:
+            self._askers[asker] -= 1
+            if not self._askers[asker]:
+                del self._askers[asker]
 
     async def _probe_p2p(self) -> P2P:
         """A client that listens nowhere and uses no relay; started at the first need, and anew if it died."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hivemind.p2p import P2PContext, PeerID, ServicerBase
 from hivemind.proto import dht_pb2
 
-from petalsd.swarm.node import Node
+from petalsd.errors import Overloaded
+from petalsd.swarm import reachability
+from petalsd.swarm.node import Node, NodeOptions
 from petalsd.swarm.reachability import ReachabilityService, ask, is_directly_reachable
 from tests.swarm.servers import joining, node
 from tests.waiting import eventually
@@ -62,3 +66,32 @@ async def test_a_probe_that_died_is_made_anew(nodes: tuple[Node, Node]) -> None:
         await eventually(is_reached, timeout_s=20, interval_s=0.2)
         await others.stop()
         await service.stop()
+
+
+async def test_questions_are_bounded_and_no_asker_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody could answer in time is refused at once, which counts as no answer."""
+    go_on = asyncio.Event()
+
+    async def never_there(*_: object) -> bool:
+        await go_on.wait()
+        return False
+
+    service = ReachabilityService(Node(NodeOptions()))
+    monkeypatch.setattr(reachability, "ask", never_there)
+    monkeypatch.setattr(service, "_probe_p2p", never_there)
+
+    def question(number: int, asker: bytes) -> asyncio.Task[dht_pb2.PingResponse]:
+        about = dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=b"peer %d" % number))
+        context = P2PContext("rpc_check", local_id=PeerID(b"us"), remote_id=PeerID(asker))
+        return asyncio.create_task(service.rpc_check(about, context))
+
+    one = [question(number, b"hog") for number in range(20)]
+    others = [question(100 + number, b"asker %d" % number) for number in range(50)]
+    await asyncio.sleep(0)
+    refused = [task for task in (*one, *others) if task.done()]
+    assert sum(task in refused for task in one) == 16 and sum(task in refused for task in others) == 38
+    assert all(isinstance(task.exception(), Overloaded) for task in refused)
+    go_on.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(task for task in (*one, *others) if task not in refused))
+    assert not service._askers
