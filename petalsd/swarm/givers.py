@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 
-from petalsd.errors import BadRequest
+from petalsd.errors import BadRequest, PetalsdError
 from petalsd.swarm.directory import SwarmView
 from petalsd.types import BlockSpan
 
@@ -28,23 +28,42 @@ class KnownGivers:
         self._read = read
         self._clock = clock
         self._view: SwarmView | None = None
-        self._read_at_s = -math.inf
-        self._turn = asyncio.Lock()
+        self._failure: PetalsdError | None = None
+        self._read_at_s = self._tried_at_s = -math.inf
+        self._reading: asyncio.Task[None] | None = None
 
     async def check(self, peer: str, span: BlockSpan) -> None:
         """UnknownGiver unless ``peer`` is listed under all blocks of ``span``; errors as of ``read``.
 
         In any state: a giver has said OFFLINE of the blocks that it leaves.
         """
-        async with self._turn:
-            is_known, age_s = self._lists(peer, span), self._clock() - self._read_at_s
-            if age_s > (_FRESH_S if is_known else _PAUSE_S):
-                self._view, self._read_at_s = await self._read(), self._clock()
-                is_known = self._lists(peer, span)
-        if not is_known:
-            raise UnknownGiver(
-                "giver", peer, f"the directory does not list this peer as a server of blocks {span}"
-            )
+        if not self._knows(peer, span) and self._clock() - self._tried_at_s > _PAUSE_S:
+            await self._look()
+        if self._knows(peer, span):
+            return
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+        raise UnknownGiver(
+            "giver", peer, f"the directory does not list this peer as a server of blocks {span}"
+        )
+
+    async def _look(self) -> None:
+        """For all who wait for it; it goes on when one of them gives up."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._look_anew(), name="reading of givers")
+        await asyncio.shield(self._reading)
+
+    async def _look_anew(self) -> None:
+        try:
+            self._view, self._failure = await self._read(), None
+            self._read_at_s = self._clock()
+        except PetalsdError as error:
+            self._failure = error
+        finally:
+            self._tried_at_s = self._clock()
+
+    def _knows(self, peer: str, span: BlockSpan) -> bool:
+        return self._lists(peer, span) and self._clock() - self._read_at_s <= _FRESH_S
 
     def _lists(self, peer: str, span: BlockSpan) -> bool:
         view = self._view

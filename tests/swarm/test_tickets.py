@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, NotServed, SessionClosed, SessionMoved
+from petalsd.errors import BadRequest, DeadlineExceeded, NotServed, SessionClosed, SessionMoved
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.escrow import NOTHING, Amount, Escrow, EscrowFull, EscrowLimits, Outcome
 from petalsd.swarm.givers import KnownGivers, UnknownGiver
@@ -148,6 +149,34 @@ async def test_only_servers_of_the_blocks_may_give() -> None:
     now[0] = 67.0
     await givers.check("Qb", BlockSpan(1, 3))
     assert readings == [0.0, 6.0, 67.0]
+
+
+async def test_a_directory_that_cannot_be_read_is_not_read_by_each_who_asks() -> None:
+    """All who ask meanwhile are told of that one attempt, also when the first of them gives up."""
+    now, started, go_on = [0.0], [0], asyncio.Event()
+
+    async def read() -> SwarmView:
+        started[0] += 1
+        await go_on.wait()
+        raise DeadlineExceeded("reading took too long")
+
+    givers = KnownGivers(read, lambda: now[0])
+    asking = [asyncio.create_task(givers.check(f"Q{number}", BlockSpan(1, 2))) for number in range(50)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    go_on.set()
+    async with asyncio.timeout(5):
+        told = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(told[0], asyncio.CancelledError)
+    assert all(isinstance(error, DeadlineExceeded) for error in told[1:])
+    now[0] = 4.0
+    with pytest.raises(DeadlineExceeded):
+        await givers.check("Qa", BlockSpan(1, 2))
+    assert started == [1]
+    now[0] = 6.0
+    with pytest.raises(DeadlineExceeded):
+        await givers.check("Qa", BlockSpan(1, 2))
+    assert started == [2]
 
 
 def listing(peer: str, state: ServerState) -> SwarmView:
