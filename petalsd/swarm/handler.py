@@ -28,7 +28,7 @@ from petalsd.swarm.protocol import HAND_OVER_METHOD, HAND_OVER_SERVICE, handle_n
 from petalsd.swarm.push import Pusher
 from petalsd.swarm.requests import PushRequest
 from petalsd.swarm.serving import Serving
-from petalsd.swarm.session_giver import SessionGiver
+from petalsd.swarm.session_giver import Refusals, SessionGiver
 from petalsd.swarm.session_taker import SessionTaker
 from petalsd.swarm.sessions import SessionRegistry
 from petalsd.swarm.stream import MessageStream, StreamEnded
@@ -58,6 +58,7 @@ class TransformerConnectionHandler:
         self._calls: set[InferenceCall] = set()
         self._tickets = TicketOffice(serving.limits.step_timeout_s, serving.observer)
         self._taker = SessionTaker(serving, KnownGivers(self._read_view), self._tickets)
+        self._refusals = Refusals()
         self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s, serving.observer)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
         self._streams: dict[asyncio.Task[None], str] = {}
@@ -198,7 +199,12 @@ class TransformerConnectionHandler:
         """
         self._tickets.hasten(kept)
         giver = SessionGiver(
-            view, self._node.peer_id, partial(ServerStub, self._node), self._serving.model, deadline_s
+            view,
+            self._node.peer_id,
+            partial(ServerStub, self._node),
+            self._serving.model,
+            deadline_s,
+            self._refusals,
         )
         moves = [
             asyncio.create_task(giver.move(call.movable, call.send_on), name="move of a session")

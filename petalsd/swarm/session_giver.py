@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -36,10 +37,30 @@ log = structlog.get_logger(__name__)
 _MAX_ATTEMPTS = 3
 _OFFER_S = 10.0  # for an answer, and for reading what was sent: steps may wait for it
 _MAX_AT_ONCE = 4
+_REFUSAL_S = 60.0  # a drain asks every 5 s
 
 
-def takers(view: SwarmView, own_peer: str, spec: SessionSpec) -> list[RemoteSpan]:
-    """Servers of petalsd that hold all blocks of a session, at random, those that announce room for it first."""
+class Refusals:
+    """Servers that did not take a session lately. They are asked after all others: they may have room again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until_s: dict[str, float] = {}
+
+    def note(self, peer: str) -> None:
+        now = self._clock()
+        self._until_s = {other: until_s for other, until_s in self._until_s.items() if until_s > now}
+        self._until_s[peer] = now + _REFUSAL_S
+
+    def __contains__(self, peer: str) -> bool:
+        return self._until_s.get(peer, 0.0) > self._clock()
+
+
+def takers(view: SwarmView, own_peer: str, spec: SessionSpec, refusals: Refusals) -> list[RemoteSpan]:
+    """Servers of petalsd that hold all blocks of a session, at random, those that announce room for it first.
+
+    Those that have refused one lately come last, whatever they announce.
+    """
     fitting = [
         remote
         for remote in view.spans(ServerState.ONLINE)
@@ -49,7 +70,7 @@ def takers(view: SwarmView, own_peer: str, spec: SessionSpec) -> list[RemoteSpan
         and (spec.adapter is None or spec.adapter in remote.record.adapters)
     ]
     random.shuffle(fitting)
-    return sorted(fitting, key=lambda remote: not _has_room(remote, spec))
+    return sorted(fitting, key=lambda remote: (remote.peer in refusals, not _has_room(remote, spec)))
 
 
 def _has_room(remote: RemoteSpan, spec: SessionSpec) -> bool:
@@ -166,12 +187,14 @@ class SessionGiver:
         connect: Callable[[str], ServerStub],
         model: ServedModel,
         deadline_s: float,
+        refusals: Refusals,
     ) -> None:
         self._view = view
         self._own_peer = own_peer
         self._connect = connect
         self._model = model
         self._deadline_s = deadline_s
+        self._refusals = refusals
         self._turns = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def move(self, session: Session, send_on: Callable[[Errand], None]) -> bool:
@@ -202,14 +225,16 @@ class SessionGiver:
                         remote.peer, f"did not take the session within {self._deadline_s:g} s"
                     )
                 except ValueError:  # a record under what is no PeerID
+                    self._refusals.note(remote.peer)
                     continue
                 except (SwarmError, DeadlineExceeded) as failure:
                     error = failure
+                self._refusals.note(remote.peer)
                 log.info("hand_over_refused", taker=remote.peer, error=error.message)
         raise error
 
     def _candidates(self, spec: SessionSpec) -> Sequence[RemoteSpan]:
-        return takers(self._view, self._own_peer, spec)[:_MAX_ATTEMPTS]
+        return takers(self._view, self._own_peer, spec, self._refusals)[:_MAX_ATTEMPTS]
 
     async def _give(
         self, session: Session, stub: ServerStub, send_on: Callable[[Errand], None]

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from petalsd.swarm.frames import take_over
 from petalsd.swarm.handover import Intake, Offer, pack_text
 from petalsd.swarm.inbound_budget import InboundBudget
 from petalsd.swarm.serving import ServedModel
-from petalsd.swarm.session_giver import SessionGiver
+from petalsd.swarm.session_giver import Refusals, SessionGiver
 from petalsd.swarm.sessions import Errand
 from petalsd.swarm.stream import MessageStream
 from tests.engine.rig import TinyModel, feed, opened, serving, states
@@ -108,7 +109,8 @@ async def test_the_next_taker_gets_what_a_hostile_one_does_not_take(
     stubs = {PEER_A: Taker(conduct), PEER_B: Taker(sound)}
     view = SwarmView(PREFIX, 4, [dict.fromkeys(stubs, RECORD)] * 4)
     model = ServedModel(PREFIX, 4, 64, session._core.served.pool.dtype, "test")
-    giver = SessionGiver(view, OWN, stubs.__getitem__, model, deadline_s=20.0)  # type: ignore[arg-type]
+    refusals = Refusals()
+    giver = SessionGiver(view, OWN, stubs.__getitem__, model, 20.0, refusals)  # type: ignore[arg-type]
     errands: list[asyncio.Task[None]] = []
 
     def send_on(errand: Errand) -> None:
@@ -116,6 +118,32 @@ async def test_the_next_taker_gets_what_a_hostile_one_does_not_take(
 
     async with asyncio.timeout(10):
         assert await giver.move(session, send_on)
+    with pytest.raises(SessionMoved):
+        await errands[-1]
+    assert PEER_A in refusals and PEER_B not in refusals
+    for stub in stubs.values():
+        await stub.stop()
+
+
+async def test_takers_that_refuse_always_do_not_keep_a_session_from_another(session: Session) -> None:
+    """Three announce room and take nothing; the next time the one is asked that announces none."""
+    liars = {f"QmLiar{number}" + "l" * 38: Taker(answers_nonsense) for number in range(3)}
+    stubs = {**liars, PEER_B: Taker(sound)}
+    records = dict.fromkeys(liars, replace(RECORD, version="petalsd 1", cache_tokens_left=10**9))
+    records[PEER_B] = replace(RECORD, version="petalsd 1", cache_tokens_left=0)
+    view = SwarmView(PREFIX, 4, [records] * 4)
+    model, refusals = ServedModel(PREFIX, 4, 64, session._core.served.pool.dtype, "test"), Refusals()
+    errands: list[asyncio.Task[None]] = []
+
+    def send_on(errand: Errand) -> None:
+        errands.append(asyncio.create_task(errand(session)))  # type: ignore[arg-type]
+
+    moved = []
+    async with asyncio.timeout(10):
+        for _ in range(2):  # each time a drain asks anew
+            giver = SessionGiver(view, OWN, stubs.__getitem__, model, 20.0, refusals)  # type: ignore[arg-type]
+            moved.append(await giver.move(session, send_on))
+    assert moved == [False, True]
     with pytest.raises(SessionMoved):
         await errands[-1]
     for stub in stubs.values():

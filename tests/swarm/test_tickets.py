@@ -17,7 +17,7 @@ from petalsd.swarm.givers import KnownGivers, UnknownGiver
 from petalsd.swarm.handover import KVShape, Offer
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
-from petalsd.swarm.session_giver import takers
+from petalsd.swarm.session_giver import Refusals, takers
 from petalsd.swarm.stream import RemoteError
 from petalsd.swarm.tickets import TicketOffice
 from petalsd.types import BlockSpan
@@ -205,13 +205,40 @@ def test_who_is_asked_to_take_a_session() -> None:
         for block in range(4)
     ]
     view = SwarmView("tiny", 4, blocks)
-    assert [remote.peer[2] for remote in takers(view, "Qm" + "o" * 44, spec)] == ["a", "f"]
-    assert not takers(view, "Qm" + "o" * 44, replace(spec, adapter="poet"))
+    assert [remote.peer[2] for remote in takers(view, "Qm" + "o" * 44, spec, Refusals())] == ["a", "f"]
+    assert not takers(view, "Qm" + "o" * 44, replace(spec, adapter="poet"), Refusals())
     for held in blocks:
         held.update({peer: replace(record, adapters=("poet",)) for peer, record in held.items()})
     view = SwarmView("tiny", 4, blocks)
     spec = replace(spec, adapter="poet")
-    assert [remote.peer[2] for remote in takers(view, "Qm" + "o" * 44, spec)] == ["a", "f"]
+    assert [remote.peer[2] for remote in takers(view, "Qm" + "o" * 44, spec, Refusals())] == ["a", "f"]
+
+
+def test_who_refused_lately_is_asked_last() -> None:
+    """Servers that announce room and take nothing keep the others from being asked for a minute at most."""
+    now = [0.0]
+    spec, whole = SessionSpec(BlockSpan(0, 4), 1, 100, "client"), BlockSpan(0, 4)
+    room = {"a": 9000, "b": 9000, "c": 9000, "full": 0}
+    records = {
+        peer: ServerRecord(ServerState.ONLINE, 1.0, whole, version="petalsd 1", cache_tokens_left=left)
+        for peer, left in room.items()
+    }
+    view, refusals = SwarmView("tiny", 4, [records] * 4), Refusals(lambda: now[0])
+
+    def order() -> list[str]:
+        return [remote.peer for remote in takers(view, "we", spec, refusals)]
+
+    assert sorted(order()[:3]) == ["a", "b", "c"]
+    for peer in "abc":
+        refusals.note(peer)
+    assert order()[0] == "full"
+    now[0] = 50.0
+    refusals.note("full")
+    assert order()[3] == "full"
+    now[0] = 61.0
+    refusals.note("a")
+    assert sorted(order()[:2]) == ["b", "c"] and sorted(order()[2:]) == ["a", "full"]
+    assert len(refusals._until_s) == 2
 
 
 def test_the_text_of_a_redirect_is_read_back() -> None:
