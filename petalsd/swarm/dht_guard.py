@@ -1,15 +1,27 @@
-"""Keeps one bad DHT value from breaking a whole lookup.
+"""Keeps one bad DHT value, or one bad answer, from breaking a whole lookup.
 
 hivemind unpacks values in the middle of its search; bytes that are not msgpack would end the search without
 an answer for anybody. As a record validator this guard sees each value just before, and puts ``None`` in the
 place of what cannot be unpacked.
+
+It also merges the dictionaries that nodes answer as they come: an entry of another type than the rest can end that
+without an answer, and what lives longer takes the place of all the rest. So answers are looked through before.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+from typing import Any
+
 from hivemind.dht.crypto import DHTRecord
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import RecordValidatorBase
+from hivemind.p2p import PeerID
 from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.timed_storage import ValueWithExpiration
 
 from petalsd.swarm.dht_storage import LIMITS
 
@@ -35,3 +47,39 @@ class DHTGuard(RecordValidatorBase):  # type: ignore[misc]  # hivemind ships no 
 
     def merge_with(self, other: RecordValidatorBase) -> bool:
         return isinstance(other, DHTGuard)
+
+
+def guard_answers(node: DHTNode) -> None:
+    """Have lookups of ``node`` see nothing but sound dictionaries."""
+    ask = node.protocol.call_find
+
+    async def call_find(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, Any] | None:
+        answers = await ask(peer, keys)
+        if answers is None:
+            return None
+        return {key: (_sound(found), nearest) for key, (found, nearest) in answers.items()}
+
+    node.protocol.call_find = call_find
+
+
+def _sound(found: ValueWithExpiration[Any] | None) -> ValueWithExpiration[Any] | None:
+    """The entries that have text subkeys and end some day; nothing that the node said of them together."""
+    if found is None or not isinstance(found.value, DictionaryDHTValue):
+        return None
+    dictionary = found.value
+    entries = {subkey: item for subkey, item in dictionary.data.items() if _is_sound(subkey, item)}
+    if len(entries) < len(dictionary.data):
+        dictionary = DictionaryDHTValue()
+        for subkey, (value, expiration_time) in entries.items():
+            dictionary.store(subkey, value, expiration_time)
+    if not entries:
+        return None
+    dictionary.maxsize = math.inf
+    dictionary.latest_expiration_time = max(item.expiration_time for item in entries.values())
+    return ValueWithExpiration(dictionary, dictionary.latest_expiration_time)
+
+
+def _is_sound(subkey: object, item: ValueWithExpiration[Any]) -> bool:
+    if not isinstance(subkey, str) or not isinstance(item.value, bytes):
+        return False
+    return isinstance(item.expiration_time, int | float) and math.isfinite(item.expiration_time)

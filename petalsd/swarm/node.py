@@ -20,7 +20,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
-from petalsd.swarm.dht_guard import DHTGuard
+from petalsd.swarm.dht_guard import DHTGuard, guard_answers
 from petalsd.swarm.dht_storage import bound_storage
 from petalsd.swarm.identity import IdentityLock, ensure_identity
 from petalsd.swarm.inbound_budget import InboundBudget
@@ -241,6 +241,7 @@ class Node:
                     record_validator=DHTGuard(),
                 )
                 bound_storage(dht)
+                guard_answers(dht)
                 return dht
         except Exception as error:  # RuntimeError, ValidationError, bad multiaddrs: all about these peers
             raise SwarmError(

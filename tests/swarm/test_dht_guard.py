@@ -1,0 +1,67 @@
+"""Lookups in the DHT among nodes that answer anything: the records of the others are read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.timed_storage import ValueWithExpiration
+
+from petalsd.swarm.directory import read_view
+from petalsd.swarm.protocol import ServerState, make_uid
+from petalsd.swarm.record import ServerRecord
+from petalsd.types import BlockSpan
+from tests.swarm.servers import joining, node
+
+KEY = DHTID.generate("m.0")
+RECORD = ServerRecord(ServerState.ONLINE, 10.0, BlockSpan(0, 2))
+ONE = MSGPackSerializer.dumps(1)
+Storage = DHTLocalStorage
+
+
+def entry(storage: Storage, subkey: object, expiration: float, value: Any = ONE, maxsize: Any = None) -> None:
+    """In a dictionary as no node of hivemind makes it."""
+    dictionary = DictionaryDHTValue()
+    dictionary.data[subkey] = ValueWithExpiration(value, expiration)
+    dictionary.maxsize = maxsize or dictionary.maxsize
+    dictionary.latest_expiration_time = expiration
+    storage.data[KEY] = ValueWithExpiration(dictionary, expiration)
+
+
+# What a hostile node has under the key of a record that expires at ``soon``.
+STRANGE: dict[str, Callable[[Storage, float], None]] = {
+    "a subkey that cannot be compared": lambda storage, soon: entry(storage, 5, soon),
+    "a plain value that lives longer": lambda storage, soon: storage.data.update(
+        {KEY: ValueWithExpiration(ONE, soon + 1)}
+    ),
+    "an entry that lives for ever": lambda storage, _: entry(storage, "x", math.inf),
+    "an entry that lives no time": lambda storage, _: entry(storage, "x", math.nan),
+    "a value that is no bytes": lambda storage, soon: entry(storage, "x", soon, 7),
+    "a bound that is no number": lambda storage, soon: entry(storage, "x", soon + 1, maxsize="x"),
+    "a bound of nothing": lambda storage, soon: entry(storage, "x", soon + 1, maxsize=-1),
+}
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("what", STRANGE)
+async def test_a_strange_answer_hides_no_record(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Whoever reads, a client or the node that has the record itself."""
+    soon, uids = time.time() + 60, [make_uid("m", 0)]
+    async with (
+        node() as first,
+        node(await joining(first)) as hostile,
+        node(await joining(first, client_mode=True)) as client,
+    ):
+        assert await client.store(uids, first.peer_id, RECORD.to_wire(), soon, 10) == []
+        strange = DHTLocalStorage()
+        STRANGE[what](strange, soon)
+        monkeypatch.setattr(hostile.dht.protocol, "storage", strange)
+        for reader in (client, first):
+            view = await read_view(reader, "m", 1, timeout_s=5)
+            assert list(view.blocks[0]) == [first.peer_id]
