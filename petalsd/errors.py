@@ -2,6 +2,7 @@
 
 PetalsdError
 ├── ConfigError          a configuration value is wrong; the daemon exits 78
+├── AddressUnavailable   an address to listen on cannot be had now; the daemon exits 75
 ├── ModelError           the model cannot be served
 │   ├── UnsupportedModel     its architecture is outside what this version computes
 │   └── WeightsError         files are missing, damaged, of a refused kind, or do not fit the disk
@@ -55,6 +56,10 @@ def shortened(value: object) -> str:
 
 class ConfigError(PetalsdError):
     code = "bad_config"
+
+
+class AddressUnavailable(PetalsdError):
+    code = "address_unavailable"
 
 
 class ModelError(PetalsdError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from petalsd.errors import (
+    AddressUnavailable,
     ConfigError,
     DeadlineExceeded,
     DeviceLost,
@@ -22,9 +23,9 @@ EXIT_BROKEN_PIPE = 141  # the reader of our output went away
 
 
 def exit_code_of(error: PetalsdError) -> int:
-    """Weights, peers and time may come back; a configuration or a model that cannot be served will not."""
+    """Weights, peers, addresses and time may come back; a bad configuration or model will not."""
     if isinstance(error, DeviceLost):
         return EXIT_DEVICE_LOST
-    if isinstance(error, WeightsError | SwarmError | DeadlineExceeded):
+    if isinstance(error, WeightsError | SwarmError | DeadlineExceeded | AddressUnavailable):
         return EXIT_TEMPORARY
     return EXIT_BAD_CONFIG if isinstance(error, ConfigError | ModelError) else EXIT_FAILED

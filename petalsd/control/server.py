@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 
 import structlog
@@ -13,7 +15,7 @@ from petalsd.control.connection import ConnectionLimits, Server
 from petalsd.control.operations import Exposition, Operations
 from petalsd.control.routes import Router
 from petalsd.control.socket_file import SocketFile
-from petalsd.errors import ConfigError
+from petalsd.errors import AddressUnavailable, ConfigError, PetalsdError
 from petalsd.types import HostPort
 
 log = structlog.get_logger(__name__)
@@ -41,7 +43,9 @@ class ControlServer:
         self.metrics_addresses: list[HostPort] = []
 
     async def start(self) -> None:
-        """Conflict when another daemon listens there, ConfigError when an address cannot be had."""
+        """Conflict when another daemon listens there, AddressUnavailable when an address cannot be had now,
+        ConfigError when it never can.
+        """
         try:
             await self._listen_for_control()
             if self._metrics_address is not None:
@@ -76,13 +80,29 @@ class ControlServer:
                 server, address.host, address.port, backlog=_BACKLOG, reuse_address=True
             )
         except (OSError, UnicodeError) as error:
-            raise ConfigError(
-                f"metrics.listen = {str(address)!r}: {getattr(error, 'strerror', None) or error}",
-                hint="name an address of this machine and a free port, for instance 127.0.0.1:9464",
-            ) from error
+            raise _unavailable(address, error) from error
         self._listening.append((listener, server))
         self.metrics_addresses = [_address_of(one) for one in listener.sockets]
         log.info("metrics_open", addresses=[str(one) for one in self.metrics_addresses])
+
+
+def _unavailable(address: HostPort, error: OSError | UnicodeError) -> PetalsdError:
+    """A port may be free again, and an address come up, in a moment: the instance before this one is still ending,
+    or a VPN starts.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    what = f"metrics.listen = {str(address)!r}: "
+    if number == errno.EADDRINUSE:
+        shown = f"ss -ltnp sport = :{address.port}"
+        hint = f"`{shown}` shows who listens there; end that, or name a free port"
+        return AddressUnavailable(what + os.strerror(number), hint=hint)
+    if number == errno.EADDRNOTAVAIL:
+        hint = "name an address that this machine has: `ip address` shows them"
+        return AddressUnavailable(what + os.strerror(number), hint=hint)
+    return ConfigError(
+        what + str(getattr(error, "strerror", None) or error),
+        hint="name an address of this machine and a free port, for instance 127.0.0.1:9464",
+    )
 
 
 def _address_of(listener: socket.socket) -> HostPort:

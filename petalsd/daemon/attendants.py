@@ -52,7 +52,7 @@ class Attendants:
 
     @contextlib.asynccontextmanager
     async def attending(self, signals: Signals) -> AsyncIterator[None]:
-        """ConfigError or Conflict when the control socket or the metrics' address cannot be had."""
+        """As ``ControlServer.start`` when the control socket or the metrics' address cannot be had."""
         self._daemon.lifecycle.subscribe(self._service.on_move)
         control = self._control_server(self._parts.settings.config)
         await control.start()

@@ -6,6 +6,7 @@ import pytest
 
 from petalsd.cli.exit_codes import exit_code_of
 from petalsd.errors import (
+    AddressUnavailable,
     ConfigError,
     DeadlineExceeded,
     DeviceLost,
@@ -23,6 +24,7 @@ from petalsd.errors import (
     [
         (ConfigError("x"), 78), (ModelError("x"), 78), (UnsupportedModel("x"), 78),
         (WeightsError("x"), 75), (SwarmError("x"), 75), (DeadlineExceeded("x"), 75),
+        (AddressUnavailable("x"), 75),
         (DeviceLost("cudaErrorUnknown", 999, "unknown error"), 74),
         (EngineError("x"), 1), (PetalsdError("x"), 1),
     ],

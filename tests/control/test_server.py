@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from petalsd import __version__
 from petalsd.control.server import ControlServer
 from petalsd.errors import (
+    AddressUnavailable,
     BadRequest,
     ConfigError,
     Conflict,
@@ -165,13 +167,28 @@ async def test_an_address_that_cannot_be_had_is_named(make: Make, path: Path) ->
     await taken.start()
     (address,) = taken.metrics_addresses
     try:
-        with pytest.raises(ConfigError, match=rf"metrics.listen = '127.0.0.1:{address.port}'"):
-            other = make(address)
-            other._socket_file.path = path.with_name("other.sock")
+        other = make(address)
+        other._socket_file.path = path.with_name("other.sock")
+        with pytest.raises(AddressUnavailable) as raised:
             await other.start()
+        assert raised.value.message == f"metrics.listen = '{address}': {os.strerror(errno.EADDRINUSE)}"
+        assert f"ss -ltnp sport = :{address.port}" in raised.value.hint
         assert sorted(os.listdir(path.parent)) == ["control.sock", "control.sock.lock", "other.sock.lock"]
     finally:
         await taken.stop()
+
+
+@pytest.mark.parametrize(
+    ("address", "kind"),
+    [(HostPort("192.0.2.7", 0), AddressUnavailable), (HostPort("no host", 9464), ConfigError)],
+)
+async def test_what_may_come_later_is_told_from_what_cannot_be(
+    address: HostPort, kind: type[Exception], make: Make
+) -> None:
+    """The address of a VPN is there some time after the boot."""
+    with pytest.raises(kind, match=rf"^{kind.code}: metrics.listen = '{address}': ") as raised:
+        await make(address).start()
+    assert type(raised.value) is kind
 
 
 async def test_a_stop_ends_followers_and_removes_the_file(
