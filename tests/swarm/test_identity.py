@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,23 @@ def test_a_damaged_key_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match=r"identity\.key holds no usable key .*delete it"):
         ensure_identity(path)
+
+
+def test_a_key_that_did_not_fit_the_disk_is_made_at_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No beginning of one stays, which would be refused for ever, also with room on the disk."""
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "identity.key"
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "fsync", fail)
+        with pytest.raises(SwarmError, match=r"identity\.key cannot be written: No space left"):
+            ensure_identity(path)
+    assert os.listdir(tmp_path) == []
+    assert ensure_identity(path) == read_peer_id(path)
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
