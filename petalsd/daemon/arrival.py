@@ -64,7 +64,7 @@ class Arrival:
         if isinstance(error, torch.OutOfMemoryError):
             parts.limit.lower(goal, error, len(online))
         else:
-            parts.board.set("load_failed", f"blocks {online} of {goal} are served: {error}")
+            parts.board.blame("load_failed", error, f"blocks {online} of {goal} are served")
         parts.loader.drop_outside(online)
         parts.supervisor.stay_a_while()
         return online

@@ -93,7 +93,7 @@ async def _plan_unless_stopped(config: Config, paths: InstancePaths, signals: Si
 
 def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: Callable[[], Config]) -> Parts:
     """Constructs everything and starts nothing. ConfigError when the blocks asked for cannot be served."""
-    board, activity, metrics = WarningBoard(), Activity(), Metrics()
+    board, activity, metrics = WarningBoard(instance=paths.instance), Activity(), Metrics()
     declare_causes(metrics)
     _warn_of_tight_memory(plan, demand_for(plan, config.blocks), board)
     settings = Settings(config, read, lambda new: demand_for(plan, new.blocks))

@@ -19,7 +19,7 @@ async def join(parts: Parts, backoff: Backoff) -> None:
 
     def on_failure(error: Exception, delay_s: float) -> None:
         log.warning("join_failed", retry_s=delay_s, **error_fields(error))
-        parts.board.set("join_failed", str(error))
+        parts.board.blame("join_failed", error)
 
     parts.activity.at("joining the swarm")
     await retry(parts.member.start, backoff, (SwarmError, DeadlineExceeded), on_failure)

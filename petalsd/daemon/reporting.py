@@ -117,7 +117,7 @@ class Reporter:
                     title=one.title,
                     severity=one.kind.severity,
                     since_s=_age(one.since_monotonic_s),
-                    hint=one.kind.hint,
+                    hint=one.hint,
                 )
                 for one in parts.board.active()
             ],

@@ -122,7 +122,7 @@ class SpanLoader:
 
     def _on_failure(self, span: BlockSpan, error: Exception, delay_s: float) -> None:
         log.warning("load_failed", span=str(span), retry_s=delay_s, **error_fields(error))
-        self._board.set("load_failed", str(error))
+        self._board.blame("load_failed", error)
         self._failures.inc()
 
     def drop_outside(self, span: BlockSpan | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from petalsd.errors import PetalsdError
 from petalsd.status import Severity
 
 log = structlog.get_logger(__name__)
@@ -15,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A warning that can be raised. ``hint``: what to do."""
+    """A warning that can be raised. ``hint``: what to do; NAME in it is the instance."""
 
     title: str
     severity: Severity
@@ -33,8 +34,8 @@ KINDS = {
     ),
     "device_lost": Kind(
         "the device is lost to this process", "critical",
-        "under systemd the daemon is started anew by itself; if it comes again, petalsctl doctor reads the "
-        "driver's errors",
+        "under systemd the daemon is started anew by itself; if it comes again, petalsctl -i NAME doctor reads "
+        "the driver's errors",
     ),
     "loop_stuck": Kind(
         "the daemon's main loop was blocked within the last ten minutes", "critical",
@@ -52,11 +53,11 @@ KINDS = {
         "joining the swarm failed", "warning", "check that the initial peers run and the clock is right"
     ),
     "load_failed": Kind(
-        "loading the blocks failed", "warning", "it is tried again; check network, disk and token"
+        "loading the blocks failed, it is tried again", "warning", "check network, disk and token"
     ),
     "move_failed": Kind(
         "moving to other blocks failed", "warning",
-        "the blocks of before are served; check network, disk and memory, then: petalsctl rebalance",
+        "the blocks of before are served; check network, disk and memory, then: petalsctl -i NAME rebalance",
     ),
     "disk_full": Kind(
         "the disk is almost full", "critical", "make room, or bound the weights with model.max_disk_bytes"
@@ -79,23 +80,24 @@ KINDS = {
     ),
     "reload_refused": Kind(
         "the configuration file is bad; the one before it is in force", "warning",
-        "petalsd check says what is wrong; then reload",
+        "correct it, then: petalsctl -i NAME reload",
     ),
     "restart_needed": Kind(
         "the configuration file changed in keys that need a restart", "info",
-        "systemctl restart petalsd@NAME when it suits",
+        "restart the daemon when it suits; a service by: systemctl restart petalsd@NAME",
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveWarning:
-    """A raised warning; ``detail`` says what exactly, ``since_monotonic_s`` since when."""
+    """A raised warning; ``detail`` says what exactly, ``since_monotonic_s`` since when, ``hint`` what to do."""
 
     code: str
     kind: Kind
     detail: str
     since_monotonic_s: float
+    hint: str
 
     @property
     def title(self) -> str:
@@ -105,17 +107,30 @@ class ActiveWarning:
 class WarningBoard:
     """Raising twice keeps the first time; clearing what is not raised is harmless. For one thread."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, instance: str = "NAME") -> None:
         self._clock = clock
+        self._instance = instance
         self._active: dict[str, ActiveWarning] = {}
 
-    def set(self, code: str, detail: str = "") -> None:
-        """Raise the declared warning ``code``; a new ``detail`` replaces the old one. KeyError: not declared."""
+    def set(self, code: str, detail: str = "", hint: str = "") -> None:
+        """Raise the declared warning ``code``; a new ``detail`` replaces the old one. KeyError: not declared.
+
+        ``hint`` is for a case where more is known of what to do than in general.
+        """
         kind, old = KINDS[code], self._active.get(code)
         since_s = self._clock() if old is None else old.since_monotonic_s
-        self._active[code] = ActiveWarning(code, kind, detail, since_s)
+        hint = hint or kind.hint.replace("NAME", self._instance)
+        self._active[code] = ActiveWarning(code, kind, detail, since_s, hint)
         if old is None:
-            log.warning("warning_raised", code=code, title=kind.title, detail=detail, hint=kind.hint)
+            log.warning("warning_raised", code=code, title=kind.title, detail=detail, hint=hint)
+
+    def blame(self, code: str, error: Exception, context: str = "") -> None:
+        """Raise ``code`` for what ``error`` says, with its advice if it has any."""
+        hint = ""
+        text = str(error) or type(error).__name__
+        if isinstance(error, PetalsdError):
+            text, hint = f"{error.code}: {error.message}", error.hint
+        self.set(code, f"{context}: {text}" if context else text, hint)
 
     def clear(self, *codes: str) -> None:
         for code in codes:

@@ -20,7 +20,10 @@ def ensure_identity(path: Path) -> str:
     except FileExistsError:
         pass
     except OSError as error:
-        raise SwarmError(f"identity file {path} cannot be written: {error.strerror}") from error
+        raise SwarmError(
+            f"identity file {path} cannot be written: {error.strerror}",
+            hint="make room there, let this user write, or set swarm.identity_path",
+        ) from error
     return read_peer_id(path)
 
 

@@ -192,10 +192,10 @@ class P2PDaemon:
                 f"cannot join the swarm through {', '.join(self._options.initial_peers)}: none can be reached",
                 hint="check that one of the initial peers runs and that their addresses are right",
             )
-        return SwarmError(
-            f"the libp2p daemon did not start: {reason}; its last words: {last}",
-            hint="check host_maddrs, announce_maddrs, identity_path and initial_peers",
-        )
+        hint = "check swarm.host_maddrs, announce_maddrs, identity_path and initial_peers"
+        if "address already in use" in last:
+            hint = "`ss -ltnup` shows who listens there; end that, or change swarm.host_maddrs"
+        return SwarmError(f"the libp2p daemon did not start: {reason}; its last words: {last}", hint=hint)
 
 
 def _connection_tasks(p2p: P2P) -> list[asyncio.Task[None]]:

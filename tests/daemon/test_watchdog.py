@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import structlog
 from petalsd.daemon import watchdog
 from petalsd.daemon.warnings import KINDS, WarningBoard
 from petalsd.daemon.watchdog import LoopWatch, Watchdog, stack_of
-from petalsd.errors import EngineError, NotServed
+from petalsd.errors import EngineError, NotServed, SwarmError
 from tests.daemon.fakes import FakeEngine
 from tests.waiting import eventually
 
@@ -220,6 +221,32 @@ def test_the_worst_warning_comes_first() -> None:
     assert [one.code for one in board.active()] == ["swarm_unreachable", "reload_refused", "restart_needed"]
     with pytest.raises(KeyError):
         board.set("no_such_warning")
+
+
+def test_what_to_do_names_the_instance_that_is_meant() -> None:
+    """With several on a machine, and for copying."""
+    board = WarningBoard(instance="demo")
+    for code in ("restart_needed", "reload_refused", "move_failed"):
+        board.set(code)
+    hints = {one.code: one.hint for one in board.active()}
+    assert hints["restart_needed"].endswith("systemctl restart petalsd@demo")
+    assert hints["reload_refused"].endswith("petalsctl -i demo reload")
+    assert hints["move_failed"].endswith("petalsctl -i demo rebalance")
+
+
+def test_an_error_knows_better_what_to_do() -> None:
+    """Said once, and not beside general advice that does not fit; where it says nothing that stands."""
+    board = WarningBoard()
+    board.blame("join_failed", SwarmError("the key cannot be written: No space left", hint="make room there"))
+    (warning,) = board.active()
+    assert warning.title == "joining the swarm failed: swarm_error: the key cannot be written: No space left"
+    assert warning.hint == "make room there"
+    board.blame("join_failed", SwarmError("nobody answers"))
+    (warning,) = board.active()
+    assert warning.hint == KINDS["join_failed"].hint
+    board.blame("load_failed", OSError(errno.EIO, "Input/output error", "/disk/x"), "blocks 0:2 are served")
+    (warning,) = [one for one in board.active() if one.code == "load_failed"]
+    assert warning.detail == "blocks 0:2 are served: [Errno 5] Input/output error: '/disk/x'"
 
 
 def test_every_warning_is_documented() -> None:

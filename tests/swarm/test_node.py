@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,15 @@ async def test_an_address_that_cannot_be_listened_on_is_reported() -> None:
     """p2pd's own last words are in the error."""
     with pytest.raises(SwarmError, match="libp2p daemon did not start"):
         await Node(NodeOptions(host_maddrs=("/ip4/203.0.113.1/tcp/1",))).start()
+
+
+@pytest.mark.swarm
+async def test_a_port_that_is_taken_is_called_that() -> None:
+    """With a way to see who has it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        maddr = f"/ip4/127.0.0.1/tcp/{server.getsockname()[1]}"
+        with pytest.raises(SwarmError, match=r"already in use.*`ss -ltnup` shows .* swarm.host_maddrs"):
+            await Node(NodeOptions(host_maddrs=(maddr,))).start()
 
 
 @pytest.mark.swarm
