@@ -101,13 +101,15 @@ def _file_layer(file: Path | None) -> _Layer:
     if file is None:
         return _Layer({})
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
+        document = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}", hint="check the path and its permissions") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: nested too deeply to be read") from error
     values: dict[str, tuple[object, str]] = {}
     problems: list[str] = []
     for section, table in document.items():

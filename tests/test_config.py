@@ -170,6 +170,12 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     """A missing file and broken TOML name the file, TOML also the line."""
     assert "No such file" in refusal(tmp_path / "none.toml")
     assert "line 1" in refusal(write(tmp_path, "[model\n"))
+    assert "nested too deeply" in refusal(write(tmp_path, f"[model]\nadapters = {'[' * 10_000}"))
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_error(tmp_path: Path) -> None:
+    file = write(tmp_path, "\ufeff[model]\nsource = 'a/b'\n")
+    assert load_config(file, {}, []).config.model.source == "a/b"
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from petalsd.config_loading import LoadedConfig, load_config
 from petalsd.errors import ConfigError
-from petalsd.paths import InstancePaths, config_file_of, instance_paths
+from petalsd.paths import InstancePaths, config_file_of, instance_paths, is_instance_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +54,18 @@ def config_choice(arguments: argparse.Namespace) -> ConfigChoice:
     """An instance that is started from a file is called as the file is."""
     is_instance = arguments.instance is not None
     file = config_file_of(arguments.instance, os.environ) if is_instance else arguments.config
-    instance = arguments.instance if is_instance else file.stem
+    instance = arguments.instance if is_instance else _instance_of(file)
     return ConfigChoice(file, is_instance, instance_paths(instance, os.environ), tuple(arguments.set))
+
+
+def _instance_of(file: Path) -> str:
+    """ConfigError when the file's name cannot name one."""
+    if not is_instance_name(file.stem):
+        fitting = file.with_name(
+            (re.sub(r"[^A-Za-z0-9_.]+", "-", file.stem).strip("-.") or "petalsd") + ".toml"
+        )
+        raise ConfigError(
+            f"{file}: the instance is called as the file, {file.stem!r}: use letters, digits, '_', '-' and '.'",
+            hint=shlex.join(["mv", "--", str(file), str(fitting)]),
+        )
+    return file.stem

@@ -66,6 +66,18 @@ def test_an_instance_may_do_without_a_file(
     assert cli.main(["show", "--instance", "x"]) == EXIT_OK
 
 
+@pytest.mark.parametrize("verb", ["run", "check", "show"])
+def test_a_file_whose_name_cannot_name_an_instance_is_told_so(
+    verb: str, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody has written a word of an instance: the rule is said of the file, with a name that would do."""
+    file = config_file.rename(config_file.with_name("my config (2).toml"))
+    assert cli.main([verb, "-c", str(file)]) == EXIT_BAD_CONFIG
+    message, hint = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"petalsd: {file}: the instance is called as the file, 'my config (2)': ")
+    assert "mv " in hint and hint.endswith(f"{config_file.parent}/my-config-2.toml")
+
+
 def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     """A missing or doubled choice of configuration is a usage error."""
     for words in (["show"], ["show", "-c", "x", "-i", "y"], ["fly"]):

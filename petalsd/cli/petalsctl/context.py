@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,9 @@ class Context:
     def command(self, words: str) -> str:
         """What to type to reach the same daemon: ``petalsctl -i demo WORDS``."""
         named, socket = self._arguments.instance, self._arguments.socket
-        which = f"-i {named} " if named is not None else f"--socket {socket} " if socket is not None else ""
+        which = f"-i {named} " if named is not None else ""
+        if socket is not None:
+            which = f"--socket {shlex.quote(str(socket))} "
         return f"petalsctl {which}{words}"
 
     def answer(self, body: bytes, view: Callable[[Document], list[Line]]) -> None:

@@ -34,7 +34,8 @@ class Followed:
                 if progress.get("done"):
                     return self._finish(progress)
         raise NoAnswer(
-            "the daemon ended the connection before the operation was done", hint="petalsctl status"
+            "the daemon ended the connection before the operation was done",
+            hint=self._context.command("status"),
         )
 
     def leave(self, farewell: list[Line]) -> None:

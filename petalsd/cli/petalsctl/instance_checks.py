@@ -202,7 +202,8 @@ def _load(patient: Patient) -> Config:
 def _bad_config(patient: Patient, error: PetalsdError | OSError) -> Finding:
     file = patient.config_file
     if isinstance(error, OSError) or (os.path.lexists(file) and not os.access(file, os.R_OK)):
-        return Finding("configuration", "warn", f"this user may not read {file}", "sudo petalsctl doctor")
+        fix = f"sudo petalsctl -i {patient.instance.name} doctor"
+        return Finding("configuration", "warn", f"this user may not read {file}", fix)
     if not os.path.exists(file):
         return Finding("configuration", "fail", f"there is no {file}", "see petalsd.toml(5) for an example")
     text = error.message + (f" ({error.hint})" if error.hint else "")

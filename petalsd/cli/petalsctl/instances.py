@@ -144,7 +144,7 @@ def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer
             f"this user may not talk to {title}", hint=ways_to_permission(instance, argv), is_forbidden=True
         )
     look = log or "look at its log"
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | BlockingIOError):  # the latter where too many wait for it already
         return NoAnswer(f"{title} does not answer in time", hint=look)
     if isinstance(error, ConnectionError):
         return NoAnswer(f"{title} closed the connection: it may be stopping", hint=look)
@@ -218,7 +218,7 @@ def _sockets_in(directory: Path) -> list[Path]:
 def _configured_socket(file: Path) -> Path | None:
     """control.socket of an instance's file, where it sets one and we may read it."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError):
         return None
     if "socket" not in text:
@@ -228,7 +228,7 @@ def _configured_socket(file: Path) -> Path | None:
     try:
         control = tomllib.loads(text).get("control", {})
         return Path(control["socket"]).expanduser() if control.get("socket") else None
-    except (tomllib.TOMLDecodeError, AttributeError, TypeError, RuntimeError):
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError, RuntimeError):  # of which nesting is one
         return None
 
 

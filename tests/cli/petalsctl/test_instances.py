@@ -139,6 +139,7 @@ def test_no_permission_says_how_to_get_it(home: Path) -> None:
     ("error", "text"),
     [
         (TimeoutError("timed out"), "petalsd@demo does not answer in time"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "petalsd@demo does not answer in time"),
         (ConnectionResetError(104, "Connection reset by peer"), "petalsd@demo closed the connection"),
         (OSError("AF_UNIX path too long"), "petalsd@demo cannot be asked: AF_UNIX path too long"),
     ],

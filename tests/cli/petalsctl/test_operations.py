@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 
@@ -182,9 +183,12 @@ def test_a_daemon_that_ends_during_an_operation(daemon: FakeDaemon, ctl: Ctl) ->
         return 200, [json.dumps(PROGRESS).encode() + b"\n"]
 
     daemon.answers["POST /v1/drain"] = cut
-    status, _, err = ctl("drain", "--wait")
+    (directory := daemon.path.parent / "my files").symlink_to(daemon.path.parent)
+    socket = str(directory / daemon.path.name)
+    status, _, err = ctl("--socket", socket, "drain", "--wait")
     assert status == 2
     assert "before the operation was done" in err
+    assert err.endswith(f"  petalsctl --socket {shlex.quote(socket)} status\n")
     daemon.answers["POST /v1/drain"] = HANG_UP
     assert ctl("drain", "--wait")[0] == 2
 
