@@ -7,7 +7,7 @@ They would be waited for until the deadline of the answer, which is made for the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from petalsd.client.options import ClientOptions
@@ -28,8 +28,16 @@ class Pinged(Protocol):
         """Whether it leaves a ping unanswered while others answer."""
 
 
-async def while_heard(answering: Awaitable[_T], server: Pinged, options: ClientOptions) -> _T:
-    """What ``answering`` returns or raises; RemoteFailure when the server left two pings in a row unanswered."""
+async def while_heard(
+    answering: Awaitable[_T],
+    server: Pinged,
+    options: ClientOptions,
+    on_late: Callable[[], None] | None = None,
+) -> _T:
+    """What ``answering`` returns or raises; RemoteFailure when the server left two pings in a row unanswered.
+
+    ``on_late`` is called once, when there was no answer for ``silence_s``.
+    """
     answer: asyncio.Future[_T] = asyncio.ensure_future(answering)
     misses = 0
     try:
@@ -37,6 +45,9 @@ async def while_heard(answering: Awaitable[_T], server: Pinged, options: ClientO
             await asyncio.wait({answer}, timeout=options.silence_s)
             if answer.done():
                 return answer.result()
+            if on_late is not None:
+                on_late()
+                on_late = None
             misses = misses + 1 if await _is_silent_before(answer, server, options.silence_s) else 0
     finally:
         answer.cancel()

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from petalsd.client.connection import Connection, Connector, StepStream
@@ -19,6 +20,8 @@ from petalsd.errors import RemoteFailure
 from petalsd.swarm.codec import DUMMY, DUMMY_INT64, packed_structure
 from petalsd.swarm.protocol import make_chain
 from petalsd.swarm.stream import NoAnswer
+
+log = structlog.get_logger(__name__)
 
 _CLOSE_TIMEOUT_S = 3.0
 _SOON_S = 1.0  # most answers come in this time, and are waited for without a task of their own
@@ -138,7 +141,12 @@ class SpanSession:
             if timeout_s <= _SOON_S:
                 raise
         waiting_on = self._stream.receive(timeout_s - _SOON_S)
-        return await while_heard(waiting_on, self._server, self._terms.options)
+        return await while_heard(waiting_on, self._server, self._terms.options, self._note_late)
+
+    def _note_late(self) -> None:
+        """Somebody may be looking at a text that does not go on, for minutes if nobody else answers either."""
+        waited_s = _SOON_S + self._terms.options.silence_s
+        log.warning("answer_late", peer=self.hop.peer, blocks=str(self.hop.blocks), waited_s=waited_s)
 
     async def close(self) -> None:
         """End the session on the server; bounded, never raises."""

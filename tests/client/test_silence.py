@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+import structlog
 
 from petalsd.client import span_session
 from petalsd.client.silence import MISSES, while_heard
@@ -51,6 +52,21 @@ async def test_a_session_waits_for_a_server_that_answers_pings() -> None:
     assert_same(output, run_blocks(BLOCKS, hidden))
 
 
+@pytest.mark.parametrize("answers_pings", [True, False])
+async def test_a_session_says_what_it_waits_for(answers_pings: bool) -> None:
+    """When an answer is late, whatever comes of it."""
+    first, second = hanging(answers_pings), FakeServer(make_span("b", 0, 6))
+    hidden = random_states(2, 5)
+    with structlog.testing.capture_logs() as told:
+        async with make_session(FakeSwarm(first, second), options=IMPATIENT) as session, asyncio.timeout(30):
+            steps = asyncio.create_task(run_steps(session, hidden, (3, 1, 1)))
+            await eventually(lambda: first.pings >= MISSES, 10, 0.01)
+            first.revived.set()
+            await steps
+    late = {"peer": "a", "blocks": "0:6", "waited_s": 0.02}
+    assert {"event": "answer_late", "log_level": "warning", **late} in told
+
+
 async def test_the_deadline_of_an_answer_holds_all_the_same() -> None:
     """A server that answers pings and nothing else is left, too."""
     first, second = hanging(True), FakeServer(make_span("b", 0, 6))
@@ -74,7 +90,8 @@ async def test_a_pass_leaves_a_server_that_is_silent() -> None:
 
 
 async def test_misses_count_in_a_row() -> None:
-    """A ping that is answered makes up for those before it."""
+    """A ping that is answered makes up for those before it. Of all the waiting is told once."""
+    told: list[str] = []
 
     class Fickle(FakeServer):
         async def is_silent(self, timeout_s: float) -> bool:
@@ -85,7 +102,9 @@ async def test_misses_count_in_a_row() -> None:
 
     answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with asyncio.timeout(30):
-        assert await while_heard(answer, Fickle(make_span("a", 0, 6)), IMPATIENT) == "late"
+        server = Fickle(make_span("a", 0, 6))
+        assert await while_heard(answer, server, IMPATIENT, lambda: told.append("late")) == "late"
+    assert told == ["late"]
 
 
 async def test_an_answer_is_not_kept_waiting_by_a_ping() -> None:
