@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from petalsd.cli.petalsctl.connection import Connection
-from petalsd.cli.petalsctl.instances import Instance, System, explain, find_instance, ways_to_permission
+from petalsd.cli.petalsctl.instances import (
+    Instance,
+    System,
+    acting_group,
+    explain,
+    find_instance,
+    ways_to_permission,
+)
 from petalsd.cli.petalsctl.problems import CommandError, Refused
 from petalsd.cli.petalsctl.terminal import Terminal
 from petalsd.cli.petalsctl.text import Line
@@ -69,7 +76,7 @@ class Context:
             raise explain(instance, error, self._argv) from error
         except Refused as refusal:
             if refusal.code == "forbidden" and not refusal.hint:
-                refusal.hint = ways_to_permission(instance, self._argv)
+                refusal.hint = ways_to_permission(acting_group(refusal.message), self._argv)
             raise
 
     def command(self, words: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import grp
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -140,9 +141,9 @@ def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer
             is_absent=True,
         )
     if isinstance(error, PermissionError):
-        return NoAnswer(
-            f"this user may not talk to {title}", hint=ways_to_permission(instance, argv), is_forbidden=True
-        )
+        group = _group_of(instance.socket) if instance.is_service else None
+        ways = ways_to_permission(group, argv)
+        return NoAnswer(f"this user may not talk to {title}", hint=ways, is_forbidden=True)
     look = log or "look at its log"
     if isinstance(error, TimeoutError | BlockingIOError):  # the latter where too many wait for it already
         return NoAnswer(f"{title} does not answer in time", hint=look)
@@ -151,11 +152,18 @@ def explain(instance: Instance, error: OSError, argv: Iterable[str]) -> NoAnswer
     return NoAnswer(f"{title} cannot be asked: {error.strerror or error}", hint=look)
 
 
-def ways_to_permission(instance: Instance, argv: Iterable[str]) -> str:
-    """The same command as root, or this user in the group that the socket belongs to."""
+def ways_to_permission(group: str | None, argv: Iterable[str]) -> str:
+    """The same command as root, or this user in the group that may, if there is one."""
     command = shlex.join(["sudo", "petalsctl", *argv])
-    join = f"sudo usermod -aG {_group_of(instance.socket)} {_user()}"
-    return f"{command}; or join its group: {join}, then log in again"
+    if group is None:
+        return command
+    return f"{command}; or join its group: sudo usermod -aG {group} {_user()}, then log in again"
+
+
+def acting_group(refusal: str) -> str | None:
+    """The one that a daemon names where it says who may act."""
+    named = re.search(r"\bthe group ([^\s,;]+)", refusal)
+    return None if named is None else named[1]
 
 
 def _nobody_found(environ: Mapping[str, str], system: System) -> NoAnswer:

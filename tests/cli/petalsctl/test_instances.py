@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from petalsd.cli.petalsctl.instances import Instance, System, explain
+from petalsd.control.access import Access
 from tests.cli.petalsctl.conftest import Ctl
 from tests.cli.petalsctl.documents import STATUS, document
-from tests.cli.petalsctl.fake_daemon import HANG_UP, FakeDaemon
+from tests.cli.petalsctl.fake_daemon import HANG_UP, FakeDaemon, refusal
 
 Start = Callable[[Path], FakeDaemon]
 
@@ -133,6 +135,24 @@ def test_no_permission_says_how_to_get_it(home: Path) -> None:
     assert problem.message == "this user may not talk to petalsd@demo"
     assert "sudo petalsctl status --watch" in problem.hint
     assert "sudo usermod -aG petalsd " in problem.hint
+
+
+@pytest.mark.parametrize("group", [None, "wheel"])
+def test_nobody_is_told_to_join_a_group_that_may_not_act(
+    group: str | None, daemon: FakeDaemon, ctl: Ctl
+) -> None:
+    """Without one that acts, the socket has the daemon's own: root's, if root started it."""
+    actors = Access(0, group, None if group is None else 10).actors
+    daemon.answers["POST /v1/drain"] = refusal(403, "forbidden", f"/v1/drain: only for {actors}")
+    advice = ctl("drain")[2].splitlines()[-1].strip()
+    join = f"; or join its group: sudo usermod -aG wheel {getpass.getuser()}, then log in again"
+    assert advice == "sudo petalsctl drain" + (join if group else "")
+
+
+def test_no_group_opens_the_directory_of_a_user(home: Path) -> None:
+    instance = Instance(None, home / "control.sock", is_service=False)
+    problem = explain(instance, PermissionError(13, "Permission denied"), ["status"])
+    assert problem.hint == "sudo petalsctl status"
 
 
 @pytest.mark.parametrize(
