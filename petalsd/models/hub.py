@@ -91,9 +91,15 @@ class HubStore:
                 hint="start once with model.offline = false",
             )
         for file in missing:
-            with self._budget.lock():
-                if not self._is_here(file):  # another process may have brought it
-                    self._download(file, progress)
+            try:
+                with self._budget.lock():
+                    if not self._is_here(file):  # another process may have brought it
+                        self._download(file, progress)
+            except OSError as error:
+                raise WeightsError(
+                    f"{file} of {self._repository} cannot be stored: {error.strerror or error}",
+                    hint="make room there, let this user write, or set model.cache_dir",
+                ) from error
 
     def _is_here(self, file: str) -> bool:
         path = self.path(file)
@@ -117,8 +123,6 @@ class HubStore:
             download(url, self._headers(), target, size, report)
         except WeightsError as error:
             raise WeightsError(f"{file} of {self._repository}: {error.message}", hint=error.hint) from error
-        except OSError as error:
-            raise WeightsError(f"{file} of {self._repository} cannot be stored: {error.strerror}") from error
 
     def _headers(self) -> dict[str, str]:
         agent = {"User-Agent": f"petalsd/{__version__}"}
@@ -150,10 +154,10 @@ class HubStore:
                 _lookup_failure(self._repository, self._revision, status), hint=_hint(status)
             ) from error
         manifest = _to_manifest(info)
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        fresh = stored.with_suffix(".new")
-        fresh.write_text(json.dumps(asdict(manifest), indent=1))
-        fresh.replace(stored)
+        try:
+            _store(manifest, stored)
+        except OSError as error:  # everything else may be here, as on a disk that has become full
+            log.warning("manifest_not_stored", repository=self._repository, error=str(error))
         return manifest
 
     def _load(self, stored: Path) -> Manifest:
@@ -176,6 +180,13 @@ class HubStore:
 
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _store(manifest: Manifest, stored: Path) -> None:
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    fresh = stored.with_suffix(".new")
+    fresh.write_text(json.dumps(asdict(manifest), indent=1))
+    fresh.replace(stored)
 
 
 def _to_manifest(info: ModelInfo) -> Manifest:

@@ -256,6 +256,19 @@ def test_a_full_disk_is_refused_before_the_download(
         source.fetch([shard])
 
 
+def test_a_cache_that_cannot_be_written_serves_what_it_holds(hub: FakeHub, tmp_path: Path) -> None:
+    """On a full disk, or a read-only one, a model that is here starts; what is missing is told as such."""
+    first = _source(tmp_path)
+    first.fetch(_block_files(first, 0))
+    for unwritable in (tmp_path / "acme--tiny" / "main.new", tmp_path / ".lock"):
+        unwritable.unlink(missing_ok=True)
+        unwritable.mkdir()
+    second = _source(tmp_path)
+    second.fetch(_block_files(second, 0))
+    with pytest.raises(WeightsError, match=r"of acme/tiny cannot be stored: Is a directory \(make room"):
+        second.fetch(_block_files(second, 3))
+
+
 def test_two_sources_with_one_cache_download_once(hub: FakeHub, tmp_path: Path) -> None:
     """What another process brought while we waited for the cache is used."""
     ours, theirs = _source(tmp_path), _source(tmp_path)
