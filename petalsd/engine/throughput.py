@@ -165,7 +165,8 @@ def rate_key(model: str, form: str, device: torch.device, num_threads: int = 0) 
 class RateCache:
     """Measured rates in a JSON file, ``{key: {"inference_rps": …, "forward_rps": …}}``.
 
-    A damaged file counts as empty. ``path`` with ``.lock`` appended is what processes lock.
+    A damaged file counts as empty, and one that cannot be written is done without. ``path`` with ``.lock``
+    appended is what processes lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -192,7 +193,12 @@ class RateCache:
     @asynccontextmanager
     async def _locked(self, timeout_s: float) -> AsyncIterator[None]:
         """Hold the lock file; the kernel lets go of it when the process dies."""
-        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            self._note_unwritable(error)
+            yield
+            return
         deadline = time.monotonic() + timeout_s
         try:
             while not _try_lock(lock):
@@ -220,8 +226,15 @@ class RateCache:
         """Replace the file in one go, so that a reader never sees half of it."""
         content = json.dumps({key: asdict(value) for key, value in rates.items()}, indent=2)
         partial = self._path.with_name(f"{self._path.name}.partial")
-        partial.write_text(content + "\n")
-        partial.replace(self._path)
+        try:
+            partial.write_text(content + "\n")
+            partial.replace(self._path)
+        except OSError as error:
+            self._note_unwritable(error)
+
+    def _note_unwritable(self, error: OSError) -> None:
+        """No reason not to serve: it is measured again at the next start."""
+        log.warning("throughput_file_unwritable", file=self._path.name, error=error.strerror)
 
 
 def _try_lock(file: int) -> bool:

@@ -90,6 +90,18 @@ async def test_a_damaged_file_counts_as_empty(tmp_path: Path, content: str) -> N
     assert await RateCache(path).get_or_measure("a", no_measurement, timeout_s=1) == RATES
 
 
+@pytest.mark.parametrize("unwritable", ["throughput.json.partial", "throughput.json.lock"])
+async def test_figures_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, unwritable: str) -> None:
+    """As on a full disk: the next start measures again."""
+    (tmp_path / unwritable).mkdir()
+
+    async def measure_anew() -> BlockRates:
+        return RATES
+
+    path = tmp_path / "throughput.json"
+    assert await RateCache(path).get_or_measure("a", measure_anew, timeout_s=1) == RATES
+
+
 async def test_one_process_measures_at_a_time(tmp_path: Path) -> None:
     """While another holds the lock a measurement waits, up to its deadline, and then finds the other's figures."""
     path = tmp_path / "throughput.json"
