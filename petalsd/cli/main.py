@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
-from petalsd.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, exit_code_of
-from petalsd.cli.output import give_up_output
+from petalsd.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, exit_code_of
+from petalsd.cli.output import give_up_output, output_problem
 from petalsd.errors import PetalsdError
 
 
@@ -46,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         give_up_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if (problem := output_problem(error)) is None:
+            raise
+        give_up_output()
+        print(f"petalsd: {problem}", file=sys.stderr)
+        return EXIT_FAILED
     except PetalsdError as error:
         return _fail(error)
     except KeyboardInterrupt:

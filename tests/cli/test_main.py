@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from petalsd.cli import main as cli
-from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_OK
+from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_OK
 
 
 @pytest.fixture
@@ -112,3 +112,16 @@ def test_a_reader_that_leaves_ends_the_command(words: list[str], tmp_path: Path)
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == EXIT_BROKEN_PIPE
+
+
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["check"]])
+def test_an_output_that_cannot_be_written_is_told(words: list[str], tmp_path: Path) -> None:
+    """petalsd show > file, on a full disk."""
+    program = f"import sys\nfrom petalsd.cli.main import main\nsys.exit(main({[*words, '-i', 'x']!r}))"
+    environ = {"PETALSD_MODEL__SOURCE": str(tmp_path / "none"), "HOME": str(tmp_path), "PATH": "/usr/bin"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environ, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.stderr == b"petalsd: the output cannot be written: No space left on device\n"
+    assert done.returncode == EXIT_FAILED

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
-from petalsd.cli.output import give_up_output
+from petalsd.cli.output import give_up_output, output_problem
 from petalsd.cli.petalsctl.context import Context, print_raw
 from petalsd.cli.petalsctl.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.options import Parser, add_common_options
@@ -74,6 +74,11 @@ def _run(verb: Verb, context: Context, arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         give_up_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if (problem := output_problem(error)) is None:
+            raise
+        give_up_output()
+        return _fail(context, CommandError(problem))
     except PetalsdError as error:
         return _fail(context, error)
     except KeyboardInterrupt:

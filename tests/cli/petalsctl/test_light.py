@@ -67,3 +67,16 @@ def test_a_reader_that_leaves_is_no_traceback(daemon: FakeDaemon, unbuffered: st
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.wait(20) == 141
+
+
+@pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["metrics"]])
+def test_an_output_that_cannot_be_written_says_nothing_of_the_daemon(
+    words: list[str], daemon: FakeDaemon
+) -> None:
+    """petalsctl status > file, on a full disk: 1 would mean that it does not serve."""
+    daemon.answers |= {"GET /v1/status": STATUS, "GET /metrics": lambda: (200, b"petalsd_up 1\n")}
+    command = [sys.executable, "-m", "petalsd.cli.petalsctl.main", "--socket", str(daemon.path), *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env={"PATH": "/usr/bin"}, stdout=full, stderr=subprocess.PIPE)
+    assert done.stderr == b"petalsctl: the output cannot be written: No space left on device\n"
+    assert done.returncode == 4
