@@ -83,7 +83,7 @@ def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:
     check_instance_name(instance)
     system = (_systemd_dir(environ, "CONFIGURATION_DIRECTORY") or Path("/etc/petalsd")) / f"{instance}.toml"
     own = own_config_dir(environ) / f"{instance}.toml"
-    return own if own.exists() and not system.exists() else system
+    return own if is_there(own) and not is_there(system) else system
 
 
 def own_config_dir(environ: Mapping[str, str]) -> Path:
@@ -102,6 +102,14 @@ def unix_address(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{directory}/{path.name}"
     finally:
         os.close(directory)
+
+
+def is_there(path: Path) -> bool:
+    """Also True where we may not look: whoever opens it says why it cannot be."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
 
 
 def existing_part(path: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from petalsd.config_loading import LoadedConfig, load_config
 from petalsd.errors import ConfigError
-from petalsd.paths import InstancePaths, config_file_of, instance_paths, is_instance_name
+from petalsd.paths import InstancePaths, config_file_of, instance_paths, is_instance_name, is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class ConfigChoice:
     overrides: tuple[str, ...]
 
     def load(self) -> LoadedConfig:
-        has_file = self.file.exists() or not self.is_file_optional
+        has_file = is_there(self.file) or not self.is_file_optional
         try:
             return load_config(self.file if has_file else None, os.environ, self.overrides)
         except ConfigError as error:

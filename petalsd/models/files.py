@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -29,12 +30,26 @@ class FileStore(Protocol):
 
 def check_readable(path: Path) -> None:
     """WeightsError for a file that this user may not read: the safetensors library calls it missing."""
-    if path.exists() and not os.access(path, os.R_OK):
-        user = getpass.getuser()
-        raise WeightsError(
-            f"{path.name} may not be read by the user {user}",
-            hint="let it, for instance with chmod a+r on the files and a+x on the directories above",
-        )
+    with looking_at(path.name):
+        is_closed = path.exists() and not os.access(path, os.R_OK)
+    if is_closed:
+        raise _unreadable(path.name)
+
+
+@contextlib.contextmanager
+def looking_at(name: str) -> Iterator[None]:
+    """WeightsError, called by this name, where this user may not look."""
+    try:
+        yield
+    except PermissionError as error:
+        raise _unreadable(name) from error
+
+
+def _unreadable(name: str) -> WeightsError:
+    return WeightsError(
+        f"{name} may not be read by the user {getpass.getuser()}",
+        hint="let it, for instance with chmod a+r on the files and a+x on the directories above",
+    )
 
 
 class DirectoryStore:
@@ -44,11 +59,14 @@ class DirectoryStore:
         self._directory = directory
 
     def list_files(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in self._directory.iterdir() if entry.is_file())
+        with looking_at(self._directory.name):
+            return frozenset(entry.name for entry in self._directory.iterdir() if entry.is_file())
 
     def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
         for file in files:
-            if not self.path(file).is_file():
+            with looking_at(self._directory.name):
+                is_here = self.path(file).is_file()
+            if not is_here:
                 raise WeightsError(
                     f"{file} is missing in {self._directory.name}", hint="copy the whole checkpoint"
                 )

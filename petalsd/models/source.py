@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from petalsd.errors import WeightsError
-from petalsd.models.files import DirectoryStore, FileStore, Progress, check_readable
+from petalsd.models.files import DirectoryStore, FileStore, Progress, check_readable, looking_at
 from petalsd.models.hub import HubStore
 from petalsd.paths import instance_paths
 
@@ -45,7 +45,8 @@ class ModelSource:
         self._beside = partial(
             ModelSource, cache_dir=cache_dir, token=token, offline=offline, max_disk_bytes=max_disk_bytes
         )
-        self.is_directory = Path(source).is_dir()
+        with looking_at(Path(source).name):
+            self.is_directory = Path(source).is_dir()
         self._index: dict[str, str] | None = None
         self._files: FileStore
         if self.is_directory:

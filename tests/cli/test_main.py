@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +127,20 @@ def test_an_output_that_cannot_be_written_is_told(words: list[str], tmp_path: Pa
         )
     assert done.stderr == b"petalsd: the output cannot be written: No space left on device\n"
     assert done.returncode == EXIT_FAILED
+
+
+@pytest.mark.parametrize("words", [["-c"], ["-i", "tiny"]])
+def test_a_file_in_a_closed_directory_is_no_traceback(
+    words: list[str], config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may look anywhere, so what others meet is put in its place."""
+    monkeypatch.setenv("CONFIGURATION_DIRECTORY", str(config_file.parent))
+
+    def deny(self: Path, *arguments: object, **options: object) -> object:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "stat", deny)
+    monkeypatch.setattr(Path, "read_text", deny)
+    named = words if len(words) == 2 else [*words, str(config_file)]
+    assert cli.main(["show", *named]) == EXIT_BAD_CONFIG
+    assert capsys.readouterr().err.startswith(f"petalsd: {config_file}: Permission denied\n")

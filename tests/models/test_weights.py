@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -246,3 +247,20 @@ def test_a_file_that_this_user_may_not_read_is_named(
     with pytest.raises(WeightsError, match=r"\.safetensors may not be read by the user") as refused:
         _load(tmp_path)
     assert "chmod" in refused.value.hint
+
+
+@pytest.mark.parametrize("method", ["is_dir", "iterdir", "is_file"])
+def test_a_closed_directory_is_told_as_a_file_that_may_not_be_read(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/home/alice, as the service's user meets it."""
+    make_tiny("llama", directory := tmp_path / "model")
+
+    def deny(self: Path) -> object:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, method, deny)
+    with pytest.raises(
+        WeightsError, match=r"^weights_error: model may not be read by the user .*a.x on the dir"
+    ):
+        ModelSource(str(directory)).index()

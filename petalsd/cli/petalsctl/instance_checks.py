@@ -19,7 +19,7 @@ from petalsd.cli.petalsctl.units import duration, size
 from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.errors import ConfigError, PetalsdError
-from petalsd.paths import InstancePaths, config_file_of, instance_paths
+from petalsd.paths import InstancePaths, config_file_of, instance_paths, is_there
 
 _DIAL_TIMEOUT_S = 3.0
 _MAX_DIALLED = 8
@@ -196,12 +196,12 @@ def _load(patient: Patient) -> Config:
     """A service takes nothing from our environment."""
     file, is_service = patient.config_file, patient.instance.is_service
     environ = {} if is_service else patient.environ
-    return load_config(file if is_service or file.exists() else None, environ, ()).config
+    return load_config(file if is_service or is_there(file) else None, environ, ()).config
 
 
 def _bad_config(patient: Patient, error: PetalsdError | OSError) -> Finding:
     file = patient.config_file
-    if isinstance(error, OSError) or (os.path.lexists(file) and not os.access(file, os.R_OK)):
+    if isinstance(error, OSError) or (is_there(file) and not os.access(file, os.R_OK)):
         fix = f"sudo petalsctl -i {patient.instance.name} doctor"
         return Finding("configuration", "warn", f"this user may not read {file}", fix)
     if not os.path.exists(file):

@@ -19,6 +19,7 @@ from petalsd.paths import (
     config_file_of,
     control_socket_of,
     is_instance_name,
+    is_there,
     own_config_dir,
 )
 
@@ -100,7 +101,7 @@ def named_instance(name: str, environ: Mapping[str, str], system: System) -> Ins
     file = config_file_of(name, environ)
     socket = _configured_socket(file) or control_socket_of(name, environ, system.run_dir)
     own = Instance(name, socket, is_service=False)
-    if not _exists(own.socket) and not file.exists():
+    if not _exists(own.socket) and not is_there(file):
         raise _unknown(name, environ, system)
     return own
 
