@@ -21,6 +21,7 @@ from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import SwarmError
+from petalsd.swarm.calls import keep_books
 from petalsd.swarm.protocol import MAX_UNARY_BYTES
 
 log = structlog.get_logger(__name__)
@@ -102,6 +103,7 @@ class P2PDaemon:
                 self._output = asyncio.create_task(self._read_output(child), name="p2pd output")
                 await self._until_ready(self._output)
                 self.p2p = await P2P.replicate(Multiaddr(f"/unix{self._socket}"))
+                keep_books(self.p2p)
         except (TimeoutError, OSError, P2PDaemonError) as error:
             await self.stop()
             raise self._failure(error) from error
