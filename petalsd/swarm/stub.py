@@ -52,10 +52,9 @@ class ServerStub:
 
     async def is_silent(self, timeout_s: float) -> bool:
         """Whether it leaves a ping unanswered while others answer: a silence may be ours. Never raises."""
-        if math.isfinite(await self._node.ping(self.peer, timeout_s)):
-            return False
         try:
-            return await self._node.is_in_touch()
+            is_heard = math.isfinite(await self._node.ping(self.peer, timeout_s))
+            return not is_heard and await self._node.is_in_touch()
         except SwarmError:  # our own node is gone
             return False
 
