@@ -185,7 +185,10 @@ class SwarmSection(Section):
     )
     public_name: str | None = _restart(None, "name shown in swarm dashboards")
     relay: bool = _restart(True, "reach, and be reached by, peers behind a NAT through relays")
-    update_period_s: Seconds = _restart(120.0, "period of announcements; records live for twice as long")
+    # Our own nodes of the DHT keep no record for more than six hours (swarm.dht_storage).
+    update_period_s: Annotated[Seconds, Field(le=7200)] = _restart(
+        120.0, "period of announcements, two hours at most; records live for twice as long"
+    )
     allowed_peers: PeerIds = _restart((), "PeerIDs of the clients that may use this server; empty: everybody")
     throughput: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
         "auto",

@@ -111,6 +111,7 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ('[engine]\nkv_spill_bytes = "some"', "engine.kv_spill_bytes = 'some': should be 'auto'"),
         ("[engine]\nkv_spill_bytes = -1", "engine.kv_spill_bytes = -1"),
         ("[engine]\nmax_peer_share = 0.0", "engine.max_peer_share = 0.0"),
+        ("[swarm]\nupdate_period_s = 7201", "swarm.update_period_s = 7201: should be less than or equal to 7200"),
         ('[blocks]\ncount = "3"', "blocks.count = '3'"),
         ('[blocks]\nspan = "7:7"', "a span needs 0 <= start < end, got 7:7"),
         ('[blocks]\nspan = "0:4"\ncount = 4', "blocks.span and blocks.count exclude each other"),

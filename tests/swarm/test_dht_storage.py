@@ -16,7 +16,9 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import timed_storage
 from hivemind.utils.serializer import MSGPackSerializer
 
+from petalsd.config_loading import load_config
 from petalsd.swarm import dht_storage
+from petalsd.swarm.announcer import AnnouncerOptions
 from petalsd.swarm.dht_storage import LIMITS, BoundedStorage, LookupCache, StorageLimits
 from petalsd.swarm.directory import read_view
 from petalsd.swarm.node import Node
@@ -254,3 +256,10 @@ async def test_a_value_that_is_too_large_hides_no_other(monkeypatch: pytest.Monk
         assert first.dht.protocol.storage.store(KEY, large, time.time() + 60, subkey="Qm" + "x" * 44)
         view = await read_view(client, "m", 1, timeout_s=10)
         assert list(view.blocks[0]) == [first.peer_id]
+
+
+def test_records_of_the_longest_period_are_kept() -> None:
+    """What may be configured is not refused by our own nodes, with an hour for clocks that differ."""
+    config = load_config(None, {}, ["model.source=a/b", "swarm.update_period_s=7200"]).config
+    lifetime_s = AnnouncerOptions("m", 1, update_period_s=config.swarm.update_period_s).lifetime_s
+    assert lifetime_s + 3600 <= LIMITS.max_lifetime_s
