@@ -18,7 +18,7 @@ class PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
     """Our calls by their ids; those that nobody waits for any more are not in it, though their keys are."""
 
     def __contains__(self, call_id: object) -> bool:
-        future = self.get(call_id)  # type: ignore[call-overload]  # any object may be asked for
+        future = self.get(call_id) if isinstance(call_id, UUID) else None
         return future is not None and not future.done()
 
 

@@ -65,7 +65,7 @@ class IdentityLock:
 
 
 def _create(path: Path) -> None:
-    """All of it or nothing: the beginning of a key would be refused at every later start."""
+    """An error leaves nothing behind: the beginning of a key would be refused at every later start."""
     key = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=RSAPrivateKey().to_bytes())
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
     try:
