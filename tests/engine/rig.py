@@ -155,7 +155,7 @@ class Gate:
 
     def __call__(self, hidden: torch.Tensor) -> None:
         self.reached.set()
-        self.opened.wait(timeout=30)
+        assert self.opened.wait(timeout=30), "nobody opened the gate"
 
     async def wait_until_reached(self) -> None:
         assert await asyncio.to_thread(self.reached.wait, 30)

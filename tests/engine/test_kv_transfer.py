@@ -151,10 +151,10 @@ async def test_an_ended_session_moves_nothing(llama: TinyModel) -> None:
 
 async def test_a_chunk_that_waits_hears_that_the_span_is_dropped(llama: TinyModel, gate: Gate) -> None:
     """At once: nobody will ever move it, and the deadline of a step is a minute."""
-    blocks = with_hook(llama, 3, gate)
+    blocks = with_hook(llama, 0, gate)
     async with serving(llama, blocks=blocks) as engine, opened(engine, SPAN) as session:
         await session.step(Step(states(1, 4), 0))
-        async with opened(engine, BlockSpan(3, 4)) as other:
+        async with opened(engine, BlockSpan(0, 1)) as other:
             step = asyncio.create_task(other.step(Step(states(1, 1), 0)))
             await gate.wait_until_reached()
             reading = asyncio.create_task(session.read_kv(Place(SPAN, 0, 4)))
