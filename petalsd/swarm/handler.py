@@ -59,7 +59,7 @@ class TransformerConnectionHandler:
         self._tickets = TicketOffice(serving.limits.step_timeout_s, serving.observer)
         self._taker = SessionTaker(serving, KnownGivers(self._read_view), self._tickets)
         self._refusals = Refusals()
-        self.pusher = Pusher(node, serving.model.prefix, serving.limits.request_timeout_s, serving.observer)
+        self.pusher = Pusher(node, serving.model.prefix, serving.limits.push_timeout_s, serving.observer)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
         self._streams: dict[asyncio.Task[None], str] = {}
         self._per_peer: Counter[str] = Counter()

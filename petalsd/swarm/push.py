@@ -4,37 +4,54 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import structlog
 from hivemind.proto import runtime_pb2
 
-from petalsd.errors import PetalsdError
+from petalsd.errors import PetalsdError, RemoteFailure
 from petalsd.swarm.codec import encode_metadata
 from petalsd.swarm.node import Node
 from petalsd.swarm.observer import SwarmObserver
 from petalsd.swarm.protocol import MAX_UNARY_BYTES, UNARY_ENVELOPE_BYTES, make_chain
 from petalsd.swarm.requests import StepMessage
+from petalsd.swarm.stream import RemoteError
 from petalsd.swarm.stub import ServerStub
 
 log = structlog.get_logger(__name__)
 
 _MAX_UNDER_WAY = 256
 _MAX_PER_PEER = 64  # one that hangs holds up the pushes to no other
+_STALL_S = 1.0  # a push is answered within a round trip
+_PAUSE_S = 30.0
+_MAX_FAILED = 256
 
 
 class Pusher:
-    """Pushes in the background. A push that fails costs nothing: the client sends the same step."""
+    """Pushes in the background. A push that fails costs nothing: the client sends the same step.
 
-    def __init__(self, node: Node, prefix: str, timeout_s: float, observer: SwarmObserver) -> None:
+    A peer that leaves a push unanswered for a second gets no more meanwhile. After one that did not arrive it gets
+    none for a while, and then one at a time until one arrives.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        prefix: str,
+        timeout_s: float,
+        observer: SwarmObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._node = node
         self._prefix = prefix
         self._timeout_s = timeout_s
         self._observer = observer
+        self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
-        self._per_peer: Counter[str] = Counter()
+        self._per_peer: dict[str, dict[asyncio.Task[None], float]] = {}  # with the times when they began
+        self._failed: OrderedDict[str, float] = OrderedDict()  # with the ends of their pauses
 
     def push(
         self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor
@@ -49,7 +66,7 @@ class Pusher:
             return
         task = asyncio.create_task(self._send(peer, request), name="push")
         self._tasks.add(task)
-        self._per_peer[peer] += 1
+        self._per_peer.setdefault(peer, {})[task] = self._clock()
         task.add_done_callback(partial(self._end, peer))
 
     def __len__(self) -> int:
@@ -68,13 +85,28 @@ class Pusher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _has_place(self, peer: str) -> bool:
-        return len(self._tasks) < _MAX_UNDER_WAY and self._per_peer[peer] < _MAX_PER_PEER
+        under_way = self._per_peer.get(peer, {})
+        if len(self._tasks) >= _MAX_UNDER_WAY or len(under_way) >= _MAX_PER_PEER:
+            return False
+        now = self._clock()
+        if under_way and now - next(iter(under_way.values())) >= _STALL_S:
+            return False
+        return peer not in self._failed or (now >= self._failed[peer] and not under_way)
 
     def _end(self, peer: str, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._per_peer[peer] -= 1
-        if not self._per_peer[peer]:
+        under_way = self._per_peer[peer]
+        del under_way[task]
+        if not under_way:
             del self._per_peer[peer]
+
+    def _note(self, peer: str, *, is_reached: bool) -> None:
+        self._failed.pop(peer, None)
+        if is_reached:
+            return
+        self._failed[peer] = self._clock() + _PAUSE_S
+        if len(self._failed) > _MAX_FAILED:
+            self._failed.popitem(last=False)
 
     def _request(
         self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor
@@ -99,7 +131,10 @@ class Pusher:
         except (PetalsdError, ValueError) as error:  # ValueError: not a PeerID
             log.debug("push_failed", peer=peer, error=str(error))
             self._observer.pushed(False)
+            if isinstance(error, RemoteFailure):  # a refusal is an answer, which a client can provoke at will
+                self._note(peer, is_reached=isinstance(error, RemoteError))
         else:
+            self._note(peer, is_reached=True)
             self._observer.pushed(True)
             num_bytes = request.ByteSize()
             self._observer.sent(num_bytes)

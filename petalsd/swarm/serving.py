@@ -28,12 +28,14 @@ class HandlerLimits:
     """Seconds that calls may take, and how many streams may be open at once.
 
     request_timeout_s    a whole forward, backward or push call
+    push_timeout_s       handing an answer to the next server, which gets the same from the client soon after
     step_timeout_s       waiting for the next step of a session
     session_timeout_s    a whole session
     max_alloc_timeout_s  what ``alloc_timeout`` is capped at
     """
 
     request_timeout_s: float = 180.0
+    push_timeout_s: float = 5.0
     step_timeout_s: float = 300.0
     session_timeout_s: float = 1800.0
     max_alloc_timeout_s: float = 600.0

@@ -6,22 +6,28 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
+from hivemind.p2p import P2PContext
 
+from petalsd.errors import RemoteFailure
 from petalsd.swarm import push
 from petalsd.swarm.codec import encode_tensor
 from petalsd.swarm.node import Node, NodeOptions
 from petalsd.swarm.observer import NullObserver
-from petalsd.swarm.protocol import make_chain
+from petalsd.swarm.protocol import handle_name, make_chain
 from petalsd.swarm.requests import NextServer, StepMessage
+from petalsd.swarm.serving import HandlerLimits
+from petalsd.swarm.stream import RemoteError
 from petalsd.types import BlockSpan
 from tests.engine.rig import states
 from tests.numeric import assert_close
 from tests.swarm.servers import PREFIX, Server, joining, node, server
-from tests.swarm.stock import DUMMY, DUMMY_INT64, StockSession, stock_request
+from tests.swarm.stock import DUMMY, DUMMY_INT64, Request, Response, StockSession, stock_request
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -136,29 +142,131 @@ async def test_row_16_an_unknown_session_is_no_error(chain: tuple[Server, Server
     await pair.end()
 
 
-async def test_a_peer_that_hangs_holds_up_the_pushes_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has a share of the places; what is over it is not pushed, and its client sends it."""
-    arrived, go_on = [], asyncio.Event()
+class Receivers:
+    """Stubs of next servers: some hang until they are let go, some fail. A clock that stands still."""
 
-    class Hanging:
-        def __init__(self, _: object, peer: str) -> None:
-            self._peer = peer
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.arrived: list[str] = []
+        self.errors: dict[str, Exception] = {}
+        self.hanging: dict[str, asyncio.Event] = {}
+        self.now = 0.0
+        monkeypatch.setattr(push, "ServerStub", self._stub)
+        self.pusher = push.Pusher(Node(NodeOptions()), PREFIX, 5.0, NullObserver(), lambda: self.now)
+        self._output = encode_tensor(states(1, 1))
+
+    async def push(self, *peers: str) -> list[str]:
+        """One push for each of them; whom they went out to."""
+        self.arrived.clear()
+        for peer in peers:
+            step = StepMessage([], {}, "", None, None, (NextServer(peer, "session", TAIL),))
+            self.pusher.push(step, [], self._output)
+        await asyncio.sleep(0)
+        return list(self.arrived)
+
+    def _stub(self, _: object, peer: str) -> Receivers._Stub:
+        return self._Stub(self, peer)
+
+    class _Stub:
+        def __init__(self, receivers: Receivers, peer: str) -> None:
+            self._receivers, self._peer = receivers, peer
 
         async def push(self, *_: object) -> None:
-            arrived.append(self._peer)
-            await (go_on.wait() if self._peer == "hangs" else asyncio.sleep(0))
+            self._receivers.arrived.append(self._peer)
+            if self._peer in self._receivers.hanging:
+                await self._receivers.hanging[self._peer].wait()
+            if self._peer in self._receivers.errors:
+                raise self._receivers.errors[self._peer]
 
-    monkeypatch.setattr(push, "ServerStub", Hanging)
-    pusher = push.Pusher(Node(NodeOptions()), PREFIX, 5.0, NullObserver())
-    output = encode_tensor(states(1, 1))
-    for peer in ["hangs"] * 300 + ["lives"]:
-        step = StepMessage([], {}, "", None, None, (NextServer(peer, "session", TAIL),))
-        pusher.push(step, [], output)
-    await asyncio.sleep(0)
-    assert arrived.count("hangs") == 64 == len(pusher) - 1 and arrived[-1] == "lives"
-    go_on.set()
-    await pusher.wait()
-    assert not len(pusher) and not pusher._per_peer
+
+async def test_a_peer_that_hangs_holds_up_the_pushes_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a share of the places; what is over it is not pushed, and its client sends it."""
+    receivers = Receivers(monkeypatch)
+    receivers.hanging["hangs"] = asyncio.Event()
+    arrived = await receivers.push(*["hangs"] * 300, "lives")
+    assert arrived.count("hangs") == 64 == len(receivers.pusher) - 1 and arrived[-1] == "lives"
+    receivers.hanging["hangs"].set()
+    await receivers.pusher.wait()
+    assert not len(receivers.pusher) and not receivers.pusher._per_peer
+
+
+async def test_pushes_to_a_peer_that_hangs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is unanswered for longer than a round trip takes, no more go there."""
+    receivers = Receivers(monkeypatch)
+    receivers.hanging["hangs"] = asyncio.Event()
+    assert await receivers.push("hangs") == ["hangs"]
+    receivers.now = 0.9
+    assert await receivers.push("hangs") == ["hangs"]
+    receivers.now = 1.0
+    assert await receivers.push("hangs", "lives") == ["lives"]
+    receivers.hanging["hangs"].set()
+    await receivers.pusher.wait()
+    assert await receivers.push("hangs", "hangs") == ["hangs", "hangs"]
+    await receivers.pusher.wait()
+
+
+async def test_a_peer_that_a_push_did_not_reach_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a while; then one push goes there at a time, until one arrives."""
+    receivers = Receivers(monkeypatch)
+    receivers.errors["lost"] = RemoteFailure("lost", "took longer than 5 s")
+    assert await receivers.push("lost") == ["lost"]
+    await receivers.pusher.wait()
+    receivers.now = 29.0
+    assert await receivers.push("lost", "lives") == ["lives"]
+    receivers.now = 30.0
+    assert await receivers.push("lost", "lost") == ["lost"]
+    await receivers.pusher.wait()
+    receivers.now = 59.0
+    assert await receivers.push("lost") == []
+    receivers.now, receivers.errors = 60.0, {}
+    assert await receivers.push("lost", "lost") == ["lost"]
+    await receivers.pusher.wait()
+    assert await receivers.push("lost", "lost") == ["lost", "lost"]
+    await receivers.pusher.wait()
+
+
+async def test_a_refused_push_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client makes any server refuse one, by a hop that is not there: it must not cut others off."""
+    receivers = Receivers(monkeypatch)
+    receivers.errors["lives"] = RemoteError("lives", "not_served: model 'other' is not served here")
+    for _ in range(2):
+        assert await receivers.push("lives") == ["lives"]
+        await receivers.pusher.wait()
+
+
+async def test_peers_that_are_left_alone_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients may name as many as they like."""
+    receivers = Receivers(monkeypatch)
+    receivers.errors = {f"p{number}": RemoteFailure("p", "no route") for number in range(300)}
+    for peer in receivers.errors:
+        await receivers.push(peer)
+        await receivers.pusher.wait()
+    assert len(receivers.pusher._failed) == 256
+    assert await receivers.push("p0", "p299") == ["p0"]
+    await receivers.pusher.wait()
+
+
+async def test_a_push_is_given_up_long_before_a_request_is(
+    chain: tuple[Server, Server], client: Node, tmp_path: Path
+) -> None:
+    """A next server that takes the push and says nothing holds its place and its tensors for seconds only."""
+    begun = asyncio.Event()
+
+    async def hang(request: Request, context: P2PContext) -> Response:
+        begun.set()
+        await asyncio.Event().wait()
+        return Response()
+
+    async with node(await joining(chain[0].node)) as deaf, node(await joining(deaf)) as other:
+        await deaf.p2p.add_protobuf_handler(handle_name("rpc_push"), hang, Request)
+        limits = HandlerLimits(push_timeout_s=0.5)
+        async with server(other, tmp_path, limits=limits, model=chain[0].model) as head:
+            session = await head.stock_session(client)
+            hop = [deaf.peer_id, "session", TAIL.start, TAIL.end]
+            await session.step(head.uid, states(1, 1), max_length=4, step_id="a", next_servers=[hop])
+            await begun.wait()
+            assert len(head.handler.pusher) == 1
+            await eventually(lambda: not len(head.handler.pusher), timeout_s=5.0)
+            assert await session.end()
 
 
 async def test_a_bad_push_leaves_the_session_to_its_client(
