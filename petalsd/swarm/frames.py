@@ -83,6 +83,11 @@ class FrameProtocol(asyncio.Protocol):
         self._kept_bytes += num_bytes
         return num_bytes
 
+    def keep_more(self, num_bytes: int) -> None:
+        """Count so much that came another way, until it is let go. Overloaded when that is too much."""
+        self._budget.take(num_bytes)
+        self._kept_bytes += num_bytes
+
     def let_go(self, num_bytes: int) -> None:
         """Of what is kept; harmless after ``release``."""
         num_bytes = min(num_bytes, self._kept_bytes)

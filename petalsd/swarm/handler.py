@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import structlog
 from google.protobuf.message import Message
-from hivemind.p2p import P2PContext
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
@@ -34,6 +33,7 @@ from petalsd.swarm.sessions import SessionRegistry
 from petalsd.swarm.stream import MessageStream, StreamEnded
 from petalsd.swarm.stub import ServerStub
 from petalsd.swarm.tickets import TicketOffice
+from petalsd.swarm.unary_calls import add_unary_handler, counted_request
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -69,13 +69,14 @@ class TransformerConnectionHandler:
         """Answer calls from now on."""
         p2p = self._node.p2p
         self._ending = None
-        for method, unary, request_type in (
-            ("rpc_info", self.rpc_info, runtime_pb2.ExpertUID),
-            ("rpc_forward", self.rpc_forward, runtime_pb2.ExpertRequest),
-            ("rpc_backward", self.rpc_backward, runtime_pb2.ExpertRequest),
-            ("rpc_push", self.rpc_push, runtime_pb2.ExpertRequest),
+        unary = self._unary_handler
+        for method, answer in (
+            ("rpc_info", unary("rpc_info", self.rpc_info, runtime_pb2.ExpertUID)),
+            ("rpc_forward", unary("rpc_forward", self.rpc_forward, runtime_pb2.ExpertRequest)),
+            ("rpc_backward", unary("rpc_backward", self.rpc_backward, runtime_pb2.ExpertRequest)),
+            ("rpc_push", unary("rpc_push", self.rpc_push, runtime_pb2.ExpertRequest)),
         ):
-            await p2p.add_protobuf_handler(handle_name(method), unary, request_type)
+            await add_unary_handler(p2p, handle_name(method), answer)
         for method, streamed in (
             ("rpc_forward_stream", self.rpc_forward_stream),
             ("rpc_backward_stream", self.rpc_backward_stream),
@@ -121,45 +122,23 @@ class TransformerConnectionHandler:
 
     # ----------------------------------------------------------------------------------- unary calls
 
-    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+    async def rpc_info(self, request: runtime_pb2.ExpertUID, peer: str) -> runtime_pb2.ExpertInfo:
         """Facts and schemas."""
+        return answer_info(self._serving, request.uid, self._node.options.client_mode)
 
-        async def info(_: str) -> runtime_pb2.ExpertInfo:
-            return answer_info(self._serving, request.uid, self._node.options.client_mode)
-
-        return await self._unary("rpc_info", request, context, info)
-
-    async def rpc_forward(
-        self, request: runtime_pb2.ExpertRequest, context: P2PContext
-    ) -> runtime_pb2.ExpertResponse:
+    async def rpc_forward(self, request: runtime_pb2.ExpertRequest, peer: str) -> runtime_pb2.ExpertResponse:
         """A small forward pass."""
+        return self._passes.whole(await self._passes.forward(request, peer))
 
-        async def forward(peer: str) -> runtime_pb2.ExpertResponse:
-            return self._passes.whole(await self._passes.forward(request, peer))
-
-        return await self._unary("rpc_forward", request, context, forward)
-
-    async def rpc_backward(
-        self, request: runtime_pb2.ExpertRequest, context: P2PContext
-    ) -> runtime_pb2.ExpertResponse:
+    async def rpc_backward(self, request: runtime_pb2.ExpertRequest, peer: str) -> runtime_pb2.ExpertResponse:
         """A small backward pass."""
+        return self._passes.whole(await self._passes.backward(request, peer))
 
-        async def backward(peer: str) -> runtime_pb2.ExpertResponse:
-            return self._passes.whole(await self._passes.backward(request, peer))
-
-        return await self._unary("rpc_backward", request, context, backward)
-
-    async def rpc_push(
-        self, request: runtime_pb2.ExpertRequest, context: P2PContext
-    ) -> runtime_pb2.ExpertResponse:
+    async def rpc_push(self, request: runtime_pb2.ExpertRequest, peer: str) -> runtime_pb2.ExpertResponse:
         """A step from the server before us; one for a session that is not (or no longer) here is ignored."""
-
-        async def push(peer: str) -> runtime_pb2.ExpertResponse:
-            pushed = PushRequest.parse(request, self._serving.model.prefix)
-            self._sessions.deliver(pushed.session_id, pushed.span, pushed.message, peer)
-            return runtime_pb2.ExpertResponse()
-
-        return await self._unary("rpc_push", request, context, push)
+        pushed = PushRequest.parse(request, self._serving.model.prefix)
+        self._sessions.deliver(pushed.session_id, pushed.span, pushed.message, peer)
+        return runtime_pb2.ExpertResponse()
 
     # ---------------------------------------------------------------------------------- stream calls
 
@@ -229,20 +208,23 @@ class TransformerConnectionHandler:
 
     # ------------------------------------------------------------------------------------- machinery
 
-    async def _unary(
-        self, method: str, request: Message, context: P2PContext, call: Callable[[str], Awaitable[M]]
-    ) -> M:
-        peer = context.remote_id.to_base58()
-        self._observer.call_began(method)
-        self._observer.received(request.ByteSize())
-        try:
-            async with asyncio.timeout(self._serving.limits.request_timeout_s):
-                reply = await call(peer)
-        except Exception as error:
-            self._observer.call_failed(method, wire_code(error))
-            raise CallFailed(wire_text(error, method, peer)) from None
-        self._observer.sent(reply.ByteSize())
-        return reply
+    def _unary_handler(
+        self, method: str, call: Callable[[M, str], Awaitable[Message]], request_type: type[M]
+    ) -> Callable[[bytes, str], Awaitable[bytes]]:
+        async def answer(payload: bytes, peer: str) -> bytes:
+            self._observer.call_began(method)
+            self._observer.received(len(payload))
+            try:
+                with counted_request(payload, request_type, self._node.budget.share_of(peer)) as request:
+                    async with asyncio.timeout(self._serving.limits.request_timeout_s):
+                        reply: bytes = (await call(request, peer)).SerializeToString()
+            except Exception as error:
+                self._observer.call_failed(method, wire_code(error))
+                raise CallFailed(wire_text(error, method, peer)) from None
+            self._observer.sent(len(reply))
+            return reply
+
+        return answer
 
     def _stream_handler(
         self, method: str, call: StreamCall

@@ -1,4 +1,4 @@
-"""Bytes of large messages that a node holds, while they come and until they are dealt with."""
+"""Bytes of large messages and of unary calls that a node holds, while they come and until they are dealt with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HINT = "try again later or use another server"
 
 
 class Budget(Protocol):
-    """What one stream counts its messages against."""
+    """What one stream counts its messages against, or one call its request."""
 
     @property
     def max_message_bytes(self) -> int: ...
@@ -23,7 +23,7 @@ class Budget(Protocol):
 
 
 class InboundBudget:
-    """Of all streams of a node together."""
+    """Of all streams and unary calls of a node together."""
 
     def __init__(self, max_message_bytes: int, max_total_bytes: int) -> None:
         self._max_message_bytes = max_message_bytes
@@ -40,7 +40,7 @@ class InboundBudget:
         return self._held_bytes
 
     def share_of(self, peer: str) -> Budget:
-        """For the streams of a peer: half of all, but a message of any size while it holds none."""
+        """For the streams and calls of a peer: half of all, but a message of any size while it holds none."""
         return _PeerShare(self, self._by_peer, peer, self._max_total_bytes // 2)
 
     def take(self, num_bytes: int) -> None:

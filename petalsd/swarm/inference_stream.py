@@ -45,7 +45,7 @@ class InferenceCall:
         self._sessions = sessions
         self._pusher = pusher
         self._tickets = tickets
-        self._inbox = StepInbox()
+        self._inbox = StepInbox(stream.keep_more)
         self._patience = Alarm(self._lose_patience)
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()

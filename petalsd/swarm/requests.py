@@ -24,6 +24,7 @@ from petalsd.swarm.codec import (
     is_compressed,
     is_dummy,
     outline,
+    unpacked_bytes,
 )
 from petalsd.swarm.protocol import parse_span
 from petalsd.types import BlockSpan
@@ -45,7 +46,7 @@ class NextServer:
 class StepMessage(NamedTuple):
     """One message of a session, from its client or pushed; its ``num_bytes`` of tensors are not decoded yet.
 
-    ``kept_bytes``: what its stream counts of it.
+    ``kept_bytes``: what its session's stream counts of it.
     """
 
     tensors: Sequence[runtime_pb2.Tensor]
@@ -124,7 +125,8 @@ class PushRequest:
 
     @classmethod
     def parse(cls, request: runtime_pb2.ExpertRequest, prefix: str) -> PushRequest:
-        message = StepMessage.parse(request, is_pushed=True)
+        num_bytes = max(request.ByteSize(), unpacked_bytes(request.tensors))
+        message = StepMessage.parse(request, is_pushed=True, kept_bytes=num_bytes)
         session_id = _text(message.metadata, "session_id")
         if session_id is None:
             raise BadRequest("session_id", None, "a push must name its session")

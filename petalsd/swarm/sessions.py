@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from petalsd.engine.handle import Session
@@ -30,11 +30,13 @@ class Errand(Protocol):
 class StepInbox:
     """Steps of one session: from its client and from the server before us. The client's go first.
 
-    One task puts, one gets; pushes come from any. ``span`` is set once the session is open.
+    One task puts, one gets; pushes come from any. ``span`` is set once the session is open. ``keep_pushed`` is
+    told how many bytes of a pushed step to count from now on, and raises when they are too many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_pushed: Callable[[int], None] = lambda _: None) -> None:
         self.span: BlockSpan | None = None
+        self._keep_pushed = keep_pushed
         self._from_client: deque[StepMessage] = deque()
         self._pushed: deque[StepMessage] = deque()
         self._pusher: str | None = None
@@ -54,9 +56,13 @@ class StepInbox:
         self._wake()
 
     def push(self, message: StepMessage, peer: str) -> bool:
-        """Add a pushed step. Not taken when too many wait or another peer pushes here: the client sends it too."""
+        """Add a pushed step. Not taken when too many wait or another peer pushes here: the client sends it too.
+
+        Overloaded when it is taken but for its size.
+        """
         if self._pusher not in (None, peer) or len(self._pushed) >= _MAX_PUSHED or self._is_ended:
             return False
+        self._keep_pushed(message.kept_bytes)
         self._pusher = peer
         self._pushed.append(message)
         self._wake()

@@ -115,11 +115,11 @@ class MessageStream:
             raise StreamEnded(self.peer, "closed the stream") from error
         self._observer.received(HEADER_BYTES + len(payload))
         if marker == ERROR:
-            text = _parse(RPCError, payload).message
+            text = parse_message(RPCError, payload).message
             if not text:
                 return None
             raise RemoteError(self.peer, text)
-        return _parse(message_type, payload)
+        return parse_message(message_type, payload)
 
     def keep(self, at_least: int = 0) -> int:
         """Count the message that was taken last until ``let_go`` or ``close``; how many bytes that is.
@@ -127,6 +127,10 @@ class MessageStream:
         A small message counts nothing unless ``at_least`` is said. Overloaded when others hold too much.
         """
         return self._frames.keep(at_least)
+
+    def keep_more(self, num_bytes: int) -> None:
+        """Count what others sent for this stream, until ``let_go`` or ``close``. Overloaded as ``keep``."""
+        self._frames.keep_more(num_bytes)
 
     def let_go(self, num_bytes: int) -> None:
         """So many of the bytes that are kept are dealt with."""
@@ -202,7 +206,8 @@ class MessageStream:
             self._waiter.set_exception(TimeoutError())
 
 
-def _parse(message_type: type[M], payload: bytes | memoryview) -> M:
+def parse_message(message_type: type[M], payload: bytes | memoryview) -> M:
+    """BadRequest when it is damaged, or would become far more than it is."""
     if len(payload) > LARGE_BYTES and has_more_fields(payload, _MAX_FIELDS):
         raise BadRequest("message", f"{len(payload)} bytes", f"at most {_MAX_FIELDS} fields in one")
     try:

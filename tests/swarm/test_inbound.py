@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+import torch
+from hivemind.p2p import P2PHandlerError, PeerID
 
-from petalsd.engine.step import SessionSpec
+from petalsd.engine.handle import Session
+from petalsd.engine.step import PassRequest, SessionSpec
 from petalsd.errors import RemoteFailure
 from petalsd.swarm.node import Node, NodeOptions
-from petalsd.swarm.protocol import MIB
+from petalsd.swarm.protocol import MIB, handle_name
 from petalsd.swarm.requests import StepMessage
 from petalsd.swarm.stream import MessageStream
 from petalsd.types import BlockSpan
@@ -125,3 +129,115 @@ async def test_a_session_keeps_no_step_that_was_answered(narrow: tuple[Server, N
         gc.collect()
         held = [one for one in gc.get_objects() if type(one) is StepMessage]
         assert not held and tiny.node.budget.held_bytes == 0
+
+
+async def unary(narrow: tuple[Server, Node], method: str, request: Request | bytes) -> bytes:
+    """The answer to one message, whatever it holds."""
+    tiny, client = narrow
+    payload = request if isinstance(request, bytes) else request.SerializeToString()
+    peer = PeerID.from_base58(tiny.node.peer_id)
+    answer: bytes = await client.p2p._client.call_unary_handler(peer, handle_name(method), payload)
+    return answer
+
+
+@pytest.fixture
+def computed(narrow: tuple[Server, Node], monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """No pass is over before it is set."""
+    is_computed = asyncio.Event()
+
+    async def forward(request: PassRequest) -> torch.Tensor:
+        await is_computed.wait()
+        return request.hidden
+
+    monkeypatch.setattr(narrow[0].engine, "forward", forward)
+    return is_computed
+
+
+async def test_passes_in_one_message_count_until_they_are_answered(
+    narrow: tuple[Server, Node], computed: asyncio.Event
+) -> None:
+    """As those of streams do: each holds up to 4 MiB while it waits for the engine."""
+    tiny, _ = narrow
+    request = stock_request(tiny.uid, [states(1, 12_000), DUMMY], {})
+    calls = [asyncio.create_task(unary(narrow, "rpc_forward", request)) for _ in range(2)]
+    await eventually(lambda: tiny.node.budget.held_bytes >= 2 * request.ByteSize())
+    with pytest.raises(P2PHandlerError, match="overloaded"):
+        await unary(narrow, "rpc_forward", request)
+    computed.set()
+    await asyncio.gather(*calls)
+    assert tiny.node.budget.held_bytes == 0
+
+
+async def test_a_compressed_pass_counts_as_much_as_it_becomes(
+    narrow: tuple[Server, Node], computed: asyncio.Event
+) -> None:
+    """Four times as much as came."""
+    request = packed(stock_request(narrow[0].uid, [states(1, 1), DUMMY], {}), 3 * MIB)
+    with pytest.raises(P2PHandlerError, match="overloaded"):
+        await unary(narrow, "rpc_forward", request)
+    assert narrow[0].node.budget.held_bytes == 0
+
+
+async def test_a_pass_that_its_caller_gives_up_counts_no_more(
+    narrow: tuple[Server, Node], computed: asyncio.Event
+) -> None:
+    tiny, _ = narrow
+    request = stock_request(tiny.uid, [states(1, 2000), DUMMY], {})
+    call = asyncio.create_task(unary(narrow, "rpc_forward", request))
+    await eventually(lambda: tiny.node.budget.held_bytes)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    await eventually(lambda: not tiny.node.budget.held_bytes)
+
+
+@pytest.mark.parametrize("method", ["rpc_forward", "rpc_backward", "rpc_push", "rpc_info"])
+async def test_what_is_refused_counts_no_more(narrow: tuple[Server, Node], method: str) -> None:
+    for payload in (b"\xff" * MIB, Request(uid="other.0").SerializeToString()):
+        with pytest.raises(P2PHandlerError):
+            await unary(narrow, method, payload)
+        assert narrow[0].node.budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["rpc_forward", "rpc_backward", "rpc_push"])
+async def test_a_message_of_countless_tensors_is_not_unpacked(
+    narrow: tuple[Server, Node], method: str
+) -> None:
+    """Two bytes each on the wire and fifty times as much in memory: as on streams, it is refused unread."""
+    with pytest.raises(P2PHandlerError, match=r"bad_request.*at most 1024 fields"):
+        await unary(narrow, method, b"\x12\x00" * MIB)
+
+
+class Pause:
+    """An errand that keeps a session's task until ``go_on``."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, session: Session) -> None:
+        await self.go_on.wait()
+
+    def drop(self) -> None:
+        self.go_on.set()
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+async def test_pushed_steps_count_until_they_are_answered(
+    narrow: tuple[Server, Node], is_closed: bool
+) -> None:
+    """They wait for their session beside what its client sent, and go with it."""
+    tiny, _ = narrow
+    token, metadata = [states(1, 1), DUMMY, DUMMY_INT64], {"max_length": 16, "session_id": "pushed to"}
+    pushed = stock_request(tiny.uid, [states(1, 8000), DUMMY, DUMMY_INT64], {"session_id": "pushed to"})
+    async with opened(narrow) as stream:
+        await good_step(stream, stock_request(tiny.uid, token, metadata))
+        (call,), pause = tiny.handler._calls, Pause()
+        call.send_on(pause)
+        for _ in range(3):
+            await unary(narrow, "rpc_push", pushed)
+        assert tiny.node.budget.held_bytes >= 3 * pushed.ByteSize()
+        with pytest.raises(P2PHandlerError, match="overloaded"):
+            await unary(narrow, "rpc_push", pushed)
+        if is_closed:
+            stream.close()
+        pause.go_on.set()
+        await eventually(lambda: not tiny.node.budget.held_bytes)
