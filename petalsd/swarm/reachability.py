@@ -23,6 +23,7 @@ log = structlog.get_logger(__name__)
 _CHECK = handle_name("rpc_check", REACHABILITY_SERVICE)
 _ASK_SELF_TIMEOUT_S = 5.0  # asking a peer about itself
 _ASK_OTHER_TIMEOUT_S = 10.0  # asking a peer about a third one
+_FIRST_CONTACT_S, _RETRY_S = 3.0, 0.1
 _MAX_PROBES = 8
 _MAX_CHECKS = 2 * _MAX_PROBES  # under way or waiting: whoever waits longer has given up
 _MAX_CHECKS_PER_PEER = 4
@@ -106,8 +107,18 @@ class ReachabilityService:
                         use_relay=False,
                     )
                 )
-                return await self._probe.start()
+                await self._until_acquainted(await self._probe.start())
             return self._probe.p2p
+
+    async def _until_acquainted(self, probe: P2P) -> None:
+        """It knows nobody at first, and would call everybody unreachable: we, at least, can be reached."""
+        own = self._node.p2p.peer_id
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_CONTACT_S):
+                while True:
+                    if await ask(probe, own, own, _FIRST_CONTACT_S) is not None:
+                        return
+                    await asyncio.sleep(_RETRY_S)
 
 
 async def ask(p2p: P2P, through: PeerID, about: PeerID, timeout_s: float) -> bool | None:

@@ -46,6 +46,21 @@ async def test_row_21_a_server_vouches_for_itself_and_looks_at_others(nodes: tup
     await service.stop()
 
 
+async def test_the_first_question_is_answered_as_the_later_ones_are(nodes: tuple[Node, Node]) -> None:
+    """A probe that has just started knows nobody: what it misses then would count as unreachable for a minute."""
+    options, client = await joining(nodes[0]), nodes[1].p2p
+    async with node(options) as other:
+        others = ReachabilityService(other)
+        await others.start()
+        for _ in range(3):
+            async with node(options) as asked:
+                service = ReachabilityService(asked)
+                await service.start()
+                assert await ask(client, asked.p2p.peer_id, other.p2p.peer_id, 10) is True
+                await service.stop()
+        await others.stop()
+
+
 async def test_a_probe_that_died_is_made_anew(nodes: tuple[Node, Node]) -> None:
     """Else every peer that others ask about would count as unreachable from then on."""
     options, client = await joining(nodes[0]), nodes[1].p2p
