@@ -22,6 +22,7 @@ from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS, ServerState
 from petalsd.swarm.reachability import ReachabilityService, is_directly_reachable
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.serving import Serving
+from petalsd.swarm.witnesses import Witnesses
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -87,7 +88,7 @@ class Membership:
             node=node,
             handler=TransformerConnectionHandler(node, self._serving),
             announcer=Announcer(node, self._announcing, self._make_record, self._serving.observer),
-            ghosts=GhostFinder(lambda peer: node.ping(peer, _GHOST_PING_S), node.peer_id, node.is_in_touch),
+            ghosts=_ghost_finder(node),
             reachability=None if self.is_relayed else ReachabilityService(node),
         )
         try:
@@ -186,6 +187,15 @@ def node_options(section: SwarmSection, paths: InstancePaths, num_blocks: int) -
         use_relay=section.relay,
         use_auto_relay=section.relay and not _is_loopback_only(section.host_maddrs),
         num_workers=num_blocks,
+    )
+
+
+def _ghost_finder(node: Node) -> GhostFinder:
+    return GhostFinder(
+        lambda peer: node.ping(peer, _GHOST_PING_S),
+        node.peer_id,
+        node.is_in_touch,
+        testify=Witnesses(node).testify,
     )
 
 

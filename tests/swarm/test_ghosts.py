@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from petalsd.swarm.directory import SwarmView, read_view
-from petalsd.swarm.ghosts import APART_S, MAX_PINGS, GhostFinder, GhostRule, silence_reports
+from petalsd.swarm.ghosts import APART_S, ASK_AGAIN_S, MAX_PINGS, GhostFinder, GhostRule, silence_reports
 from petalsd.swarm.protocol import ServerState, make_uid
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -72,6 +73,11 @@ def record(
     return ServerRecord(state, 1.0, BlockSpan(0, 1), next_pings=next_pings, expiration=SOON)
 
 
+def direct(next_pings: dict[str, float] | None = None) -> ServerRecord:
+    """Of a server that others reach without a relay."""
+    return replace(record(next_pings), using_relay=False)
+
+
 def test_reports_are_counted_by_server() -> None:
     """Each witness counts once for each server that it pinged."""
     servers = {"x": record({"a": SILENT, "b": 0.1}), "y": record({"a": SILENT, "b": SILENT}), "z": record()}
@@ -84,17 +90,25 @@ class Network:
     def __init__(self, *silent: str, is_in_touch: bool = True) -> None:
         self.silent = set(silent)
         self.asked: list[str] = []
+        self.votes: dict[str, int] = {}
+        self.questions: list[tuple[list[str], list[str]]] = []
+        self.now = 0.0
         self._is_in_touch = is_in_touch
-        self._now = 0.0
-        self.finder = GhostFinder(self._ping, "own", self._answer_touch, lambda: self._now)
+        self.finder = GhostFinder(
+            self._ping, "own", self._answer_touch, lambda: self.now, testify=self._testify
+        )
 
     async def _ping(self, peer: str) -> float:
-        self._now += APART_S
+        self.now += APART_S
         self.asked.append(peer)
         return SILENT if peer in self.silent else 0.1
 
     async def _answer_touch(self) -> bool:
         return self._is_in_touch
+
+    async def _testify(self, suspects: Sequence[str], living: Sequence[str]) -> dict[str, int]:
+        self.questions.append((sorted(suspects), sorted(living)))
+        return self.votes
 
     async def search(self, records: dict[str, ServerRecord]) -> frozenset[str]:
         self.asked.clear()
@@ -129,6 +143,38 @@ async def test_when_nobody_answers_the_silence_is_ours() -> None:
     await network.search(records)
     network.silent = {"a", "b"}
     assert await network.search(records) == frozenset()
+
+
+async def test_others_are_asked_about_who_never_answered_us() -> None:
+    """What they found out just now counts more than what servers have announced; it is asked once a minute."""
+    network = Network("gone", "relayed", "lost")
+    records = {
+        "a": direct({"gone": 0.1}),
+        "b": direct(),
+        "gone": direct(),
+        "lost": direct(),
+        "relayed": record(),
+    }
+    network.votes = {"gone": 1, "lost": -1}
+    assert await network.search(records) == {"gone"}
+    assert network.questions == [(["gone", "lost"], ["a", "b"])]
+    assert await network.search(records) == {"gone"} and len(network.questions) == 1
+    network.now += ASK_AGAIN_S
+    network.votes = {"lost": 3}
+    assert await network.search(records) == {"gone", "lost"}
+    assert network.questions[1:] == [(["lost"], ["a", "b"])]
+    records["gone"] = replace(direct(), expiration=SOON + 60)
+    network.silent = {"gone"}
+    assert await network.search(records) == frozenset()
+
+
+async def test_nobody_is_asked_about_who_answered_us_once() -> None:
+    """Nor about those of whom others say already that they are gone."""
+    network, records = Network(), {"a": direct(), "b": direct(), "c": direct({"d": SILENT}), "d": direct()}
+    network.silent = {"d"}
+    assert await network.search(records) == {"d"}
+    network.silent = {"b", "d"}
+    assert await network.search(records) == {"b", "d"} and not network.questions
 
 
 def test_a_view_without_ghosts() -> None:
