@@ -190,6 +190,11 @@ class BoundedStorage:
             shown = value.shown() if isinstance(value, _Entries) else value
             yield key, ValueWithExpiration(shown, expiration_time)
 
+    def num_bytes_of(self, key: DHTID) -> int:
+        """What is kept of it takes so much on the wire, about."""
+        value = self._value(key)
+        return value.num_bytes if isinstance(value, _Entries) else len(value or b"")
+
     def __contains__(self, key: DHTID) -> bool:
         return key in self._keys
 

@@ -1,0 +1,83 @@
+"""What a peer may ask of our node of the DHT in one message."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2PHandlerError, PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+
+from petalsd.swarm.node import Node
+from tests.swarm.servers import joining, node
+
+pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
+
+KEYS = [DHTID.generate(f"m.{number}") for number in range(3)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair() -> AsyncIterator[tuple[Node, Node]]:
+    """One that is asked and one that asks, as anybody may."""
+    async with node() as asked, node(await joining(asked, client_mode=True)) as asking:
+        yield asked, asking
+
+
+async def call(pair: tuple[Node, Node], method: str, request: bytes) -> bytes:
+    asked, asking = pair
+    peer = PeerID.from_base58(asked.peer_id)
+    async with asyncio.timeout(10):
+        answer: bytes = await asking.p2p._client.call_unary_handler(peer, f"DHTProtocol.{method}", request)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("method", "num_fields", "rule"),
+    [
+        ("rpc_find", 2000, "at most 256 in a lookup"),
+        ("rpc_store", 20_000, "at most 4096 in a request to store"),
+    ],
+)
+async def test_countless_keys_are_refused_unread(
+    pair: tuple[Node, Node], method: str, num_fields: int, rule: str
+) -> None:
+    """Empty ones take two bytes each; looked up, they would hold up the loop for minutes."""
+    with pytest.raises(P2PHandlerError, match=rf"bad_request: keys.*{rule}"):
+        await call(pair, method, b"\x12\x00" * num_fields)
+    assert math.isfinite(await pair[1].ping(pair[0].peer_id))
+
+
+async def test_an_answer_that_does_not_fit_is_refused(pair: tuple[Node, Node]) -> None:
+    """Nobody would ever get it, and each repetition of a key would take its size again."""
+    storage, value = pair[0].dht.protocol.storage, bytes(60 * 1024)
+    for number in range(40):
+        name = f"peer {number}"
+        assert storage.store_subkey(KEYS[0], name, MSGPackSerializer.dumps(value), time.time() + 60)
+    one, two = (dht_pb2.FindRequest(keys=[KEYS[0].to_bytes()] * times) for times in (1, 2))
+    answer = dht_pb2.FindResponse.FromString(await call(pair, "rpc_find", one.SerializeToString()))
+    assert len(answer.results[0].value) > 40 * len(value)
+    with pytest.raises(P2PHandlerError, match="overloaded: the values of 2 keys take"):
+        await call(pair, "rpc_find", two.SerializeToString())
+
+
+async def test_what_is_no_lookup_is_refused(pair: tuple[Node, Node]) -> None:
+    """Bytes that are no message, or a key that is no id."""
+    for request in (b"\xff\xff", dht_pb2.FindRequest(keys=[b"\1" * 40]).SerializeToString()):
+        with pytest.raises(P2PHandlerError):
+            await call(pair, "rpc_find", request)
+
+
+async def test_lookups_and_entries_of_others_are_answered(pair: tuple[Node, Node]) -> None:
+    """As many as nodes of hivemind send."""
+    asked, asking = pair
+    uids = [f"n.{number}" for number in range(200)]
+    assert await asking.store(uids, asking.peer_id, 1, time.time() + 60, 10) == []
+    found = await asking.get(uids, 10)
+    assert all(asking.peer_id in found[uid] for uid in uids)
+    assert DHTID.generate("n.0") in asked.dht.protocol.storage
