@@ -6,6 +6,9 @@ place of what cannot be unpacked.
 
 It also merges the dictionaries that nodes answer as they come: an entry of another type than the rest can end that
 without an answer, and what lives longer takes the place of all the rest. So answers are looked through before.
+
+And it unpacks dictionaries of any length, entry by entry and without a pause: 4 MiB of small ones take three
+seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+import msgpack
 from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
@@ -26,6 +30,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from petalsd.swarm.dht_storage import LIMITS
 
 _NONE = MSGPackSerializer.dumps(None)
+_DICTIONARY = 0x50  # hivemind's msgpack extension
 
 
 class DHTGuard(RecordValidatorBase):  # type: ignore[misc]  # hivemind ships no types
@@ -49,8 +54,26 @@ class DHTGuard(RecordValidatorBase):  # type: ignore[misc]  # hivemind ships no 
         return isinstance(other, DHTGuard)
 
 
+class BoundedSerializer(MSGPackSerializer):  # type: ignore[misc]
+    """Unpacks what peers send us: dictionaries of as many entries as are kept, and other values."""
+
+    @classmethod
+    def loads(cls, buf: bytes) -> object:
+        """ValueError for more, and for dictionaries within others."""
+        return msgpack.unpackb(
+            buf, ext_hook=cls._decode_ext_types, raw=False, max_array_len=LIMITS.max_entries
+        )
+
+    @classmethod
+    def _decode_ext_types(cls, type_code: int, data: bytes) -> object:
+        if type_code == _DICTIONARY:
+            msgpack.unpackb(data, raw=False, max_array_len=LIMITS.max_entries, max_ext_len=0)
+        return super()._decode_ext_types(type_code, data)
+
+
 def guard_answers(node: DHTNode) -> None:
-    """Have lookups of ``node`` see nothing but sound dictionaries."""
+    """Have lookups of ``node`` see nothing but sound dictionaries, and unpack none that is too long."""
+    node.protocol.serializer = BoundedSerializer
     ask = node.protocol.call_find
 
     async def call_find(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, Any] | None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
@@ -64,6 +65,29 @@ async def test_an_answer_that_does_not_fit_is_refused(pair: tuple[Node, Node]) -
     assert len(answer.results[0].value) > 40 * len(value)
     with pytest.raises(P2PHandlerError, match="overloaded: the values of 2 keys take"):
         await call(pair, "rpc_find", two.SerializeToString())
+
+
+async def test_a_dictionary_of_countless_entries_is_not_unpacked(pair: tuple[Node, Node]) -> None:
+    """Nor one inside another; entry by entry it would hold up the loop for seconds."""
+    protocol, soon = pair[0].dht.protocol, time.time() + 60
+    for count, is_kept in ((8192, True), (8193, False)):
+        entries = DictionaryDHTValue(maxsize=math.inf)
+        for number in range(count):
+            entries.store(str(number), b"", soon)
+        nested = DictionaryDHTValue()
+        nested.store("x", entries, soon)
+        for value, is_answered in ((entries, is_kept), (nested, False)):
+            request = dht_pb2.StoreRequest(
+                keys=[KEYS[1].to_bytes()], subkeys=[protocol.IS_DICTIONARY],
+                values=[MSGPackSerializer.dumps(value)], expiration_time=[soon], in_cache=[False],
+            )  # fmt: skip
+            answer = call(pair, "rpc_store", request.SerializeToString())
+            if is_answered:
+                await answer
+                continue
+            with pytest.raises(P2PHandlerError):
+                await answer
+    assert KEYS[1] in protocol.storage
 
 
 async def test_what_is_no_lookup_is_refused(pair: tuple[Node, Node]) -> None:
