@@ -42,6 +42,7 @@ _MAX_ELEMENTS = 2**40
 _TUPLE = 0x40  # hivemind's msgpack extension for tuples: the payload is a msgpack array
 _MAX_TUPLE_DEPTH = 8
 _MAX_KNOWN_TUPLES, _MAX_KNOWN_BYTES = 256, 256
+_MAX_ITEMS, _FEW_BYTES = 2048, 2048  # a chain of 256 servers has 1300 items; fewer bytes cannot hold many
 _KEY_TYPES = {str}
 
 # Stand for absent optional tensors, which must still be sent to keep positions. Never written to.
@@ -269,7 +270,22 @@ def decode_metadata(data: bytes) -> dict[str, Any]:
         raise BadRequest("metadata", f"{len(data)} bytes", f"not msgpack: {type(error).__name__}") from None
     if not isinstance(value, dict) or not set(map(type, value)) <= _KEY_TYPES:
         raise BadRequest("metadata", type(value).__name__, "must be a map with text keys")
+    if len(data) > _FEW_BYTES and _has_more_items(value, _MAX_ITEMS):
+        raise BadRequest("metadata", f"{len(data)} bytes", f"at most {_MAX_ITEMS} values")
     return value
+
+
+def _has_more_items(value: object, most: int) -> bool:
+    """Whether there are more values inside: an empty map is one byte on the wire and 70 in memory."""
+    count, inside = 0, [value]
+    while inside and count + len(inside) <= most:
+        item = inside.pop()
+        count += 1
+        if isinstance(item, dict):
+            inside.extend(item.values())
+        elif isinstance(item, list | tuple):
+            inside.extend(item)
+    return bool(inside)
 
 
 def _pack_tuple(value: object) -> msgpack.ExtType:

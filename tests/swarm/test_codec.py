@@ -213,6 +213,23 @@ def test_metadata_is_packed_as_stock_peers_pack_it() -> None:
     assert codec.decode_metadata(b"") == {}
 
 
+@pytest.mark.parametrize("item", [{}, [], (), [[]] * 100, {str(key): {} for key in range(20)}])
+def test_metadata_of_countless_values_is_refused(item: object) -> None:
+    """Up to seventy times as large in memory as on the wire, and steps that wait keep theirs."""
+    data = MSGPackSerializer.dumps({"a": [item] * 2048})
+    with pytest.raises(BadRequest, match=r"metadata.*at most 2048 values"):
+        codec.decode_metadata(data)
+
+
+def test_metadata_may_name_a_long_chain() -> None:
+    """256 servers with long names are no more than is allowed."""
+    metadata = {
+        **METADATA,
+        "next_servers": [("Q" * 60, "s" * 36, number, number + 1) for number in range(256)],
+    }
+    assert codec.decode_metadata(MSGPackSerializer.dumps(metadata)) == metadata
+
+
 @pytest.mark.parametrize(
     "data",
     [
