@@ -39,9 +39,15 @@ class InboundBudget:
     def held_bytes(self) -> int:
         return self._held_bytes
 
-    def share_of(self, peer: str) -> Budget:
-        """For the streams and calls of a peer: half of all, but a message of any size while it holds none."""
-        return _PeerShare(self, self._by_peer, peer, self._max_total_bytes // 2)
+    def share_of(self, peer: str, max_message_bytes: int | None = None) -> Budget:
+        """For the streams and calls of a peer: half of all, but a message of any size while it holds none.
+
+        ``max_message_bytes``: what one may have where messages are small; None: as anywhere.
+        """
+        share_bytes = max(self._max_total_bytes // 2, self._max_message_bytes)
+        if max_message_bytes is None:
+            max_message_bytes = self._max_message_bytes
+        return _PeerShare(self, self._by_peer, peer, share_bytes, max_message_bytes)
 
     def take(self, num_bytes: int) -> None:
         if self._held_bytes + num_bytes > self._max_total_bytes:
@@ -56,15 +62,14 @@ class InboundBudget:
 
 
 class _PeerShare:
-    def __init__(self, whole: InboundBudget, by_peer: Counter[str], peer: str, max_bytes: int) -> None:
+    def __init__(
+        self, whole: InboundBudget, by_peer: Counter[str], peer: str, max_bytes: int, max_message_bytes: int
+    ) -> None:
         self._whole = whole
         self._by_peer = by_peer
         self._peer = peer
-        self._max_bytes = max(max_bytes, whole.max_message_bytes)
-
-    @property
-    def max_message_bytes(self) -> int:
-        return self._whole.max_message_bytes
+        self._max_bytes = max_bytes
+        self.max_message_bytes = max_message_bytes
 
     def take(self, num_bytes: int) -> None:
         held = self._by_peer[self._peer]

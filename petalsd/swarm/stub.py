@@ -34,12 +34,13 @@ from petalsd.swarm.protocol import (
     UNARY_ENVELOPE_BYTES,
     handle_name,
 )
-from petalsd.swarm.stream import MessageStream, NoAnswer, RemoteError, StreamEnded
+from petalsd.swarm.stream import MessageStream, NoAnswer, RemoteError, StreamEnded, parse_message
 
 M = TypeVar("M", bound=Message)
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 180.0
+_MAX_HAND_OVER_ANSWER_BYTES = 64 * 1024  # a ticket
 
 
 class ServerStub:
@@ -104,7 +105,7 @@ class ServerStub:
     async def open_hand_over(self) -> MessageStream:
         """Dial for a session that is to go on there; RemoteFailure of servers that take none."""
         name = handle_name(HAND_OVER_METHOD, HAND_OVER_SERVICE)
-        return await self._dial(name, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S)
+        return await self._dial(name, CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, _MAX_HAND_OVER_ANSWER_BYTES)
 
     async def _compute(
         self,
@@ -128,10 +129,10 @@ class ServerStub:
         if request.ByteSize() > MAX_UNARY_BYTES - UNARY_ENVELOPE_BYTES:
             raise RemoteFailure(self.peer, f"{method} cannot carry {request.ByteSize()} bytes in one message")
         async with self._failures(method, timeout_s):
-            reply: M = await self._node.p2p.call_protobuf_handler(
-                self._peer_id, handle_name(method), request, reply_type
+            payload: bytes = await self._node.p2p._client.call_unary_handler(
+                self._peer_id, handle_name(method), request.SerializeToString()
             )
-        return reply
+            return parse_message(reply_type, payload)
 
     async def _streamed(
         self, method: str, uid: str, tensors: Sequence[runtime_pb2.Tensor], metadata: bytes, timeout_s: float
@@ -165,10 +166,13 @@ class ServerStub:
             for part in reply.tensors:
                 assembler.add(part)
 
-    async def _dial(self, name: str, timeout_s: float, send_timeout_s: float) -> MessageStream:
+    async def _dial(
+        self, name: str, timeout_s: float, send_timeout_s: float, max_answer_bytes: int | None = None
+    ) -> MessageStream:
         async with self._failures(f"connecting for {name}", timeout_s):
             reader, writer = await _open_stream(self._node.p2p, self._peer_id, name)
-        return MessageStream(self.peer, take_over(reader, writer, self._node.budget), send_timeout_s)
+        budget = self._node.budget.share_of(self.peer, max_answer_bytes)
+        return MessageStream(self.peer, take_over(reader, writer, budget), send_timeout_s)
 
     @contextlib.asynccontextmanager
     async def _failures(self, what: str, timeout_s: float) -> AsyncIterator[None]:
@@ -182,7 +186,7 @@ class ServerStub:
             raise RemoteError(self.peer, str(error)) from error
         except (P2PDaemonError, OSError, EOFError) as error:
             raise RemoteFailure(self.peer, f"{what} failed: {error}") from error
-        except BadRequest as error:
+        except (BadRequest, errors.Overloaded) as error:  # the latter: with more than we can hold
             raise RemoteFailure(self.peer, f"{what} was answered with nonsense: {error.message}") from error
 
 
@@ -223,7 +227,7 @@ class InferenceStream:
             reply = await self._stream.receive(runtime_pb2.ExpertResponse, timeout_s)
         except TimeoutError:
             raise NoAnswer(self.peer, f"no answer within {timeout_s:g} s") from None
-        except BadRequest as error:
+        except (BadRequest, errors.Overloaded) as error:
             raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
         if reply is None:
             raise RemoteError(self.peer, "failed without saying why")
@@ -235,7 +239,7 @@ class InferenceStream:
             return
         try:
             reply = self._stream.take(runtime_pb2.ExpertResponse)
-        except BadRequest as error:
+        except (BadRequest, errors.Overloaded) as error:
             raise RemoteFailure(self.peer, f"answered nonsense: {error.message}") from error
         what = "failed without saying why" if reply is None else "answered a step that was never sent"
         raise RemoteError(self.peer, what)
