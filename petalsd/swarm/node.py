@@ -21,6 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
 from petalsd.swarm.dht_guard import DHTGuard, guard_answers
+from petalsd.swarm.dht_newcomers import bound_newcomers
 from petalsd.swarm.dht_requests import bound_requests
 from petalsd.swarm.dht_storage import bound_storage
 from petalsd.swarm.identity import IdentityLock, ensure_identity
@@ -244,6 +245,7 @@ class Node:
                 bound_storage(dht)
                 guard_answers(dht)
                 bound_requests(dht, p2p)
+                bound_newcomers(dht)
                 return dht
         except Exception as error:  # RuntimeError, ValidationError, bad multiaddrs: all about these peers
             raise SwarmError(
