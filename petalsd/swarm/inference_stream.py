@@ -151,7 +151,7 @@ class InferenceCall:
             return
         self._remember(message.step_id)
         output = await off_loop(answer.nbytes, encode_tensor, answer)
-        self._pusher.push(message, tensors[1:], output)
+        self._pusher.push(message, tensors[1:], output, self._stream.peer)
         await self._stream.send(runtime_pb2.ExpertResponse(tensors=[output]))
         if self._asked_at is not None:
             self._serving.observer.first_answer(time.monotonic() - self._asked_at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 
 _MAX_UNDER_WAY = 256
 _MAX_PER_PEER = 64  # one that hangs holds up the pushes to no other
+_MAX_PER_CLIENT = 64  # it may name as many peers that hang as it likes
 _STALL_S = 1.0  # a push is answered within a round trip
 _PAUSE_S = 30.0
 _MAX_FAILED = 256
@@ -51,13 +52,21 @@ class Pusher:
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
         self._per_peer: dict[str, dict[asyncio.Task[None], float]] = {}  # with the times when they began
+        self._per_client: Counter[str] = Counter()
         self._failed: OrderedDict[str, float] = OrderedDict()  # with the ends of their pauses
 
     def push(
-        self, message: StepMessage, extra: Sequence[runtime_pb2.Tensor], output: runtime_pb2.Tensor
+        self,
+        message: StepMessage,
+        extra: Sequence[runtime_pb2.Tensor],
+        output: runtime_pb2.Tensor,
+        client: str,
     ) -> None:
-        """Push ``output`` with ``extra`` (the step's own tensors after hidden) if the step names a next server."""
-        if not message.next_servers or not self._has_place(peer := message.next_servers[0].peer):
+        """Push ``output`` with ``extra`` (the step's own tensors after hidden) if the step names a next server.
+
+        ``client``: the PeerID of the session's.
+        """
+        if not message.next_servers or not self._has_place(peer := message.next_servers[0].peer, client):
             return
         if extra and extra[0].buffer:  # prompts are cut for our blocks, the next server needs its own
             return
@@ -67,7 +76,8 @@ class Pusher:
         task = asyncio.create_task(self._send(peer, request), name="push")
         self._tasks.add(task)
         self._per_peer.setdefault(peer, {})[task] = self._clock()
-        task.add_done_callback(partial(self._end, peer))
+        self._per_client[client] += 1
+        task.add_done_callback(partial(self._end, peer, client))
 
     def __len__(self) -> int:
         """Pushes under way."""
@@ -84,21 +94,26 @@ class Pusher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _has_place(self, peer: str) -> bool:
+    def _has_place(self, peer: str, client: str) -> bool:
         under_way = self._per_peer.get(peer, {})
         if len(self._tasks) >= _MAX_UNDER_WAY or len(under_way) >= _MAX_PER_PEER:
+            return False
+        if self._per_client[client] >= _MAX_PER_CLIENT:
             return False
         now = self._clock()
         if under_way and now - next(iter(under_way.values())) >= _STALL_S:
             return False
         return peer not in self._failed or (now >= self._failed[peer] and not under_way)
 
-    def _end(self, peer: str, task: asyncio.Task[None]) -> None:
+    def _end(self, peer: str, client: str, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         under_way = self._per_peer[peer]
         del under_way[task]
         if not under_way:
             del self._per_peer[peer]
+        self._per_client[client] -= 1
+        if not self._per_client[client]:
+            del self._per_client[client]
 
     def _note(self, peer: str, *, is_reached: bool) -> None:
         self._failed.pop(peer, None)

@@ -154,12 +154,12 @@ class Receivers:
         self.pusher = push.Pusher(Node(NodeOptions()), PREFIX, 5.0, NullObserver(), lambda: self.now)
         self._output = encode_tensor(states(1, 1))
 
-    async def push(self, *peers: str) -> list[str]:
-        """One push for each of them; whom they went out to."""
+    async def push(self, *peers: str, client: str | None = None) -> list[str]:
+        """One push for each of them, each of its own client or all of one; whom they went out to."""
         self.arrived.clear()
         for peer in peers:
             step = StepMessage([], {}, "", None, None, (NextServer(peer, "session", TAIL),))
-            self.pusher.push(step, [], self._output)
+            self.pusher.push(step, [], self._output, client or f"client of {peer}")
         await asyncio.sleep(0)
         return list(self.arrived)
 
@@ -222,6 +222,21 @@ async def test_a_peer_that_a_push_did_not_reach_is_left_alone(monkeypatch: pytes
     await receivers.pusher.wait()
     assert await receivers.push("lost", "lost") == ["lost", "lost"]
     await receivers.pusher.wait()
+
+
+async def test_a_client_of_servers_that_hang_leaves_places_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many it names: each of its pushes holds a place until it is given up."""
+    receivers = Receivers(monkeypatch)
+    hanging = [f"hangs {number}" for number in range(300)]
+    receivers.hanging = {peer: asyncio.Event() for peer in hanging}
+    assert await receivers.push(*hanging, client="hostile") == hanging[:64]
+    assert await receivers.push("lives", client="other") == ["lives"]
+    for event in receivers.hanging.values():
+        event.set()
+    await receivers.pusher.wait()
+    assert await receivers.push("lives", client="hostile") == ["lives"]
+    await receivers.pusher.wait()
+    assert not receivers.pusher._per_client
 
 
 async def test_a_refused_push_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
