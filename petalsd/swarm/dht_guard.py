@@ -7,6 +7,8 @@ place of what cannot be unpacked.
 It also merges the dictionaries that nodes answer as they come: an entry of another type than the rest can end that
 without an answer, and what lives longer takes the place of all the rest. So answers are looked through before.
 
+It goes on to all nodes that an answer names as nearer, however many. Sound ones name as many as a bucket holds.
+
 And it unpacks dictionaries of any length, entry by entry and without a pause: 4 MiB of small ones take three
 seconds.
 """
@@ -24,6 +26,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
@@ -83,6 +86,26 @@ def guard_answers(node: DHTNode) -> None:
         return {key: (_sound(found), nearest) for key, (found, nearest) in answers.items()}
 
     node.protocol.call_find = call_find
+    get_stub, most = node.protocol.get_stub, node.protocol.bucket_size
+    node.protocol.get_stub = lambda peer: _TrimmingStub(get_stub(peer), most)
+
+
+class _TrimmingStub:
+    """Of the nodes that an answer names as nearer than itself, the first ``most``."""
+
+    def __init__(self, stub: Any, most: int) -> None:
+        self._stub = stub
+        self._most = most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stub, name)
+
+    async def rpc_find(self, request: dht_pb2.FindRequest, timeout: float | None = None) -> Any:
+        response = await self._stub.rpc_find(request, timeout=timeout)
+        for result in response.results:
+            del result.nearest_node_ids[self._most :]
+            del result.nearest_peer_ids[self._most :]
+        return response
 
 
 def _sound(found: ValueWithExpiration[Any] | None) -> ValueWithExpiration[Any] | None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
@@ -65,3 +67,21 @@ async def test_a_strange_answer_hides_no_record(monkeypatch: pytest.MonkeyPatch,
         for reader in (client, first):
             view = await read_view(reader, "m", 1, timeout_s=5)
             assert list(view.blocks[0]) == [first.peer_id]
+
+
+@pytest.mark.swarm
+async def test_an_answer_names_as_many_nodes_as_a_bucket_holds() -> None:
+    """Else a lookup would go on to thousands that are not there, each nearer than all that are."""
+    response = dht_pb2.FindResponse(results=[dht_pb2.FindResult(type=dht_pb2.NOT_FOUND)])
+    for number in range(1, 1001):
+        response.results[0].nearest_node_ids.append(DHTID(KEY ^ number).to_bytes())
+        response.results[0].nearest_peer_ids.append(b"\x12\x20" + number.to_bytes(32))
+
+    async def answer(payload: bytes, caller: PeerID) -> bytes:
+        return bytes(response.SerializeToString())
+
+    async with node() as hostile, node(await joining(hostile, client_mode=True)) as client:
+        hostile.p2p._client.control.unary_handlers["DHTProtocol.rpc_find"] = answer
+        found = await client.dht.protocol.call_find(hostile.p2p.peer_id, [KEY])
+        (_, nearest), size = found[KEY], client.dht.protocol.bucket_size
+        assert list(nearest) == [DHTID(KEY ^ number) for number in range(1, size + 1)]
