@@ -30,7 +30,7 @@ from petalsd.swarm.serving import Serving
 from petalsd.swarm.session_giver import Refusals, SessionGiver
 from petalsd.swarm.session_taker import SessionTaker
 from petalsd.swarm.sessions import SessionRegistry
-from petalsd.swarm.stream import MessageStream, StreamEnded
+from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
 from petalsd.swarm.stub import ServerStub
 from petalsd.swarm.tickets import TicketOffice
 from petalsd.swarm.unary_calls import add_unary_handler, counted_request
@@ -257,8 +257,8 @@ class TransformerConnectionHandler:
         try:
             self._check_room(stream.peer)
             await call(stream)
-        except StreamEnded:
-            log.debug("stream_abandoned", method=method, peer=stream.peer)
+        except (StreamEnded, RemoteError) as error:  # the latter: it failed, and says so
+            log.debug("stream_abandoned", method=method, peer=stream.peer, error=error.message[:200])
             self._observer.call_abandoned(method)
             return
         except asyncio.CancelledError:

@@ -17,7 +17,7 @@ class SwarmObserver(Protocol):
         """It was answered with an error; ``code`` is one of ``faults.CODES``."""
 
     def call_abandoned(self, method: str) -> None:
-        """The caller closed the stream, or died, before the call was over."""
+        """The caller closed the stream, failed or died before the call was over."""
 
     def received(self, num_bytes: int) -> None:
         """A message came."""

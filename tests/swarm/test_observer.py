@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hivemind.p2p import P2PHandlerError
+from hivemind.proto import runtime_pb2
 
 from petalsd.engine.step import PassRequest
 from petalsd.errors import BadRequest, DeadlineExceeded, Draining, RemoteFailure, SwarmError
@@ -20,12 +21,13 @@ from petalsd.swarm.faults import CODES, wire_code, wire_text
 from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import ServerState, make_chain
 from petalsd.swarm.serving import HandlerLimits
-from petalsd.swarm.stream import RemoteError
+from petalsd.swarm.stream import RemoteError, StreamEnded
 from petalsd.types import BlockSpan
 from tests.engine.rig import TinyModel, states
 from tests.swarm.servers import PREFIX, Server, joining, node, server
 from tests.swarm.stock import DUMMY, DUMMY_INT64, TIMEOUT_S, stock_request
 from tests.swarm.test_announcer import FakeDHT, make_record
+from tests.swarm.test_malformed import raw_stream
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.swarm, pytest.mark.asyncio(loop_scope="module")]
@@ -205,6 +207,23 @@ async def test_a_caller_that_leaves_is_not_an_error(
         await staying.close()
     assert notes.failures == {("rpc_inference", "session_closed"): 1}
     assert notes.abandoned == {"rpc_inference": 1}
+
+
+@pytest.mark.parametrize("method", ["rpc_inference", "rpc_forward_stream", "rpc_backward_stream"])
+async def test_a_caller_that_fails_is_no_error_of_ours(
+    nodes: tuple[Node, Node],
+    client: Node,
+    model: TinyModel,
+    method: str,
+) -> None:
+    """A stock client whose own requests break says so in an error frame; it may say anything."""
+    async with observed(nodes[0], model) as (tiny, notes):
+        stream = await raw_stream(tiny, client, method)
+        await stream.send_error("ValueError('of the client')")
+        with pytest.raises(StreamEnded):
+            await stream.receive(runtime_pb2.ExpertResponse, TIMEOUT_S)
+        stream.close()
+    assert (notes.failures, notes.abandoned) == ({}, {method: 1})
 
 
 async def test_a_call_that_takes_too_long_is_told_as_such(
