@@ -306,6 +306,9 @@ class ErrorText(Document):
     code: str
     message: str
     hint: str
+    acting_group: str | None = Field(
+        default=None, description="of forbidden alone: a group whose members may; null where there is none"
+    )
 
 
 class Error(Document):

@@ -159,14 +159,16 @@ class Connection(web.RequestHandler):
         self.force_close()
 
 
-def error_body(code: str, message: str, hint: str = "") -> bytes:
+def error_body(code: str, message: str, hint: str = "", acting_group: str | None = None) -> bytes:
     """The form of every error."""
-    document = Error(error=ErrorText(code=code, message=message, hint=hint))
-    return document.model_dump_json().encode()
+    text = ErrorText(code=code, message=message, hint=hint, acting_group=acting_group)
+    return Error(error=text).model_dump_json().encode()
 
 
-def error_response(status: int, code: str, message: str, hint: str = "") -> web.Response:
-    body = error_body(code, message, hint)
+def error_response(
+    status: int, code: str, message: str, hint: str = "", acting_group: str | None = None
+) -> web.Response:
+    body = error_body(code, message, hint, acting_group)
     return web.Response(status=status, body=body, content_type="application/json")
 
 

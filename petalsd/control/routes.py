@@ -117,8 +117,9 @@ class Router:
             return None
         uid = None if peer is None else peer.uid
         log.warning("control_request_denied", path=request.path, uid=uid)
-        who = "nobody on this socket" if access is None else access.actors
-        return error_response(HTTPStatus.FORBIDDEN, "forbidden", f"{request.path}: only for {who}")
+        who, group = ("nobody on this socket", None) if access is None else (access.actors, access.group)
+        text = f"{request.path}: only for {who}"
+        return error_response(HTTPStatus.FORBIDDEN, "forbidden", text, acting_group=group)
 
 
 def status_of(error: PetalsdError) -> HTTPStatus:

@@ -160,4 +160,4 @@ async def test_random_bytes(path: Path) -> None:
 def test_errors_are_the_published_document() -> None:
     """Also those that are written without the HTTP library."""
     error = json.loads(connection.error_body("code", "message", "hint"))
-    assert error == {"error": {"code": "code", "message": "message", "hint": "hint"}}
+    assert error == {"error": {"code": "code", "message": "message", "hint": "hint", "acting_group": None}}

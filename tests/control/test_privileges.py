@@ -71,6 +71,7 @@ async def test_not_everybody_acts(
     assert answer.status == 403
     assert answer.json["error"]["code"] == "forbidden"
     assert f"the group {GROUP.gr_name}" in answer.json["error"]["message"]
+    assert answer.json["error"]["acting_group"] == GROUP.gr_name
     assert daemon.acts == []
 
 

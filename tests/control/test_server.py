@@ -127,7 +127,7 @@ async def test_errors_have_one_form(
 ) -> None:
     daemon.failures["rebalance"] = error
     answer = await ask(path, "POST", "/v1/rebalance", {})
-    text = {"code": error.code, "message": error.message, "hint": error.hint}
+    text = {"code": error.code, "message": error.message, "hint": error.hint, "acting_group": None}
     assert (answer.status, answer.json) == (status, {"error": text})
 
 

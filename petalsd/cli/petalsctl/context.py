@@ -15,7 +15,6 @@ from petalsd.cli.petalsctl.connection import Connection
 from petalsd.cli.petalsctl.instances import (
     Instance,
     System,
-    acting_group,
     explain,
     find_instance,
     ways_to_permission,
@@ -76,7 +75,7 @@ class Context:
             raise explain(instance, error, self._argv) from error
         except Refused as refusal:
             if refusal.code == "forbidden" and not refusal.hint:
-                refusal.hint = ways_to_permission(acting_group(refusal.message), self._argv)
+                refusal.hint = ways_to_permission(refusal.acting_group, self._argv)
             raise
 
     def command(self, words: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import grp
 import os
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -158,13 +157,8 @@ def ways_to_permission(group: str | None, argv: Iterable[str]) -> str:
     command = shlex.join(["sudo", "petalsctl", *argv])
     if group is None:
         return command
-    return f"{command}; or join its group: sudo usermod -aG {group} {_user()}, then log in again"
-
-
-def acting_group(refusal: str) -> str | None:
-    """The one that a daemon names where it says who may act."""
-    named = re.search(r"\bthe group ([^\s,;]+)", refusal)
-    return None if named is None else named[1]
+    join = shlex.join(["sudo", "usermod", "-aG", group, _user()])
+    return f"{command}; or join its group: {join}, then log in again"
 
 
 def _nobody_found(environ: Mapping[str, str], system: System) -> NoAnswer:

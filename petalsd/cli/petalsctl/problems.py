@@ -42,13 +42,18 @@ class NoAnswer(CommandError):
 
 
 class Refused(CommandError):
-    """The daemon answered with an error; ``code`` is the daemon's own."""
+    """The daemon answered with an error; ``code`` is the daemon's own.
+
+    acting_group  whose members may do what this user may not; None also where the daemon does not say
+    """
 
     def __init__(self, status: int, error: Mapping[str, Any], body: bytes) -> None:
         super().__init__(
             str(error.get("message") or f"HTTP status {status}"), hint=str(error.get("hint") or "")
         )
         self.code = str(error.get("code") or "error")
+        group = error.get("acting_group")
+        self.acting_group = group if isinstance(group, str) else None
         self.exit_code = EXIT_REFUSING if status == _HTTP_UNAVAILABLE else EXIT_FAILED
         self.status = status
         self.body = body

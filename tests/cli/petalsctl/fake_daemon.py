@@ -102,9 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-def refusal(status: int, code: str, message: str, hint: str = "") -> Callable[[], Answer]:
-    """An answer that says no, in the daemon's form."""
-    body = json.dumps({"error": {"code": code, "message": message, "hint": hint}}).encode()
+def refusal(status: int, code: str, message: str, hint: str = "", **more: Any) -> Callable[[], Answer]:
+    """An answer that says no, in the daemon's form; ``more`` is what later versions say beside."""
+    body = json.dumps({"error": {"code": code, "message": message, "hint": hint, **more}}).encode()
     return lambda: (status, body)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from petalsd.cli.petalsctl.instances import Instance, System, explain
-from petalsd.control.access import Access
 from tests.cli.petalsctl.conftest import Ctl
 from tests.cli.petalsctl.documents import STATUS, document
 from tests.cli.petalsctl.fake_daemon import HANG_UP, FakeDaemon, refusal
@@ -137,15 +136,27 @@ def test_no_permission_says_how_to_get_it(home: Path) -> None:
     assert "sudo usermod -aG petalsd " in problem.hint
 
 
-@pytest.mark.parametrize("group", [None, "wheel"])
+@pytest.mark.parametrize(
+    ("more", "group"),
+    [
+        ({"acting_group": "wheel"}, "wheel"),
+        ({"acting_group": "a b"}, "'a b'"),
+        ({"acting_group": None}, None),
+        ({"acting_group": ["wheel"]}, None),
+        ({}, None),
+    ],
+)
 def test_nobody_is_told_to_join_a_group_that_may_not_act(
-    group: str | None, daemon: FakeDaemon, ctl: Ctl
+    more: dict[str, object], group: str | None, daemon: FakeDaemon, ctl: Ctl
 ) -> None:
-    """Without one that acts, the socket has the daemon's own: root's, if root started it."""
-    actors = Access(0, group, None if group is None else 10).actors
-    daemon.answers["POST /v1/drain"] = refusal(403, "forbidden", f"/v1/drain: only for {actors}")
+    """Without one that acts, the socket has the daemon's own: root's, if root started it.
+
+    The sentence is for people: an older daemon, which has no field for the group, names none.
+    """
+    sentence = "/v1/drain: only for root and the daemon's own user, and the group petalsd"
+    daemon.answers["POST /v1/drain"] = refusal(403, "forbidden", sentence, **more)
     advice = ctl("drain")[2].splitlines()[-1].strip()
-    join = f"; or join its group: sudo usermod -aG wheel {getpass.getuser()}, then log in again"
+    join = f"; or join its group: sudo usermod -aG {group} {getpass.getuser()}, then log in again"
     assert advice == "sudo petalsctl drain" + (join if group else "")
 
 

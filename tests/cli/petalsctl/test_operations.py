@@ -212,7 +212,7 @@ def test_refusals(
 def test_a_member_of_no_group_is_told_which_to_join(daemon: FakeDaemon, ctl: Ctl) -> None:
     """Who may read but not act gets the two ways to act."""
     daemon.answers["POST /v1/drain"] = refusal(
-        403, "forbidden", "only root and the group petalsd may do this"
+        403, "forbidden", "only root and some others may do this", acting_group="petalsd"
     )
     status, _, err = ctl("drain")
     assert status == 4
