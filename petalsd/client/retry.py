@@ -60,7 +60,7 @@ class RetryBudget:
             self._waits += 1
             if self._waits == 1:  # or else minutes would pass without a word
                 log.warning(
-                    "blocks_missing", error=error.message, waited_for_s=self._options.recovery_timeout_s
+                    "blocks_missing", error=error.message, gives_up_in_s=round(self._deadline - now, 1)
                 )
             delay_s = self._backoff(self._waits)
         else:

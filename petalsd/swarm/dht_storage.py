@@ -257,8 +257,9 @@ class BoundedStorage:
         self._refused[limit] += 1
         if self._clock() >= self._reported_s + _REPORT_PERIOD_S:
             self._reported_s = self._clock()
+            refused_by = dict(self._refused)
             log.warning(
-                "dht_entries_refused", limits=dict(self._refused), keys=len(self), num_bytes=self._num_bytes
+                "dht_entries_refused", refused_by=refused_by, keys=len(self), num_bytes=self._num_bytes
             )
             self._refused.clear()
         return False

@@ -171,9 +171,15 @@ class GhostFinder:
             await self._ask_witnesses(servers, reports)
             found = self._rule.ghosts(reports)
             if found != self.known:
-                log.info("ghosts", gone=sorted(found - self.known), back=sorted(self.known - found))
+                self._tell(found, servers)
             self.known = found
             return found
+
+    def _tell(self, found: frozenset[str], servers: Mapping[str, ServerRecord]) -> None:
+        """Who is no ghost any more lives, or has no record any more."""
+        ended = self.known - found
+        back, expired = sorted(ended & servers.keys()), sorted(ended - servers.keys())
+        log.info("ghosts", gone=sorted(found - self.known), back=back, expired=expired)
 
     def _choose(self, servers: Mapping[str, ServerRecord], reports: Mapping[str, int]) -> list[str]:
         """Suspects of ours, then of others, then anybody."""

@@ -96,11 +96,21 @@ def test_a_permanent_error_is_raised_at_once() -> None:
 
 
 def test_missing_blocks_are_told_once() -> None:
-    """Somebody waits minutes for them, perhaps because of a name that is wrong."""
-    budget = RetryBudget(OPTIONS, Clock())
+    """Somebody waits minutes for them, perhaps because of a name that is wrong: the log says how long it may take,
+    of which a failure before has used some.
+    """
+    clock = Clock()
+    budget = RetryBudget(OPTIONS, clock)
+    budget.next_delay(RemoteError("peer", "gone"))
+    clock.now += 20.0
     with capture_logs() as logs:
         for _ in range(3):
             budget.next_delay(MissingBlocks([1, 2], "poet"))
-    assert [(entry["event"], entry["error"]) for entry in logs] == [
-        ("blocks_missing", "no server holds blocks 1:3 with adapter poet")
+    assert logs == [
+        {
+            "event": "blocks_missing",
+            "error": "no server holds blocks 1:3 with adapter poet",
+            "gives_up_in_s": OPTIONS.recovery_timeout_s - 20.0,
+            "log_level": "warning",
+        }
     ]

@@ -105,7 +105,8 @@ def test_what_is_over_a_limit_is_refused(
     before = entries(storage)
     with structlog.testing.capture_logs() as events:
         assert not storage.store(key, value, clock.now + lifetime_s, subkey=subkey)  # type: ignore[arg-type]
-    assert [(event["event"], event["limits"]) for event in events] == [("dht_entries_refused", {limit: 1})]
+    (event,) = events
+    assert (event["event"], event["refused_by"]) == ("dht_entries_refused", {limit: 1})
     assert entries(storage) == before and len(storage) == 2
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.ghosts import APART_S, ASK_AGAIN_S, MAX_PINGS, GhostFinder, GhostRule, silence_reports
@@ -126,6 +127,22 @@ async def test_a_search_asks_the_silent_once_more() -> None:
     assert await network.search(records) == {"b"} and sorted(network.asked) == ["a", "b"]
     network.silent = set()
     assert await network.search(records) == frozenset()
+
+
+async def test_the_log_tells_who_answers_again_from_whose_record_ended() -> None:
+    """A server that stays away is not back: its record expired, which is where most ghosts end."""
+    network, records = Network(), {name: record() for name in ("a", "b", "c")}
+    await network.search(records)
+    network.silent = {"b", "c"}
+    with capture_logs() as logs:
+        await network.search(records)
+        network.silent = {"c"}
+        del records["c"]
+        await network.search(records)
+    assert [(entry["gone"], entry["back"], entry["expired"]) for entry in logs] == [
+        (["b", "c"], [], []),
+        ([], ["b"], ["c"]),
+    ]
 
 
 async def test_a_large_swarm_is_asked_where_somebody_is_in_doubt() -> None:
