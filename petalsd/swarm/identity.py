@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from hivemind.p2p import PeerID
@@ -11,6 +15,8 @@ from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
 
 from petalsd.errors import ConfigError, SwarmError
+
+_CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some file systems over the network
 
 
 def ensure_identity(path: Path) -> str:
@@ -65,14 +71,45 @@ class IdentityLock:
 
 
 def _create(path: Path) -> None:
-    """An error leaves nothing behind: the beginning of a key would be refused at every later start."""
+    """Under its name the key is whole and on the disk, whenever the power goes: the beginning of one would be
+    refused at every later start. FileExistsError where there is one; it stays.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError
     key = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=RSAPrivateKey().to_bytes())
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    fd, name = tempfile.mkstemp(prefix=".petalsd-key-", dir=path.parent)  # with mode 0600
+    unnamed = Path(name)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(key.SerializeToString())
             file.flush()
+            os.fchmod(file.fileno(), 0o400)
             os.fsync(file.fileno())
-    except BaseException:
-        path.unlink()
-        raise
+        _name(unnamed, path)
+    finally:
+        unnamed.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), _opened(path.parent) as directory:  # not all file systems can
+        os.fsync(directory)
+
+
+def _name(file: Path, path: Path) -> None:
+    """Never in the place of another: of two daemons that start at once, the second takes the first one's key."""
+    try:
+        os.link(file, path)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        with _opened(path.parent) as directory:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if os.path.lexists(path):
+                raise FileExistsError from None
+            file.rename(path)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,64 @@ def test_a_key_that_did_not_fit_the_disk_is_made_at_the_next_try(
             ensure_identity(path)
     assert os.listdir(tmp_path) == []
     assert ensure_identity(path) == read_peer_id(path)
+
+
+def test_no_moment_leaves_a_part_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power may go at any moment: the name leads to a key that is whole, and on the disk, or to nothing.
+
+    Nobody else can read it meanwhile.
+    """
+    path = tmp_path / "identity.key"
+    synced: list[tuple[bool, bool]] = []  # of a directory; whether the key had its name by then
+    fsync = os.fsync
+
+    def watch(fd: int) -> None:
+        mode = os.fstat(fd).st_mode
+        synced.append((stat.S_ISDIR(mode), path.exists()))
+        assert stat.S_ISDIR(mode) or mode & 0o077 == 0
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    ensure_identity(path)
+    assert synced == [(False, False), (True, True)]
+    assert os.listdir(tmp_path) == ["identity.key"]
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "no links"])
+def test_who_comes_second_takes_the_key_of_the_first(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that start at once one is late by the moment in which the other names its key: both have one PeerID.
+
+    Also where files cannot have a second name (FAT).
+    """
+    path, other = tmp_path / "identity.key", tmp_path / "other.key"
+    theirs = ensure_identity(other)
+    if not has_links:
+        monkeypatch.setattr(os, "link", _no_links)
+    fsync = os.fsync
+
+    def be_late(fd: int) -> None:
+        fsync(fd)
+        if not path.exists():
+            other.rename(path)
+
+    with monkeypatch.context() as race:
+        race.setattr(os, "fsync", be_late)
+        assert ensure_identity(path) == theirs
+    assert os.listdir(tmp_path) == ["identity.key"]
+
+
+def test_a_file_system_without_links_holds_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT, and some that come over the network."""
+    monkeypatch.setattr(os, "link", _no_links)
+    path = tmp_path / "identity.key"
+    assert ensure_identity(path) == read_peer_id(path) == ensure_identity(path)
+    assert os.listdir(tmp_path) == ["identity.key"]
+
+
+def _no_links(source: object, target: object, **options: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
