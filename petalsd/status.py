@@ -157,7 +157,7 @@ class Balance(Document):
     quality: float
     next_check_s: float | None
     last_move: LastMove | None
-    is_pinned: bool
+    is_pinned: bool = Field(description="never moves: its blocks are configured, or are all of the model")
 
 
 class DrainStatus(Document):

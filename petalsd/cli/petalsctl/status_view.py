@@ -232,7 +232,7 @@ def _speed_fields(speed: Mapping[str, Any]) -> Iterable[tuple[str, Line | str]]:
 def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     balance = document["balance"]
     if balance["is_pinned"]:
-        text = "never, the blocks are pinned"
+        text = _why_never(document["span"], document["model"]["num_blocks"])
     elif balance["next_check_s"] is not None:
         text = f"next check in {duration(balance['next_check_s'])}, quality {balance['quality']:g}"
     else:
@@ -249,6 +249,14 @@ def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
         since = watchdog["last_ping_s"]
         ping = "no ping yet" if since is None else f"ping {duration(since)} ago"
         yield "watchdog", f"{ping}, limit {duration(watchdog['interval_s'])}{_step_text(watchdog)}"
+
+
+def _why_never(span: Mapping[str, int] | None, num_blocks: int) -> str:
+    """The configuration names the blocks, or there are no others to go to."""
+    if span is None:
+        return "never"
+    is_whole = span["end"] - span["start"] == num_blocks
+    return "never, these are all blocks of the model" if is_whole else "never, the blocks are pinned"
 
 
 def _move_text(move: Mapping[str, Any]) -> str:

@@ -184,6 +184,24 @@ def test_a_move_and_a_relay_are_told(daemon: FakeDaemon, ctl: Ctl) -> None:
     assert "reached       through relays only\n" in out
 
 
+@pytest.mark.parametrize(
+    ("span", "why"),
+    [
+        ({"start": 0, "end": 30}, "never, these are all blocks of the model"),
+        ({"start": 0, "end": 29}, "never, the blocks are pinned"),
+        (None, "never"),
+    ],
+)
+def test_why_a_daemon_does_not_move(
+    span: dict[str, int] | None, why: str, daemon: FakeDaemon, ctl: Ctl
+) -> None:
+    """A server that has room for all blocks pins none; before blocks are chosen nobody knows which it is."""
+    balance = STATUS["balance"] | {"next_check_s": None, "is_pinned": True}
+    changed = document(STATUS, balance=balance, span=span, served_span=span, kv=None)
+    daemon.answers["GET /v1/status"] = changed
+    assert f"  balance       {why}\n" in ctl("status")[1]
+
+
 def test_json_is_what_the_daemon_sent(daemon: FakeDaemon, ctl: Ctl) -> None:
     """Byte for byte, the option before or behind the verb; the exit status stays the state's."""
     body = json.dumps(loading_status(), separators=(",", ":"), ensure_ascii=False).encode()
