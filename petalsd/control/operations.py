@@ -76,8 +76,9 @@ class Operations:
     async def _readyz(self, request: web.BaseRequest, body: bytes) -> web.Response:
         if self._api.is_ready:
             return web.Response(text="ok\n")
-        text = f"the daemon is {self._api.status().state}"
-        return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", text, "petalsctl wait --ready")
+        status = self._api.status()
+        text, hint = f"the daemon is {status.state}", f"petalsctl -i {status.instance} wait --ready"
+        return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", text, hint)
 
     async def _drain(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
         asked = parse_request(DrainRequest, body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import socket
 import stat
 from pathlib import Path
@@ -111,5 +112,6 @@ class SocketFile:
 def _taken(path: Path) -> Conflict:
     return Conflict(
         f"another daemon listens on {path}",
-        hint="petalsctl status shows it; give this one an instance name or a control.socket of its own",
+        hint=f"petalsctl --socket {shlex.quote(str(path))} status shows it; "
+        "give this one an instance name or a control.socket of its own",
     )

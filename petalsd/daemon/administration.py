@@ -8,6 +8,7 @@ from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.drain import open_work
 from petalsd.daemon.plan import Demand
 from petalsd.daemon.preview import explain
+from petalsd.daemon.refusals import cannot_move
 from petalsd.daemon.reloading import Reloader
 from petalsd.daemon.reporting import Reporter
 from petalsd.errors import BadRequest, Conflict, NotServed
@@ -119,17 +120,14 @@ class Administration:
     def _served_span(self) -> BlockSpan:
         span, state = self._daemon.span, self._daemon.lifecycle.state
         if span is None or state is not DaemonState.ONLINE:
-            raise Conflict(
-                f"the daemon is {state.value}: only one that is online can move",
-                hint="petalsctl wait --ready",
-            )
+            raise cannot_move(state, self._parts.instance)
         return span
 
     def _check_target(self, to: BlockSpan, demand: Demand) -> None:
         if demand.pinned is not None:
             raise Conflict(
                 f"to = {to}: {_why_pinned(demand, self._num_blocks)}",
-                hint="change blocks in the configuration, then: petalsctl reload",
+                hint=f"change blocks in the configuration, then: petalsctl -i {self._parts.instance} reload",
             )
         if not BlockSpan(0, self._num_blocks).covers(to):
             raise BadRequest("to", str(to), f"the model has the blocks 0:{self._num_blocks}")
@@ -199,7 +197,8 @@ class Administration:
             text = self._daemon.move_problem
         else:
             text = ""
-        return ErrorText(code=Conflict.code, message=text, hint="petalsctl status") if text else None
+        hint = f"petalsctl -i {self._parts.instance} status"
+        return ErrorText(code=Conflict.code, message=text, hint=hint) if text else None
 
     def _outcome(self, operation: Operation) -> str:
         _, abandoned = self._reporter.drained()

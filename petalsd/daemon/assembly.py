@@ -108,13 +108,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     link = LinkMeter()
     measuring = RunnerFactory(plan.device, num_threads, MEASURE_LIMITS, NullObserver(), capturing)
     speed = Speed(plan, config, paths, measuring, live, link)
+    max_blocks = partial(_max_blocks, settings, demand)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
         _serving(engine, plan, config, SwarmRecorder(metrics, link)),
-        RecordWriter(
-            plan, engine, speed, config.swarm.public_name, partial(_max_blocks, settings, demand)
-        ).describe,
+        RecordWriter(plan, engine, speed, config.swarm.public_name, max_blocks).describe,
     )
 
     start_progress = partial(_start_progress, activity, metrics)
@@ -132,6 +131,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     make_pool = partial(_make_pool, config, plan, paths, CacheRecorder(metrics))
     installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of, demand)
     return Parts(
+        instance=paths.instance,
         engine=engine,
         member=member,
         loader=loader,

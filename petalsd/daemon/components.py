@@ -26,6 +26,7 @@ Install = Callable[[Mapping[int, Block], int], Awaitable[None]]
 class Parts:
     """Everything that the daemon owns; made by ``assembly``.
 
+    instance   our name, as petalsctl -i takes it
     prepare    what has to be known before the first announcement (the measured throughput)
     install    gives loaded blocks to the engine, and a fresh KV pool for so many
     exchange   gives other blocks to the engine; sessions on those that stay go on
@@ -37,6 +38,7 @@ class Parts:
     choices    how each kind of blocks that was loaded is computed
     """
 
+    instance: str
     engine: ServingEngine
     member: SwarmMember
     loader: SpanLoader

@@ -18,6 +18,7 @@ from petalsd.daemon.drain import Drain, Hold
 from petalsd.daemon.joining import JOIN_BACKOFF, join
 from petalsd.daemon.lifecycle import Lifecycle, Presence
 from petalsd.daemon.mover import Move, MoveFailed, Mover, Route, while_member_lives
+from petalsd.daemon.refusals import cannot_move, did_not_begin
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.supervisor import Cause, Departure
 from petalsd.device_faults import device_loss
@@ -119,10 +120,7 @@ class Daemon:
     async def move_to(self, span: BlockSpan | None, reason: str) -> None:
         """Leave for ``span``, or for the best one; returns when leaving has begun. Conflict unless ONLINE."""
         if self.lifecycle.state is not DaemonState.ONLINE:
-            raise Conflict(
-                f"the daemon is {self.lifecycle.state.value}: only one that is online can move",
-                hint="petalsctl wait --ready",
-            )
+            raise cannot_move(self.lifecycle.state, self._parts.instance)
         leaving = self.lifecycle.until(DaemonState.REBALANCING)
         self._parts.supervisor.leave(Departure(Cause.REQUESTED, reason, span))
         await self._within(leaving, "moving")
@@ -132,9 +130,7 @@ class Daemon:
             async with asyncio.timeout(_BEGIN_S):
                 await wait
         except TimeoutError:
-            raise DeadlineExceeded(
-                f"{what} did not begin within {_BEGIN_S:g} s", hint="it may still; look at petalsctl status"
-            ) from None
+            raise did_not_begin(what, _BEGIN_S, self._parts.instance) from None
 
     # The rounds
 

@@ -54,6 +54,7 @@ async def test_metrics_and_health(server: ControlServer, daemon: DaemonDouble, p
     daemon.is_ready, daemon.state = False, "draining"
     answer = await ask(path, "GET", "/readyz")
     assert (answer.status, answer.json["error"]["message"]) == (503, "the daemon is draining")
+    assert answer.json["error"]["hint"] == "petalsctl -i demo wait --ready"
     assert (await ask(path, "GET", "/livez")).status == 200
     daemon.problem = "the engine does not come back"
     answer = await ask(path, "GET", "/livez")

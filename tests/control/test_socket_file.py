@@ -42,11 +42,13 @@ def test_a_close_removes_only_our_own_file(tmp_path: Path) -> None:
 
 
 def test_a_socket_that_lives_is_not_taken_over(tmp_path: Path) -> None:
-    path = tmp_path / "control.sock"
+    """The command that shows whose it is reaches it, whatever that one's instance is called."""
+    path = tmp_path / "a socket"
     file = SocketFile(path, ACCESS)
     with file.open():
-        with pytest.raises(Conflict, match="another daemon listens on"):
+        with pytest.raises(Conflict, match="another daemon listens on") as taken:
             SocketFile(path, ACCESS).open()
+        assert taken.value.hint.startswith(f"petalsctl --socket '{path}' status shows it")
         assert path.is_socket()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))

@@ -298,6 +298,7 @@ class Stage:
         )  # fmt: skip
         self.daemon = Daemon(
             Parts(
+                instance="demo",
                 engine=self.engine,
                 member=self.member,
                 loader=SpanLoader(

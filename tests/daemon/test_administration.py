@@ -288,6 +288,31 @@ async def test_targets_that_cannot_be_served_are_refused() -> None:
     await stopped(pinned, running)
 
 
+async def test_what_to_type_next_names_the_instance() -> None:
+    """Where several run petalsctl refuses a command without; and one that is drained waits for a resume."""
+    stage = Stage("blocks.span=0:2")
+    administration = administer(stage)
+    with pytest.raises(Conflict) as starting:
+        await administration.plan(None)
+    assert starting.value.hint == "petalsctl -i demo wait --ready"
+    with pytest.raises(Conflict) as moving:
+        await stage.daemon.move_to(None, "asked")
+    assert moving.value.hint == "petalsctl -i demo wait --ready"
+    running = await until_online(stage)
+    with pytest.raises(Conflict) as pinned:
+        await administration.rebalance(BlockSpan(2, 4))
+    assert pinned.value.hint.endswith("then: petalsctl -i demo reload")
+    failed = administration.progress("drain").error
+    assert failed is not None and failed.hint == "petalsctl -i demo status"
+    is_drained = stage.until(DaemonState.DRAINED)
+    await administration.drain(None)
+    await asyncio.wait_for(is_drained, DEADLINE_S)
+    with pytest.raises(Conflict) as drained:
+        await administration.plan(None)
+    assert drained.value.hint == "petalsctl -i demo resume"
+    await stopped(stage, running)
+
+
 async def test_a_reload_tells_what_is_in_force() -> None:
     stage = Stage("blocks.count=4")
     administration = administer(stage)
