@@ -14,6 +14,8 @@ from petalsd.errors import ConfigError
 SYSTEM_RUN_DIR = Path("/run/petalsd")
 CONTROL_SOCKET_NAME = "control.sock"
 _MAX_SOCKET_ADDRESS_BYTES = 107  # sun_path of sockaddr_un, less the final zero
+# Of a socket whose path is longer: its directory goes by a descriptor, of which Linux counts 2**20 at most.
+_MAX_SOCKET_NAME_BYTES = _MAX_SOCKET_ADDRESS_BYTES - len("/proc/self/fd/1048575/")
 _INSTANCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -89,6 +91,17 @@ def config_file_of(instance: str, environ: Mapping[str, str]) -> Path:
 def own_config_dir(environ: Mapping[str, str]) -> Path:
     """Where a user keeps instances that are no services."""
     return _xdg(environ, "XDG_CONFIG_HOME", ".config")
+
+
+def check_socket_path(path: Path) -> None:
+    """ConfigError when ``unix_address`` could not give an address of that length."""
+    name_bytes = len(os.fsencode(path.name))
+    if len(os.fsencode(path)) > _MAX_SOCKET_ADDRESS_BYTES and name_bytes > _MAX_SOCKET_NAME_BYTES:
+        raise ConfigError(
+            f"control.socket = {path}: the file name has {name_bytes} bytes",
+            hint=f"give it one of {_MAX_SOCKET_NAME_BYTES} at most, "
+            f"or a path of {_MAX_SOCKET_ADDRESS_BYTES} at most in all",
+        )
 
 
 @contextmanager

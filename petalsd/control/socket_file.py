@@ -14,7 +14,7 @@ import structlog
 
 from petalsd.control.access import Access
 from petalsd.errors import ConfigError, Conflict
-from petalsd.paths import unix_address
+from petalsd.paths import check_socket_path, unix_address
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +34,7 @@ class SocketFile:
 
     def open(self) -> socket.socket:
         """A listening socket. Conflict when another daemon listens there, ConfigError when it cannot be made."""
+        check_socket_path(self.path)
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock()

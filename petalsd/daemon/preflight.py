@@ -14,7 +14,7 @@ from petalsd.control.access import Access
 from petalsd.daemon.plan import ServingPlan, demand_for, gib, make_plan
 from petalsd.daemon.spilling import plan_spill
 from petalsd.errors import ConfigError, PetalsdError
-from petalsd.paths import InstancePaths, existing_part
+from petalsd.paths import InstancePaths, check_socket_path, existing_part
 from petalsd.swarm.identity import read_peer_id
 from petalsd.types import BlockSpan, HostPort
 
@@ -144,6 +144,7 @@ def _check_group(config: Config) -> str:
 
 
 def _check_socket(path: Path) -> str:
+    check_socket_path(path)
     if path.exists() and not path.is_socket():
         raise ConfigError(
             f"control.socket = {path}: there is something else than a socket",

@@ -84,6 +84,11 @@ def test_quantized_weights_are_named(model_dir: Path, capsys: pytest.CaptureFixt
             "control socket",
             "BAD control.socket = /dev/null: there is something else",
         ),
+        (
+            f"control.socket=/tmp/{'d' * 60}/{'n' * 86}",
+            "control socket",
+            f"BAD control.socket = /tmp/{'d' * 60}/{'n' * 86}: the file name has 86 bytes",
+        ),
         ("control.socket=/dev/null/x/y.sock", "control socket", "BAD /dev/null: is not a directory"),
         ("metrics.listen=192.0.2.7:9464", "metrics", "BAD metrics.listen = '192.0.2.7:9464': Cannot assign"),
         (

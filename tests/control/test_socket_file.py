@@ -110,3 +110,13 @@ def test_a_path_longer_than_an_address(tmp_path: Path) -> None:
     with SocketFile(path, ACCESS).open(), client, unix_address(path) as address:
         assert len(address) < 107
         client.connect(address)
+
+
+def test_a_name_that_no_address_holds(tmp_path: Path) -> None:
+    """Behind the directory's descriptor 85 bytes have room, whatever its number; nothing is made for more."""
+    directory = tmp_path / ("d" * 100)
+    SocketFile(directory / "sub" / ("ü" * 42), ACCESS).open().close()
+    path = directory / ("ü" * 43)
+    with pytest.raises(ConfigError, match=r"control\.socket = .*ü: the file name has 86 bytes"):
+        SocketFile(path, ACCESS).open()
+    assert os.listdir(directory) == ["sub"]
