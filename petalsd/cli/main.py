@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from petalsd import __version__
 from petalsd.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, exit_code_of
-from petalsd.cli.output import give_up_output, output_problem
+from petalsd.cli.output import OutputFailed, watched_output
 from petalsd.errors import PetalsdError
 
 
@@ -41,22 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_OK
     try:
-        status = int(importlib.import_module(verb.module).run(arguments))
-        sys.stdout.flush()
+        with watched_output():
+            return int(importlib.import_module(verb.module).run(arguments))
     except BrokenPipeError:
-        give_up_output()
         return EXIT_BROKEN_PIPE
-    except OSError as error:
-        if (problem := output_problem(error)) is None:
-            raise
-        give_up_output()
-        print(f"petalsd: {problem}", file=sys.stderr)
+    except OutputFailed as error:
+        print(f"petalsd: {error}", file=sys.stderr)
         return EXIT_FAILED
     except PetalsdError as error:
         return _fail(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return status
 
 
 def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from petalsd.cli import main as cli
+from petalsd.cli import show
 from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_OK
+from petalsd.cli.output import OutputFailed
 
 
 @pytest.fixture
@@ -127,6 +129,21 @@ def test_an_output_that_cannot_be_written_is_told(words: list[str], tmp_path: Pa
         )
     assert done.stderr == b"petalsd: the output cannot be written: No space left on device\n"
     assert done.returncode == EXIT_FAILED
+
+
+def test_another_disk_that_fails_is_not_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Errors of reading and writing name no file; what failed stands in the traceback alone."""
+
+    def fail(arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(show, "run", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        cli.main(["show", "-i", "x"])
+    assert not isinstance(caught.value, OutputFailed)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("words", [["-c"], ["-i", "tiny"]])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
-from petalsd.cli.output import give_up_output, output_problem
+from petalsd.cli.output import OutputFailed, watched_output
 from petalsd.cli.petalsctl.context import Context, print_raw
 from petalsd.cli.petalsctl.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.options import Parser, add_common_options
@@ -62,28 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         parser.print_help()
         return EXIT_OK
-    with _buffered_output():
-        _tolerate_poor_encodings()
-        return _run(verb, Context(arguments, words), arguments)
+    try:
+        with watched_output():
+            _tolerate_poor_encodings()
+            return _run(verb, Context(arguments, words), arguments)
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
+    except OutputFailed as error:
+        print(f"petalsctl: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _run(verb: Verb, context: Context, arguments: argparse.Namespace) -> int:
     try:
-        status = int(importlib.import_module(verb.module).run(context, arguments))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        give_up_output()
-        return EXIT_BROKEN_PIPE
-    except OSError as error:
-        if (problem := output_problem(error)) is None:
-            raise
-        give_up_output()
-        return _fail(context, CommandError(problem))
+        return int(importlib.import_module(verb.module).run(context, arguments))
     except PetalsdError as error:
         return _fail(context, error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return status
 
 
 def make_parser(loaded: Sequence[Verb]) -> argparse.ArgumentParser:
@@ -125,21 +120,6 @@ def _fail(context: Context, error: PetalsdError) -> int:
         body = error.body if isinstance(error, Refused) else b""
         print_raw(body or json.dumps(document).encode())
     return error.exit_code if isinstance(error, CommandError) else EXIT_FAILED
-
-
-@contextlib.contextmanager
-def _buffered_output() -> Iterator[None]:
-    """With PYTHONUNBUFFERED nothing under standard output goes on with what a pipe did not take at once: a long
-    answer would end early, and nobody would hear that its reader left.
-    """
-    given = sys.stdout
-    if isinstance(getattr(given, "buffer", None), io.RawIOBase):
-        raw = io.FileIO(given.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), given.encoding, given.errors)
-    try:
-        yield
-    finally:
-        sys.stdout = given
 
 
 def _tolerate_poor_encodings() -> None:

@@ -80,3 +80,13 @@ def test_an_output_that_cannot_be_written_says_nothing_of_the_daemon(
         done = subprocess.run(command, env={"PATH": "/usr/bin"}, stdout=full, stderr=subprocess.PIPE)
     assert done.stderr == b"petalsctl: the output cannot be written: No space left on device\n"
     assert done.returncode == 4
+
+
+def test_an_error_that_cannot_be_written_as_a_document() -> None:
+    """petalsctl status --json > file: the sentence stands on standard error, without a traceback."""
+    words = ["--socket", "/nonexistent", "status", "--json"]
+    command = [sys.executable, "-m", "petalsd.cli.petalsctl.main", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env={"PATH": "/usr/bin"}, stdout=full, stderr=subprocess.PIPE)
+    assert b"is not running" in done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode == 4
