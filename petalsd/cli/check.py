@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 
 from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
 from petalsd.cli.options import add_config_arguments, config_choice
+from petalsd.cli.output import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"{'ok ' if finding.is_ok else 'BAD'}  {finding.name:<16} {finding.text}", flush=True)
     if not is_ok:
-        print("petalsd: this configuration would not serve", file=sys.stderr)
+        say("petalsd: this configuration would not serve")
     return EXIT_OK if is_ok else EXIT_BAD_CONFIG

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from petalsd import __version__
 from petalsd.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, exit_code_of
-from petalsd.cli.output import OutputFailed, watched_output
+from petalsd.cli.output import OutputFailed, open_closed_streams, say, watched_output
 from petalsd.errors import PetalsdError
 
 
@@ -33,6 +33,7 @@ VERBS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    open_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((verb for verb in VERBS if words and words[0] == verb.name), None)
     parser = _make_parser(verb)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
     except OutputFailed as error:
-        print(f"petalsd: {error}", file=sys.stderr)
+        say(f"petalsd: {error}")
         return EXIT_FAILED
     except PetalsdError as error:
         return _fail(error)
@@ -69,9 +70,7 @@ def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:
 
 
 def _fail(error: PetalsdError) -> int:
-    print(f"petalsd: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)
+    say(f"petalsd: {error.message}", *([f"  {error.hint}"] if error.hint else []))
     return exit_code_of(error)
 
 

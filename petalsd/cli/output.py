@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 
 class OutputFailed(OSError):
@@ -45,10 +45,33 @@ def watched_output() -> Iterator[None]:
         sys.stdout = given
 
 
+def open_closed_streams() -> None:
+    """Python has None for a stream that was closed (>&-): what is written there goes nowhere from now on."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def say(*lines: str) -> None:
+    """On standard error. One that takes no more changes no exit status."""
+    try:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    except OSError:
+        give_up_messages()
+
+
 def give_up_output() -> None:
     """What is still in its buffer goes nowhere; else Python, which writes that at exit, would complain again."""
+    _lead_nowhere(sys.stdout)
+
+
+def give_up_messages() -> None:
+    """The same for standard error."""
+    _lead_nowhere(sys.stderr)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_an_output_that_cannot_be_written_is_told(words: list[str], tmp_path: Pa
         )
     assert done.stderr == b"petalsd: the output cannot be written: No space left on device\n"
     assert done.returncode == EXIT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("words", "redirection", "expected"),
+    [("show -i x", ">&-", EXIT_OK), ("show -i ../x", "2>&-", EXIT_BAD_CONFIG),
+     ("show -i ../x", "2>/dev/full", EXIT_BAD_CONFIG), ("check -i x", ">&- 2>/dev/full", EXIT_BAD_CONFIG)],
+)  # fmt: skip
+def test_closed_streams_do_not_change_the_exit_status(
+    words: str, redirection: str, expected: int, tmp_path: Path
+) -> None:
+    """78 keeps systemd from starting it again and again, whatever becomes of the sentence."""
+    environ = {"PETALSD_MODEL__SOURCE": str(tmp_path / "none"), "HOME": str(tmp_path), "PATH": "/usr/bin"}
+    command = f"exec {shlex.quote(sys.executable)} -m petalsd {words} {redirection}"
+    done = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, timeout=60)
+    assert done.returncode == expected
+    assert b"Traceback" not in done.stderr
 
 
 def test_another_disk_that_fails_is_not_the_output(

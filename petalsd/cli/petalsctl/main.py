@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from petalsd import __version__
-from petalsd.cli.output import OutputFailed, watched_output
+from petalsd.cli.output import OutputFailed, give_up_messages, open_closed_streams, say, watched_output
 from petalsd.cli.petalsctl.context import Context, print_raw
 from petalsd.cli.petalsctl.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.petalsctl.options import Parser, add_common_options
@@ -54,6 +54,7 @@ _TAKES_VALUE = ("-i", "--instance", "--socket")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
+    open_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     verb = _chosen(words)
     parser = make_parser([verb] if verb else [])
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
     except OutputFailed as error:
-        print(f"petalsctl: {error}", file=sys.stderr)
+        say(f"petalsctl: {error}")
         return EXIT_FAILED
 
 
@@ -112,9 +113,11 @@ def _chosen(words: Sequence[str]) -> Verb | None:
 
 def _fail(context: Context, error: PetalsdError) -> int:
     """The sentence, and what to type next; for programs also a document of the daemon's form."""
-    context.err.show([line(Piece(f"petalsctl: {error.message}", "bad"))])
-    if error.hint:
-        context.err.show([advice(error.hint)])
+    hint = [advice(error.hint)] if error.hint else []
+    try:
+        context.err.show([line(Piece(f"petalsctl: {error.message}", "bad")), *hint])
+    except OSError:  # nobody can read it; the exit status stays
+        give_up_messages()
     if context.is_json:
         document = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
         body = error.body if isinstance(error, Refused) else b""

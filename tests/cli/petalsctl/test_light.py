@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from petalsd.cli.petalsctl.main import VERBS
 from tests.cli.petalsctl.documents import PEERS, PLAN, PROGRESS, SESSIONS, STATUS
-from tests.cli.petalsctl.fake_daemon import FakeDaemon, lines
+from tests.cli.petalsctl.fake_daemon import HANG_UP, FakeDaemon, lines
 
 HEAVY = {
     "torch",
@@ -80,6 +81,28 @@ def test_an_output_that_cannot_be_written_says_nothing_of_the_daemon(
         done = subprocess.run(command, env={"PATH": "/usr/bin"}, stdout=full, stderr=subprocess.PIPE)
     assert done.stderr == b"petalsctl: the output cannot be written: No space left on device\n"
     assert done.returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "expected"),
+    [
+        (">&-", STATUS, 0),
+        (">&- 2>&-", STATUS, 0),
+        ("2>&-", None, 2),
+        (">&- 2>&-", None, 2),
+        ("2>/dev/full", None, 2),
+    ],
+)
+def test_closed_streams_do_not_change_the_exit_status(
+    redirection: str, status: object, expected: int, daemon: FakeDaemon
+) -> None:
+    """A script may want the exit status alone, and closes what it does not want to see."""
+    daemon.answers["GET /v1/status"] = status or HANG_UP
+    words = ["-m", "petalsd.cli.petalsctl.main", "--socket", str(daemon.path), "status"]
+    command = f"exec {shlex.join([sys.executable, *words])} {redirection}"
+    done = subprocess.run(["sh", "-c", command], env={"PATH": "/usr/bin"}, capture_output=True)
+    assert done.returncode == expected
+    assert b"Traceback" not in done.stderr
 
 
 def test_an_error_that_cannot_be_written_as_a_document() -> None:
