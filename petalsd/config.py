@@ -23,6 +23,8 @@ _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def _to_path(value: object) -> object:
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("should be a path, which has no zero bytes")
     if isinstance(value, str) and value:
         return Path(value).expanduser()
     return _instance_of(Path, value, "should be a path")
