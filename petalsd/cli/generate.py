@@ -149,11 +149,20 @@ def _take_prompt(arguments: argparse.Namespace) -> str:
     if prompt is None and len(arguments.peers) > 1 and not arguments.peers[-1].startswith("/"):
         prompt = arguments.peers.pop()
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _read_standard_input(arguments)
     if not prompt:
         arguments.usage_error("PROMPT is missing")
         raise AssertionError("argparse exits")
     return prompt
+
+
+def _read_standard_input(arguments: argparse.Namespace) -> str:
+    """UTF-8, whatever the locale says; empty where it is closed."""
+    try:
+        return "" if sys.stdin is None else sys.stdin.buffer.read().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        arguments.usage_error(f"standard input cannot be read: {error}")
+        raise AssertionError("argparse exits") from error
 
 
 def _check_peers(arguments: argparse.Namespace) -> None:

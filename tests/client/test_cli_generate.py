@@ -30,8 +30,27 @@ def test_the_prompt_may_stand_anywhere(words: tuple[str, ...]) -> None:
 
 def test_the_prompt_may_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """``-`` reads it."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
-    assert generate._take_prompt(parse("-", *BASE)) == "from a pipe"
+    piped = io.TextIOWrapper(io.BytesIO("aus der Röhre".encode()), "ascii", "surrogateescape")
+    monkeypatch.setattr("sys.stdin", piped)
+    assert generate._take_prompt(parse("-", *BASE)) == "aus der Röhre"
+
+
+@pytest.mark.parametrize(
+    ("stdin", "problem"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"a\xff")), "standard input cannot be read: 'utf-8' codec can't"),
+        (None, "PROMPT is missing"),
+    ],
+    ids=["no text", "closed"],
+)
+def test_a_standard_input_that_holds_no_text(
+    stdin: object, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong usage, and no traceback out of a tokenizer."""
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(SystemExit):
+        generate._take_prompt(parse("-", *BASE))
+    assert problem in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
