@@ -181,9 +181,9 @@ class Ladder:
             trial = trials[-1]
             fields = {"block": index, "kind": kind, "path": rung.value, "kernels": trial.kernels}
             if trial.is_passed:
-                log.info("block_path_chosen", **fields, error=trial.error, tolerance=trial.tolerance)
+                log.info("block_path_chosen", **fields, numeric_error=trial.error, tolerance=trial.tolerance)
                 return Choice(kind, tuple(trials)), block
-            log.warning("block_path_rejected", **fields, error=trial.error, tolerance=trial.tolerance)
+            log.warning("block_path_rejected", **fields, numeric_error=trial.error, tolerance=trial.tolerance)
             del block  # before the next one takes memory
         raise ModelError(
             f"block {index} ({kind}) does not compute what transformers' layer does: "

@@ -95,7 +95,7 @@ def test_a_fused_block_that_is_wrong_is_not_served(tmp_path: Path, monkeypatch: 
     rejected = ladder.choices["uniform"].trials[0]
     assert rejected.tolerance < rejected.error < 0.05
     (event,) = [event for event in events if event["event"] == "block_path_rejected"]
-    assert (event["path"], event["error"], event["log_level"]) == ("fused", rejected.error, "warning")
+    assert (event["path"], event["numeric_error"], event["log_level"]) == ("fused", rejected.error, "warning")
 
 
 def test_a_kernel_that_is_wrong_for_decode_steps_alone_is_noticed(
