@@ -171,30 +171,24 @@ class Node:
 
         A key is refused when no node answered or one holds an entry that expires later.
         """
-        done = await self._within(
-            timeout_s,
-            self.dht.store_many(
-                list(keys),
-                [value] * len(keys),
-                float(expiration),
-                subkeys=[subkey] * len(keys),
-                num_workers=self.options.num_workers,
-            ),
-            "storing",
+        work = self.dht.store_many(
+            list(keys),
+            [value] * len(keys),
+            float(expiration),
+            subkeys=[subkey] * len(keys),
+            num_workers=self.options.num_workers,
         )
+        done = await self._within(timeout_s, work, "storing")
         return [key for key in keys if not done[key, subkey]]
 
     async def get(self, keys: Sequence[str], timeout_s: float) -> dict[str, dict[object, DHTEntry]]:
         """The latest unexpired subkey -> entry of each key; a key that holds no such map reads as empty."""
         if not keys:
             return {}
-        found = await self._within(
-            timeout_s,
-            self.dht.get_many(
-                list(keys), sufficient_expiration_time=math.inf, num_workers=self.options.num_workers
-            ),
-            "reading",
+        work = self.dht.get_many(
+            list(keys), sufficient_expiration_time=math.inf, num_workers=self.options.num_workers
         )
+        found = await self._within(timeout_s, work, "reading")
         return {key: _live_entries(found.get(key)) for key in keys}
 
     async def ping(self, peer: str, timeout_s: float = _PING_TIMEOUT_S) -> float:
@@ -217,18 +211,34 @@ class Node:
         known = random.sample(peers := self.known_peers(), min(len(peers), _ASKED_PEERS))
         if any(math.isfinite(rtt_s) for rtt_s in await asyncio.gather(*map(self.ping, known))):
             return True
+        return await self._redial_all()
+
+    async def _redial_all(self) -> bool:
+        """Whether any of the initial peers answers."""
         return any(await asyncio.gather(*map(self._redial, self.options.initial_peers)))
 
     async def _redial(self, maddr: str) -> bool:
-        """A ping that is answered also puts the peer back into our routing table."""
-        peer = maddr.rpartition("/p2p/")[2]
+        """Whether the peer answers; then it is in our routing table, too."""
+        protocol, peer = self.dht.protocol, maddr.rpartition("/p2p/")[2]
         try:
+            peer_id = PeerID.from_base58(peer)
             async with asyncio.timeout(_PING_TIMEOUT_S):
-                await self.p2p._client.connect(PeerID.from_base58(peer), [dialable(maddr)])
+                await self.p2p._client.connect(peer_id, [dialable(maddr)])
+                node_id = await protocol.call_ping(peer_id)
         except Exception as error:  # no route, refused, no such peer: the daemon's answer is text
             log.debug("redial_failed", peer=peer, error=repr(error))
             return False
-        return math.isfinite(await self.ping(peer))
+        if node_id is None:
+            return False
+        await protocol.update_routing_table(node_id, peer_id)
+        return True
+
+    async def _find_back(self) -> None:
+        """hivemind forgets whoever leaves one request unanswered. A client that knows nobody any more would read
+        nothing for ever: nobody turns to it.
+        """
+        if self.options.initial_peers and not self.known_peers() and await self._redial_all():
+            log.info("swarm_found_back")
 
     async def _join(self, p2p: P2P) -> DHTNode:
         peers = list(self.options.initial_peers)
@@ -256,9 +266,12 @@ class Node:
     async def _within(self, timeout_s: float, work: Coroutine[Any, Any, Any], what: str) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
+                await self._find_back()
                 return await work
         except TimeoutError:
             raise DeadlineExceeded(f"{what} in the DHT took longer than {timeout_s:g} s") from None
+        finally:
+            work.close()  # where it has not begun
 
 
 def dialable(maddr: str) -> Multiaddr:

@@ -179,6 +179,23 @@ async def test_a_node_that_lost_everybody_finds_them_again(tmp_path: Path, is_kn
         await again.stop()
 
 
+@pytest.mark.swarm
+@pytest.mark.parametrize("client_mode", [True, False], ids=["client", "server"])
+async def test_a_node_that_forgot_everybody_reads_on(client_mode: bool) -> None:
+    """The DHT forgets who leaves one request unanswered for three seconds, as a busy peer may. A client has nobody
+    who would make itself known again: it read nothing for the rest of its life.
+    """
+    async with node() as first, node(await joining(first, client_mode=client_mode)) as other:
+        expiration = time.time() + 60
+        assert await first.store(["key"], "subkey", 1, expiration, 10) == []
+        protocol = other.dht.protocol
+        for peer_id, node_id in list(protocol.routing_table.peer_id_to_uid.items()):
+            await protocol.update_routing_table(node_id, peer_id, responded=False)
+        assert other.known_peers() == []
+        assert "subkey" in (await other.get(["key"], 10))["key"]
+        assert other.known_peers() == [first.peer_id]
+
+
 def test_addresses_reach_libp2p_in_its_own_form() -> None:
     """hivemind packs peers into addresses as libp2p does not read them: the last is left out, a relay packed."""
     assert dialable(f"/ip4/127.0.0.1/tcp/4000/p2p/{NOBODY}").to_bytes() == bytes.fromhex("047f000001060fa0")
