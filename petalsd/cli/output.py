@@ -26,12 +26,12 @@ def watched_output() -> Iterator[None]:
     """
     given = sys.stdout
     try:
-        raw = _Output(given.fileno(), "w", closefd=False)
+        raw = io.FileIO(given.fileno(), "w", closefd=False)
     except io.UnsupportedOperation:  # no file, but something in memory
         yield
         return
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(raw), given.encoding, given.errors, line_buffering=bool(given.line_buffering)
+        _Output(raw), given.encoding, given.errors, line_buffering=bool(given.line_buffering)
     )
     try:
         yield
@@ -75,11 +75,25 @@ def _lead_nowhere(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-class _Output(io.FileIO):
+class _Output(io.BufferedWriter):
+    """Not the file under it: a Ctrl-C between the end of its write and the buffer's own account of that would have
+    the same bytes written again.
+    """
+
     def write(self, data: Any, /) -> int:
-        try:
+        with _named_failure():
             return super().write(data)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputFailed(error.errno, error.strerror) from error
+
+    def flush(self) -> None:
+        with _named_failure():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _named_failure() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputFailed(error.errno, error.strerror) from error
