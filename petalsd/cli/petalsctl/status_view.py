@@ -233,6 +233,8 @@ def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     balance = document["balance"]
     if balance["is_pinned"]:
         text = _why_never(document["span"], document["model"]["num_blocks"])
+    elif not balance["quality"]:
+        text = "never by itself, quality 0"
     elif balance["next_check_s"] is not None:
         text = f"next check in {duration(balance['next_check_s'])}, quality {balance['quality']:g}"
     else:

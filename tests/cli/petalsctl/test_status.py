@@ -202,6 +202,12 @@ def test_why_a_daemon_does_not_move(
     assert f"  balance       {why}\n" in ctl("status")[1]
 
 
+def test_quality_0_is_no_wait_for_a_check(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """Checks go on, but none of them leads to a move."""
+    daemon.answers["GET /v1/status"] = document(STATUS, balance=STATUS["balance"] | {"quality": 0.0})
+    assert "  balance       never by itself, quality 0\n" in ctl("status")[1]
+
+
 def test_json_is_what_the_daemon_sent(daemon: FakeDaemon, ctl: Ctl) -> None:
     """Byte for byte, the option before or behind the verb; the exit status stays the state's."""
     body = json.dumps(loading_status(), separators=(",", ":"), ensure_ascii=False).encode()
