@@ -22,7 +22,7 @@ import pytest
 from petalsd.cli.main import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["petalsd.daemon.assembly", "transformers.activations", "uvloop"])
+_CONTEXT.set_forkserver_preload(["petalsd.daemon.assembly", "uvloop"])
 
 
 class ForkedProcess:

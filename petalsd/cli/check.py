@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
+from petalsd.cli.imports import heavy_imports
 from petalsd.cli.options import add_config_arguments, config_choice
 from petalsd.cli.output import say
 
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     choice = config_choice(arguments)
     config = choice.load().config
-    from petalsd.daemon.preflight import inspect  # late: a bad file is reported without waiting for torch
+    with heavy_imports():  # late: a bad file is reported without waiting for them
+        from petalsd.daemon.preflight import inspect
 
     is_ok = True
     for finding in inspect(config, choice.paths):

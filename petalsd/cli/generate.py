@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petalsd.cli.exit_codes import EXIT_OK
+from petalsd.cli.imports import heavy_imports
 from petalsd.config_addresses import check_maddr
 from petalsd.errors import WeightsError
 from petalsd.log import configure_logging
@@ -68,13 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the continuation to standard output and what it took to standard error."""
     prompt = _take_prompt(arguments)
     _check_peers(arguments)
-    import torch  # late, like those below: bad usage is told without waiting for them
-    from transformers import TextStreamer
+    with heavy_imports():  # late: bad usage is told without waiting for them
+        import torch
+        from transformers import TextStreamer
 
-    from petalsd.client.model import RemoteCausalLM
-    from petalsd.client.options import ClientOptions
-    from petalsd.models.source import ModelSource
-    from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
+        from petalsd.client.model import RemoteCausalLM
+        from petalsd.client.options import ClientOptions
+        from petalsd.models.source import ModelSource
+        from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 
     configure_logging("auto", arguments.log_level)
     ModelSource(arguments.model).config()  # says what is wrong with a name; transformers would wonder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import gc
 import os
 import resource
 import signal
@@ -16,6 +15,7 @@ import structlog
 
 from petalsd import __version__
 from petalsd.cli.exit_codes import EXIT_FAILED, EXIT_OK, exit_code_of
+from petalsd.cli.imports import heavy_imports
 from petalsd.cli.options import ConfigChoice, add_config_arguments, config_choice
 from petalsd.config import Config
 from petalsd.errors import PetalsdError
@@ -55,13 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _serve(choice: ConfigChoice, config: Config, notifier: Notifier) -> None:
-    import uvloop  # late, like torch below: a bad file is reported without waiting for them
+    with heavy_imports():  # late: a bad file is reported without waiting for them
+        import uvloop
 
-    from petalsd.daemon.assembly import serve
+        from petalsd.daemon.assembly import serve
 
-    # What the libraries have made lives as long as we do. To walk its 280 000 objects in search of garbage would
-    # stop the loop and the engine for tenths of a second, in the middle of somebody's steps.
-    gc.freeze()
     uvloop.run(serve(config, choice.paths, lambda: choice.load().config, notifier))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from petalsd.cli.imports import heavy_imports
 from petalsd.demo.daemons import DaemonProcess, deferred_interrupts
 from petalsd.demo.progress import Progress
 from petalsd.errors import PetalsdError
@@ -150,7 +151,8 @@ def _connect(model: Path, maddrs: list[str]) -> RemoteCausalLM:
 
 def _import_client() -> None:
     """The client's libraries take seconds to import; the daemons are busy with the same meanwhile."""
-    import petalsd.client.model  # noqa: F401
+    with heavy_imports():
+        import petalsd.client.model  # noqa: F401
 
 
 def _say_stopped(progress: Progress) -> None:

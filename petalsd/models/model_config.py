@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers.activations  # noqa: F401 - the first config would import it: a third of a start, in its middle
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 

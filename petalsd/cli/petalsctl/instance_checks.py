@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petalsd.cli.imports import heavy_imports
 from petalsd.cli.petalsctl.findings import Check, Finding, Level
 from petalsd.cli.petalsctl.instances import Instance, System
 from petalsd.cli.petalsctl.units import duration, size
@@ -104,7 +105,8 @@ def check_daemon(patient: Patient) -> Iterator[Finding]:
 
 def check_model(patient: Patient, config: Config) -> Iterator[Finding]:
     """What ``petalsd check`` finds. A daemon that serves has taken its memory already."""
-    from petalsd.daemon.preflight import inspect
+    with heavy_imports():
+        from petalsd.daemon.preflight import inspect
 
     for found in inspect(config, patient.paths):
         if found.name == "swarm" or (found.name in _OWNED_BY_SERVICE and not _may_look(patient)):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from petalsd.cli.imports import heavy_imports
 from petalsd.cli.petalsctl.findings import Check, Finding
 from petalsd.cli.petalsctl.gpu_checks import NVIDIA_DRIVER, gpu_checks
 from petalsd.cli.petalsctl.units import count, size
@@ -52,7 +53,8 @@ def check_python() -> Finding:
 
 def check_torch() -> Finding:
     try:
-        import torch
+        with heavy_imports():
+            import torch
     except (ImportError, OSError) as error:
         return Finding(
             "torch", "fail", f"cannot be imported: {error}", "reinstall petalsd, or pip install torch"

@@ -1,0 +1,39 @@
+"""Imports without searches for garbage."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from petalsd.cli.imports import heavy_imports
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_frozen() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_nothing_is_searched_while_importing_nor_what_was_imported_later() -> None:
+    before = gc.get_freeze_count()
+    with heavy_imports():
+        assert not gc.isenabled()
+        made = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(made)
+
+
+def test_a_failed_import_leaves_the_collector_on() -> None:
+    with pytest.raises(ImportError), heavy_imports():
+        raise ImportError("no torch")
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    with heavy_imports():
+        pass
+    assert not gc.isenabled()
