@@ -124,6 +124,10 @@ class PagePool {
   // Row j continues from old row hypo_ids[j]; takes no pages and copies nothing.
   void reorder(Handle handle, const std::vector<std::int64_t>& hypo_ids);
 
+  // Tokens start .. end - 1 of every row, which are in memory, get other content without a step: what the file holds
+  // of their runs is out of date from now on. For rows that share nothing there.
+  void overwrite(Handle handle, std::int64_t start, std::int64_t end);
+
   // The next group of pending page copies; see CopyLog::take_group. Call until it is empty.
   std::vector<Copy> take_copies(std::size_t limit);
 

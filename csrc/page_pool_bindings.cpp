@@ -127,6 +127,7 @@ void register_page_pool(py::module_& module) {
       .def("extend", &PagePool::extend, py::arg("handle"), py::arg("length"), NoGil())
       .def("truncate", &PagePool::truncate, py::arg("handle"), py::arg("length"), NoGil())
       .def("reorder", &PagePool::reorder, py::arg("handle"), py::arg("hypo_ids"), NoGil())
+      .def("overwrite", &PagePool::overwrite, py::arg("handle"), py::arg("start"), py::arg("end"), NoGil())
       .def("take_copies", &take_copies, py::arg("limit"))
       .def("fill_origins", &fill_origins, py::arg("handles"), py::arg("out"))
       .def("length", &PagePool::length, py::arg("handle"), NoGil())

@@ -85,6 +85,22 @@ std::vector<std::vector<Transfer>> PagePool::start_restores() {
   return restores;
 }
 
+void PagePool::overwrite(Handle handle, std::int64_t start, std::int64_t end) {
+  const std::lock_guard lock(mutex_);
+  Session& session = find_open(handle);
+  PETALSD_CHECK(0 <= start && start <= end && end <= session.length, "tokens ", start, " to ", end,
+                " are overwritten: the session has ", session.length);
+  std::vector<RunId> runs;
+  for (const Row& row : session.rows) {
+    runs.insert(runs.end(), row.begin() + start / page_tokens_, row.begin() + runs_for(end));
+  }
+  for (const RunId run : runs) {
+    PETALSD_CHECK(runs_.is_resident(run) && !runs_.is_shared(run), "tokens ", start, " to ", end,
+                  " are overwritten: they are shared or not in memory");
+  }
+  for (const RunId run : runs) slots_.drop(run);
+}
+
 // Takes at least `pages` pages from sessions that are not in the batch.
 void PagePool::evict(std::int64_t pages, std::vector<Transfer>& spills) {
   std::vector<Idle> idle;

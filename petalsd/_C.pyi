@@ -126,6 +126,9 @@ class PagePool:
         """Roll every row back to ``length`` tokens and drop the runs past it."""
     def reorder(self, handle: int, hypo_ids: Sequence[int]) -> None:
         """Row j continues from old row ``hypo_ids[j]``; takes no pages and copies nothing."""
+    def overwrite(self, handle: int, start: int, end: int) -> None:
+        """Tokens ``start`` to ``end - 1`` of every row, which are in memory and not shared, get other content
+        without a step: what the spill file holds of them is out of date."""
     def take_copies(self, limit: int) -> bytearray:
         """The next group of pending page copies, at most ``limit`` int32 pairs (source, target), to be made
         before the next batch and before the next group. Within a group no page is read or written after it was

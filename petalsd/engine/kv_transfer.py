@@ -106,6 +106,7 @@ def _read(kv: KVSession, place: Place, pool: KVPool) -> KeysValues:
 def _write(kv: KVSession, place: Place, chunk: KeysValues, pool: KVPool) -> None:
     length = max(kv.length, place.end)
     slots = _slots(kv, place, length, pool)
+    kv.overwrite(place.start, place.end)  # the spill file may have these pages as they were before
     keys, values = (part.flatten(0, 2).to(pool.device, pool.dtype) for part in chunk)
     with torch.inference_mode():
         pool.kv.write(slots, keys, values)

@@ -67,6 +67,13 @@ class KVSession:
         """Row j continues from old row ``hypo_ids[j]``: ``batch`` numbers in ``[0, batch)``. No copy yet."""
         self._pages.reorder(self.handle, hypo_ids)
 
+    def overwrite(self, start: int, end: int) -> None:
+        """Tokens ``start`` to ``end - 1`` of each row, which are in memory, are about to be written over.
+
+        Not where rows share pages.
+        """
+        self._pages.overwrite(self.handle, start, end)
+
     def charge_to(self, peer: str) -> None:
         """Count to the share of ``peer`` from now on, on any thread; OutOfPages when that may not hold as much."""
         self._pages.charge(self.handle, peer)

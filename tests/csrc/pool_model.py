@@ -34,6 +34,11 @@ class ModelSession:
         return len(self.rows[0])
 
     @property
+    def is_shared(self) -> bool:
+        """Whether two rows have a run in common."""
+        return len({run for row in self.runs for run in row}) < sum(map(len, self.runs))
+
+    @property
     def held(self) -> int:
         return len({run for row in self.runs for run in row}) * self.shape.num_blocks
 
@@ -157,6 +162,17 @@ class FakeEngine:
         self.open[handle].extend(length + count)
         self.truncate(handle, length)
 
+    def overwrite(self, handle: int, start: int, end: int) -> None:
+        """Other tokens in the place of these, in all rows; the session's rows must share nothing."""
+        session = self.open[handle]
+        assert self.make_room({handle: session.length}) == [handle]
+        self.apply_copies()
+        origins = self.origins(handle)
+        self.pool.overwrite(handle, start, end)
+        for row in range(session.shape.batch):
+            for position in range(start, end):
+                self.write_token(session, origins, row, position)
+
     def apply_copies(self, limit: int = LARGEST_LIMIT) -> None:
         """Group by group as a device does it, and one by one beside it: both must come to the same."""
         one_by_one = self.slab.copy()
@@ -181,11 +197,14 @@ class FakeEngine:
         session, origins = self.open[handle], self.origins(handle)
         for row, tokens in enumerate(session.rows):
             for position in range(len(tokens), len(tokens) + count):
-                for block in blocks(session.shape):
-                    page = origins[row, position // self.page_tokens] + block
-                    self.slab[page, position % self.page_tokens] = content(self.next_token, block)
-                tokens.append(self.next_token)
-                self.next_token += 1
+                self.write_token(session, origins, row, position)
+
+    def write_token(self, session: ModelSession, origins: np.ndarray, row: int, position: int) -> None:
+        for block in blocks(session.shape):
+            page = origins[row, position // self.page_tokens] + block
+            self.slab[page, position % self.page_tokens] = content(self.next_token, block)
+        session.rows[row][position : position + 1] = [self.next_token]
+        self.next_token += 1
 
     def check_contents(self) -> None:
         """Make the pending copies; then every row of every session reads the tokens it wrote or continued from."""

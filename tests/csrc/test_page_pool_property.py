@@ -82,6 +82,16 @@ class PagePoolMachine(RuleBasedStateMachine):
             handle, data.draw(st.lists(row, min_size=batch, max_size=batch), label="hypo_ids")
         )
 
+    @precondition(lambda self: self.engine.open)
+    @rule(data=st.data())
+    def overwrite(self, data: st.DataObject) -> None:
+        handle = self.pick(data)
+        session = self.engine.open[handle]
+        if session.length and not session.is_shared:
+            start = data.draw(st.integers(0, session.length - 1), label="start")
+            end = data.draw(st.integers(start + 1, session.length), label="end")
+            self.engine.overwrite(handle, start, end)
+
     @precondition(lambda self: self.engine.open or self.engine.waiting)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
@@ -122,7 +132,9 @@ def random_shape(rng: random.Random) -> Shape:
 
 def random_call(engine: FakeEngine, rng: random.Random) -> None:
     session = rng.choice(list(engine.open)) if engine.open else None
-    match rng.choices(["open", "step", "abandon", "truncate", "reorder", "close"], [10, 16, 1, 1, 2, 2])[0]:
+    has_file = engine.capacity > engine.num_pages  # else nothing could be out of date
+    kinds = ["open", "step", "abandon", "truncate", "reorder", "overwrite", "close"]
+    match rng.choices(kinds, [10, 16, 1, 1, 2, has_file, 2])[0]:
         case "open":
             if len(engine.waiting) < 2:
                 engine.request(random_shape(rng))
@@ -140,6 +152,10 @@ def random_call(engine: FakeEngine, rng: random.Random) -> None:
         case "reorder":
             batch_size = engine.open[session].shape.batch
             engine.reorder(session, rng.choices(range(batch_size), k=batch_size))
+        case "overwrite":
+            if engine.open[session].length and not engine.open[session].is_shared:
+                start = rng.randrange(engine.open[session].length)
+                engine.overwrite(session, start, rng.randint(start + 1, engine.open[session].length))
         case "close":
             engine.close(rng.choice([*engine.open, *engine.waiting]))
 

@@ -179,6 +179,24 @@ async def test_a_session_larger_than_the_memory_is_refused(llama: TinyModel, are
                 pass
 
 
+async def test_a_session_that_moves_in_block_after_block_keeps_all_of_it(
+    llama: TinyModel, area: SpillArea
+) -> None:
+    """Between two chunks its pages go to the disk and come back: what a chunk writes then must go there anew."""
+    hidden, span = inputs(1)[0], BlockSpan(0, 4)
+    async with serving(llama, kv_tokens=KV_TOKENS, spill=area) as engine, crowd(engine, 3) as sessions:
+        giver, taker, greedy = sessions
+        await giver.step(Step(hidden[:, :-1], 0))
+        for block in span:
+            place = Place(BlockSpan(block, block + 1), 0, TOKENS - 1)
+            await taker.write_kv(place, await giver.read_kv(place))
+            await greedy.step(Step(states(1, KV_TOKENS), 0))
+        taker.resume_at(TOKENS - 1)
+        actual = await taker.step(Step(hidden[:, -1:], TOKENS - 1))
+    expected = llama.expected(hidden).detach()[:, -1:]
+    assert_close(actual, expected, atol=1e-4, rtol=1e-4, what="a session that moved in")
+
+
 class FailingDisk:
     """Makes ``write`` or ``read`` of the engine's pool fail as a disk does, until it is repaired."""
 
