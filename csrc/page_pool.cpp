@@ -274,11 +274,14 @@ void PagePool::check_share(const SessionShape& shape, Page credit, const std::st
                    "close a session first, or use another server");
 }
 
-// The credit of an open session; and the disk, once little is promised and nothing is stored there.
+// The credit of an open session; and the disk, once little is promised and nothing is stored there. One that could not
+// be written gets another chance then: as long as the memory holds all that is promised, nobody would find out.
 void PagePool::give_back(const Session& session) {
   reserved_ -= session.credit;
   queue_.give_back(session.peer, session.credit);
-  if (slots_.size() > 0 && slots_.used() == 0 && reserved_ <= num_pages_ / 2 && spilling_.empty()) {
+  if (reserved_ > num_pages_ / 2) return;
+  is_failing_ = false;
+  if (slots_.size() > 0 && slots_.used() == 0 && spilling_.empty()) {
     slots_.clear();
     backing_->clear();
   }

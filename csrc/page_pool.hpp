@@ -108,7 +108,8 @@ class PagePool {
   BatchPlan plan_batch(const std::vector<Handle>& handles, const std::vector<std::int64_t>& lengths, bool may_spill);
 
   // The spills of the plan are in the file: their pages are free. Or they could not be written, and stay in memory.
-  // Then no more is promised than memory holds until something can be written again.
+  // Then no more is promised than memory holds until something can be written again, or half of the memory is not
+  // promised any more.
   void finish_spills(bool are_written);
 
   // Takes pages for what the chosen sessions have in the file; what to read, one list for each of them.

@@ -255,6 +255,26 @@ async def test_a_disk_that_cannot_be_written_costs_who_needs_it(
         await (await engine.open_session(sessions[0].spec)).close()
 
 
+async def test_a_disk_that_failed_once_is_tried_again_when_everybody_has_left(
+    llama: TinyModel, area: SpillArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as no more is promised than the memory holds nothing is written, so nobody would find out."""
+    disk = FailingDisk(monkeypatch, "write")
+    async with serving(llama, kv_tokens=KV_TOKENS, spill=area) as engine:
+        async with crowd(engine, 3) as sessions:
+            disk.is_broken = True
+            await sessions[0].step(Step(states(1, KV_TOKENS), 0))
+            with pytest.raises(SpillError):
+                await sessions[1].step(Step(states(1, KV_TOKENS), 0))
+            with pytest.raises(OutOfPages):
+                await engine.open_session(sessions[0].spec)
+            disk.is_broken = False
+        async with crowd(engine, 3) as sessions:
+            for session in sessions:
+                await session.step(Step(states(1, KV_TOKENS), 0))
+            assert engine.pool.stats().pages_spilled > 0
+
+
 async def test_a_session_that_could_not_be_read_for_its_hand_over_computes_no_more(
     llama: TinyModel, area: SpillArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
