@@ -96,7 +96,9 @@ class Rope:
     def _grow_table(self, end: int) -> None:
         """Cover positions below ``end`` for rows of regime 0, doubling so that growing stays rare."""
         size = max(end, 2 * len(self._table[0]), _FIRST_TABLE_POSITIONS)
-        self._table = self._angles(torch.arange(size, device=self.device), [0])
+        # A step may be the first to ask, and autograd keeps no views of what was made in inference mode.
+        with torch.inference_mode(False):
+            self._table = self._angles(torch.arange(size, device=self.device), [0])
 
     def _angles(self, positions: torch.Tensor, regimes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Two ``[T, D]`` in the model's dtype. ``regimes``: one for all tokens, or one per token."""

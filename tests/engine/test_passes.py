@@ -268,9 +268,10 @@ async def test_refused_backward_passes(llama: TinyModel, grad_output: torch.Tens
             await engine.backward(PassRequest(SPAN, states(1, 5), "p", None, grad_output))
 
 
-async def test_backward_after_sessions_ran(llama: TinyModel) -> None:
+@pytest.mark.parametrize("tokens", [1, 6])
+async def test_backward_after_sessions_ran(llama: TinyModel, tokens: int) -> None:
     """What inference mode left in shared caches does not get into the way of gradients."""
-    hidden = states(1, 6)
+    hidden = states(1, tokens)
     _, expected, _ = reference(llama, hidden, None, hidden)
     async with serving(llama) as engine, opened(engine) as session:
         answer = await session.step(Step(hidden, 0))
