@@ -219,10 +219,12 @@ class EngineCore:
         session.kv.close()
 
     def fail_all(self, error: Exception) -> None:
-        """End all sessions and passes; steps and passes under way get EngineError."""
+        """End all sessions and passes; steps, passes and transfers under way get EngineError."""
         for session in list(self._sessions.values()):
             self._fail(session, error)
         self.passes.fail_all(error)
+        while self._transfers:
+            self._fail_transfer(self._transfers.popleft(), error)
 
     # The iteration
 
@@ -277,12 +279,16 @@ class EngineCore:
         except PetalsdError as error:
             self._outbox.put(transfer.answer, error)
         except Exception as error:
-            log.error("transfer_failed", exc_info=error)
-            text = f"moving keys and values failed: {type(error).__name__}"
-            self._outbox.put(transfer.answer, EngineError(text))
+            self._fail_transfer(transfer, error)
         else:
             self._outbox.put(transfer.answer, result)
         self._progress.end()
+
+    def _fail_transfer(self, transfer: Transfer, error: Exception) -> None:
+        log.error("transfer_failed", exc_info=error)
+        text = f"moving keys and values failed: {type(error).__name__}"
+        self._outbox.put(transfer.answer, EngineError(text))
+        raise_if_lost(error)
 
     def report(self) -> None:
         """Have the observer told about the last iteration, behind its answers."""

@@ -37,6 +37,7 @@ class EngineThread:
         self._on_lost = on_lost
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._core: EngineCore | None = None
+        self._failed_core: EngineCore | None = None
         self._is_stopping = False
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="petalsd-engine", daemon=True)
@@ -64,7 +65,7 @@ class EngineThread:
 
     def set_core(self, core: EngineCore | None) -> None:
         """Command: iterate this core from now on."""
-        self._core = core
+        self._core, self._failed_core = core, None
 
     async def stop(self, timeout_s: float) -> bool:
         """Leave after the commands posted so far; False when the running iteration did not end in time."""
@@ -92,6 +93,8 @@ class EngineThread:
         command, core = self._next_command(), self._core
         if command is not None:
             self._obey(command)
+            if self._failed_core is not None and self.failure is not None:
+                self._failed_core.fail_all(self.failure)  # what was posted before anybody could know
         elif core is not None:
             if core.has_work:
                 self._iterate(core)
@@ -108,6 +111,7 @@ class EngineThread:
         core, self._core = self._core, None
         self.failure = error
         if core is not None:
+            self._failed_core = core
             core.fail_all(error)
             self.outbox.flush()
 

@@ -6,12 +6,15 @@ import asyncio
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from petalsd.device_faults import device_loss
+from petalsd.engine.kv_transfer import Place
 from petalsd.engine.step import PassRequest, Step
 from petalsd.errors import DeviceLost, EngineError, SessionClosed
+from petalsd.ops.head_major import HeadMajorKV
 from petalsd.types import BlockSpan
-from tests.engine.rig import TinyModel, opened, serving, states, with_hook
+from tests.engine.rig import Gate, TinyModel, opened, serving, states, with_hook
 
 ADVICE = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might "
@@ -97,11 +100,50 @@ async def test_a_batch_that_loses_the_device_ends_everything(llama: TinyModel) -
             await engine.probe()
 
 
+async def test_what_waits_behind_the_batch_that_loses_the_device(llama: TinyModel, gate: Gate) -> None:
+    """It came before anybody could know, and nobody will ever compute it: it is told so at once."""
+
+    def lose_later(hidden: torch.Tensor) -> None:
+        gate(hidden)
+        lose(hidden)
+
+    async with (
+        serving(llama, blocks=with_hook(llama, 3, lose_later)) as engine,
+        opened(engine, BlockSpan(0, 2)) as bystander,
+        opened(engine, BlockSpan(1, 2)) as leaving,
+        opened(engine, BlockSpan(2, 4)) as guilty,
+    ):
+        await leaving.step(Step(states(1, 2), 0))
+        work = [asyncio.create_task(guilty.step(Step(states(1, 2), 0)))]
+        await gate.wait_until_reached()
+        work.append(asyncio.create_task(bystander.step(Step(states(1, 2), 0))))
+        work.append(asyncio.create_task(leaving.read_kv(Place(BlockSpan(1, 2), 0, 2))))
+        request = PassRequest(BlockSpan(0, 1), states(1, 2), peer="peer")
+        work.append(asyncio.create_task(engine.forward(request)))
+        await asyncio.sleep(0)  # all of it is handed in
+        gate.opened.set()
+        with capture_logs():  # to write all of it out takes longer than the rest
+            async with asyncio.timeout(5):
+                outcomes = await asyncio.gather(*work, return_exceptions=True)
+        assert all(isinstance(outcome, EngineError) for outcome in outcomes), outcomes
+
+
 async def test_a_pass_that_loses_the_device(llama: TinyModel) -> None:
     """Passes and what is copied between batches are no way around."""
     async with serving(llama, blocks=with_hook(llama, 0, lose)) as engine:
         with pytest.raises(EngineError, match="DeviceLost"):
             await engine.forward(PassRequest(BlockSpan(0, 1), states(1, 2), peer="peer"))
+        with pytest.raises(DeviceLost):
+            await engine.until_lost()
+
+
+async def test_a_transfer_that_loses_the_device(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are read from the same device."""
+    async with serving(llama) as engine, opened(engine) as session:
+        await session.step(Step(states(1, 2), 0))
+        monkeypatch.setattr(HeadMajorKV, "gather", lambda kv, slots: lose(slots))
+        with pytest.raises(EngineError, match="AcceleratorError"):
+            await session.read_kv(Place(BlockSpan(0, 1), 0, 2))
         with pytest.raises(DeviceLost):
             await engine.until_lost()
 
