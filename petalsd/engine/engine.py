@@ -186,7 +186,11 @@ class Engine:
         """
         for session in self._sessions_outside(keeping):
             session.end(reason)
-        self._fail_passes(self._passes_outside(keeping), Draining(reason))
+        core, jobs = self._core, self._passes_outside(keeping)
+        self._fail_passes(jobs, Draining(reason))
+        if core is not None and self._thread is not None:
+            for job in jobs:  # their tasks would do so later, and their blocks may go before
+                self._thread.post(partial(core.passes.close, job))
 
     # Sessions
 

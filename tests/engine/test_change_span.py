@@ -70,6 +70,25 @@ async def test_a_step_and_a_pass_under_way_see_nothing_of_a_change(llama: TinyMo
         assert_close(await a_pass, expected, 1e-4, 1e-4, "pass")
 
 
+async def test_an_ended_pass_is_not_begun_any_more(llama: TinyModel, gate: Gate) -> None:
+    """It is dropped before anything else that is posted, the change of the blocks above all."""
+    hooked = with_hook(llama, 1, gate)
+    async with serving(llama, blocks={i: hooked[i] for i in OLD}) as engine, opened(engine, KEPT) as session:
+        step = asyncio.create_task(session.step(Step(states(1, 2), 0)))
+        await gate.wait_until_reached()
+        a_pass = asyncio.create_task(engine.forward(PassRequest(OLD, states(1, 2), "p")))
+        await asyncio.sleep(0)
+        thread, core = engine._running_thread(), engine._serving_core()
+        left: list[bool] = []
+        engine.end_work("it moves", keeping=KEPT)
+        thread.post(lambda: left.append(bool(core.passes)))
+        gate.opened.set()
+        await step
+        with pytest.raises(Draining, match="it moves"):
+            await a_pass
+    assert left == [False]
+
+
 async def test_new_blocks_are_served_and_left_ones_are_not(llama: TinyModel) -> None:
     """A session on a left block ends with the reason, its pages come back, and the new span takes sessions."""
     hidden = states(1, 5)
