@@ -21,11 +21,13 @@ from petalsd import __version__
 from petalsd.errors import WeightsError
 from petalsd.models.disk_budget import DiskBudget
 from petalsd.models.files import Progress
-from petalsd.models.hub_download import HTTP_ERROR, download, hint_for_status
+from petalsd.models.hub_download import HTTP_ERROR, download, hint_for_status, is_passing
 
 log = structlog.get_logger(__name__)
 
 _API_TIMEOUT_S = 20.0
+_NONSENSE = (ValueError, TypeError, LookupError, AttributeError)
+"""What the library raises for an answer that is not the Hub's, as where a network wants a password first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +143,37 @@ class HubStore:
             info = api.model_info(
                 self._repository, revision=self._revision, files_metadata=True, timeout=_API_TIMEOUT_S
             )
+            manifest = _to_manifest(info)
         except HFValidationError as error:
             raise WeightsError(
                 f"{self._repository!r} is neither a directory here nor the name of a repository"
             ) from error
-        except (HTTP_ERROR, OfflineModeIsEnabled) as error:
+        except (HTTP_ERROR, OfflineModeIsEnabled, *_NONSENSE) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            if (status is None or status >= 500) and stored.is_file():
+            if is_passing(status) and stored.is_file():
                 log.warning("hub_unreachable", repository=self._repository, error=type(error).__name__)
                 return self._load(stored)
-            raise WeightsError(
-                _lookup_failure(self._repository, self._revision, status), hint=_hint(status)
-            ) from error
-        manifest = _to_manifest(info)
+            raise self._lookup_failure(error, status) from error
         try:
             _store(manifest, stored)
         except OSError as error:  # everything else may be here, as on a disk that has become full
             log.warning("manifest_not_stored", repository=self._repository, error=str(error))
         return manifest
+
+    def _lookup_failure(self, error: Exception, status: int | None) -> WeightsError:
+        name, at_revision = self._repository, f"{self._repository} at {self._revision}"
+        if isinstance(error, _NONSENSE):
+            return WeightsError(
+                f"{at_revision}: the answer of the Hub makes no sense", hint="suspect a proxy, or HF_ENDPOINT"
+            )
+        if status is None:
+            return WeightsError(
+                f"{name} is not a directory here, and the Hub cannot be reached to look it up",
+                hint="check the network, or set model.source to a directory that holds the model",
+            )
+        return WeightsError(
+            f"{at_revision}: the Hub answers with status {status}", hint=hint_for_status(status)
+        )
 
     def _load(self, stored: Path) -> Manifest:
         try:
@@ -194,23 +209,15 @@ def _to_manifest(info: ModelInfo) -> Manifest:
     files: dict[str, HubFile] = {}
     for sibling in info.siblings or []:
         digest = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
-        if "/" not in sibling.rfilename and sibling.size is not None and _is_digest(digest):
+        if "/" not in sibling.rfilename and _is_size(sibling.size) and _is_digest(digest):
             files[sibling.rfilename] = HubFile(sibling.size, digest)
     return Manifest(info.sha or "", files)
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 0
 
 
 def _is_digest(text: str | None) -> TypeGuard[str]:
     """It becomes a file name, so it is checked like anything that came over the network."""
     return text is not None and len(text) in (40, 64) and set(text) <= set("0123456789abcdef")
-
-
-def _lookup_failure(repository: str, revision: str, status: int | None) -> str:
-    if status is None:
-        return f"{repository} is not a directory here, and the Hub cannot be reached to look it up"
-    return f"{repository} at {revision}: the Hub answers with status {status}"
-
-
-def _hint(status: int | None) -> str:
-    if status is None:
-        return "check the network, or set model.source to a directory that holds the model"
-    return hint_for_status(status)

@@ -22,6 +22,7 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _MAX_FRUITLESS_TRIES = 5
 _READ_TIMEOUT_S = 30.0
 _PIECE_BYTES = 1 << 20
+_SUSPECT = "they were deleted; try again, and suspect a proxy or the disk if it happens again"
 
 
 def download(
@@ -31,8 +32,8 @@ def download(
 
     ``target.name`` is the expected digest: sha256, or the sha1 that git gives to a small file. What arrived is
     kept in ``target.part``, and this call or a later one goes on from there. ``on_bytes`` gets the bytes so far;
-    it may raise to stop. Raises WeightsError when the server refuses, nothing more arrives, or the digest is
-    wrong.
+    it may raise to stop. Raises WeightsError when the server refuses, nothing more arrives, more than the file
+    arrives, or the digest is wrong.
     """
     part = target.with_name(target.name + ".part")
     fruitless = 0
@@ -61,13 +62,13 @@ def download(
 def _fetch_rest(
     url: str, headers: Mapping[str, str], part: Path, size: int, on_bytes: Callable[[int], None]
 ) -> None:
-    """Append what is missing; stops early, without an error, if the server sends more than ``size``."""
+    """Append what is missing. WeightsError, and nothing is kept, when the server sends more than ``size``."""
     have = _size(part)
     # Compressed transfer would make byte ranges mean something else.
     request = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with get_session().stream("GET", url, headers=request, timeout=_READ_TIMEOUT_S) as response:
         if response.status_code == 416:
-            part.unlink()
+            part.unlink(missing_ok=True)
             return
         hf_raise_for_status(response)
         is_rest = response.status_code == 206
@@ -79,14 +80,22 @@ def _fetch_rest(
                 on_bytes(min(have, size))
                 if have > size:
                     break
+    if have > size:
+        part.unlink()
+        raise WeightsError(f"more than the {size} bytes arrive that the Hub gives for it", hint=_SUSPECT)
 
 
 def _refuse_permanent(error: Exception) -> None:
     """Raise WeightsError for an answer that asking again will not change."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    if status is not None and 400 <= status < 500 and status not in (408, 429):
+    if status is not None and status >= 400 and not is_passing(status):
         raise WeightsError(f"the Hub answers with status {status}", hint=hint_for_status(status)) from error
+
+
+def is_passing(status: int | None) -> bool:
+    """Whether an answer of this status, or none at all, says nothing of what was asked for."""
+    return status is None or status >= 500 or status in (408, 429)
 
 
 def hint_for_status(status: int | None) -> str:
@@ -105,7 +114,7 @@ def _keep_if_intact(part: Path, target: Path, size: int) -> None:
         part.unlink()
         raise WeightsError(
             f"the downloaded {size} bytes do not have the digest {target.name[:12]} that the Hub gives for them",
-            hint="they were deleted; try again, and suspect a proxy or the disk if it happens again",
+            hint=_SUSPECT,
         )
     with part.open("rb+") as file:
         os.fsync(file.fileno())

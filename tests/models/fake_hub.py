@@ -19,8 +19,11 @@ class FakeHub:
 
     break_after   bytes after which the connection of the next download of a file is cut, by file, once each
     corrupt       files that are served with one byte changed
+    padded        files that are served with one byte more
+    refused       files that are answered with this status
     requires      the token without which everything is refused
     is_down       True: every answer is 503
+    lookup        status and body of the answer to every lookup, instead of the right one
     downloads     (file, first byte) of every download that was begun
     tokens        Authorization header of every request
     """
@@ -28,8 +31,11 @@ class FakeHub:
     directory: Path
     break_after: dict[str, int] = field(default_factory=dict)
     corrupt: set[str] = field(default_factory=set)
+    padded: set[str] = field(default_factory=set)
+    refused: dict[str, int] = field(default_factory=dict)
     requires: str | None = None
     is_down: bool = False
+    lookup: tuple[int, bytes] | None = None
     downloads: list[tuple[str, int]] = field(default_factory=list)
     tokens: list[str | None] = field(default_factory=list)
 
@@ -78,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.fake.requires and self.headers.get("Authorization") != f"Bearer {self.fake.requires}":
             self._answer(401, b"who are you?")
         elif path == f"/api/models/{self.fake.repository}/revision/main" and "blobs" in query:
-            self._answer(200, json.dumps(self.fake.describe()).encode())
+            self._answer(*(self.fake.lookup or (200, json.dumps(self.fake.describe()).encode())))
         elif path.startswith(f"/{self.fake.repository}/resolve/{COMMIT}/"):
             self._send_file(path.rpartition("/")[2])
         else:
@@ -88,8 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = bytearray((self.fake.directory / name).read_bytes())
         if name in self.fake.corrupt:
             content[-1] ^= 1
+        if name in self.fake.padded:
+            content.append(0)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         self.fake.downloads.append((name, start))
+        if name in self.fake.refused:
+            self._answer(self.fake.refused[name], b"no")
+            return
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
