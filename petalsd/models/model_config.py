@@ -5,6 +5,7 @@ transformers' own config classes fill in defaults and old spellings.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -76,8 +77,20 @@ def read_hf_config(model_type: str, raw: Mapping[str, Any]) -> Any:
     """
     _refuse_quantized(raw)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(raw))
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        # A copy: these classes write into the mapping of the rotary embedding.
+        hf = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(raw)))
+        if getattr(hf, "rope_parameters", None):
+            # Once more, as the models do: an original length beside the mapping is not seen the first time.
+            hf.standardize_rope_params()
+        return hf
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise ModelError(
             f"config.json is not a valid {model_type} configuration: {_one_line(error)}"
         ) from error

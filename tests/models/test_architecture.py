@@ -15,6 +15,7 @@ from petalsd.errors import ModelError, UnsupportedModel, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.ladder import Ladder
+from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from tests.reference_layers import decoder_layers
@@ -89,6 +90,8 @@ def test_what_is_not_served_is_refused_with_the_reason(raw: dict[str, Any], name
     ("change", "named"),
     [
         ({"hidden_size": "big"}, "gemma configuration"),
+        ({"dtype": ["bfloat16", "float16"]}, "gemma configuration"),
+        ({"dtype": []}, "gemma configuration"),
         ({"num_hidden_layers": 0}, "num_blocks = 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
     ],
@@ -98,6 +101,26 @@ def test_nonsense_is_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError) as caught:
         Architecture.read({**GEMMA, **change})
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["granite", "gpt_neox", "phi3", "mistral"])
+def test_where_angles_begin_to_depend_on_the_length(family: str) -> None:
+    """Also where the original length stands beside the scaling, and not in it."""
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    raw = {
+        "model_type": family,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": None,
+        "rope_scaling": rope,
+        "rotary_pct": 1.0,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 48,
+    }
+    config = Architecture.read(raw).config
+    regimes = LengthRegimes.read(config.rope, config.max_positions)
+    assert regimes == LengthRegimes("longrope", 48)
 
 
 @pytest.mark.parametrize(("variant", "prefix"), [("bloom", "transformer."), ("opt", "model.")])

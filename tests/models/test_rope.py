@@ -44,6 +44,17 @@ def test_angles_equal_transformers(variant: str, end: int) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("variant", ["yarn", "llama3", "longrope"])
+@pytest.mark.parametrize("end", [20, 40, 300])
+def test_the_original_length_may_stand_beside_the_scaling(variant: str, end: int) -> None:
+    """As Phi-3 has it, and models that were made of it: it counts before one among the parameters."""
+    raw = {**_config(variant), "original_max_position_embeddings": 24}
+    positions = torch.arange(end - 7, end)
+    ours = Rope(BlockConfig.from_hf(raw), torch.float32, CPU).cos_sin(positions)
+    for mine, theirs in zip(ours, _reference(raw, positions), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("variant", ["dynamic", "longrope"])
 def test_rows_of_different_length_get_their_own_angles(variant: str) -> None:
     """Where angles depend on the row's length, each token is rotated by its own row's."""
