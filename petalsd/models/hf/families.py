@@ -57,6 +57,15 @@ def _ungrouped(hf: Any) -> Mapping[str, Any]:
     return {"num_kv_heads": hf.num_attention_heads}
 
 
+def _gemma3_facts(hf: Any) -> Mapping[str, Any]:
+    if hf.use_bidirectional_attention:
+        raise UnsupportedModel(
+            f"use_bidirectional_attention = {hf.use_bidirectional_attention}: tokens that see those after them "
+            "have no cache, and generate nothing"
+        )
+    return {}
+
+
 def _bloom_facts(hf: Any) -> Mapping[str, Any]:
     # Linear biases have no end; this is the length that the models were trained with.
     return {**_ungrouped(hf), "max_positions": getattr(hf, "seq_length", None) or 2048}
@@ -94,7 +103,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "gemma": _usual("gemma", "Gemma", heads.gemma_head),
         "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head),
-        "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head),
+        "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head, facts=_gemma3_facts),
         "glm4": _usual("glm4", "Glm4"),
         "gpt_neox": Family(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
