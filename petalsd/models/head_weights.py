@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -62,12 +62,15 @@ class HeadTensors:
 
     @classmethod
     def of(cls, source: ModelSource, config: ModelConfig, rule: HeadRule) -> HeadTensors:
-        """Those that ``load_head`` reads."""
+        """Those that ``load_head`` reads: of tied tables each that there is."""
         names, index = rule.names, source.index()
         prefix = next((one for one in names.prefixes if one + names.embeddings in index), names.prefixes[0])
         table = (config.vocab_size, config.hidden_size)
-        embeddings = prefix + names.embeddings
-        output = embeddings if config.tie_word_embeddings else names.output
+        embeddings, output = prefix + names.embeddings, names.output
+        if config.tie_word_embeddings and output not in index:
+            output = embeddings
+        elif config.tie_word_embeddings and embeddings not in index:
+            embeddings = output
         sizes = {
             "output_bias": table[:1],
             "positions": (config.max_positions + rule.first_position, config.hidden_size),
@@ -81,6 +84,13 @@ class HeadTensors:
                 vectors[field.name] = full_name
                 shapes[full_name] = sizes.get(field.name, table[1:])
         return cls(embeddings, output, vectors, shapes)
+
+    def tied(self) -> HeadTensors:
+        """With the embeddings as output."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name != self.output}
+        return replace(
+            self, output=self.embeddings, shapes={**shapes, self.embeddings: self.shapes[self.embeddings]}
+        )
 
 
 def load_head(source: ModelSource, config: ModelConfig, rule: HeadRule, dtype: torch.dtype) -> HeadWeights:
@@ -105,8 +115,15 @@ class _Reading:
     """A head's tensors, mapped from their files."""
 
     def __init__(self, source: ModelSource, config: ModelConfig, rule: HeadRule) -> None:
-        self._names = HeadTensors.of(source, config, rule)
-        self._tensors = read_tensors(source, self._names.shapes)
+        names = HeadTensors.of(source, config, rule)
+        self._tensors = read_tensors(source, names.shapes)
+        # Tables that differ are not tied, whatever config.json says: fine-tuning can part them.
+        is_tied = config.tie_word_embeddings and self._are_equal(names.embeddings, names.output)
+        self._names = names.tied() if is_tied else names
+
+    def _are_equal(self, first: str, second: str) -> bool:
+        one, other = self._tensors[first], self._tensors[second]
+        return one.dtype == other.dtype and torch.equal(one, other)
 
     @property
     def stored_dtypes(self) -> set[torch.dtype]:

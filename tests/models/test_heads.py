@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from petalsd.client.head import LocalHead
+from petalsd.client.head import LocalHead, PackedEmbedding, PackedOutput
 from petalsd.errors import BadRequest, UnsupportedModel, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_weights import load_packed_head
@@ -96,6 +96,31 @@ def test_checkpoints_of_the_bare_model(variant: str, tmp_path: Path) -> None:
     save_file(renamed, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
     with torch.inference_mode():
         assert_close(load(tmp_path).logits(leaving), logits, 1e-4, 1e-4, "logits")
+
+
+@pytest.mark.parametrize("variant", ["bloom", "gemma", "gpt_neox", "llama"])
+@pytest.mark.parametrize("has", ["two", "the same twice", "the output's"])
+def test_tied_tables_are_those_that_the_checkpoint_has(variant: str, has: str, tmp_path: Path) -> None:
+    """As in transformers: two that differ are two whatever config.json says, and either may stand for both."""
+    family, settings = VARIANTS[variant]
+    model = make_tiny(family, tmp_path, **{**settings, "tie_word_embeddings": True})
+    (embeddings,) = model._tied_weights_keys.values()
+    output = Architecture.read(ModelSource(str(tmp_path)).config()).head_rule().names.output
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    tensors[output] = tensors[embeddings].clone()
+    if has == "two":
+        tensors[output] = tensors[output].flip(0)
+    elif has == "the output's":
+        del tensors[embeddings]
+    save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    entering, leaving, logits = watch(loaded)
+    head = load(tmp_path)
+    assert isinstance(head.embed_tokens, PackedEmbedding) and isinstance(head.lm_head, PackedOutput)
+    assert (head.lm_head.table is head.embed_tokens.table) == (has != "two")
+    with torch.inference_mode():
+        assert_close(head.entering(head.embed_tokens(IDS), 0), entering, 1e-5, 1e-5, "entering")
+        assert_close(head.logits(leaving), logits, 1e-4, 1e-4, "logits")
 
 
 def test_a_checkpoint_without_embeddings_is_refused(tmp_path: Path) -> None:
