@@ -109,7 +109,10 @@ class ModelSource:
     def _read_index(self) -> dict[str, str]:
         present = self._files.list_files()
         if INDEX_FILE in present:
-            return _parse_index(self.read_json(INDEX_FILE))
+            index = _parse_index(self.read_json(INDEX_FILE))
+            # One that describes the shards of an earlier save may lie beside the single file that followed them.
+            if SINGLE_FILE not in present or present.issuperset(index.values()):
+                return index
         if SINGLE_FILE in present:
             self.fetch([SINGLE_FILE])
             return dict.fromkeys(_tensor_names(self.path(SINGLE_FILE)), SINGLE_FILE)

@@ -229,6 +229,18 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
         ModelSource(str(tmp_path)).index()
 
 
+def test_an_index_without_its_shards_is_passed_over(tmp_path: Path) -> None:
+    """transformers leaves it where a model is saved in shards, and then in one file."""
+    model = make_tiny("llama", tmp_path, max_shard_size="100KB")
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("model*")} == {SINGLE_FILE, INDEX_FILE}
+    _load(tmp_path)
+    assert set(ModelSource(str(tmp_path)).index().values()) == {SINGLE_FILE}
+    (tmp_path / SINGLE_FILE).unlink()
+    with pytest.raises(WeightsError, match=r"model-00\d+-of-00\d+\.safetensors is missing"):
+        _load(tmp_path)
+
+
 def test_errors_do_not_show_paths(directory: Path) -> None:
     """What a peer may read names files, not where they lie on this machine."""
     (directory / SINGLE_FILE).write_bytes(b"short")
