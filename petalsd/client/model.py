@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -227,8 +226,7 @@ def _whole_from(config: ModelConfig) -> int | None:
 
 def _read_generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
     try:
-        source.fetch([_GENERATION_CONFIG_FILE])
-        content = json.loads(source.path(_GENERATION_CONFIG_FILE).read_bytes())
-    except (WeightsError, OSError, ValueError):  # most models have one, none needs it
+        content = source.read_json(_GENERATION_CONFIG_FILE)
+    except WeightsError:  # most models have one, none needs it
         return GenerationConfig.from_model_config(config)
     return GenerationConfig.from_dict(content)

@@ -135,6 +135,8 @@ class ModelSource:
             content = json.loads(self.path(file).read_bytes())
         except (OSError, ValueError) as error:
             raise WeightsError(f"{file} of {self.name} cannot be read: {error}") from error
+        except RecursionError as error:
+            raise WeightsError(f"{file} of {self.name} cannot be read: nested too deeply") from error
         if not isinstance(content, dict):
             raise WeightsError(f"{file} of {self.name} is not a JSON object")
         return content

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from petalsd.config import Quantization
 from petalsd.errors import WeightsError
 from petalsd.models.block_config import BlockConfig
-from petalsd.models.source import INDEX_FILE, SINGLE_FILE, ModelSource
+from petalsd.models.source import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import block_tensors, files_with, load_block
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
@@ -239,6 +239,13 @@ def test_an_index_without_its_shards_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).unlink()
     with pytest.raises(WeightsError, match=r"model-00\d+-of-00\d+\.safetensors is missing"):
         _load(tmp_path)
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, INDEX_FILE])
+def test_json_of_endless_depth_is_refused(directory: Path, file: str) -> None:
+    (directory / file).write_text("[" * 200_000)
+    with pytest.raises(WeightsError, match=f"{re.escape(file)} of .* cannot be read: nested too deeply"):
+        _load(directory)
 
 
 def test_errors_do_not_show_paths(directory: Path) -> None:
