@@ -80,8 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     configure_logging("auto", arguments.log_level)
     ModelSource(arguments.model).config()  # says what is wrong with a name; transformers would wonder
-    tokenizer = _load_tokenizer(arguments.model)
-    input_ids = _encode(tokenizer, prompt, arguments.chat)
+    tokenizer = load_tokenizer(arguments.model)
+    input_ids = encode(tokenizer, prompt, arguments.chat)
+    if input_ids.shape[1] == 0:
+        arguments.usage_error("PROMPT has no token")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     model = RemoteCausalLM.from_pretrained(
@@ -136,13 +138,15 @@ class MeteredStreamer:
         )
 
 
-def _load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
+    """A model's tokenizer, without code that the repository brings. Raises WeightsError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{source} has no tokenizer that can be read: {error}") from error
+        # Unset, it would ask on the terminal whether to run that code.
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise WeightsError(f"{source} has no tokenizer that can be read: {_one_line(error)}") from error
 
 
 def _take_prompt(arguments: argparse.Namespace) -> str:
@@ -177,17 +181,27 @@ def _check_peers(arguments: argparse.Namespace) -> None:
         arguments.usage_error(f"--peers: {error}")
 
 
-def _encode(tokenizer: Any, prompt: str, is_chat: bool) -> torch.Tensor:
-    """Token ids ``[1, n]``."""
-    if is_chat:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+def encode(tokenizer: Any, prompt: str, is_chat: bool) -> torch.Tensor:
+    """Token ids ``[1, n]``. WeightsError where a chat template is asked for that is missing or fails."""
+    encoded = _in_chat(tokenizer, prompt) if is_chat else tokenizer(prompt, return_tensors="pt")
     input_ids: torch.Tensor = encoded["input_ids"]
     return input_ids
+
+
+def _in_chat(tokenizer: Any, prompt: str) -> Any:
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # templates are programs
+        raise WeightsError(
+            f"the model has no chat template that can be used: {_one_line(error)}", hint="leave out --chat"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _generation_settings(arguments: argparse.Namespace) -> dict[str, object]:

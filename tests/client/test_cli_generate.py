@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import io
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from petalsd.cli import generate
+from petalsd.errors import WeightsError
+from tests.tiny_models import make_tokenizer
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -131,3 +135,52 @@ def test_the_meter_counts_tokens_and_passes_everything_on(monkeypatch: pytest.Mo
     meter.end()
     assert seen == [[1, 2], [3], [4], [5], "end"]
     assert meter.summary() == "3 tokens in 2.0 s, 1.5 tokens/s (first after 0.50 s)"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    make_tokenizer(path := tmp_path_factory.mktemp("tokenizer"))
+    return path
+
+
+def test_a_prompt_becomes_tokens(tokenizer_files: Path) -> None:
+    tokenizer = generate.load_tokenizer(str(tokenizer_files))
+    assert generate.encode(tokenizer, "w7 w99", False).tolist() == [[7, 99]]
+    assert generate.encode(tokenizer, " ", False).shape == (1, 0)
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} w2{% endfor %}"
+    assert generate.encode(tokenizer, "w7", True).tolist() == [[1, 7, 2]]
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% if %}", "{{ messages[0].no.such }}", "{{ raise_exception('no') }}", "{{ 1 + '' }}"]
+)
+def test_a_chat_template_that_is_missing_or_fails(tokenizer_files: Path, template: str | None) -> None:
+    """Base models have none: that is told in a sentence, with what to do."""
+    tokenizer = generate.load_tokenizer(str(tokenizer_files))
+    tokenizer.chat_template = template
+    with pytest.raises(WeightsError, match=r"no chat template that can be used: .*leave out --chat"):
+        generate.encode(tokenizer, "w7", True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Magic"}}'),
+        ("tokenizer_config.json", "["),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [null, "words.Words"]}}',
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(
+    tokenizer_files: Path, file: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged, or of code that the repository brings: nobody is asked whether to run it."""
+    path = shutil.copytree(tokenizer_files, tmp_path / "model")
+    (path / file).write_text(content)
+    (path / "words.py").write_text("from transformers import PreTrainedTokenizerFast as Words")
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    with pytest.raises(WeightsError, match="has no tokenizer that can be read: "):
+        generate.load_tokenizer(str(path))
