@@ -92,7 +92,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         except BaseException:
             runtime.stop()
             raise
-        model.generation_config = _read_generation_config(files, config)
+        model.generation_config = read_generation_config(files, config)
         return model
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """As in transformers. Without ``past_key_values`` a session is opened for this call and closed after."""
         text = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         _check_text(text, kwargs.get("past_key_values"))
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
+        if kwargs.get("past_key_values") is not None or _is_without_cache(*args, **kwargs):
             return super().generate(*args, **kwargs)
         with self.inference_session() as cache:
             return super().generate(*args, past_key_values=cache, **kwargs)
@@ -183,6 +183,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """transformers' hook between the length of a generation being known and its first step."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
+            _check_guidance(generation_config)
             cache.reserve(max_cache_length + 1 + _candidate_tokens(generation_config, generation_mode))
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -196,6 +197,20 @@ def _check_text(text: Any, cache: object) -> None:
     if text.shape[-1] <= cache.position:
         rule = f"give the whole text, what the session holds ({cache.position} tokens) and at least one token more"
         raise BadRequest("input_ids", tuple(text.shape), rule)
+
+
+def _is_without_cache(
+    inputs: object = None, generation_config: GenerationConfig | None = None, **others: Any
+) -> bool:
+    """Whether a call of ``generate`` with these arguments asks for none."""
+    return others.get("use_cache", getattr(generation_config, "use_cache", None)) is False
+
+
+def _check_guidance(generation_config: GenerationConfig) -> None:
+    """transformers runs the model once more for it, over a cache that it expects the model to make."""
+    scale = generation_config.guidance_scale
+    if scale is not None and scale != 1:
+        raise BadRequest("guidance_scale", scale, "it is computed without a session only: use_cache=False")
 
 
 def _check_inputs(attention_mask: torch.Tensor | None, cache: object, others: dict[str, Any]) -> None:
@@ -224,9 +239,11 @@ def _whole_from(config: ModelConfig) -> int | None:
     return None if regimes is None else regimes.limit
 
 
-def _read_generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
+def read_generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
+    """The checkpoint's, but for what it says of the cache: that means memory here, and ours is the servers'."""
     try:
-        content = source.read_json(_GENERATION_CONFIG_FILE)
+        settings = GenerationConfig.from_dict(source.read_json(_GENERATION_CONFIG_FILE))
     except WeightsError:  # most models have one, none needs it
-        return GenerationConfig.from_model_config(config)
-    return GenerationConfig.from_dict(content)
+        settings = GenerationConfig.from_model_config(config)
+    settings.use_cache, settings.cache_implementation = True, None
+    return settings

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petalsd.client.cache import RemoteCache
-from petalsd.client.model import RemoteCausalLM
+from petalsd.client.model import RemoteCausalLM, read_generation_config
 from petalsd.client.options import ClientOptions
 from petalsd.client.passes import SwarmPasses
 from petalsd.client.runtime import ClientRuntime
@@ -22,6 +24,7 @@ from petalsd.client.session import InferenceSession
 from petalsd.client.span_session import StreamTerms
 from petalsd.errors import BadRequest
 from petalsd.models.head_weights import HeadVectors, HeadWeights
+from petalsd.models.source import ModelSource
 from petalsd.ops.norm import rms_norm
 from petalsd.types import BlockSpan
 from tests.client.fake_swarm import HIDDEN, FakeServer, FakeSwarm, dies_at, make_span, run_blocks
@@ -206,6 +209,36 @@ def test_generation_without_a_cache_uses_passes(model: RemoteCausalLM, swarm: Fa
     output = model.generate(PROMPT, max_new_tokens=3, do_sample=False, use_cache=False)
     assert output.shape == (1, 8)
     assert not swarm.servers["a"].messages and swarm.servers["a"].passes
+
+
+def test_a_generation_config_may_ask_for_no_cache(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
+    """Like the keyword, by name or as the second argument."""
+    with_cache = model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    swarm.servers["b"].messages.clear()
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, use_cache=False)
+    for output in (model.generate(PROMPT, settings), model.generate(PROMPT, generation_config=settings)):
+        assert output.tolist() == with_cache.tolist()
+    assert not swarm.servers["b"].messages
+
+
+def test_what_a_checkpoint_says_of_a_cache_is_not_meant_for_servers(tmp_path: Path) -> None:
+    """Fine-tuned models often say that there is none, as it was in training; that would end each generation."""
+    source, config = ModelSource(str(tmp_path)), make_config()
+    assert read_generation_config(source, config).use_cache is True
+    stored = {"use_cache": False, "cache_implementation": "static", "eos_token_id": [7, 9]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stored))
+    settings = read_generation_config(source, config)
+    assert (settings.use_cache, settings.cache_implementation) == (True, None)
+    assert settings.eos_token_id == [7, 9]
+
+
+def test_guidance_is_for_calls_without_a_session(model: RemoteCausalLM, local: LocalModel) -> None:
+    """transformers runs the model twice then, with a cache of its own that would be missing."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "guidance_scale": 1.8}
+    with pytest.raises(BadRequest, match=r"guidance_scale = 1\.8: .*use_cache=False"):
+        model.generate(PROMPT, **settings)
+    output = model.generate(PROMPT, use_cache=False, **settings)
+    assert output.tolist() == local.generate(PROMPT, use_cache=False, **settings).tolist()
 
 
 def test_a_call_without_cache_is_differentiable(model: RemoteCausalLM, local: LocalModel) -> None:
