@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from petalsd.cli.petalsctl.text import Line, Piece, line
+from petalsd.cli.petalsctl.text import Line, Piece, advice, line
 
 Level = Literal["ok", "warn", "fail"]
 _STYLES = {"ok": "good", "warn": "bold busy", "fail": "bold bad"}
@@ -25,7 +25,9 @@ class Finding:
     def lines(self) -> list[Line]:
         level = Piece(f"{self.level:<4}", _STYLES[self.level])
         hang = _NAME_WIDTH + 8
-        lines = [line(level, f"  {self.name:<{_NAME_WIDTH}}  ", self.text, hang=hang)]
+        first, *more = self.text.split("\n")
+        lines = [line(level, f"  {self.name:<{_NAME_WIDTH}}  ", first, hang=hang)]
+        lines += [advice(part.strip(), hang) for part in more]
         if self.fix:
             lines.append(line(Piece(f"{'':{hang}}→ {self.fix}", "accent"), hang=hang + 2))
         return lines

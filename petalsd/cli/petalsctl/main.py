@@ -113,9 +113,10 @@ def _chosen(words: Sequence[str]) -> Verb | None:
 
 def _fail(context: Context, error: PetalsdError) -> int:
     """The sentence, and what to type next; for programs also a document of the daemon's form."""
+    sentence = [line(Piece(part, "bad"), hang=2) for part in f"petalsctl: {error.message}".split("\n")]
     hint = [advice(error.hint)] if error.hint else []
     try:
-        context.err.show([line(Piece(f"petalsctl: {error.message}", "bad")), *hint])
+        context.err.show([*sentence, *hint])
     except OSError:  # nobody can read it; the exit status stays
         give_up_messages()
     if context.is_json:

@@ -114,6 +114,8 @@ def test_a_wrong_configuration(system: System, model_dir: Path, ctl: Ctl) -> Non
     assert "did you mean blocks.count?" in found["configuration"]["text"]
     assert found["configuration"]["fix"] == f"edit {file}"
     assert "model" not in found
+    shown = ctl("doctor")[1]
+    assert f"cannot be used:\n{'':24}{file}: unknown key blocks.cuont" in shown
 
 
 def test_a_running_daemon_is_asked(

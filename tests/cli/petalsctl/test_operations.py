@@ -209,6 +209,13 @@ def test_refusals(
     assert json.loads(ctl(*words, "--json")[1]) == body
 
 
+def test_each_problem_of_a_wrong_file_has_its_line(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """`systemctl reload` puts them into the journal so."""
+    message = "the configuration cannot be used:\n  demo.toml: unknown key a.b\n  demo.toml: unknown key c.d"
+    daemon.answers["POST /v1/reload"] = refusal(422, "bad_config", message, "")
+    assert ctl("reload") == (4, "", f"petalsctl: {message}\n")
+
+
 def test_a_member_of_no_group_is_told_which_to_join(daemon: FakeDaemon, ctl: Ctl) -> None:
     """Who may read but not act gets the two ways to act."""
     daemon.answers["POST /v1/drain"] = refusal(
