@@ -50,6 +50,10 @@ class Context:
             self._instance = find_instance(named, socket, self.environ, self.system)
         return self._instance
 
+    @property
+    def is_named(self) -> bool:
+        return self._arguments.instance is not None
+
     def get(self, target: str, timeout_s: float = ANSWER_TIMEOUT_S) -> bytes:
         """The daemon's answer; NoAnswer with the command to type next, or Refused."""
         with self._explained():

@@ -43,7 +43,12 @@ def _checks(context: Context) -> Iterator[tuple[str, Check]]:
     from petalsd.cli.petalsctl.machine_checks import machine_checks
 
     yield from machine_checks()
-    instance, status = _ask(context)
+    try:
+        instance, status = _ask(context)
+    except NoAnswer as error:
+        text, fix = f"{error.message}; {error.hint}", "check its name, or write its file: petalsd.toml(5)"
+        yield "instance", lambda: Finding("instance", "fail", text, fix)
+        return
     if instance is None or instance.name is None:
         fix = "petalsctl -i NAME doctor looks at one, its configuration and its network too"
         yield "instance", lambda: Finding("instance", "warn", "which one is meant is not known", fix)
@@ -54,10 +59,12 @@ def _checks(context: Context) -> Iterator[tuple[str, Check]]:
 
 
 def _ask(context: Context) -> tuple[Instance | None, Document | None]:
-    """The instance that is meant, running or not, and its status if it answers."""
+    """The one that is meant, running or not, and its status if it answers. NoAnswer when its name is unknown."""
     try:
         instance = context.instance
     except NoAnswer:
+        if context.is_named:
+            raise
         configured = all_configured(context.environ, context.system)
         return (configured[0] if len(configured) == 1 else None), None
     try:

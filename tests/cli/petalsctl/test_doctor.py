@@ -154,6 +154,16 @@ def test_without_an_instance_the_machine_is_looked_at(system: System, ctl: Ctl) 
     assert out.splitlines()[-1].endswith("nothing that keeps petalsd from serving")
 
 
+def test_a_name_that_is_unknown(system: System, model_dir: Path, ctl: Ctl) -> None:
+    """The only instance there is is not taken for the one that was named."""
+    configure(system, model_dir)
+    status, found = findings(ctl, "-i", "dmeo")
+    assert status == 4
+    assert found["instance"]["level"] == "fail"
+    assert "there is no instance dmeo" in found["instance"]["text"]
+    assert "configuration" not in found
+
+
 def test_a_check_that_breaks_is_a_finding() -> None:
     """One surprise must not hide what the others found."""
 
