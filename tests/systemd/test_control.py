@@ -55,7 +55,10 @@ async def test_a_hundred_wrong_requests(socket: Path) -> None:
 
 
 def test_other_users_read_and_do_not_act(lab: Lab, demo: Instance, socket: Path) -> None:
-    """petalsctl shows a stranger the status, refuses to steer, and says who may and how to become one."""
+    """petalsctl shows a stranger the status, refuses to steer, and says who may and how to become one.
+
+    The doctor takes directories that are closed to a stranger for no problem of the service.
+    """
     words = ["petalsctl", "-i", demo.name]
     assert lab.run([*words, "status"], user=STRANGER).stdout.startswith("● demo is online")
     for verb in (["drain"], ["resume"], ["rebalance"], ["reload"]):
@@ -65,4 +68,7 @@ def test_other_users_read_and_do_not_act(lab: Lab, demo: Instance, socket: Path)
         assert f"sudo petalsctl -i {demo.name} {verb[0]}; or join its group: sudo usermod -aG petalsd" in (
             " ".join(refused.stderr.split())
         )
+    doctor = lab.run([*words, "doctor"], user=STRANGER).stdout
+    assert "\nok    disk " in doctor, doctor
+    assert "\nfail " not in doctor, doctor
     assert lab.run([*words, "resume"], user="petalsd").stdout == "serving again\n"
