@@ -55,12 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
     parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="default: %(default)s")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the local parts of the model")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="of the local parts of the model; default: %(default)s",
+    )
     parser.add_argument(
         "--log-level",
         choices=_LOG_LEVELS,
         default="warning",
-        help="what goes to standard error beside the rate",
+        help="what goes to standard error beside the rate; default: %(default)s",
     )
     parser.set_defaults(usage_error=parser.error)
 

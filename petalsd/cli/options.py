@@ -40,7 +40,12 @@ class ConfigChoice:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-c", "--config", type=Path, metavar="FILE", help="configuration file (TOML)")
-    which.add_argument("-i", "--instance", metavar="NAME", help="instance: /etc/petalsd/NAME.toml")
+    which.add_argument(
+        "-i",
+        "--instance",
+        metavar="NAME",
+        help="instance: /etc/petalsd/NAME.toml, else ~/.config/petalsd/NAME.toml",
+    )
     parser.add_argument(
         "--set",
         action="append",
