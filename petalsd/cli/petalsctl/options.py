@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,14 +18,8 @@ class Parser(argparse.ArgumentParser):
     """Bad usage exits 3: 2 says that the daemon does not answer."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage()
+        self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
-
-    def print_usage(self, file: object = None) -> None:
-        """Only bad usage prints it alone, and that is no answer."""
-        import sys
-
-        self._print_message(self.format_usage(), sys.stderr)
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, is_verb: bool) -> None:
