@@ -27,7 +27,7 @@ _MAX_DIALLED = 8
 _LOW_DISK_BYTES = 2 << 30
 _STREAM_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
 _SEVERITY_LEVELS: Mapping[str, Level] = {"critical": "fail", "warning": "warn", "info": "ok"}
-# What preflight finds about files that only the service's own user may touch.
+# What preflight finds about files that only the service's own user may touch: whoever looks is another one.
 _OWNED_BY_SERVICE = frozenset({"identity", "state directory", "weights cache", "control socket"})
 
 
@@ -124,7 +124,7 @@ def _preflight(patient: Patient, config: Config) -> Iterator[Finding]:
         from petalsd.daemon.preflight import inspect
 
     for found in inspect(config, patient.paths):
-        if found.name == "swarm" or (found.name in _OWNED_BY_SERVICE and not _may_look(patient)):
+        if found.name == "swarm" or (found.name in _OWNED_BY_SERVICE and patient.instance.is_service):
             continue
         if found.name == "spill file" and patient.is_closed:
             continue
@@ -229,11 +229,6 @@ def _bad_config(patient: Patient, error: PetalsdError | OSError) -> Finding:
     return Finding(
         "configuration", "fail" if isinstance(error, ConfigError) else "warn", text, f"edit {file}"
     )
-
-
-def _may_look(patient: Patient) -> bool:
-    """The service's directories say nothing about whether the service can write them, unless we are root."""
-    return not patient.instance.is_service
 
 
 def _addresses(maddrs: Sequence[str]) -> Iterator[tuple[int, str, int]]:
