@@ -16,6 +16,7 @@ ELLIPSIS = "…"
 _WORDS = re.compile(
     r"\s*\S+\s*$|\s*\S+|\s+"
 )  # a word takes the spaces before it, the last one also those behind
+_INDENT = 2  # of what stands below another line
 _WIDEST = 2  # columns of the widest character
 _STYLES = {
     "": "",
@@ -57,9 +58,9 @@ def line(*parts: Piece | str, hang: int = 0) -> Line:
     return Line(tuple(Piece(part) if isinstance(part, str) else part for part in parts), hang)
 
 
-def advice(text: str, indent: int = 2) -> Line:
+def advice(text: str) -> Line:
     """What to do, below the line that says why."""
-    return line(" " * indent + text, hang=indent)
+    return line(" " * _INDENT + text, hang=_INDENT)
 
 
 def printable(text: str) -> str:
@@ -126,13 +127,13 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Piece | str]]) -> l
     return [_aligned(row, columns, widths) for row in [heading, *cells]]
 
 
-def fields(pairs: Iterable[tuple[str, Line | str]], *, indent: int = 2) -> list[Line]:
+def fields(pairs: Iterable[tuple[str, Line | str]]) -> list[Line]:
     """Names in one column, values in the other."""
     known = [(name, line(value) if isinstance(value, str) else value) for name, value in pairs]
     width = max((len(name) for name, _ in known), default=0)
-    hang = indent + width + 2
+    hang = _INDENT + width + 2
     return [
-        line(Piece(f"{'':{indent}}{name:<{width}}  ", "dim"), *value.pieces, hang=hang)
+        line(Piece(f"{'':{_INDENT}}{name:<{width}}  ", "dim"), *value.pieces, hang=hang)
         for name, value in known
     ]
 
