@@ -55,7 +55,6 @@ class Refused(CommandError):
         group = error.get("acting_group")
         self.acting_group = group if isinstance(group, str) else None
         self.exit_code = EXIT_REFUSING if status == _HTTP_UNAVAILABLE else EXIT_FAILED
-        self.status = status
         self.body = body
 
 
