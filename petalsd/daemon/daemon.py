@@ -16,7 +16,7 @@ from petalsd.daemon.claiming import claim
 from petalsd.daemon.components import Parts
 from petalsd.daemon.drain import Drain, Hold
 from petalsd.daemon.joining import JOIN_BACKOFF, join
-from petalsd.daemon.lifecycle import Lifecycle, Presence
+from petalsd.daemon.lifecycle import Lifecycle
 from petalsd.daemon.mover import Move, MoveFailed, Mover, Route, while_member_lives
 from petalsd.daemon.refusals import cannot_move, did_not_begin
 from petalsd.daemon.signals import Signals
@@ -306,12 +306,10 @@ class Daemon:
         parts, state = self._parts, self.lifecycle.state
         is_loading = state is DaemonState.LOADING and parts.engine.span is not None
         is_serving = state is DaemonState.ONLINE or is_loading or self._is_moving
-        was_present = self.lifecycle.presence is not Presence.ABSENT
         if is_serving and failure is None:
             await self._begin_drain("stop requested", _STOPPING)
         else:
-            if was_present:
-                await self._announce_offline()
+            await self._announce_offline()
             parts.member.refuse(_STOPPING)
         if self.lifecycle.state is DaemonState.DRAINING:
             left_s = None if self._own_drain is None else self._own_drain.deadline_left_s

@@ -21,7 +21,6 @@ STOPPING     on the way out; FAILED is the same for an error that a restart may 
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections.abc import Callable
 
@@ -40,15 +39,6 @@ TRANSITIONS: dict[DaemonState, frozenset[DaemonState]] = {
     _S.STOPPED: frozenset(),
     _S.FAILED: frozenset(),
 }
-
-
-class Presence(enum.Enum):
-    """What the swarm is told; ABSENT: nothing was ever announced."""
-
-    ABSENT = "absent"
-    JOINING = "joining"
-    ONLINE = "online"
-    OFFLINE = "offline"
 
 
 class IllegalTransition(PetalsdError):
@@ -100,16 +90,3 @@ class Lifecycle:
     @property
     def accepts_sessions(self) -> bool:
         return self.state is DaemonState.ONLINE
-
-    @property
-    def is_leaving(self) -> bool:
-        """On the way out for good."""
-        return self.state in {DaemonState.STOPPING, DaemonState.STOPPED, DaemonState.FAILED}
-
-    @property
-    def presence(self) -> Presence:
-        if self.state is DaemonState.STARTING:
-            return Presence.ABSENT
-        if self.state is DaemonState.LOADING:
-            return Presence.JOINING
-        return Presence.ONLINE if self.state is DaemonState.ONLINE else Presence.OFFLINE

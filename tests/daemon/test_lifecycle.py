@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from petalsd.daemon.lifecycle import TRANSITIONS, IllegalTransition, Lifecycle, Presence
+from petalsd.daemon.lifecycle import TRANSITIONS, IllegalTransition, Lifecycle
 from petalsd.types import DaemonState as State
 
 
@@ -52,19 +52,12 @@ def test_every_state_can_be_stopped_and_the_last_ones_stay() -> None:
             assert State.STOPPING in following
 
 
-def test_what_the_swarm_is_told_follows_from_the_state() -> None:
-    """JOINING while loading, ONLINE when serving, OFFLINE from the moment of leaving; nothing before."""
-    expected = {
-        State.STARTING: Presence.ABSENT,
-        State.LOADING: Presence.JOINING,
-        State.ONLINE: Presence.ONLINE,
-    }
+def test_sessions_are_accepted_online_alone() -> None:
+    """In no other state."""
     for state in State:
         lifecycle = Lifecycle()
         lifecycle.state = state
-        assert lifecycle.presence is expected.get(state, Presence.OFFLINE)
         assert lifecycle.accepts_sessions == (state is State.ONLINE)
-        assert lifecycle.is_leaving == (state in {State.STOPPING, State.STOPPED, State.FAILED})
 
 
 def test_the_time_of_the_last_move_is_kept() -> None:
