@@ -74,7 +74,7 @@ class Announcement:
 
 
 class Announcer:
-    """Says what we serve, and only that. ``announce`` and ``withdraw`` return when it is stored."""
+    """Says what we serve, and only that. ``announce`` returns when it is stored."""
 
     def __init__(
         self,
@@ -124,15 +124,6 @@ class Announcer:
         for state, span in parts:
             log.info("announced", state=state.name, span=str(span))
 
-    async def withdraw(self) -> None:
-        """Publish OFFLINE for what was announced, and renew nothing from now on; nothing announced is no error."""
-        async with self._lock:
-            old, self._current = self._current, ()
-            self._leave(span for _, span in old)
-            await self._retract()
-        for _, span in old:
-            log.info("withdrawn", span=str(span))
-
     async def renew(self) -> None:
         """Measure the pings and publish the current entries again; does nothing while none is announced."""
         if not self._current:
@@ -156,7 +147,7 @@ class Announcer:
             self._renewal = asyncio.create_task(self._renew_forever(), name="announcer")
 
     async def stop(self) -> None:
-        """Stop renewing; what is stored stays until it expires, so withdraw first."""
+        """Stop renewing; what is stored stays until it expires, so announce OFFLINE first."""
         if self._renewal is not None:
             self._renewal.cancel()
             await asyncio.gather(self._renewal, return_exceptions=True)

@@ -97,7 +97,7 @@ async def serve_blocks(
         await handler.start()
         await announcer.announce(ServerState.ONLINE, span)
         yield LiveServer((await node.visible_maddrs())[0], node, engine, pool, pushes)
-        await announcer.withdraw()
+        await announcer.announce(ServerState.OFFLINE, span)
     finally:
         await handler.stop()
         await node.stop()

