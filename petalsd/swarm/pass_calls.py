@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from hivemind.proto import runtime_pb2
 
+from petalsd.engine.step import PassRequest
 from petalsd.errors import BadRequest
 from petalsd.swarm.codec import TensorAssembler, decode_metadata, encode_tensor, split_for_stream
 from petalsd.swarm.off_loop import off_loop
@@ -25,11 +26,14 @@ class PassCalls:
 
     async def forward(self, request: runtime_pb2.ExpertRequest, peer: str) -> list[runtime_pb2.Tensor]:
         """hidden, prompts -> the last block's output."""
-        return await self._encode([await self._forward(request, peer)])
+        output = await self._serving.engine.forward(await self._decode(decode_forward, request, peer))
+        return await self._encode([output])
 
     async def backward(self, request: runtime_pb2.ExpertRequest, peer: str) -> list[runtime_pb2.Tensor]:
         """inputs, output gradients, prompts -> input gradients and, when prompts came, theirs."""
-        return await self._encode(await self._backward(request, peer))
+        asked = self._decode(decode_backward, request, peer)
+        inputs, prompts = await self._serving.engine.backward(await asked)
+        return await self._encode([inputs] if prompts is None else [inputs, prompts])
 
     async def collect(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
         """Put a streamed request together; the first part's metadata counts, all parts name the same blocks.
@@ -68,26 +72,14 @@ class PassCalls:
             raise BadRequest("tensors", f"{len(tensors)} of them", rule)
         return response
 
-    async def _forward(self, request: runtime_pb2.ExpertRequest, peer: str) -> torch.Tensor:
+    async def _decode(
+        self, decode: Callable[..., PassRequest], request: runtime_pb2.ExpertRequest, peer: str
+    ) -> PassRequest:
         self._serving.check_open(peer)
         span = served_span(request.uid, self._serving.model.prefix)
         metadata = decode_metadata(request.metadata)
         check = self._serving.engine.check_pass
-        asked = await off_loop(
-            request.ByteSize(), decode_forward, request.tensors, metadata, span, peer, check
-        )
-        return await self._serving.engine.forward(asked)
-
-    async def _backward(self, request: runtime_pb2.ExpertRequest, peer: str) -> list[torch.Tensor]:
-        self._serving.check_open(peer)
-        span = served_span(request.uid, self._serving.model.prefix)
-        metadata = decode_metadata(request.metadata)
-        check = self._serving.engine.check_pass
-        asked = await off_loop(
-            request.ByteSize(), decode_backward, request.tensors, metadata, span, peer, check
-        )
-        inputs, prompts = await self._serving.engine.backward(asked)
-        return [inputs] if prompts is None else [inputs, prompts]
+        return await off_loop(request.ByteSize(), decode, request.tensors, metadata, span, peer, check)
 
     async def _encode(self, tensors: Sequence[torch.Tensor]) -> list[runtime_pb2.Tensor]:
         return [await off_loop(tensor.nbytes, encode_tensor, tensor) for tensor in tensors]
