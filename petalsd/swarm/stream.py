@@ -20,7 +20,6 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from petalsd import errors
 from petalsd.alarm import Alarm
 from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure, SessionMoved
 from petalsd.swarm.frames import ERROR, HEADER_BYTES, LARGE_BYTES, MESSAGE, FrameProtocol
@@ -32,25 +31,15 @@ _MAX_FIELDS = 1024  # of a large message; a step has five
 _ON_THE_WAY_BYTES = 4 * 2**20  # sockets and p2pd may hold so much that the peer has not got yet
 
 M = TypeVar("M", bound=Message)
-_CODES = frozenset(
-    error.code
-    for error in vars(errors).values()
-    if isinstance(error, type) and issubclass(error, errors.PetalsdError)
-)
 
 
 class RemoteError(RemoteFailure):
-    """The peer answered with an error. ``remote_code`` is petalsd's code (``bad_request``, ...), "" of others.
-
-    ``moved``: it handed the session on, and says where.
-    """
+    """The peer answered with an error. ``moved``: it handed the session on, and says where."""
 
     def __init__(self, peer: str, text: str) -> None:
         self.moved = SessionMoved.parse(text)
         # The ticket is a secret: what is shown and logged goes without it.
         super().__init__(peer, text if self.moved is None else f"{self.moved.code}: {self.moved.message}")
-        code = text.partition(":")[0]
-        self.remote_code = code if code in _CODES else ""
 
 
 class StreamEnded(RemoteFailure):

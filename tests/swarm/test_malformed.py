@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ async def test_a_hostile_session_is_refused_and_others_go_on(tiny: Server, clien
     await hostile.send(request)
     with pytest.raises(RemoteError) as refusal:
         await hostile.receive(Response)
-    assert refusal.value.remote_code in ("bad_request", "not_served") and field in str(refusal.value)
+    assert re.search(": (bad_request|not_served): ", str(refusal.value)) and field in str(refusal.value)
     after = await good_step(bystander, message(start_from_position=0))
     assert torch.equal(before, after)
     hostile.close()

@@ -247,11 +247,7 @@ def test_the_text_of_a_redirect_is_read_back() -> None:
     read = SessionMoved.parse(str(moved))
     assert read is not None and (read.peer, read.ticket) == (moved.peer, moved.ticket)
     error = RemoteError("peer", str(moved))
-    assert (error.remote_code, error.moved is not None, moved.ticket in str(error)) == (
-        "session_moved",
-        True,
-        False,
-    )
+    assert error.moved is not None and "session_moved: " in str(error) and moved.ticket not in str(error)
     assert SessionMoved.parse(f"{moved} and more") is None
     assert SessionMoved.parse("session_closed: the server is stopping") is None
 
