@@ -72,9 +72,9 @@ class SwarmView:
         ]
         return replace(self, blocks=blocks)
 
-    def missing_blocks(self, min_state: ServerState = ServerState.ONLINE) -> list[int]:
-        """Blocks inside no server's span."""
-        covered = {block for remote in self.spans(min_state) for block in remote.span}
+    def missing_blocks(self) -> list[int]:
+        """Blocks inside no ONLINE server's span."""
+        covered = {block for remote in self.spans() for block in remote.span}
         return [block for block in range(self.num_blocks) if block not in covered]
 
 
