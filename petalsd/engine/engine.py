@@ -111,11 +111,6 @@ class Engine:
         return self._core.served.pool if self._core else None
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The model's dtype, in which all answers are."""
-        return self._core.served.pool.dtype if self._core else None
-
-    @property
     def hidden_size(self) -> int | None:
         return self._core.served.hidden_size if self._core else None
 
