@@ -54,7 +54,7 @@ def check_adapter(adapter: str | None, there: Sequence[str]) -> None:
 
 def check_step(step: Step, spec: SessionSpec, position: int, hidden_size: int) -> None:
     """BadRequest unless the session, now at ``position``, can take the step."""
-    batch, tokens = _check_hidden("hidden states", step.hidden, hidden_size)
+    batch, tokens = _check_hidden(step.hidden, hidden_size)
     if batch != spec.batch:
         raise BadRequest("hidden states", tuple(step.hidden.shape), f"the batch size is {spec.batch}")
     if not 0 <= step.start <= position:
@@ -72,7 +72,7 @@ def check_step(step: Step, spec: SessionSpec, position: int, hidden_size: int) -
 
 def check_pass(request: PassRequest, limits: EngineLimits, hidden_size: int) -> None:
     """BadRequest unless the pass can be computed."""
-    batch, tokens = _check_hidden("hidden states", request.hidden, hidden_size)
+    batch, tokens = _check_hidden(request.hidden, hidden_size)
     shape = tuple(request.hidden.shape)
     if batch == 0:
         raise BadRequest("hidden states", shape, "the batch must not be empty")
@@ -85,10 +85,11 @@ def check_pass(request: PassRequest, limits: EngineLimits, hidden_size: int) -> 
         raise BadRequest("grad_outputs", _describe(grad), f"must be floats of shape {shape}")
 
 
-def _check_hidden(field: str, hidden: torch.Tensor, hidden_size: int) -> tuple[int, int]:
+def _check_hidden(hidden: torch.Tensor, hidden_size: int) -> tuple[int, int]:
     """Return the batch size and the number of tokens."""
     if hidden.dim() != 3 or hidden.shape[2] != hidden_size or not hidden.is_floating_point():
-        raise BadRequest(field, _describe(hidden), f"must be floats of shape [batch, tokens, {hidden_size}]")
+        rule = f"must be floats of shape [batch, tokens, {hidden_size}]"
+        raise BadRequest("hidden states", _describe(hidden), rule)
     return hidden.shape[0], hidden.shape[1]
 
 

@@ -140,12 +140,12 @@ def decode_step(tensors: Sequence[runtime_pb2.Tensor], start: int, check: Callab
     """
     hidden, prompts, hypo_ids = tensors
     if is_compressed(hidden) or is_compressed(prompts):
-        check(Step(outline(hidden, "hidden states"), start, _optional_outline(prompts)))
+        check(Step(outline(hidden, "hidden states"), start, _prompts_outline(prompts)))
     states = decode_tensor(hidden, "hidden states")
     return Step(
         hidden=states,
         start=start,
-        prompts=_optional(prompts, "prompts"),
+        prompts=_prompts(prompts),
         hypo_ids=_hypo_ids(hypo_ids, states.shape[0] if states.dim() else 0),
     )
 
@@ -162,12 +162,12 @@ def decode_forward(
     _output_compression(metadata, (1,))
     hidden, prompts = arrange(tensors, metadata.get("args_structure"), 2)
     if is_compressed(hidden) or is_compressed(prompts):
-        check(PassRequest(span, outline(hidden, "hidden states"), peer, _optional_outline(prompts)))
+        check(PassRequest(span, outline(hidden, "hidden states"), peer, _prompts_outline(prompts)))
     return PassRequest(
         span=span,
         hidden=decode_tensor(hidden, "hidden states"),
         peer=peer,
-        prompts=_optional(prompts, "prompts"),
+        prompts=_prompts(prompts),
         adapter=adapter_of(metadata),
     )
 
@@ -184,7 +184,7 @@ def decode_backward(
     _output_compression(metadata, (1, 2))
     hidden, grad_output, prompts = arrange(tensors, metadata.get("args_structure"), 3)
     if is_compressed(hidden) or is_compressed(prompts):
-        check(PassRequest(span, outline(hidden, "hidden states"), peer, _optional_outline(prompts)))
+        check(PassRequest(span, outline(hidden, "hidden states"), peer, _prompts_outline(prompts)))
     states = decode_tensor(hidden, "hidden states")
     if is_compressed(grad_output):
         check(PassRequest(span, states, peer, grad_output=outline(grad_output, "grad_outputs")))
@@ -192,7 +192,7 @@ def decode_backward(
         span=span,
         hidden=states,
         peer=peer,
-        prompts=_optional(prompts, "prompts"),
+        prompts=_prompts(prompts),
         grad_output=decode_tensor(grad_output, "grad_outputs"),
         adapter=adapter_of(metadata),
     )
@@ -223,12 +223,12 @@ def adapter_of(metadata: Mapping[str, Any]) -> str | None:
     return adapter
 
 
-def _optional(proto: runtime_pb2.Tensor, field: str) -> torch.Tensor | None:
-    tensor = decode_tensor(proto, field)
+def _prompts(proto: runtime_pb2.Tensor) -> torch.Tensor | None:
+    tensor = decode_tensor(proto, "prompts")
     return None if tensor is DUMMY or is_dummy(tensor) else tensor
 
 
-def _optional_outline(proto: runtime_pb2.Tensor) -> torch.Tensor | None:
+def _prompts_outline(proto: runtime_pb2.Tensor) -> torch.Tensor | None:
     tensor = outline(proto, "prompts")
     return None if is_dummy(tensor) else tensor
 
@@ -237,9 +237,7 @@ def _hypo_ids(proto: runtime_pb2.Tensor, batch: int) -> tuple[int, ...] | None:
     if proto.dtype != "int64":  # floats might be compressed
         raise BadRequest("hypo_ids", proto.dtype, "must be int64, also when empty")
     tensor = decode_tensor(proto, "hypo_ids")
-    if tensor is DUMMY_INT64:
-        return None
-    if is_dummy(tensor):
+    if tensor is DUMMY_INT64 or is_dummy(tensor):
         return None
     if tensor.dim() != 1 or len(tensor) != batch:
         raise BadRequest("hypo_ids", list(tensor.shape), f"must hold {batch} row numbers, one per row")
