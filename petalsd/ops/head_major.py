@@ -7,7 +7,6 @@ and dimensions when values are added up, and nothing is summed across a register
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +53,6 @@ class HeadMajorKV(PagedKV):
         pages: tuple[int, int, int, int],
         dtype: torch.dtype,
         stored: torch.dtype | None = None,
-        make: Callable[..., torch.Tensor] = empty,
     ) -> HeadMajorKV:
         """Pages ``(N, P, Hkv, D)`` of undefined content on the CPU; ``stored`` is int8 or the dtype itself.
 
@@ -67,12 +65,12 @@ class HeadMajorKV(PagedKV):
         cpu, pair = torch.device("cpu"), _PAIRS[stored]
         heads = (num_pages, num_kv_heads)
         scales = [
-            make([*heads, page_tokens], torch.float32, cpu) if stored == torch.int8 else None
+            empty([*heads, page_tokens], torch.float32, cpu) if stored == torch.int8 else None
             for _ in range(2)
         ]
         return cls(
-            make([*heads, page_tokens // STRIP_TOKENS, head_dim // pair, STRIP_TOKENS, pair], stored, cpu),
-            make([*heads, page_tokens // pair, head_dim, pair], stored, cpu),
+            empty([*heads, page_tokens // STRIP_TOKENS, head_dim // pair, STRIP_TOKENS, pair], stored, cpu),
+            empty([*heads, page_tokens // pair, head_dim, pair], stored, cpu),
             dtype,
             *scales,
         )
