@@ -14,6 +14,8 @@ from petalsd.cli.petalsctl.connection import is_listening
 from petalsd.cli.petalsctl.problems import BadUsage, NoAnswer
 from petalsd.errors import ConfigError
 from petalsd.paths import (
+    CONTROL_SOCKET_NAME,
+    SYSTEM_RUN_DIR,
     check_instance_name,
     config_file_of,
     control_socket_of,
@@ -22,7 +24,6 @@ from petalsd.paths import (
     own_config_dir,
 )
 
-_SOCKET_NAME = "control.sock"
 _GROUP = "petalsd"
 
 
@@ -30,7 +31,7 @@ _GROUP = "petalsd"
 class System:
     """Where services keep their files; tests have one of their own."""
 
-    run_dir: Path = Path("/run/petalsd")
+    run_dir: Path = SYSTEM_RUN_DIR
     config_dir: Path = Path("/etc/petalsd")
 
 
@@ -93,7 +94,7 @@ def named_instance(name: str, environ: Mapping[str, str], system: System) -> Ins
         check_instance_name(name)
     except ConfigError as error:
         raise BadUsage(error.message) from error
-    service = system.run_dir / name / _SOCKET_NAME
+    service = system.run_dir / name / CONTROL_SOCKET_NAME
     if _exists(service) or _exists(system.config_dir / f"{name}.toml"):
         socket = _configured_socket(system.config_dir / f"{name}.toml") or service
         return Instance(name, socket, is_service=True)
@@ -213,7 +214,7 @@ def _names_in(directory: Path) -> list[str]:
 
 def _sockets_in(directory: Path) -> list[Path]:
     try:
-        return sorted(directory.glob(f"*/{_SOCKET_NAME}"))
+        return sorted(directory.glob(f"*/{CONTROL_SOCKET_NAME}"))
     except OSError:
         return []
 
