@@ -47,7 +47,3 @@ class Bans:
         """The peers banned now."""
         now = self._clock()
         return frozenset(peer for peer, offence in self._offences.items() if offence.until > now)
-
-    def __contains__(self, peer: str) -> bool:
-        offence = self._offences.get(peer)
-        return offence is not None and offence.until > self._clock()

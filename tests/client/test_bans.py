@@ -19,9 +19,9 @@ def test_a_ban_ends_with_time() -> None:
     bans = Bans(15.0, 1000.0, clock)
     assert bans.add("a") == 15.0
     clock.now += 14.9
-    assert "a" in bans and bans.current() == {"a"}
+    assert bans.current() == {"a"}
     clock.now += 0.2
-    assert "a" not in bans and bans.current() == frozenset()
+    assert bans.current() == frozenset()
 
 
 def test_each_failure_doubles_the_ban_up_to_a_limit() -> None:
@@ -42,7 +42,7 @@ def test_failures_at_the_same_time_count_once() -> None:
     for _ in range(8):
         bans.add("a")
     clock.now += 15.1
-    assert "a" not in bans
+    assert "a" not in bans.current()
 
 
 def test_success_clears_the_record() -> None:
@@ -53,5 +53,5 @@ def test_success_clears_the_record() -> None:
     clock.now += 20
     bans.add("a")
     bans.clear("a")
-    assert "a" not in bans
+    assert "a" not in bans.current()
     assert bans.add("a") == 15.0
