@@ -26,7 +26,7 @@ class Verdict(enum.Enum):
     """MOVE       it should begin to move now
     FITS          no other blocks need it more than its own by enough to pay for the way
     WAITS         others are to move first; what is left to do after them is seen at the next check
-    TOO_DEAR      the list has it, but loading is slower here or sessions would be lost: it does not pay
+    TOO_DEAR      the list has it, but loading is slower here: it does not pay
     SETTLING      it has moved or come a short while ago
     LOADING       the swarm sees it load blocks, or sees it serve others than it does
     """
@@ -53,12 +53,10 @@ class MoveCosts:
     """What a move costs this server, as far as it has measured that; others are assumed to cost what Policy says.
 
     load_block_s  seconds to fetch and load one new block, None if not known
-    session_s     seconds of this server's work that are lost with the sessions that end; 0 if handed over
     margin        a move must win that many times what it costs; inf: it never pays
     """
 
     load_block_s: float | None = None
-    session_s: float = 0.0
     margin: float = 1.0
 
 
@@ -202,9 +200,7 @@ def estimate(
         lost_rate=lost,
         load_s=load_s,
         gain_tokens=gain * policy.lasting_s(load_s),
-        cost_tokens=lost * policy.leaving_share * load_s
-        + missed * policy.pending_s
-        + (policy.move_s + costs.session_s) * work,
+        cost_tokens=lost * policy.leaving_share * load_s + missed * policy.pending_s + policy.move_s * work,
     )
 
 

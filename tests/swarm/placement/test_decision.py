@@ -113,12 +113,12 @@ def test_a_balanced_swarm_is_at_rest() -> None:
     assert {asked(state, peer).verdict for peer in "abcd"} == {Verdict.FITS}
 
 
-def test_sessions_that_would_be_lost_make_a_move_too_dear() -> None:
+def test_slow_loading_makes_a_move_too_dear() -> None:
     """The list assumes what is usual; who knows that its own move costs far more does not go."""
     state = state_of(4, (0, 2, 5.0), (0, 2, 5.0), (0, 2, 5.0), (2, 4, 2.0), (2, 4, 1.0))
     mover = next(peer for peer in state.peers if asked(state, peer).is_move)
-    assert asked(state, mover, MoveCosts(session_s=1.0)).is_move
-    dear = asked(state, mover, MoveCosts(session_s=1e7))
+    assert asked(state, mover, MoveCosts(load_block_s=1.0)).is_move
+    dear = asked(state, mover, MoveCosts(load_block_s=1e7))
     assert dear.verdict is Verdict.TOO_DEAR
     assert dear.estimate.cost_tokens > dear.estimate.gain_tokens
     assert asked(state, mover, MoveCosts(margin=float("inf"))).verdict is Verdict.TOO_DEAR
