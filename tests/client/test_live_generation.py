@@ -20,7 +20,6 @@ from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 pytestmark = pytest.mark.swarm
 
 NEW_TOKENS = 24
-LAYER_FAMILIES = [variant for variant, (family, _) in LAYER_VARIANTS.items() if variant == family]
 
 
 def prompt(seed: int, tokens: int = 9, rows: int = 1) -> torch.Tensor:

@@ -79,7 +79,6 @@ class FakeMember:
     peer_id: str = PEER
     throughput: float = 1.0
     failures: dict[str, list[Exception]] = field(default_factory=dict)
-    is_admitting: bool = False
     is_swarm_there: bool = True
     is_relayed: bool = False
     announcement: Announcement | None = None
@@ -97,7 +96,6 @@ class FakeMember:
 
     async def stop(self) -> None:
         self._call("part")
-        self.is_admitting = False
 
     async def until_failed(self) -> str:
         await self.broken.wait()
@@ -135,11 +133,9 @@ class FakeMember:
 
     def admit(self) -> None:
         self._call("admit")
-        self.is_admitting = True
 
     def refuse(self, reason: str) -> None:
         self._call("refuse")
-        self.is_admitting = False
 
     async def is_in_touch(self) -> bool:
         self._call("look around")
