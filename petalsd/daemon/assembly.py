@@ -33,7 +33,7 @@ from petalsd.daemon.recording import (
 from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.span_limit import SpanLimit
-from petalsd.daemon.span_loader import ProgressLog, ProgressSink, SpanLoader, both
+from petalsd.daemon.span_loader import LoadProgress, ProgressLog, ProgressSink, SpanLoader
 from petalsd.daemon.speed import Speed
 from petalsd.daemon.spilling import plan_spill
 from petalsd.daemon.supervisor import Supervisor
@@ -183,7 +183,13 @@ def _max_blocks(settings: Settings, demand: Callable[[], Demand]) -> int | None:
 
 
 def _start_progress(activity: Activity, metrics: Metrics) -> ProgressSink:
-    return both(both(ProgressLog(), activity.loading), DownloadRecorder(metrics))
+    sinks = (ProgressLog(), activity.loading, DownloadRecorder(metrics))
+
+    def report(progress: LoadProgress) -> None:
+        for sink in sinks:
+            sink(progress)
+
+    return report
 
 
 def _make_pool(

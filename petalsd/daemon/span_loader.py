@@ -175,16 +175,6 @@ def _hull(blocks: Sequence[int]) -> BlockSpan:
     return BlockSpan(min(blocks), max(blocks) + 1)
 
 
-def both(first: ProgressSink, second: ProgressSink) -> ProgressSink:
-    """Reports to two."""
-
-    def report(progress: LoadProgress) -> None:
-        first(progress)
-        second(progress)
-
-    return report
-
-
 class ProgressLog:
     """A line every two seconds: a long load is seen to move, a short one stays quiet."""
 
