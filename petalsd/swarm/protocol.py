@@ -68,23 +68,18 @@ def make_chain(prefix: str, span: BlockSpan) -> str:
     return CHAIN_DELIMITER.join(make_uid(prefix, block) for block in span)
 
 
-def parse_chain(text: str) -> tuple[str, list[int]]:
-    """Split a chained uid; the blocks come in the order sent. BadRequest when prefixes differ or it is empty."""
+def parse_span(text: str) -> tuple[str, BlockSpan]:
+    """Split a chained uid; BadRequest unless its blocks are of one model, consecutive and ascending."""
     if len(text) > MAX_UID_CHARS:
         raise BadRequest("uid", text, f"at most {MAX_UID_CHARS} characters")
     pairs = [parse_uid(uid) for uid in text.split(CHAIN_DELIMITER)]
     prefixes = {prefix for prefix, _ in pairs}
     if len(prefixes) != 1:
         raise BadRequest("uid", text, "all blocks of a request belong to one model")
-    return pairs[0][0], [block for _, block in pairs]
-
-
-def parse_span(text: str) -> tuple[str, BlockSpan]:
-    """Split a chained uid whose blocks are consecutive and ascending; anything else is a BadRequest."""
-    prefix, blocks = parse_chain(text)
+    blocks = [block for _, block in pairs]
     if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
         raise BadRequest("uid", text, "blocks must be consecutive and ascending")
-    return prefix, BlockSpan(blocks[0], blocks[-1] + 1)
+    return pairs[0][0], BlockSpan(blocks[0], blocks[-1] + 1)
 
 
 def announced_throughput(
