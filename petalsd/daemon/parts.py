@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -10,7 +10,6 @@ from petalsd.engine.handle import SessionInfo
 from petalsd.engine.stats import EngineStats
 from petalsd.errors import DeviceLost
 from petalsd.kvcache.pool import KVPool
-from petalsd.models.contract import Angles, Block
 from petalsd.swarm.announcer import Announcement, Part
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.escrow import NOTHING, Amount
@@ -57,8 +56,6 @@ class ServingEngine(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self, deadline_s: float) -> None: ...
-
-    async def load_span(self, blocks: Mapping[int, Block], pool: KVPool, rope: Angles) -> None: ...
 
     def restrict(self, kept: BlockSpan | None, reason: str) -> None: ...
 

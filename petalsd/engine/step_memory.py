@@ -51,7 +51,6 @@ class CapturableSpan(PagedSpan, Protocol):
     """Blocks that compute in memory of the caller; ``kernel_span.KernelSpan`` is the contract."""
 
     span: BlockSpan
-    dtype: torch.dtype
     device: torch.device
 
     @property
