@@ -41,8 +41,8 @@ class Span(Document):
     end: int
 
     @classmethod
-    def of(cls, span: BlockSpan | None) -> Span | None:
-        return None if span is None else cls(start=span.start, end=span.end)
+    def of(cls, span: BlockSpan) -> Span:
+        return cls(start=span.start, end=span.end)
 
 
 # Our own block; transformers' layer over packed weights; transformers' layer.

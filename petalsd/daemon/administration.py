@@ -149,7 +149,7 @@ class Administration:
     def _staying(self, current: BlockSpan, why: str, decision: Decision | None = None) -> Plan:
         if decision is None:
             return Plan(
-                current=_span(current),
+                current=Span.of(current),
                 proposed=None,
                 gain=None,
                 cost=None,
@@ -168,13 +168,13 @@ class Administration:
         sessions = [info.spec.span for info in self._parts.engine.open_sessions()]
         touched = sum(kept is None or not kept.covers(span) for span in sessions)
         return Plan(
-            current=_span(decision.span),
-            proposed=_span(decision.target) if is_other else None,
+            current=Span.of(decision.span),
+            proposed=Span.of(decision.target) if is_other else None,
             gain=_gain(decision.estimate) if is_other else None,
             cost=_cost(decision) if is_other else None,
-            weakest=[_span(span) for span in decision.weakest],
+            weakest=[Span.of(span) for span in decision.weakest],
             ahead=[
-                Turn(peer_id=turn.peer, current=_span(turn.span), target=_span(turn.target))
+                Turn(peer_id=turn.peer, current=Span.of(turn.span), target=Span.of(turn.target))
                 for turn in decision.ahead
             ],
             sessions_touched=touched,
@@ -233,10 +233,6 @@ def _cost(decision: Decision) -> Cost:
         seconds_estimate=decision.estimate.load_s,
         tokens=decision.estimate.cost_tokens,
     )
-
-
-def _span(span: BlockSpan) -> Span:
-    return Span(start=span.start, end=span.end)
 
 
 def _why_pinned(demand: Demand, num_blocks: int) -> str:

@@ -45,7 +45,7 @@ from petalsd.status import (
 from petalsd.swarm.directory import SwarmView
 from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
-from petalsd.types import BlockSpan, DaemonState
+from petalsd.types import DaemonState
 
 _HINDERING = ("load_failed", "join_failed", "p2pd_failed", "engine_failed")
 
@@ -101,8 +101,8 @@ class Reporter:
             maddrs=list(parts.member.known_maddrs),
             is_relayed=parts.member.is_relayed,
             model=self._model(),
-            span=Span.of(daemon.span),
-            served_span=Span.of(parts.engine.span),
+            span=None if daemon.span is None else Span.of(daemon.span),
+            served_span=None if parts.engine.span is None else Span.of(parts.engine.span),
             loading=self.loading(),
             kv=self._kv(),
             graphs=_graphs(parts.engine.stats()),
@@ -128,7 +128,7 @@ class Reporter:
             SessionEntry(
                 id=f"{info.key:x}",
                 peer=info.spec.peer or None,
-                span=_span(info.spec.span),
+                span=Span.of(info.spec.span),
                 rows=info.spec.batch,
                 position=info.position,
                 max_tokens=info.spec.max_tokens,
@@ -148,7 +148,7 @@ class Reporter:
             PeerEntry(
                 peer_id=remote.peer,
                 state=_peer_state(remote.state),
-                span=_span(remote.span),
+                span=Span.of(remote.span),
                 throughput=remote.record.throughput,
                 inference_rps=remote.record.inference_rps,
                 forward_rps=remote.record.forward_rps,
@@ -263,7 +263,7 @@ class Reporter:
             last_move=None
             if move is None
             else LastMove(
-                from_=_span(move.old), to=_span(move.new), at_unix_s=move.at_unix_s, reason=move.reason
+                from_=Span.of(move.old), to=Span.of(move.new), at_unix_s=move.at_unix_s, reason=move.reason
             ),
             is_pinned=parts.demand().pinned is not None,
         )
@@ -289,10 +289,6 @@ class Reporter:
 
 def _age(since_monotonic_s: float) -> float:
     return round(time.monotonic() - since_monotonic_s, 3)
-
-
-def _span(span: BlockSpan) -> Span:
-    return Span(start=span.start, end=span.end)
 
 
 def _peer_state(state: ServerState) -> PeerState:
