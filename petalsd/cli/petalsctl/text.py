@@ -58,9 +58,9 @@ def line(*parts: Piece | str, hang: int = 0) -> Line:
     return Line(tuple(Piece(part) if isinstance(part, str) else part for part in parts), hang)
 
 
-def advice(text: str) -> Line:
+def advice(text: str, indent: int = _INDENT) -> Line:
     """What to do, below the line that says why."""
-    return line(" " * _INDENT + text, hang=_INDENT)
+    return line(" " * indent + text, hang=indent)
 
 
 def printable(text: str) -> str:
