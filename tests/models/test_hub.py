@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from petalsd.errors import WeightsError
-from petalsd.models import disk_budget, hub_download
+from petalsd.models import disk_budget
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.disk_budget import DiskBudget
 from petalsd.models.head_rule import HeadRule
@@ -34,16 +33,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
     make_tiny("llama", path, max_shard_size="100KB")
     return path
-
-
-@pytest.fixture
-def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    fake = FakeHub(checkpoint)
-    fake.start()
-    monkeypatch.setenv("HF_ENDPOINT", fake.endpoint)
-    monkeypatch.setattr(hub_download.time, "sleep", lambda seconds: None)
-    yield fake
-    fake.stop()
 
 
 def _source(cache: Path, **options: Any) -> ModelSource:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from petalsd.errors import WeightsError
-from petalsd.models import hub_download
 from petalsd.models.source import ModelSource
 from tests.models.fake_hub import FakeHub
 from tests.tiny_models import make_tiny
@@ -21,16 +19,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
     make_tiny("llama", path)
     return path
-
-
-@pytest.fixture
-def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    fake = FakeHub(checkpoint)
-    fake.start()
-    monkeypatch.setenv("HF_ENDPOINT", fake.endpoint)
-    monkeypatch.setattr(hub_download.time, "sleep", lambda seconds: None)
-    yield fake
-    fake.stop()
 
 
 def _source(cache: Path) -> ModelSource:
