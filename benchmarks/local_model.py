@@ -24,9 +24,9 @@ from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.sizing import KVGeometry, pages_for
 from petalsd.models.block import TransformerBlock
 from petalsd.models.block_config import BlockConfig
-from petalsd.models.native_span import paged_span
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import paged_span
 from petalsd.models.weights import block_tensors, load_block
 from petalsd.types import BlockSpan
 

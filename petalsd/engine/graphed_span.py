@@ -90,5 +90,6 @@ def parts_of(span: PagedSpan) -> Parts:
 
 
 def capturable(parts: Parts) -> list[CapturableSpan]:
-    """Those whose steps depend on no length."""
-    return [span for _, span in parts if isinstance(span, CapturableSpan) and not span.is_length_dependent]
+    """Those whose steps can be captured. They share their memory, so only those of the first one's kind."""
+    found = [span for _, span in parts if isinstance(span, CapturableSpan) and span.is_capturable]
+    return [span for span in found if type(span) is type(found[0])]

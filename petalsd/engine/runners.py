@@ -19,8 +19,8 @@ from petalsd.engine.step_memory import CapturableSpan, GraphLimits
 from petalsd.engine.thread import EngineThread
 from petalsd.errors import DeadlineExceeded
 from petalsd.models.contract import Angles, Block, with_adapter
-from petalsd.models.native_span import paged_span
 from petalsd.models.paged_span import BlockByBlock, CosSin, PagedSpan
+from petalsd.models.spans import paged_span
 from petalsd.ops.ragged import PagedKV
 
 
@@ -51,20 +51,20 @@ class RunnerFactory:
     async def make(self, served: ServedSpan, thread: EngineThread, *, is_idle: bool) -> SpanRunner:
         """Ready to run on ``thread``. Where steps are captured, and it ``is_idle``, it has captured them there."""
         span = await asyncio.to_thread(self.make_span, served.blocks)  # sessions may go on meanwhile
-        adapted = {name: _adapted_span(served, name) for name in served.adapters}
+        adapted = {name: self._adapted_span(served, name) for name in served.adapters}
         if not self.is_staged:
             return SpanRunner(span, served.pool, served.rope, InPlace(), adapted)
         if self.device.type == "cuda":
             # Else pinned memory would open a context on the first GPU, too.
             thread.post(partial(torch.cuda.set_device, self.device))
         kv, parts = served.pool.kv, parts_of(span)
-        staging, fused = Staged(self.device, self._graph_limits(kv).max_runs), capturable(parts)
-        has_angles = fused and len(fused) == len(parts) and not adapted
+        staging, spans = Staged(self.device, self._graph_limits(kv).max_runs), capturable(parts)
+        has_angles = spans and len(spans) == len(parts) and not adapted
         angles = KnownAngles(served.rope) if has_angles else served.rope
-        if not fused or self._capturing is None:
+        if not spans or self._capturing is None:
             self._on_settled(None)
             return SpanRunner(span, served.pool, angles, staging, adapted)
-        captures = self._captures(self._capturing, fused, kv, partial(thread.outbox.call, self._on_settled))
+        captures = self._captures(self._capturing, spans, kv, partial(thread.outbox.call, self._on_settled))
         if is_idle:
             await self._capture_all(captures, thread)
         graphed = GraphedSpan(parts, captures, self._observer)
@@ -86,10 +86,10 @@ class RunnerFactory:
         what is free afterwards. This captures everything as a trial, and throws it away. 0 where nothing is
         captured.
         """
-        fused = capturable(parts_of(self.make_span(blocks)))
-        if not fused or self._capturing is None:
+        spans = capturable(parts_of(self.make_span(blocks)))
+        if not spans or self._capturing is None:
             return 0
-        trial = self._captures(self._capturing, fused, kv, lambda failure: None)
+        trial = self._captures(self._capturing, spans, kv, lambda failure: None)
         await self._capture_all(trial, thread)
         return trial.nbytes
 
@@ -100,16 +100,16 @@ class RunnerFactory:
             raise DeadlineExceeded("the engine thread did not come back from capturing steps")
 
     def _captures(
-        self, capturing: Capturing, fused: Sequence[CapturableSpan], kv: PagedKV, on_settled: OnSettled
+        self, capturing: Capturing, spans: Sequence[CapturableSpan], kv: PagedKV, on_settled: OnSettled
     ) -> Captures:
-        return Captures(fused, kv, self._graph_limits(kv), capturing, on_settled)
+        return Captures(spans, kv, self._graph_limits(kv), capturing, on_settled)
 
     def _graph_limits(self, kv: PagedKV) -> GraphLimits:
         return GraphLimits.of(self.limits, kv.page_tokens)
 
-
-def _adapted_span(served: ServedSpan, name: str) -> PagedSpan:
-    return BlockByBlock({index: with_adapter(block, name) for index, block in served.blocks.items()})
+    def _adapted_span(self, served: ServedSpan, name: str) -> PagedSpan:
+        blocks = {index: with_adapter(block, name) for index, block in served.blocks.items()}
+        return BlockByBlock(blocks)
 
 
 class KnownAngles:
@@ -121,5 +121,9 @@ class KnownAngles:
     def cos_sin(
         self, positions: torch.Tensor, seq_lens: torch.Tensor | None = None, end: int | None = None
     ) -> CosSin:
+        """Nothing."""
+        return ()
+
+    def tables(self, end: int) -> CosSin:
         """Nothing."""
         return ()

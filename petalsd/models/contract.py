@@ -81,3 +81,6 @@ class Angles(Protocol):
 
         Tensors of ``[T, …]``; which of them a block takes is between the block and its model's angles.
         """
+
+    def tables(self, end: int) -> CosSin:
+        """What ``cos_sin`` selects from at positions below ``end``, unless a row's length matters."""

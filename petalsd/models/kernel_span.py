@@ -16,16 +16,16 @@ from petalsd.models.block_config import BlockConfig
 from petalsd.models.paged_span import CosSin
 from petalsd.ops.add_norm import Norm, add_norm
 from petalsd.ops.attention_rule import AttentionRule
-from petalsd.ops.decode_attention import DecodePlan, decode_attention
+from petalsd.ops.decode_attention import DecodePlan, plans_by_window
 from petalsd.ops.decode_batch import KernelRows, kernel_rows
 from petalsd.ops.dense_linear import dense_linear
 from petalsd.ops.gated_activation import gated_activation
 from petalsd.ops.linear import Weight
 from petalsd.ops.packed_weight import PackedWeight
-from petalsd.ops.prefill_attention import prefill_attention
 from petalsd.ops.quantized_linear import quantized_linear
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rope_kv import HeadNorms, Rotation, rope_and_write
+from petalsd.ops.row_attention import attend_rows
 from petalsd.ops.split_workspace import SplitWorkspace
 from petalsd.types import BlockSpan
 
@@ -98,7 +98,7 @@ class StepPlan:
 
 
 class KernelSpan:
-    """``PagedSpan`` of consecutive blocks that ``can_use_kernels`` permits. One call at a time.
+    """``PagedSpan`` of consecutive blocks that ``spans.can_be_fused`` permits. One call at a time.
 
     num_sms  multiprocessors of the device; None: asks it
     """
@@ -117,22 +117,21 @@ class KernelSpan:
         self._angles = torch.empty(0)
 
     @property
-    def is_length_dependent(self) -> bool:
-        """Whether a token's angles depend on the length of its row, so that ``cos_sin`` is needed."""
-        return self._rope.is_length_dependent
+    def is_capturable(self) -> bool:
+        """Not where a token's angles depend on the length of its row, so that ``cos_sin`` is needed."""
+        return not self._rope.is_length_dependent
 
     def forward_paged(
         self, blocks: BlockSpan, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
     ) -> torch.Tensor:
         """As ``PagedSpan``. Rows of one token cost least where they come first.
 
-        ``cos_sin`` may be empty unless ``is_length_dependent``.
+        ``cos_sin`` may be empty where steps are capturable.
         """
         rows, states = kernel_rows(batch), self.make_states(len(hidden))
-        rotation = self._rotation_of(cos_sin) if self.is_length_dependent else self._rotation(batch.longest)
-        num_decodes = 0 if rows.decode is None else len(rows.decode.context_lens)
+        rotation = self._rotation(batch.longest) if self.is_capturable else self._rotation_of(cos_sin)
         states.enter(hidden)
-        plan = StepPlan(rotation, self._decode_plans(num_decodes, kv), self._workspace)
+        plan = StepPlan(rotation, self._decode_plans(rows.num_decodes, kv), self._workspace)
         self.compute(blocks, states, rows, kv, plan)
         return states.leave(len(hidden))
 
@@ -158,14 +157,10 @@ class KernelSpan:
             self._blocks[index].compute(states, rows, kv, plan)
 
     def _decode_plans(self, num_rows: int, kv: PagedKV) -> Mapping[int | None, DecodePlan]:
-        """They do not depend on lengths, or kernels would be compiled for new ones in the middle of serving."""
-        if not num_rows:
-            return {}
-        num_heads, longest = self.config.num_heads, self.config.max_positions
-        return {
-            window: DecodePlan.create(num_rows, num_heads, kv, self._num_sms, min(longest, window or longest))
-            for window in self._windows
-        }
+        config = self.config
+        return plans_by_window(
+            self._windows, num_rows, config.num_heads, kv, self._num_sms, config.max_positions
+        )
 
     def _rotation(self, end: int) -> Rotation:
         """For positions below ``end``."""
@@ -206,21 +201,13 @@ class KernelBlock:
         add_norm(states.delta, states.residual, self._input_norm, states.normed)
         self._qkv.multiply(states.normed, states.qkv, plan.workspace)
         rope_and_write(states.qkv, states.q, kv, rows.places, self.index, plan.rotation, self._head_norms)
-        self._attend(states, rows, kv, plan)
+        decode = plan.decode.get(self._window)
+        attend_rows(states.q, kv, rows, self.index, self._rule, decode, states.attended)
         self._output.multiply(states.attended.flatten(1), states.delta, plan.workspace)
         add_norm(states.delta, states.residual, self._mlp_norm, states.normed)
         self._gate_up.multiply(states.normed, states.gate_up, plan.workspace)
         gated_activation(states.gate_up, states.activated, self._activation)
         self._down.multiply(states.activated, states.delta, plan.workspace)
-
-    def _attend(self, states: StepStates, rows: KernelRows, kv: PagedKV, plan: StepPlan) -> None:
-        q, out, first = states.q, states.attended, 0
-        if rows.decode is not None:
-            first = len(rows.decode.context_lens)
-            decode = plan.decode[self._window]
-            decode_attention(q[:first], kv, rows.decode, self.index, self._rule, decode, out[:first])
-        if rows.prefill is not None:
-            prefill_attention(q[first:], kv, rows.prefill, self.index, self._rule, out[first:])
 
 
 class Projection:

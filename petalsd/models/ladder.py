@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -21,10 +21,11 @@ from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.packing import pack_layer, round_layer
-from petalsd.models.native_span import NativeSpan, paged_span
+from petalsd.models.native_span import NativeSpan
 from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import can_attend_by_kernels, paged_span
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import load_block
@@ -48,13 +49,17 @@ class Rung(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How a rung did. ``error`` and ``tolerance`` as ``trial`` defines them; ``kernels`` is what computed."""
+    """How a rung did. ``error`` and ``tolerance`` as ``trial`` defines them; ``kernels`` is what computed.
+
+    uses_kernels  whether a layer may attend by kernels, as ``LayerBlock`` has it
+    """
 
     rung: Rung
     kernels: str
     error: float
     tolerance: float
     duration_s: float
+    uses_kernels: bool = True
 
     @property
     def is_passed(self) -> bool:
@@ -102,12 +107,12 @@ class Ladder:
         kind = self.architecture.kind(index)
         choice = self._choices.get(kind)
         if choice is not None:
-            return self.build(choice.taken.rung, index)
+            return self.build(choice.taken.rung, index, uses_kernels=choice.taken.uses_kernels)
         choice, block = self._climb(kind, index)
         self._choices[kind] = choice
         return block
 
-    def build(self, rung: Rung, index: int) -> Block:
+    def build(self, rung: Rung, index: int, *, uses_kernels: bool = True) -> Block:
         """Block ``index`` on this rung, untried."""
         architecture, storage = self.architecture, self.storage
         if rung is Rung.FUSED:
@@ -126,7 +131,9 @@ class Ladder:
         layer = architecture.layers.load(self._source, index, dtype, storage.device)
         if rung is Rung.PACKED:
             self._pack(layer)
-        return self._as_block(layer.to(storage.dtype), index)
+        block = self._as_block(layer.to(storage.dtype), index)
+        block.uses_kernels = uses_kernels
+        return block
 
     def random_layer(self, index: int) -> Block:
         """As block ``index`` is computed where nothing is fused, with weights that mean nothing."""
@@ -176,20 +183,32 @@ class Ladder:
         reference = self._reference(tokens, index)
         trials: list[Trial] = []
         for rung in self.candidates():
-            block = self.build(rung, index)
-            trials.append(self._try(rung, block, tokens, reference))
-            trial = trials[-1]
-            fields = {"block": index, "kind": kind, "path": rung.value, "kernels": trial.kernels}
-            if trial.is_passed:
-                log.info("block_path_chosen", **fields, numeric_error=trial.error, tolerance=trial.tolerance)
-                return Choice(kind, tuple(trials)), block
-            log.warning("block_path_rejected", **fields, numeric_error=trial.error, tolerance=trial.tolerance)
-            del block  # before the next one takes memory
+            for block in self._ways(rung, index):
+                trials.append(self._try(rung, block, tokens, reference))
+                trial = trials[-1]
+                fields = {"block": index, "kind": kind, "path": rung.value, "kernels": trial.kernels}
+                if trial.is_passed:
+                    log.info(
+                        "block_path_chosen", **fields, numeric_error=trial.error, tolerance=trial.tolerance
+                    )
+                    return Choice(kind, tuple(trials)), block
+                log.warning(
+                    "block_path_rejected", **fields, numeric_error=trial.error, tolerance=trial.tolerance
+                )
+                del block  # before the next one takes memory
         raise ModelError(
             f"block {index} ({kind}) does not compute what transformers' layer does: "
             f"its error is {trials[-1].error:.2g}, {trials[-1].tolerance:.2g} is tolerated",
             hint="this version of transformers, or this processor, does something that petalsd does not know",
         )
+
+    def _ways(self, rung: Rung, index: int) -> Iterator[Block]:
+        """The block on this rung; a layer that attended by kernels then once more, with torch in their place."""
+        block = self.build(rung, index)
+        yield block
+        if can_attend_by_kernels(block):
+            block.uses_kernels = False
+            yield block
 
     def _reference(self, tokens: Tokens, index: int) -> Reference:
         """By the unchanged layer, with quantized weights by one whose weights have their values.
@@ -222,11 +241,13 @@ class Ladder:
             log.warning("block_path_failed", block=block.index, path=rung.value, exc_info=reason)
             error = math.inf
         duration_s = time.monotonic() - started
-        return Trial(rung, self._kernels(rung, block), error, reference.tolerance, duration_s)
+        uses_kernels = not isinstance(block, LayerBlock) or block.uses_kernels
+        return Trial(rung, self._kernels(rung, block), error, reference.tolerance, duration_s, uses_kernels)
 
     def _kernels(self, rung: Rung, block: Block) -> str:
         if rung is Rung.PACKED:
-            return self._products[0]
+            has_other_attention = self.storage.device.type != "cpu" and not can_attend_by_kernels(block)
+            return f"{self._products[0]}, torch" if has_other_attention else self._products[0]
         span = paged_span({block.index: block}, self._num_threads)
         if isinstance(span, NativeSpan):
             return span.tier

@@ -8,14 +8,13 @@ everything that the C++ code does not compute stay with the blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
 from typing import TypeGuard
 
 import torch
 
 from petalsd import _C
 from petalsd.models.block import BlockWeights, TransformerBlock
-from petalsd.models.paged_span import BlockByBlock, ChainedSpans, CosSin, PagedBlock, PagedSpan
+from petalsd.models.paged_span import BlockByBlock, CosSin, PagedBlock
 from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.native_weight import native_weight
 from petalsd.ops.packed_weight import PackedWeight
@@ -25,36 +24,6 @@ from petalsd.types import BlockSpan
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ACTIVATIONS = ("silu", "swish")
 _MAX_HEAD_DIM = 512
-# What the GPU kernels take: they move whole 16-byte words, and have a head, and a group of heads, in registers.
-_KERNEL_MULTIPLE = 16
-_MAX_KERNEL_HEAD_DIM = 256
-_MAX_KERNEL_GROUP = 32
-
-
-def paged_span(blocks: Mapping[int, PagedBlock], num_threads: int, tier: str = "auto") -> PagedSpan:
-    """The consecutive ``blocks``, by fused kernels on a GPU, and with steps in C++ on ``num_threads`` threads on a
-    CPU, where that is possible.
-
-    ``tier`` forces kernels of the CPU for tests; KVPoolError names those that there are, or what the processor
-    lacks.
-    """
-    native = {index: block for index, block in blocks.items() if can_be_native(block)}
-    fused = {index: block for index, block in blocks.items() if can_use_kernels(block)}
-    team = _C.ThreadTeam(num_threads) if native else None
-    parts: list[tuple[BlockSpan, PagedSpan]] = []
-    for (is_native, is_fused), group in groupby(
-        sorted(blocks), lambda index: (index in native, index in fused)
-    ):
-        indices = list(group)
-        part: PagedSpan
-        if is_native and team is not None:
-            part = NativeSpan({index: native[index] for index in indices}, team, tier)
-        elif is_fused:
-            part = _kernel_span({index: fused[index] for index in indices})
-        else:
-            part = BlockByBlock({index: blocks[index] for index in indices})
-        parts.append((BlockSpan(indices[0], indices[-1] + 1), part))
-    return parts[0][1] if len(parts) == 1 else ChainedSpans(parts)
 
 
 def can_be_native(block: PagedBlock) -> TypeGuard[TransformerBlock]:
@@ -69,27 +38,6 @@ def can_be_native(block: PagedBlock) -> TypeGuard[TransformerBlock]:
         and config.head_dim <= _MAX_HEAD_DIM
         and config.head_dim % 2 == 0
     )
-
-
-def can_use_kernels(block: PagedBlock) -> TypeGuard[TransformerBlock]:
-    """Whether the kernels of GPUs compute what ``block`` does, and it is on one."""
-    if not isinstance(block, TransformerBlock) or block.weights.is_adapted:
-        return False
-    config = block.config
-    widths = (config.head_dim, config.hidden_size, config.intermediate_size)
-    return (
-        block.device.type == "cuda"
-        and config.head_dim <= _MAX_KERNEL_HEAD_DIM
-        and config.kv_groups <= _MAX_KERNEL_GROUP
-        and all(width % _KERNEL_MULTIPLE == 0 for width in widths)
-    )
-
-
-def _kernel_span(blocks: Mapping[int, TransformerBlock]) -> PagedSpan:
-    # Triton comes with torch for GPUs; nobody else should need it.
-    from petalsd.models.kernel_span import KernelSpan
-
-    return KernelSpan(blocks)
 
 
 class NativeSpan:

@@ -81,12 +81,16 @@ class Rope:
             regimes = [self._regimes.of(length) for length in lengths]
             if any(regimes):
                 return self._angles(positions, regimes)
-        if end > self._table[0].shape[0]:
-            self._grow_table(end)
-        cos, sin = self._table
+        cos, sin = self.tables(end)
         if positions.shape[0] == 1:
             return cos[end - 1 : end], sin[end - 1 : end]
         return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def tables(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all positions below ``end``, and perhaps more, for rows that are short: two ``[L, D]``."""
+        if end > len(self._table[0]):
+            self._grow_table(end)
+        return self._table
 
     def table(self, end: int) -> torch.Tensor:
         """``[end, 2, D/2]`` float32 of positions below ``end``: cosines, then sines, for rows that are short."""

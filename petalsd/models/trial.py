@@ -17,7 +17,8 @@ from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import first_tensor
 from petalsd.models.hf.layer import Layers
 from petalsd.models.model_config import ModelConfig
-from petalsd.models.native_span import can_be_native, paged_span
+from petalsd.models.native_span import can_be_native
+from petalsd.models.spans import paged_span
 from petalsd.ops.attention_plan import visible_keys
 from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.ragged import PagedKV, RaggedBatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,26 @@ class DecodePlan:
             programs = num_kv_heads * -(-num_heads // num_kv_heads // tile[0])
             arrivals = torch.zeros(num_rows, programs, dtype=torch.int32, device=kv.k.device)
         return cls(*tile, splits, part_acc, part_greatest, part_total, arrivals)
+
+
+def plans_by_window(
+    windows: Iterable[int | None],
+    num_rows: int,
+    num_heads: int,
+    kv: PagedKV,
+    num_sms: int,
+    max_context: int,
+) -> dict[int | None, DecodePlan]:
+    """For batches of ``num_rows`` rows, by the windows that a model's blocks have; none without rows.
+
+    They do not depend on the rows' lengths, or kernels would be compiled for new ones in the middle of serving.
+    """
+    if not num_rows:
+        return {}
+    return {
+        window: DecodePlan.create(num_rows, num_heads, kv, num_sms, min(max_context, window or max_context))
+        for window in windows
+    }
 
 
 def decode_attention(

@@ -125,6 +125,11 @@ class KernelRows:
     prefill: PrefillBatch | None
     packed: torch.Tensor | None = None
 
+    @property
+    def num_decodes(self) -> int:
+        """How many tokens are those of ``decode``."""
+        return 0 if self.decode is None else len(self.decode.context_lens)
+
 
 @dataclass(slots=True)
 class RowFields:

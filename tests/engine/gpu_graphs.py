@@ -1,5 +1,7 @@
 """Run by ``test_gpu_graphs`` in a process without Triton's interpreter: captured steps on a real GPU, in bfloat16.
 
+    python -m tests.engine.gpu_graphs MODEL
+
 Prints one JSON object: what a step launches, and how far replays are from steps that are launched anew.
 """
 
@@ -25,13 +27,13 @@ from petalsd.engine.step_memory import GraphLimits
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.sizing import KVGeometry
-from petalsd.models.block_config import BlockConfig
-from petalsd.models.kernel_span import KernelSpan
-from petalsd.models.rope import Rope
+from petalsd.models.architecture import Architecture
+from petalsd.models.ladder import Ladder
 from petalsd.models.source import ModelSource
-from petalsd.models.weights import load_block
+from petalsd.models.spans import paged_span
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.types import BlockSpan
-from tests.tiny_models import make_tiny
+from tests.tiny_models import LAYER_VARIANTS, make_tiny
 
 DEVICE, DTYPE = torch.device("cuda:0"), torch.bfloat16
 LIMITS = GraphLimits(max_rows=8, max_runs=16, max_tokens=256)
@@ -52,15 +54,16 @@ class KeptGraphs(CudaGraphs):
         return self.graphs[-1]
 
 
-def load(path: Path) -> KernelSpan:
-    make_tiny("llama", path, num_hidden_layers=len(SPAN), head_dim=64, hidden_size=256)
-    source = ModelSource(str(path))
-    config = BlockConfig.from_hf(source.config())
-    rope = Rope(config, DTYPE, DEVICE)
-    return KernelSpan({index: load_block(source, config, index, DTYPE, DEVICE, rope=rope) for index in SPAN})
+def load(path: Path, model: str) -> Any:
+    """What serves two blocks of a variant of tiny models, on their best rung."""
+    family, overrides = {**LAYER_VARIANTS, "llama": ("llama", {"head_dim": 64, "hidden_size": 256})}[model]
+    make_tiny(family, path, **overrides)
+    source, storage = ModelSource(str(path)), WeightStorage.choose(DTYPE, DEVICE)
+    ladder = Ladder(Architecture.read(source.config()), source, storage, 1)
+    return paged_span({index: ladder.load(index) for index in SPAN}, 1)
 
 
-def make_pool(span: KernelSpan) -> KVPool:
+def make_pool(span: Any) -> KVPool:
     """Full of random keys and values."""
     geometry = KVGeometry(PAGE_TOKENS, span.config.num_kv_heads, span.config.head_dim, DTYPE)
     pool = KVPool(geometry, 100, DTYPE, DEVICE)
@@ -108,7 +111,7 @@ def recovers() -> bool:
     return False
 
 
-def growth_bytes(span: KernelSpan, pool: KVPool) -> int:
+def growth_bytes(span: Any, pool: KVPool) -> int:
     """How much less memory is free after everything was captured three times more, as by moves."""
     capturing, free = Capturing(CudaGraphs(DEVICE)), []
     for _ in range(4):
@@ -119,7 +122,7 @@ def growth_bytes(span: KernelSpan, pool: KVPool) -> int:
 
 
 @torch.inference_mode()
-def compare(span: KernelSpan) -> dict[str, object]:
+def compare(span: Any) -> dict[str, object]:
     pool, staging, graphs = make_pool(span), Staged(DEVICE, LIMITS.max_runs), KeptGraphs()
     items = asyncio.run(make_items(pool, torch.randn(len(STARTS), span.config.hidden_size, dtype=DTYPE)))
     batch = staging.build(items, pool, [])[0].ragged
@@ -148,7 +151,7 @@ def compare(span: KernelSpan) -> dict[str, object]:
 def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory:
-        json.dump(compare(load(Path(directory))), sys.stdout)
+        json.dump(compare(load(Path(directory), sys.argv[1])), sys.stdout)
 
 
 if __name__ == "__main__":

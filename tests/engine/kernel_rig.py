@@ -19,6 +19,8 @@ from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.models.block import TransformerBlock
 from petalsd.models.contract import Block
+from petalsd.models.hf.block import LayerBlock
+from petalsd.models.hf.layer_span import LayerSpan
 from petalsd.models.kernel_span import KernelSpan
 from petalsd.models.paged_span import PagedSpan
 from petalsd.types import BlockSpan
@@ -57,6 +59,13 @@ class StagedRunners(RunnerFactory):
     @property
     def is_staged(self) -> bool:
         return True
+
+
+class LayerRunners(StagedRunners):
+    """The same for layers of transformers, with attention by kernels."""
+
+    def make_span(self, blocks: Mapping[int, Block]) -> PagedSpan:
+        return LayerSpan({i: block for i, block in blocks.items() if isinstance(block, LayerBlock)}, NUM_SMS)
 
 
 class Counter(NullObserver):

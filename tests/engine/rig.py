@@ -24,7 +24,7 @@ from petalsd.kvcache.spill import SpillArea
 from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
-from petalsd.models.ladder import Ladder
+from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.types import BlockSpan
@@ -37,9 +37,9 @@ _ALL_FOR_ONE = AdmissionRules()
 
 
 class TinyModel:
-    """A random model of ``family``: our blocks of it and the reference."""
+    """A random model of ``family``: our blocks of it, on the best rung or ``rung``, and the reference."""
 
-    def __init__(self, path: Path, family: str = "llama", **overrides: Any) -> None:
+    def __init__(self, path: Path, family: str = "llama", rung: Rung | None = None, **overrides: Any) -> None:
         self.reference: PreTrainedModel = make_tiny(family, path, **overrides)
         source = ModelSource(str(path))
         ladder = Ladder(
@@ -50,7 +50,10 @@ class TinyModel:
         )
         self.config = ladder.architecture.config
         self.rope = ladder.angles
-        self.blocks = {index: ladder.load(index) for index in range(self.config.num_blocks)}
+        self.blocks = {
+            index: ladder.load(index) if rung is None else ladder.build(rung, index)
+            for index in range(self.config.num_blocks)
+        }
         self.choices = ladder.choices
 
     @property

@@ -13,12 +13,16 @@ pytestmark = pytest.mark.gpu
 BFLOAT16_STEP = 2.0**-7  # a product of another size may be summed in another order
 
 
-@pytest.fixture(scope="module")
-def found() -> Any:
+MODELS = ["llama", "bloom", "falcon", "gemma2", "phi"]
+"""One with fused blocks, and layers of transformers."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def found(request: pytest.FixtureRequest) -> Any:
     """What ``gpu_graphs`` prints; it needs compiled kernels, and this process interprets them."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return run_compiled("tests.engine.gpu_graphs", timeout_s=110)
+    return {"model": request.param, **run_compiled("tests.engine.gpu_graphs", request.param, timeout_s=110)}
 
 
 def test_steps_are_captured(found: Any) -> None:
@@ -46,7 +50,7 @@ def test_capturing_again_takes_no_more_memory(found: Any) -> None:
 
 
 def test_a_block_is_at_most_ten_launches(found: Any) -> None:
-    """Counted in the captured graph."""
-    if found["kernels"] is None:
-        pytest.skip("the driver or its bindings cannot list a graph")
+    """Counted in the captured graph; transformers' layers are some tens."""
+    if found["model"] != "llama" or found["kernels"] is None:
+        pytest.skip("layers of transformers, or the driver or its bindings cannot list a graph")
     assert len(found["kernels"]) <= 10

@@ -5,8 +5,7 @@ What this cannot show is said there.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 
 import pytest
@@ -15,22 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from petalsd.engine.batch import BatchItem
 from petalsd.engine.captures import Captures, Capturing
-from petalsd.engine.graphed_span import GraphedSpan
-from petalsd.engine.graphs import GraphBackend
-from petalsd.engine.observer import EngineObserver, NullObserver
-from petalsd.engine.staging import Staged
 from petalsd.engine.step_memory import GraphLimits, StepMemory
-from petalsd.kvcache.pool import KVPool
-from petalsd.kvcache.session import KVRequest, KVSession
-from petalsd.kvcache.sizing import KVGeometry
 from petalsd.models.kernel_span import KernelSpan
-from petalsd.models.paged_span import PagedSpan
 from petalsd.ops.decode_batch import DECODE_BUCKETS, bucket_of
 from petalsd.ops.launching import Launch
-from petalsd.ops.ragged import RaggedBatch
 from petalsd.types import BlockSpan
+from tests.engine.graph_scene import LIMITS, SINGLES, WHOLE, Counter, Scene
 from tests.engine.recorded_graphs import (
     ForgottenGraphs,
     LaunchedGraphs,
@@ -39,76 +29,20 @@ from tests.engine.recorded_graphs import (
     recording,
 )
 from tests.models.kernel_blocks import NUM_SMS, kernel_span
-from tests.models.test_block import CPU, Case
+from tests.models.test_block import Case
 from tests.numeric import assert_close
 
-LIMITS = GraphLimits(max_rows=4, max_runs=16, max_tokens=256)
-WHOLE = BlockSpan(0, 2)
-SINGLES = [BlockSpan(block, block + 1) for block in WHOLE]
-PAGE_TOKENS = 16
 STARTS = [20, 3, 0]
 
 
-class Counter(NullObserver):
-    """Counts what is replayed and what is not."""
-
-    def __init__(self) -> None:
-        self.runs = {True: 0, False: 0}
-
-    def span_computed(self, *, is_replayed: bool) -> None:
-        self.runs[is_replayed] += 1
-
-
-class Scene:
-    """Two blocks, pages full of NaN, and rows at different places whose contexts are random."""
+class FusedScene(Scene):
+    """Of two fused blocks."""
 
     def __init__(self, case: Case, starts: list[int]) -> None:
-        self.span, self.told = kernel_span(case.blocks[: len(WHOLE)]), list[str | None]()
-        self.staging = Staged(CPU, LIMITS.max_runs)
-        geometry = KVGeometry(PAGE_TOKENS, case.config.num_kv_heads, case.config.head_dim, torch.float32)
-        self.pool = KVPool(geometry, 64, torch.float32, CPU)
-        self.pool.allocate()
-        hidden = torch.randn(len(starts), case.config.hidden_size, generator=torch.Generator().manual_seed(3))
-        self.items = [
-            BatchItem(WHOLE, asyncio.run(self._reserve(start)), 1, start, 1, start + 1, states)
-            for start, states in zip(starts, hidden.split(1), strict=True)
-        ]
-
-    async def _reserve(self, start: int) -> KVSession:
-        kv = await self.pool.reserve(KVRequest(0, len(WHOLE), 1, 64), timeout_s=0)
-        kv.extend(start + 1)
-        return kv
-
-    def batch(self) -> RaggedBatch:
-        """Of the new tokens, whose contexts are the same each time; all else in the pages is NaN."""
-        batch, _ = self.staging.build(self.items, self.pool, [])
-        generator = torch.Generator().manual_seed(4)
-        for slab in self.pool.kv.slabs:
-            slab.fill_(torch.nan)
-            for row, item in enumerate(self.items):
-                for position in range(item.start):
-                    origin = int(batch.ragged.origins[row, position // PAGE_TOKENS])
-                    for block in WHOLE:
-                        place = slab[origin + block, position % PAGE_TOKENS]
-                        place.copy_(torch.randn(place.shape, generator=generator))
-        return batch.ragged
-
-    @torch.inference_mode()
-    def step(self, span: PagedSpan, runs: Sequence[BlockSpan] = (WHOLE,)) -> torch.Tensor:
-        """The new tokens through ``runs``."""
-        batch, hidden = self.batch(), self.staging.bring([item.hidden for item in self.items])
-        for run in runs:
-            hidden = span.forward_paged(run, hidden, self.pool.kv, batch, ())
-        return hidden
-
-    def capture(self, graphs: GraphBackend, observer: EngineObserver | None = None) -> GraphedSpan:
-        """What was told of it is in ``told``."""
-        captures = Captures([self.span], self.pool.kv, LIMITS, Capturing(graphs), self.told.append)
-        captures.capture_all()
-        return GraphedSpan([(WHOLE, self.span)], captures, observer or NullObserver())
+        super().__init__(kernel_span(case.blocks[: len(WHOLE)]), starts)
 
 
-class Captured(Scene):
+class Captured(FusedScene):
     """With its steps captured."""
 
     def __init__(self, case: Case) -> None:
@@ -214,7 +148,7 @@ def _described(launch: Launch) -> tuple[object, ...]:
 
 def test_steps_that_were_not_captured_are_computed_all_the_same(case: Case, captured: Captured) -> None:
     """Five rows are above the largest bucket; other pages are not those of the graphs."""
-    scene = Scene(case, [1, 2, 3, 4, 5])
+    scene = FusedScene(case, [1, 2, 3, 4, 5])
     captured.counter.runs = {True: 0, False: 0}
     assert torch.equal(scene.step(captured.graphed), scene.step(captured.span))
     scene.items = scene.items[:1]
@@ -225,7 +159,7 @@ def test_steps_that_were_not_captured_are_computed_all_the_same(case: Case, capt
 @pytest.mark.parametrize("fail_at", [0, 1])
 def test_after_a_failed_capture_the_rest_is_launched(case: Case, fail_at: int) -> None:
     """The reason is kept and told; what was captured before is replayed; the answers are the same."""
-    scene, counter = Scene(case, STARTS), Counter()
+    scene, counter = FusedScene(case, STARTS), Counter()
     with capture_logs():  # to print the tapes would take long
         graphed = scene.capture(RecordedGraphs(fail_at), counter)
     captures, reason = graphed.captures, "RuntimeError: operation not permitted when stream is capturing"
@@ -241,7 +175,7 @@ def test_graphs_of_blocks_that_are_left_go_little_by_little(
 ) -> None:
     """Those of blocks that stay are the same ones, and what was left is no more held by anything."""
     monkeypatch.setattr("petalsd.engine.captures._GIVEN_UP_AT_ONCE", 4)
-    scene, graphs = Scene(case, STARTS), ForgottenGraphs()
+    scene, graphs = FusedScene(case, STARTS), ForgottenGraphs()
     before = scene.capture(graphs).captures
     kept = KernelSpan({1: scene.span.source(1)}, NUM_SMS)
     captures = Captures([kept], scene.pool.kv, LIMITS, Capturing(graphs), scene.told.append)
@@ -257,7 +191,7 @@ def test_graphs_of_blocks_that_are_left_go_little_by_little(
 
 def test_captures_leave_memory_free(case: Case, captured: Captured) -> None:
     """They end before they take what is to be left, and so is no worse than without."""
-    scene = Scene(case, STARTS)
+    scene = FusedScene(case, STARTS)
     first = captured.graphed.captures.steps[0, 1, 4].nbytes
     graphs = RecordedGraphs(memory_bytes=100 + 2 * first)
     capturing = Capturing(graphs, spare_bytes=100)
@@ -270,7 +204,7 @@ def test_captures_leave_memory_free(case: Case, captured: Captured) -> None:
 
 def test_captures_wait_for_memory_that_others_give_back(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a move the old blocks are there for a while; but not for ever."""
-    scene, graphs = Scene(case, STARTS), RecordedGraphs(memory_bytes=0)
+    scene, graphs = FusedScene(case, STARTS), RecordedGraphs(memory_bytes=0)
     capturing = Capturing(graphs, spare_bytes=100)
     captures = Captures([scene.span], scene.pool.kv, LIMITS, capturing, scene.told.append)
     captures.capture_next()
@@ -289,7 +223,7 @@ def test_nothing_is_captured_while_somebody_else_has_the_turn(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sessions do not wait for that, and a start not for ever."""
-    scene = Scene(case, STARTS)
+    scene = FusedScene(case, STARTS)
     capturing = Capturing(RecordedGraphs())
     captures = Captures([scene.span], scene.pool.kv, LIMITS, capturing, scene.told.append)
     with capturing.turn:

@@ -14,12 +14,14 @@ from petalsd.engine.engine import Engine
 from petalsd.engine.observer import NullObserver
 from petalsd.engine.step import Step
 from petalsd.kvcache.pool import KVPool
+from petalsd.models.ladder import Rung
 from petalsd.types import BlockSpan
 from tests.engine.kernel_rig import (
     LIMITS,
     NUM_TOKENS,
     Counter,
     KernelRunners,
+    LayerRunners,
     StagedRunners,
     generate,
     geometry_of,
@@ -28,6 +30,7 @@ from tests.engine.kernel_rig import (
 from tests.engine.recorded_graphs import RecordedGraphs
 from tests.engine.rig import CPU, TinyModel, feed, opened, states
 from tests.numeric import assert_close
+from tests.tiny_models import LAYER_VARIANTS
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -106,6 +109,22 @@ async def test_layers_of_transformers_take_staged_batches(family: str, tmp_path:
     async with serving(model, NullObserver(), runners=runners) as engine, opened(engine, batch=2) as session:
         actual = await feed(session, hidden, [7, 1, 1])
     assert_close(actual, model.expected(hidden).detach(), 1e-4, 1e-4, family)
+
+
+@pytest.mark.parametrize(("family", "num_layers"), [("bloom", 1), ("gemma2", 2)])
+async def test_layers_of_transformers_are_captured_too(family: str, num_layers: int, tmp_path: Path) -> None:
+    """A prefill in chunks, then steps of two rows that change places, in replays."""
+    settings = {**LAYER_VARIANTS[family][1], "num_hidden_layers": num_layers}
+    model, hidden, counter = TinyModel(tmp_path, family, Rung.PLAIN, **settings), states(2, 13), Counter()
+    runners = LayerRunners(CPU, 1, LIMITS, counter, Capturing(RecordedGraphs()))
+    async with serving(model, counter, runners=runners) as engine, opened(engine, batch=2) as session:
+        assert engine.stats().graphs == engine.stats().graphs_wanted > 0
+        actual = [await feed(session, hidden[:, :12], [11, 1])]
+        actual.append(await session.step(Step(hidden[:, 12:], 12, hypo_ids=(1, 0))))
+    history = torch.cat((hidden[[1, 0], :12], hidden[:, 12:]), dim=1)
+    assert_close(actual[0], model.expected(hidden[:, :12]).detach(), 1e-4, 1e-4, family)
+    assert_close(actual[1], model.expected(history).detach()[:, 12:], 1e-4, 1e-4, f"{family}, reordered")
+    assert counter.runs[True] == 2
 
 
 async def test_graph_memory_is_known_before_there_are_pages(tmp_path: Path) -> None:

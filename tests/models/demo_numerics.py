@@ -22,9 +22,10 @@ from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.head_weights import load_head
-from petalsd.models.native_span import NativeSpan, paged_span
+from petalsd.models.native_span import NativeSpan
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import paged_span
 from petalsd.models.weights import load_block
 from petalsd.types import BlockSpan
 from tests.paged_rows import PagedRows

@@ -19,10 +19,11 @@ from petalsd.models.block import TransformerBlock
 from petalsd.models.contract import Block
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.ladder import Ladder, Rung
-from petalsd.models.native_span import NativeSpan, paged_span
+from petalsd.models.native_span import NativeSpan
 from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import paged_span
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import assemble_block, block_tensors, read_tensors
 from petalsd.ops.packed_product import PackedProduct, Product

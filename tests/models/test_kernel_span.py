@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from petalsd.models import kernel_span, native_span
+from petalsd.models import kernel_span
 from petalsd.models.block import TransformerBlock
-from petalsd.models.native_span import paged_span
 from petalsd.models.paged_span import BlockByBlock, PagedSpan
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import can_be_fused, paged_span
 from petalsd.models.weights import load_block
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.types import BlockSpan
@@ -100,7 +100,7 @@ def test_blocks_on_a_gpu_get_kernels_where_these_can_compute_them(
     paged_span({0: case.blocks[0], 1: odd.blocks[1]}, num_threads=1)
     assert made == [[0]]
     monkeypatch.undo()
-    assert not native_span.can_use_kernels(case.blocks[0])
+    assert not can_be_fused(case.blocks[0])
 
 
 def test_a_plan_serves_all_blocks_of_the_model(tmp_path: Path) -> None:

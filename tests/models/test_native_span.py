@@ -12,9 +12,10 @@ from petalsd import _C
 from petalsd.errors import KVPoolError
 from petalsd.models.block import BlockWeights, TransformerBlock
 from petalsd.models.block_config import BlockConfig
-from petalsd.models.native_span import NativeSpan, can_be_native, paged_span
+from petalsd.models.native_span import NativeSpan, can_be_native
 from petalsd.models.paged_span import BlockByBlock, CosSin, PagedSpan
 from petalsd.models.rope import Rope
+from petalsd.models.spans import paged_span
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.weight_packing import pack_weight

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from petalsd.models.block import TransformerBlock
-from petalsd.models.native_span import NativeSpan, paged_span
+from petalsd.models.native_span import NativeSpan
 from petalsd.models.paged_span import BlockByBlock, ChainedSpans, PagedBlock, PagedSpan
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import paged_span
 from petalsd.models.weights import load_block
 from petalsd.types import BlockSpan
 from tests.models.test_block import CPU, VARIANTS, Case

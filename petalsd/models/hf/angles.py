@@ -68,11 +68,15 @@ class LayerAngles:
             regimes = [self._regimes.of(length) for length in lengths]
             if any(regimes):
                 return self._by_regime(positions, regimes)
+        return tuple(part.index_select(0, positions) for part in self.tables(end))
+
+    def tables(self, end: int) -> tuple[torch.Tensor, ...]:
+        """As ``Rope.tables``: as many as ``cos_sin`` has."""
+        if self._module is None:
+            return ()
         if not self._table or end > len(self._table[0]):
-            self._table = self._compute(
-                self._module, torch.arange(self._table_size(end), device=positions.device)
-            )
-        return tuple(part.index_select(0, positions) for part in self._table)
+            self._table = self._compute(self._module, torch.arange(self._table_size(end), device=self.device))
+        return self._table
 
     def _table_size(self, end: int) -> int:
         """Positions of short rows that a table covers; it doubles, so that growing stays rare."""

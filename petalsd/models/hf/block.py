@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,18 +12,24 @@ from torch import nn
 from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.adapted_linear import adapt_layer
 from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, PagedCall
-from petalsd.models.hf.packing import layer_nbytes
+from petalsd.models.hf.packing import has_experts, layer_nbytes
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.paged_span import CosSin
 from petalsd.ops.low_rank import LowRankUpdate
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 
+if TYPE_CHECKING:
+    from petalsd.ops.attention_rule import AttentionRule
+
 
 class LayerBlock:
     """Block ``index`` of a model; ``contract.Block`` is what it is to others.
 
-    layer   with our attention inside, its linear modules packed or not
-    angles  shared with the model's other blocks; ``angles_part`` says which of its tensors are this block's
+    layer         with our attention inside, its linear modules packed or not
+    angles        shared with the model's other blocks; ``angles_part`` says which of its tensors are this block's
+    uses_kernels  whether kernels may attend where the device has them; else torch does
+    rule          what the layer's attention asks of kernels, once it is known. Captured steps read its tensors, so
+                  it lives as long as the weights
     """
 
     def __init__(
@@ -35,11 +41,18 @@ class LayerBlock:
         self.device = angles.device
         self.nbytes = layer_nbytes(layer)
         self.layer = layer
+        self.angles = angles
+        self.window = config.windows[index]
         self.adapted: Mapping[str, Block | None] = {}
-        self._angles = angles
+        self.uses_kernels = True
+        self.rule: AttentionRule | None = None
         self._part = angles_part
-        self._window = config.windows[index]
         self._call = LayerCall(layer)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether the host never waits for what the layer computed: it does to send tokens to experts."""
+        return not has_experts(self.layer)
 
     def with_updates(self, updates: Mapping[str, LowRankUpdate]) -> LayerBlock:
         """The block with these linear modules adapted, by their names in the layer.
@@ -47,22 +60,29 @@ class LayerBlock:
         The weights are shared; ``nbytes`` is what the updates take.
         """
         layer = adapt_layer(self.layer, updates)
-        block = LayerBlock(self.index, self.config, layer, self._angles, self._part)
+        block = LayerBlock(self.index, self.config, layer, self.angles, self._part)
         block.nbytes = sum(update.nbytes for update in updates.values())
+        block.uses_kernels = self.uses_kernels
         return block
 
     def forward_paged(
         self, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
     ) -> torch.Tensor:
         """As ``contract.Block``."""
-        call = PagedCall(kv, batch, self.index, self._window)
-        return self._call(hidden.unsqueeze(0), cos_sin[self._part], call, batch.positions.long()).squeeze(0)
+        call = PagedCall(kv, batch, self.index, self.window)
+        return self.compute(hidden, cos_sin, call, batch.positions.long())
+
+    def compute(
+        self, hidden: torch.Tensor, cos_sin: CosSin, call: AttentionCall, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """``hidden`` ``[T, M]`` of tokens at ``positions`` ``[T]`` int64, which attend by ``call``."""
+        return self._call(hidden.unsqueeze(0), cos_sin[self._part], call, positions).squeeze(0)
 
     def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
         """As ``contract.Block``."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        cos_sin = self._angles.cos_sin(positions)[self._part]
-        return self._call(hidden, cos_sin, DenseCall(self._window), positions)
+        cos_sin = self.angles.cos_sin(positions)[self._part]
+        return self._call(hidden, cos_sin, DenseCall(self.window), positions)
 
 
 class LayerCall:

@@ -85,6 +85,14 @@ def layer_nbytes(layer: nn.Module) -> int:
     return sum(packed) + sum(parameter.nbytes for parameter in layer.parameters())
 
 
+def has_experts(layer: nn.Module) -> bool:
+    """Whether the layer is a sparse one, packed or not."""
+    return any(
+        isinstance(module, PackedExperts) or isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        for module in layer.modules()
+    )
+
+
 def _experts(layer: nn.Module, names: ExpertNames | None) -> Any | None:
     """The experts of a sparse layer; None for a dense one, which models with experts have too."""
     if names is None:
