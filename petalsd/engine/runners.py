@@ -109,7 +109,8 @@ class RunnerFactory:
 
     def _adapted_span(self, served: ServedSpan, name: str) -> PagedSpan:
         blocks = {index: with_adapter(block, name) for index, block in served.blocks.items()}
-        return BlockByBlock(blocks)
+        # On a CPU each span would have threads of its own.
+        return self.make_span(blocks) if self.is_staged else BlockByBlock(blocks)
 
 
 class KnownAngles:

@@ -1,4 +1,5 @@
-"""Steps of consecutive blocks on a GPU by fused kernels: at most ten launches for each block in decode.
+"""Steps of consecutive blocks on a GPU by fused kernels: at most ten launches for each block in decode, and some
+more for the terms of an adapter.
 
 Nothing here reads from the device, and all memory is the caller's, so that whatever is computed can be captured as
 a graph and replayed.
@@ -21,6 +22,7 @@ from petalsd.ops.decode_batch import KernelRows, kernel_rows
 from petalsd.ops.dense_linear import dense_linear
 from petalsd.ops.gated_activation import gated_activation
 from petalsd.ops.linear import Weight
+from petalsd.ops.low_rank import LowRankWeight
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.quantized_linear import quantized_linear
 from petalsd.ops.ragged import PagedKV, RaggedBatch
@@ -211,7 +213,7 @@ class KernelBlock:
 
 
 class Projection:
-    """The product with one weight, and its bias, in one launch."""
+    """The product with one weight, and its bias: in one launch, unless an adapter adds to it."""
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None) -> None:
         self._weight = weight
@@ -219,8 +221,9 @@ class Projection:
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, workspace: SplitWorkspace) -> None:
         """``out = x @ weight.T + bias``; x ``[T, in]``, out ``[T, out]``."""
-        if isinstance(self._weight, PackedWeight):
+        if isinstance(self._weight, LowRankWeight):
+            out.copy_(self._weight.multiply(x, self._bias))
+        elif isinstance(self._weight, PackedWeight):
             quantized_linear(x, self._weight, self._bias, out, workspace)
         else:
-            assert isinstance(self._weight, torch.Tensor)
             dense_linear(x, self._weight, self._bias, out, workspace)

@@ -59,7 +59,7 @@ def _kind(block: PagedBlock) -> tuple[bool, ...]:
 
 def can_be_fused(block: PagedBlock) -> TypeGuard[TransformerBlock]:
     """Whether the kernels of GPUs compute all that ``block`` does, and it is on one."""
-    if not isinstance(block, TransformerBlock) or block.weights.is_adapted:
+    if not isinstance(block, TransformerBlock):
         return False
     config = block.config
     widths = (config.head_dim, config.hidden_size, config.intermediate_size)

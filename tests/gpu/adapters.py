@@ -23,7 +23,9 @@ from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
 from petalsd.models.ladder import Ladder
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import paged_span
 from petalsd.models.weight_storage import WeightStorage
+from petalsd.types import BlockSpan
 from tests.adapter_files import draw_adapter, merge, write_adapter
 from tests.gpu.families import DEVICE, WIDE
 from tests.paged_rows import PagedRows
@@ -93,7 +95,8 @@ def _run_steps(
     ladder: Ladder, block: Block, hidden: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each of ``STEPS`` what leaves the block, and what entered it."""
-    config = ladder.architecture.config
+    config, served = ladder.architecture.config, BlockSpan(INDEX, INDEX + 1)
+    span = paged_span({INDEX: block}, 1)
     shape = (config.num_blocks, config.num_kv_heads, config.head_dim)
     found = []
     with DEVICE, torch.inference_mode():
@@ -104,7 +107,7 @@ def _run_steps(
             batch = rows.extend(new)
             entered = hidden.flatten(0, 1).repeat(4, 1)[: sum(new.values())]
             cos_sin = ladder.angles.cos_sin(batch.positions, batch.positions + 1)
-            found.append((block.forward_paged(entered.to(dtype), rows.kv, batch, cos_sin), entered))
+            found.append((span.forward_paged(served, entered.to(dtype), rows.kv, batch, cos_sin), entered))
     return found
 
 

@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from petalsd.config import Quantization
 from petalsd.models import kernel_span
+from petalsd.models.adapters import Adapter
+from petalsd.models.architecture import Architecture
 from petalsd.models.block import TransformerBlock
 from petalsd.models.paged_span import BlockByBlock, PagedSpan
 from petalsd.models.source import ModelSource
 from petalsd.models.spans import can_be_fused, paged_span
 from petalsd.models.weights import load_block
 from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.quantized_product import QuantizedProduct
+from petalsd.ops.split_workspace import SplitWorkspace
 from petalsd.types import BlockSpan
-from tests.models.kernel_blocks import NUM_SMS
+from tests.adapter_files import draw_adapter, write_adapter
+from tests.models.kernel_blocks import NUM_SMS, unpacked
 from tests.models.kernel_blocks import kernel_span as make_kernel_span
 from tests.models.test_block import CPU, VARIANTS, Case
 from tests.numeric import assert_close
@@ -82,6 +88,42 @@ def test_quantized_blocks_are_computed_from_their_packed_weights(how: str, tmp_p
     span = kernel_span.KernelSpan({block.index: block for block in blocks}, NUM_SMS)
     actual = through(case, span, STEPS[2:3])
     assert_close(actual, through(case, plain(blocks), STEPS[2:3]), 1e-4, 1e-4, how)
+
+
+@pytest.mark.parametrize("how", ["none", "int8"])
+def test_an_adapted_block_adds_its_terms(how: Quantization, tmp_path: Path) -> None:
+    """Beside plain and packed weights, in every order of rows, as by torch."""
+    case = make_case(tmp_path / "model", attention_bias=True)
+    modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    tensors = draw_adapter(
+        case.reference, [f"model.layers.{block}.{name}" for block in SPAN for name in modules]
+    )
+    source = ModelSource(str(write_adapter(tmp_path / "adapter", tensors)))
+    adapter = Adapter.open(source, Architecture.read(ModelSource(str(tmp_path / "model")).config()))
+    workspace = SplitWorkspace.allocate(CPU, NUM_SMS)
+
+    def adapted(block: TransformerBlock) -> TransformerBlock:
+        found = adapter.adapt(block, lambda weight: QuantizedProduct(weight, workspace))
+        assert isinstance(found, TransformerBlock) and found.weights.is_adapted
+        return found
+
+    made = [
+        load_block(
+            ModelSource(str(tmp_path / "model")),
+            case.config,
+            index,
+            torch.float32,
+            CPU,
+            rope=case.rope,
+            quantization=how,
+        )
+        for index in SPAN
+    ]
+    blocks = [adapted(block if how == "int8" else unpacked(block)) for block in made]
+    span = kernel_span.KernelSpan({block.index: block for block in blocks}, NUM_SMS)
+    actual, expected = through(case, span, STEPS[1:]), through(case, plain(blocks), STEPS[1:])
+    assert_close(actual, expected, 1e-4, 1e-4, how)
+    assert (expected - through(case, plain(made), STEPS[1:])).abs().max() > 0.1
 
 
 def test_blocks_on_a_gpu_get_kernels_where_these_can_compute_them(
