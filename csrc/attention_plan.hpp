@@ -11,6 +11,20 @@
 namespace petalsd {
 
 struct BlockShape;
+class ThreadTeam;
+
+// R new tokens of some sequences, one sequence after the other. Sequence s has the rows bounds[s] to bounds[s + 1] - 1 at
+// consecutive positions, and its pages at origins + s * origins_stride.
+struct Sequences {
+  std::vector<std::int64_t> bounds;
+  const std::int64_t* positions = nullptr;
+  const std::int32_t* origins = nullptr;
+  std::int64_t origins_stride = 0;
+
+  std::int64_t num_rows() const { return bounds.back(); }
+  // PoolError unless bounds ascend from 0, and pages are whole strips.
+  void check(const KVPages& kv) const;
+};
 
 // The rows of a step in pieces, which one pass over a sequence's pages serves. One thread takes a piece as a whole where
 // there are enough of them for all; where a few long sequences would leave threads idle, their parts are taken one by
@@ -25,8 +39,10 @@ class AttentionPlan {
     std::int64_t at;
   };
 
-  // Decides for what is in `pieces`; allocates only for steps that are larger than all before.
-  void choose(const BlockShape& shape, int num_threads);
+  // For `num_rows` rows from `first_row` on: cut by sequence, and these so that one pass over a sequence's pages serves as
+  // many rows as it can. Allocates only for steps that are larger than all before.
+  void choose(const Sequences& sequences, std::int64_t first_row, std::int64_t num_rows, const BlockShape& shape,
+              int num_threads);
 
   std::vector<QueryRows> pieces;  // by sequence and in small pieces; first_row counts from 0
 
@@ -43,6 +59,7 @@ class AttentionPlan {
     void operator()(float* memory) const { ::operator delete(memory, kAlignment); }
   };
 
+  void cut(const Sequences& sequences, std::int64_t first_row, std::int64_t num_rows, const BlockShape& shape);
   bool is_worth_splitting(const BlockShape& shape, int num_threads) const;
 
   std::vector<Part> parts_;
@@ -51,5 +68,8 @@ class AttentionPlan {
   std::unique_ptr<float, Free> partials_;
   std::int64_t partials_size_ = 0;
 };
+
+// Attention of all pieces of the plan, shared out among the team.
+void attend(const AttentionTask& task, const AttentionKernels& kernels, const AttentionPlan& plan, ThreadTeam& team);
 
 }  // namespace petalsd

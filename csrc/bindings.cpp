@@ -40,4 +40,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   petalsd::register_spill_file(module);
   petalsd::register_page_pool(module);
   petalsd::register_span(module);
+  petalsd::register_layer_team(module);
 }

@@ -79,6 +79,17 @@ struct QueryRows {
   std::int64_t num_parts() const { return (end() - 1) / kPartTokens + 1; }
 };
 
+// What becomes of a score between the product and the softmax, in this order. slopes and sinks are `[num_heads]`, or null.
+struct ScoreRule {
+  float softcap = 0.0f;           // above 0: softcap * tanh(score / softcap)
+  const float* slopes = nullptr;  // of biases by distance, ALiBi: factor * slope * position is added
+  float bias_factor = 1.0f;
+  bool rounds_biases = false;    // positions, and products with them, are rounded to bfloat16
+  const float* sinks = nullptr;  // scores of keys that every query sees as well, and that have no values
+
+  bool changes_scores() const { return softcap > 0.0f || slopes != nullptr; }
+};
+
 // Attention of the query heads of one KV head, for some rows. q, as `AttentionKernels::prepare` leaves it, and out,
 // float32, are `[R, num_heads, D]`; rows of q are q_stride *elements* apart. A row at position p sees the positions
 // max(0, p + 1 - window) to p.
@@ -91,6 +102,7 @@ struct AttentionTask {
   std::int64_t num_heads;
   std::int64_t window;  // 0: none
   float scale;
+  ScoreRule rule;
 
   std::int64_t first_seen(std::int64_t position) const {
     return window > 0 && position >= window ? position + 1 - window : 0;

@@ -47,10 +47,12 @@ void Span::run(const StepRows& rows, std::int64_t first, std::int64_t count, Thr
   const StateKernels& states = head.tier().kernels.states[static_cast<int>(rows.dtype)];
   const std::int64_t width = head.shape().hidden_size;
   const std::int64_t row_bytes = width * (rows.dtype == DType::kBFloat16 ? 2 : 4);
-  const std::int64_t at_once = std::min(rows.num_rows, SpanWorkspace::rows_at_once(head.shape()));
+  const std::int64_t at_once = std::min(rows.num_rows(), SpanWorkspace::rows_at_once(head.shape()));
   SpanWorkspace& work = workspace(at_once);
-  for (std::int64_t row = 0; row < rows.num_rows; row += at_once) {
-    choose_rows(rows, row, std::min(at_once, rows.num_rows - row), team.num_threads(), work);
+  for (std::int64_t row = 0; row < rows.num_rows(); row += at_once) {
+    work.first_row = row;
+    work.num_rows = std::min(at_once, rows.num_rows() - row);
+    work.attention.choose(rows, row, work.num_rows, head.shape(), team.num_threads());
     states.load(static_cast<const char*>(rows.hidden) + row * row_bytes, work.hidden, work.num_rows * width);
     for (std::int64_t i = first - head.index(); i < first - head.index() + count; ++i) {
       blocks_[static_cast<std::size_t>(i)]->run(rows, work, team);
@@ -65,12 +67,7 @@ void Span::check(const StepRows& rows, std::int64_t first, std::int64_t count) c
   const std::int64_t skipped = first - head.index();
   PETALSD_CHECK(0 <= skipped && 0 < count && count <= num_blocks - skipped, "blocks ", first, " to ", first + count,
                 " of a span from ", head.index(), " to ", head.index() + num_blocks);
-  PETALSD_CHECK(rows.num_rows > 0, "num_rows = ", rows.num_rows);
-  PETALSD_CHECK(rows.bounds.size() >= 2 && rows.bounds.front() == 0 && rows.bounds.back() == rows.num_rows &&
-                    std::is_sorted(rows.bounds.begin(), rows.bounds.end()),
-                "bounds ascend from 0 to num_rows = ", rows.num_rows);
-  PETALSD_CHECK(rows.kv.page_tokens > 0 && rows.kv.page_tokens % 16 == 0, "page_tokens = ", rows.kv.page_tokens,
-                ": a multiple of 16");
+  rows.check(rows.kv);
   PETALSD_CHECK(rows.kv.num_kv_heads == head.shape().num_kv_heads && rows.kv.head_dim == head.shape().head_dim,
                 "pages of ", rows.kv.num_kv_heads, " heads of ", rows.kv.head_dim, " for blocks of ",
                 head.shape().num_kv_heads, " of ", head.shape().head_dim);
@@ -82,25 +79,6 @@ SpanWorkspace& Span::workspace(std::int64_t num_rows) {
     workspace_ = std::make_unique<SpanWorkspace>(blocks_.front()->shape(), largest_operand(blocks_), num_rows);
   }
   return *workspace_;
-}
-
-// Cuts the rows by sequence, and these so that one pass over a sequence's pages serves as many rows as it can.
-void Span::choose_rows(const StepRows& rows, std::int64_t first_row, std::int64_t num_rows, int num_threads,
-                       SpanWorkspace& work) const {
-  const BlockShape& shape = blocks_.front()->shape();
-  const std::int64_t per_piece = std::max<std::int64_t>(1, kMaxQueries / (shape.num_heads / shape.num_kv_heads));
-  work.first_row = first_row;
-  work.num_rows = num_rows;
-  work.attention.pieces.clear();
-  const std::int64_t end = first_row + num_rows;
-  for (std::size_t s = 0; s + 1 < rows.bounds.size(); ++s) {
-    const std::int64_t last = std::min(rows.bounds[s + 1], end);
-    for (std::int64_t row = std::max(rows.bounds[s], first_row); row < last; row += per_piece) {
-      work.attention.pieces.push_back({row - first_row, std::min(per_piece, last - row), rows.positions[row],
-                                       rows.origins + static_cast<std::int64_t>(s) * rows.origins_stride});
-    }
-  }
-  work.attention.choose(shape, num_threads);
 }
 
 }  // namespace petalsd

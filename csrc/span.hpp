@@ -24,8 +24,6 @@ class Span {
  private:
   void check(const StepRows& rows, std::int64_t first, std::int64_t count) const;
   SpanWorkspace& workspace(std::int64_t num_rows);
-  void choose_rows(const StepRows& rows, std::int64_t first_row, std::int64_t num_rows, int num_threads,
-                   SpanWorkspace& work) const;
 
   const std::vector<std::shared_ptr<const SpanBlock>> blocks_;
   std::unique_ptr<SpanWorkspace> workspace_;  // of the largest step so far: fresh memory costs page faults

@@ -7,22 +7,15 @@
 #include <utility>
 #include <vector>
 
+#include "addresses.hpp"
 #include "bindings.hpp"
 #include "check.hpp"
-#include "packed_linear.hpp"
 #include "span.hpp"
 
 namespace py = pybind11;
 
 namespace petalsd {
 namespace {
-
-using Address = std::uintptr_t;  // of a tensor's first element; the caller keeps the tensor alive
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);  // NOLINT: this is where addresses come in
-}
 
 template <typename Value, std::size_t kCount>
 Value named(const char* what, const std::string& name, const std::array<std::pair<const char*, Value>, kCount>& values) {
@@ -56,7 +49,6 @@ StepRows make_rows(const std::string& dtype, std::vector<std::int64_t> bounds,
                    const KVPages& kv) {
   StepRows rows{};
   rows.dtype = named("dtype", dtype, kDTypes);
-  rows.num_rows = bounds.empty() ? 0 : bounds.back();
   rows.cos = pointer<const void>(cos_sin_positions[0]);
   rows.sin = pointer<const void>(cos_sin_positions[1]);
   rows.positions = pointer<const std::int64_t>(cos_sin_positions[2]);
@@ -115,20 +107,6 @@ void register_span(py::module_& module) {
             span.run(rows, first, count, team);
           },
           py::arg("rows"), py::arg("first"), py::arg("count"), py::arg("hidden"), py::arg("out"), py::arg("team"));
-  py::class_<LinearTeam>(module, "LinearTeam")
-      .def(py::init([](int num_threads, const std::string& tier) {
-             return std::make_unique<LinearTeam>(num_threads, choose_tier(tier));
-           }),
-           py::arg("num_threads"), py::arg("tier"))
-      .def_property_readonly("tier", [](const LinearTeam& team) { return team.tier().name; })
-      .def(
-          "run",
-          [](LinearTeam& team, const PackedWeight& weight, Address in, Address out, std::int64_t num_rows,
-             bool is_wide) {
-            const py::gil_scoped_release no_gil;
-            team.run(weight, pointer<const float>(in), pointer<float>(out), num_rows, is_wide);
-          },
-          py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_wide"));
   module.def(
       "round_int4",
       [](Address values, Address bytes, Address scales, std::int64_t num_groups, const std::string& tier) {

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "check.hpp"
-#include "lanes.hpp"
 #include "packed_linear.hpp"
 
 namespace petalsd {
@@ -121,41 +120,11 @@ AttentionTask SpanBlock::attention_task(const StepRows& rows, const SpanWorkspac
 }
 
 void SpanBlock::attend(const StepRows& rows, const SpanWorkspace& work, ThreadTeam& team) const {
-  const AttentionTask task = attention_task(rows, work);
-  const AttentionPlan& plan = work.attention;
-  if (!plan.parts().empty()) {
-    attend_by_parts(task, work, team);
-  } else {
-    const auto attend = tier_.kernels.attention[static_cast<int>(rows.kv.type)].attend;
-    const std::int64_t num_tasks = static_cast<std::int64_t>(plan.pieces.size()) * shape_.num_kv_heads;
-    const Lanes lanes(num_tasks, team);
-    team.run(num_tasks, [&](std::int64_t claim) {
-      const std::int64_t i = lanes.at(claim);
-      const QueryRows& piece = plan.pieces[static_cast<std::size_t>(i / shape_.num_kv_heads)];
-      attend(task, piece, i % shape_.num_kv_heads, {0, piece.num_parts()}, nullptr);
-    });
-  }
+  const AttentionKernels& kernels = tier_.kernels.attention[static_cast<int>(rows.kv.type)];
+  petalsd::attend(attention_task(rows, work), kernels, work.attention, team);
   const std::int64_t size = shape_.attended_size();
   team.run(work.num_rows, [&](std::int64_t row) {
     linear(matrices_.output).prepare(work.attended + row * size, work.operand(row), size);
-  });
-}
-
-void SpanBlock::attend_by_parts(const AttentionTask& task, const SpanWorkspace& work, ThreadTeam& team) const {
-  const AttentionKernels& kernels = tier_.kernels.attention[static_cast<int>(task.kv.type)];
-  const AttentionPlan& plan = work.attention;
-  const auto num_parts = static_cast<std::int64_t>(plan.parts().size());
-  const Lanes lanes(num_parts, team);
-  team.run(num_parts, [&](std::int64_t claim) {
-    const AttentionPlan::Part& part = plan.parts()[static_cast<std::size_t>(lanes.at(claim))];
-    const QueryRows& piece = plan.pieces[static_cast<std::size_t>(part.piece)];
-    kernels.attend(task, piece, part.kv_head, {part.index, part.index + 1}, plan.partials(part));
-  });
-  team.run(static_cast<std::int64_t>(plan.pieces.size()), [&](std::int64_t i) {
-    const QueryRows& piece = plan.pieces[static_cast<std::size_t>(i)];
-    for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
-      kernels.merge_parts(task, piece, head, plan.partials(i, head), piece.num_parts());
-    }
   });
 }
 

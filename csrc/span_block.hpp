@@ -33,21 +33,14 @@ struct BlockVectors {
   std::vector<float> down_bias;
 };
 
-// R new tokens of some sequences, one sequence after the other: what a step brings and where it belongs. hidden and out
-// `[R, hidden_size]`, cos and sin `[R, head_dim]`, all of `dtype`. Sequence s has the rows bounds[s] to bounds[s + 1] - 1
-// at consecutive positions, and its pages at origins + s * origins_stride.
-struct StepRows {
+// What a step brings and where it belongs. hidden and out `[R, hidden_size]`, cos and sin `[R, head_dim]`, all of `dtype`.
+struct StepRows : Sequences {
   DType dtype;
-  std::int64_t num_rows;
   const void* hidden;
   void* out;
   const void* cos;
   const void* sin;
   KVPages kv;
-  const std::int32_t* origins;
-  std::int64_t origins_stride;
-  const std::int64_t* positions;
-  std::vector<std::int64_t> bounds;
 };
 
 // Computes what the block's torch path computes, with float32 between the operations, where torch rounds to smaller
@@ -75,7 +68,6 @@ class SpanBlock {
   void place(const StepRows& rows, const SpanWorkspace& work, const QueryRows& query) const;
   AttentionTask attention_task(const StepRows& rows, const SpanWorkspace& work) const;
   void attend(const StepRows& rows, const SpanWorkspace& work, ThreadTeam& team) const;
-  void attend_by_parts(const AttentionTask& task, const SpanWorkspace& work, ThreadTeam& team) const;
   void gate(const SpanWorkspace& work, ThreadTeam& team) const;
   const LinearKernels& linear(const PackedWeight& weight) const;
 

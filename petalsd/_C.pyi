@@ -211,19 +211,48 @@ class Span:
         """Write K and V of the new tokens in ``count`` blocks from number ``first``, and ``[R, M]`` to ``out``;
         hidden and out are addresses, of tensors in the rows' dtype."""
 
-class LinearTeam:
-    """A few threads that compute linear layers by themselves; a call waits for one that is running."""
+class Sequences:
+    """New tokens of some sequences, one sequence after the other; the caller keeps the tensors alive."""
+
+    def __init__(self, bounds: Sequence[int], positions: int, origins: int, origins_stride: int) -> None:
+        """Sequence s has the rows ``bounds[s]`` to ``bounds[s + 1] - 1``. Addresses of positions ``[R]`` int64 and
+        origins ``[S, stride]`` int32 as in ``ops.ragged``."""
+
+class ScoreRule:
+    """What happens to scores, as ``ops.score_rule`` has it; the caller keeps the tensors alive."""
+
+    def __init__(
+        self, softcap: float, slopes: int, bias_factor: float, rounds_biases: bool, sinks: int
+    ) -> None:
+        """softcap: 0 for none; slopes and sinks: addresses of float32 ``[H]``, or 0. With ``rounds_biases``
+        positions, and products of slopes with them, are rounded to bfloat16."""
+
+class LayerTeam:
+    """A few threads that compute products and attention by themselves; a call waits for one that is running."""
 
     def __init__(self, num_threads: int, tier: str) -> None:
         """``num_threads`` counts the caller."""
     @property
     def tier(self) -> str:
         """Whose kernels it runs."""
-    def run(self, weight: PackedWeight, inputs: int, outputs: int, num_rows: int, is_wide: bool) -> None:
+    def multiply(self, weight: PackedWeight, inputs: int, outputs: int, num_rows: int, is_wide: bool) -> None:
         """Inputs ``[R, num_in]`` times the weight to outputs ``[R, num_out]``: addresses of float32 tensors.
 
         ``is_wide``: inputs are not rounded beside bfloat16 weights, which is slower for many rows.
         """
+    def attend(
+        self,
+        sequences: Sequences,
+        kv: KVPages,
+        sizes: Sequence[int],
+        scale: float,
+        rule: ScoreRule,
+        q_k_v_out: Sequence[int],
+    ) -> None:
+        """Write K and V of the new tokens in one block, and what they attend to, window and all, to ``out``.
+
+        sizes: number of the block, heads, window (0: none). Addresses of float32 tensors: q and out ``[R, H, D]``,
+        k and v ``[R, Hkv, D]``."""
 
 def round_int4(values: int, bytes: int, scales: int, num_groups: int, tier: str) -> None:
     """Groups of 64 finite weights in the format int4 of ``packed_weight``, byte after byte.

@@ -48,7 +48,7 @@ class PackedOutput(nn.Module):
         super().__init__()
         self.table = table
         self.dtype = dtype
-        self._product = PackedProduct(table, _C.LinearTeam(torch.get_num_threads(), "auto"))
+        self._product = PackedProduct(table, _C.LayerTeam(torch.get_num_threads(), "auto"))
 
     @property
     def weight(self) -> torch.Tensor:

@@ -157,7 +157,7 @@ def rate_key(model: str, form: str, device: torch.device, num_threads: int = 0) 
     """What the figures depend on; ``model`` is its source as configured, ``form`` that of weights and cache."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
-        name += f" ({_C.LinearTeam(1, 'auto').tier})"
+        name += f" ({_C.LayerTeam(1, 'auto').tier})"
     threads = num_threads or torch.get_num_threads()
     return f"{model} {form} on {name}, {threads} threads, petalsd {__version__}, torch {torch.__version__}"
 

@@ -21,11 +21,11 @@ from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.packing import pack_layer, round_layer
-from petalsd.models.native_span import NativeSpan
+from petalsd.models.native_span import NativeSpan, can_attend_natively
 from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
-from petalsd.models.spans import can_attend_by_kernels, paged_span
+from petalsd.models.spans import has_kernels, paged_span
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import load_block
@@ -154,11 +154,15 @@ class Ladder:
         return self.storage.format is not None and self.storage.format.is_quantized
 
     @cached_property
+    def _team(self) -> _C.LayerTeam:
+        """What computes the parts of layers on a CPU, one after the other."""
+        return _C.LayerTeam(self._num_threads, "auto")
+
+    @cached_property
     def _products(self) -> tuple[str, Callable[[PackedWeight], Product]]:
-        """What computes with the weights of packed layers, one after the other, and products by it."""
+        """What computes with the weights of packed layers, and products by it."""
         if self.storage.device.type == "cpu":
-            team = _C.LinearTeam(self._num_threads, "auto")
-            return team.tier, lambda weight: PackedProduct(weight, team)
+            return self._team.tier, lambda weight: PackedProduct(weight, self._team)
         return "triton", gpu_products(self.storage.device)
 
     def _pack(self, layer: nn.Module) -> None:
@@ -176,7 +180,10 @@ class Ladder:
         angles, part = self.angles, slice(0, 2)
         if isinstance(angles, LayerAngles):
             part = angles.slice_of(self.architecture.layers.layer_type(index))
-        return LayerBlock(index, self.architecture.config, layer, angles, part)
+        block = LayerBlock(index, self.architecture.config, layer, angles, part)
+        if can_attend_natively(block):
+            block.team = self._team
+        return block
 
     def _climb(self, kind: str, index: int) -> tuple[Choice, Block]:
         tokens = Tokens.draw(self.architecture.config.hidden_size, self.storage.device)
@@ -206,7 +213,7 @@ class Ladder:
         """The block on this rung; a layer that attended by kernels then once more, with torch in their place."""
         block = self.build(rung, index)
         yield block
-        if can_attend_by_kernels(block):
+        if has_kernels(block):
             block.uses_kernels = False
             yield block
 
@@ -246,8 +253,7 @@ class Ladder:
 
     def _kernels(self, rung: Rung, block: Block) -> str:
         if rung is Rung.PACKED:
-            has_other_attention = self.storage.device.type != "cpu" and not can_attend_by_kernels(block)
-            return f"{self._products[0]}, torch" if has_other_attention else self._products[0]
+            return self._products[0] if has_kernels(block) else f"{self._products[0]}, torch"
         span = paged_span({block.index: block}, self._num_threads)
         if isinstance(span, NativeSpan):
             return span.tier

@@ -14,8 +14,10 @@ import torch
 
 from petalsd import _C
 from petalsd.models.block import BlockWeights, TransformerBlock
+from petalsd.models.contract import Block
 from petalsd.models.paged_span import BlockByBlock, CosSin, PagedBlock
 from petalsd.ops.head_major import HeadMajorKV
+from petalsd.ops.native_attention import has_native_order
 from petalsd.ops.native_weight import native_weight
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.ragged import PagedKV, RaggedBatch
@@ -23,21 +25,18 @@ from petalsd.types import BlockSpan
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ACTIVATIONS = ("silu", "swish")
-_MAX_HEAD_DIM = 512
 
 
 def can_be_native(block: PagedBlock) -> TypeGuard[TransformerBlock]:
     """Whether the C++ code computes what ``block`` does, on this device and in its dtype."""
     if not isinstance(block, TransformerBlock) or block.weights.is_adapted:
         return False
-    config = block.config
-    return (
-        block.device.type == "cpu"
-        and block.dtype in _DTYPES
-        and config.activation in _ACTIVATIONS
-        and config.head_dim <= _MAX_HEAD_DIM
-        and config.head_dim % 2 == 0
-    )
+    return can_attend_natively(block) and block.config.activation in _ACTIVATIONS
+
+
+def can_attend_natively(block: Block) -> bool:
+    """Whether the C++ code computes the attention of ``block``, on this device and in its dtype."""
+    return block.device.type == "cpu" and has_native_order(block.config.head_dim, block.dtype)
 
 
 class NativeSpan:

@@ -84,6 +84,12 @@ def can_attend_by_kernels(block: PagedBlock) -> TypeGuard[LayerBlock]:
     )
 
 
+def has_kernels(block: PagedBlock) -> TypeGuard[LayerBlock]:
+    """Whether kernels, the CPU's or a GPU's, compute the attention of a layer of transformers."""
+    is_native = isinstance(block, LayerBlock) and block.team is not None and block.uses_kernels
+    return is_native or can_attend_by_kernels(block)
+
+
 def _max_group(head_dim: int, dtype: torch.dtype) -> int:
     """Query heads to a KV head that fit into a tile of ``prefill_attention``; the decode kernel cuts them up."""
     if dtype == torch.float32:

@@ -17,7 +17,7 @@ from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import first_tensor
 from petalsd.models.hf.layer import Layers
 from petalsd.models.model_config import ModelConfig
-from petalsd.models.native_span import can_be_native
+from petalsd.models.native_span import can_attend_natively
 from petalsd.models.spans import paged_span
 from petalsd.ops.attention_plan import visible_keys
 from petalsd.ops.head_major import HeadMajorKV
@@ -162,7 +162,7 @@ def _empty_pages(block: Block, num_rows: int) -> PagedKV:
     """In the kernels' order where these compute the block."""
     config, dtype, device = block.config, block.dtype, block.device
     shape = (1 + num_rows * _RUNS_PER_ROW, _PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-    if can_be_native(block):
+    if can_attend_natively(block):
         kv: PagedKV = HeadMajorKV.allocate(shape, dtype)
     else:
         kv = PagedKV(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))

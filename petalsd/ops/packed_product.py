@@ -31,7 +31,7 @@ class PackedProduct:
     The kernels round activations beside weights of a few bits, so what has a gradient does without them.
     """
 
-    def __init__(self, weight: PackedWeight, team: _C.LinearTeam) -> None:
+    def __init__(self, weight: PackedWeight, team: _C.LayerTeam) -> None:
         self._weight = weight
         self._native = native_weight(weight)
         self._team = team
@@ -51,7 +51,7 @@ class PackedProduct:
         num_rows = out.numel() // self._weight.num_out
         if num_rows:
             is_wide = x.dtype == torch.float32
-            self._team.run(self._native, rows.data_ptr(), out.data_ptr(), num_rows, is_wide)
+            self._team.multiply(self._native, rows.data_ptr(), out.data_ptr(), num_rows, is_wide)
         if bias is not None:
             out += bias
         return out.to(x.dtype)

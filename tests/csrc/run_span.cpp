@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "packed_linear.hpp"
+#include "layer_team.hpp"
 #include "span.hpp"
 
 namespace {
@@ -194,8 +194,8 @@ std::vector<Buffer> compute(const Case& at_hand, int num_threads, int num_steps)
       }
     }
     answers.emplace_back(static_cast<std::int64_t>(hidden.size()));
-    const StepRows rows{at_hand.dtype(), num_rows, hidden.data(), answers.back().data(), cos.data(), sin.data(),
-                        pages.kv, origins.data(), at_hand.num_runs(), positions.data(), bounds};
+    const StepRows rows{{bounds, positions.data(), origins.data(), at_hand.num_runs()},
+                        at_hand.dtype(), hidden.data(), answers.back().data(), cos.data(), sin.data(), pages.kv};
     // Now the whole span, now its second block alone.
     span.run(rows, 1 + step % 2, kNumBlocks - step % 2, team);
   }
@@ -225,9 +225,9 @@ bool is_a_layer_the_same_on_any_team(WeightFormat format, const std::string& tie
   std::vector<Buffer> outs;
   for (int i = 0; i < 4; ++i) outs.emplace_back(num_rows * num_out * 4);
   for (std::size_t i = 0; i < outs.size(); i += 2) {
-    petalsd::LinearTeam team(i == 0 ? 1 : 3, petalsd::choose_tier(tier));
+    petalsd::LayerTeam team(i == 0 ? 1 : 3, petalsd::choose_tier(tier));
     const auto call = [&](Buffer& out) {
-      team.run(weight.weight, reinterpret_cast<const float*>(in.data()), reinterpret_cast<float*>(out.data()), num_rows,
+      team.multiply(weight.weight, reinterpret_cast<const float*>(in.data()), reinterpret_cast<float*>(out.data()), num_rows,
                is_wide);
     };
     std::thread other([&] { call(outs[i]); });
@@ -237,6 +237,40 @@ bool is_a_layer_the_same_on_any_team(WeightFormat format, const std::string& tie
   if (std::all_of(outs.begin(), outs.end(), [&](const Buffer& out) { return out == outs[0]; })) return true;
   std::fprintf(stderr, "%s: three threads, or two callers, give other bits than one\n", tier.c_str());
   return false;
+}
+
+// Attention by itself, with more rows than it takes at once and a context in parts, by the rule with everything in it.
+bool is_attention_the_same_on_any_team(KVType kv, const std::string& tier) {
+  Random random;
+  Case at_hand{{}, WeightFormat::kFloat32, kv, tier, kLongHistory};
+  at_hand.shape.num_heads = 6;
+  at_hand.shape.num_kv_heads = 2;
+  at_hand.shape.head_dim = 10;
+  constexpr std::int64_t num_rows = 131, block = 1;
+  const std::int64_t num_runs = at_hand.num_runs() + num_rows / kPageTokens;
+  std::vector<std::int32_t> origins;
+  for (std::int64_t run = 0; run < num_runs; ++run) origins.push_back(static_cast<std::int32_t>(run * kNumBlocks));
+  std::vector<std::int64_t> positions;
+  for (std::int64_t row = 0; row < num_rows; ++row) positions.push_back(kLongHistory + row);
+  const petalsd::Sequences sequences{{0, num_rows}, positions.data(), origins.data(), num_runs};
+  const std::vector<float> slopes = random.floats(6), sinks = random.floats(6);
+  const Buffer q = random.values(num_rows * 60, false), k = random.values(num_rows * 20, false);
+  const auto values = [](const Buffer& buffer) { return reinterpret_cast<const float*>(buffer.data()); };
+  for (const bool rounds_biases : {false, true}) {
+    std::vector<Buffer> outs;
+    for (const int num_threads : {1, 3}) {
+      Random same;
+      const Pages pages(same, at_hand, 1 + num_runs * kNumBlocks);
+      outs.emplace_back(num_rows * 60 * 4);
+      petalsd::LayerTeam team(num_threads, petalsd::choose_tier(tier));
+      team.attend(sequences, pages.kv, {block, 6, 0, 0.3f, {2.0f, slopes.data(), 0.5f, rounds_biases, sinks.data()},
+                                        values(q), values(k), values(k), reinterpret_cast<float*>(outs.back().data())});
+    }
+    if (outs[0] == outs[1]) continue;
+    std::fprintf(stderr, "%s: attention of three threads gives other bits than of one\n", tier.c_str());
+    return false;
+  }
+  return true;
 }
 
 // Weights rounded to int4, into buffers that are exactly as long as they must be.
@@ -297,8 +331,7 @@ bool spans_are_guarded(const Case& at_hand) {
   const auto run = [&](std::int64_t first, std::int64_t count, std::int64_t num_rows, std::int64_t page_tokens) {
     return [&span, &team, &at_hand, first, count, num_rows, page_tokens] {
       StepRows rows{};
-      rows.num_rows = num_rows;
-      rows.bounds = {0, 1};
+      rows.bounds = {0, num_rows};
       rows.kv = {at_hand.kv, nullptr, nullptr, nullptr, nullptr, page_tokens, 1, 2};
       span.run(rows, first, count, team);
     };
@@ -316,7 +349,7 @@ bool spans_are_guarded(const Case& at_hand) {
          is_refused("before", "blocks 0 to 1 of a span from 1 to 3", run(0, 1, 1, 16)) &&
          is_refused("beyond", "blocks 2 to 4 of a span from 1 to 3", run(2, 2, 1, 16)) &&
          is_refused("none", "blocks 1 to 1", run(1, 0, 1, 16)) && is_refused("no rows", "num_rows = 0", run(1, 1, 0, 16)) &&
-         is_refused("bounds", "bounds ascend", run(1, 1, 2, 16)) &&
+         is_refused("bounds", "bounds ascend", run(1, 1, -1, 16)) &&
          is_refused("pages", "page_tokens = 8", run(1, 1, 1, 8)) &&
          is_refused("heads", "pages of 1 heads of 2", run(1, 1, 1, 16));
 }
@@ -352,6 +385,7 @@ int main(int argc, char** argv) {
       ++turn;
       // In parts, where there are many threads.
       if (!is_the_same_on_any_team({shapes[2], format.format, format.kv, tier, kLongHistory})) return EXIT_FAILURE;
+      if (tier != kEmulated && !is_attention_the_same_on_any_team(format.kv, tier)) return EXIT_FAILURE;
       for (const bool is_wide : {false, true}) {
         if (!is_a_layer_the_same_on_any_team(format.format, tier, is_wide)) return EXIT_FAILURE;
       }

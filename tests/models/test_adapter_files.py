@@ -50,7 +50,7 @@ class Llama:
         return Adapter.open(ModelSource(str(path)), self.architecture)
 
     def answer(self, adapter: Adapter) -> torch.Tensor:
-        team = _C.LinearTeam(1, "auto")
+        team = _C.LayerTeam(1, "auto")
         return adapter.adapt(self.block, lambda weight: PackedProduct(weight, team)).forward_dense(
             self.hidden
         )

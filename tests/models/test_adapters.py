@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_product(weight: PackedWeight) -> Product:
-    return PackedProduct(weight, _C.LinearTeam(1, "auto"))
+    return PackedProduct(weight, _C.LayerTeam(1, "auto"))
 
 
 class Model:

@@ -15,15 +15,15 @@ from petalsd import _C
 from petalsd.config import Quantization
 from petalsd.errors import ModelError
 from petalsd.models import ladder as ladder_module
-from petalsd.models import spans
 from petalsd.models import trial as trial_module
 from petalsd.models.architecture import Architecture
 from petalsd.models.block import TransformerBlock
+from petalsd.models.hf.attention import NativeCall
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.native_span import NativeSpan
-from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.source import ModelSource
+from petalsd.models.spans import has_kernels
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from tests.tiny_models import LAYER_VARIANTS, make_tiny
@@ -52,7 +52,7 @@ def test_the_best_rung_is_taken(family: str, dtype: torch.dtype, tmp_path: Path)
     assert rungs(ladder) == [(best, True)]
     taken = ladder.choices["uniform"].taken
     assert 0 < taken.error < taken.tolerance / 2
-    assert taken.kernels == _C.LinearTeam(1, "auto").tier
+    assert taken.kernels == _C.LayerTeam(1, "auto").tier
 
 
 def test_without_packed_weights_the_plain_layer_serves(tmp_path: Path) -> None:
@@ -121,22 +121,19 @@ def test_a_kernel_that_is_wrong_for_decode_steps_alone_is_noticed(
 def test_attention_by_kernels_that_is_wrong_leaves_it_to_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the same rung, of the block that was tried and of those that follow; on a GPU, that is."""
+    """On the same rung, of the block that was tried and of those that follow."""
 
-    class Wrong(BlockByBlock):
-        def forward_paged(self, *args: Any) -> torch.Tensor:
-            return super().forward_paged(*args) * 1.01
+    class Wrong(NativeCall):
+        def attend(self, *args: Any) -> torch.Tensor:
+            return super().attend(*args) * 1.01
 
-    def is_on_gpu(block: Any) -> bool:
-        return isinstance(block, LayerBlock) and block.uses_kernels
-
-    for module in (spans, ladder_module):
-        monkeypatch.setattr(module, "can_attend_by_kernels", is_on_gpu)
-    monkeypatch.setattr(spans, "_layer_span", Wrong)
+    monkeypatch.setattr("petalsd.models.hf.block.NativeCall", Wrong)
     ladder = make_ladder(tmp_path, "opt")
     loaded = [ladder.load(0), ladder.load(1)]
     assert rungs(ladder) == [(Rung.PACKED, False), (Rung.PACKED, True)]
-    assert [block.uses_kernels for block in loaded if isinstance(block, LayerBlock)] == [False, False]
+    tier = _C.LayerTeam(1, "auto").tier
+    assert [trial.kernels for trial in ladder.choices["uniform"].trials] == [tier, f"{tier}, torch"]
+    assert not any(has_kernels(block) for block in loaded)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

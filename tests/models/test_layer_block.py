@@ -38,7 +38,7 @@ class Case:
 
     def __init__(self, path: Path, variant: str, rung: Rung) -> None:
         family, overrides = VARIANTS[variant]
-        self.variant = variant
+        self.variant, self.rung = variant, rung
         self.reference = make_tiny(family, path, **overrides)
         self.source = ModelSource(str(path))
         self.ladder = Ladder(
@@ -76,7 +76,10 @@ def run_paged(
 
 
 def paged_rows(case: Case) -> PagedRows:
-    return PagedRows(case.config.num_blocks, case.config.num_kv_heads, case.config.head_dim, page_tokens=8)
+    """In the order of the CPU's kernels for packed layers; plain ones attend by torch, over small pages."""
+    config = case.config
+    shape = config.num_blocks, config.num_kv_heads, config.head_dim
+    return PagedRows(*shape, 16).in_head_major() if case.rung is Rung.PACKED else PagedRows(*shape, 8)
 
 
 def test_every_family_of_the_table_is_tested() -> None:

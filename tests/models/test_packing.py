@@ -36,7 +36,7 @@ def test_a_layers_plain_weights_go_when_they_are_packed() -> None:
     layer.requires_grad_(False)
     weights = [weakref.ref(parameter) for parameter in layer.parameters() if parameter.dim() > 1]
     assert len(weights) == 4
-    team, storage = _C.LinearTeam(1, "auto"), WeightStorage.choose(torch.float32, CPU)
+    team, storage = _C.LayerTeam(1, "auto"), WeightStorage.choose(torch.float32, CPU)
     pack_layer(
         layer, ExpertNames(), lambda weight: PackedProduct(pack_weight(weight, WeightFormat.FLOAT32), team)
     )

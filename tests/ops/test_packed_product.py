@@ -32,8 +32,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.fixture(params=[1, 3], ids="{}-threads".format, scope="module")
-def team(request: pytest.FixtureRequest) -> _C.LinearTeam:
-    return _C.LinearTeam(request.param, "auto")
+def team(request: pytest.FixtureRequest) -> _C.LayerTeam:
+    return _C.LayerTeam(request.param, "auto")
 
 
 @pytest.fixture(params=list(WeightFormat))
@@ -47,7 +47,7 @@ def weight(request: pytest.FixtureRequest) -> PackedWeight:
     "shape", [(NUM_IN,), (1, NUM_IN), (2, 5, NUM_IN), (300, NUM_IN), (0, NUM_IN)], ids=str
 )
 def test_products_are_near_exact_ones(
-    weight: PackedWeight, team: _C.LinearTeam, shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype
+    weight: PackedWeight, team: _C.LayerTeam, shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype
 ) -> None:
     """For one row, sequences, more rows than the kernels take at once, and none; in the dtype of the rows."""
     x, bias = drawn(*shape, dtype=dtype), drawn(NUM_OUT, dtype=dtype) if has_bias else None
@@ -59,7 +59,7 @@ def test_products_are_near_exact_ones(
     assert (product.float() - expected).norm() <= bound * expected.norm()
 
 
-def test_gradients_are_those_of_the_unpacked_weight(weight: PackedWeight, team: _C.LinearTeam) -> None:
+def test_gradients_are_those_of_the_unpacked_weight(weight: PackedWeight, team: _C.LayerTeam) -> None:
     """Where one is asked for, nothing is rounded but the weight, and the product can be changed in place."""
     x = drawn(2, 5, NUM_IN).requires_grad_()
     product = PackedProduct(weight, team).multiply(x, drawn(NUM_OUT))
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_unpacked_weight(weight: PackedWeight, team: 
 )
 def test_rows_may_lie_anyhow_in_memory(
     weight: PackedWeight,
-    team: _C.LinearTeam,
+    team: _C.LayerTeam,
     shape: tuple[int, int],
     view: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
@@ -93,13 +93,13 @@ def test_rows_may_lie_anyhow_in_memory(
     assert torch.equal(product.multiply(x), product.multiply(x.contiguous()))
 
 
-def test_rows_of_another_width_are_refused(weight: PackedWeight, team: _C.LinearTeam) -> None:
+def test_rows_of_another_width_are_refused(weight: PackedWeight, team: _C.LayerTeam) -> None:
     """Also when their values would make up other rows of the right width."""
     with pytest.raises(ValueError, match="x has 75 inputs, the weight has 150"):
         PackedProduct(weight, team).multiply(drawn(4, 75))
 
 
-def test_a_team_serves_many_threads(weight: PackedWeight, team: _C.LinearTeam) -> None:
+def test_a_team_serves_many_threads(weight: PackedWeight, team: _C.LayerTeam) -> None:
     """A block is tried while others serve: calls of several threads, of several sizes, keep apart."""
     products = [PackedProduct(weight, team), PackedProduct(pack_weight(drawn(70, 300), weight.format), team)]
     inputs = [drawn(200, NUM_IN), drawn(9, 300)]
@@ -112,7 +112,7 @@ def test_a_team_serves_many_threads(weight: PackedWeight, team: _C.LinearTeam) -
         assert all(pool.map(repeat, [0, 1, 0, 1]))
 
 
-def test_a_product_takes_what_its_weight_does(weight: PackedWeight, team: _C.LinearTeam) -> None:
+def test_a_product_takes_what_its_weight_does(weight: PackedWeight, team: _C.LayerTeam) -> None:
     """Nothing is held beside the packed weight."""
     assert PackedProduct(weight, team).nbytes == weight.nbytes
 
@@ -120,8 +120,8 @@ def test_a_product_takes_what_its_weight_does(weight: PackedWeight, team: _C.Lin
 def test_kernels_can_be_forced() -> None:
     """Every processor has the baseline; the name of a tier that there is none of is refused."""
     weight, x = pack_weight(drawn(NUM_OUT, NUM_IN), WeightFormat.FLOAT32), drawn(3, NUM_IN)
-    team = _C.LinearTeam(1, "baseline")
+    team = _C.LayerTeam(1, "baseline")
     assert team.tier == "baseline"
     assert_close(PackedProduct(weight, team).multiply(x), linear(x, weight), 1e-4, 1e-5, "product")
     with pytest.raises(KVPoolError, match="tier = sse9: one of auto"):
-        _C.LinearTeam(1, "sse9")
+        _C.LayerTeam(1, "sse9")

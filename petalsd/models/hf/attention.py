@@ -11,8 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
+from petalsd import _C
 from petalsd.ops.attention import dense_attention, paged_attention
+from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.kv import write_kv
+from petalsd.ops.native_attention import native_attention
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.score_rule import ScoreRule
 
@@ -44,6 +47,24 @@ class PagedCall:
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (q, k, v))
         write_kv(k, v, self.kv, self.batch, self.block)
         return paged_attention(q, self.kv, self.batch, self.block, scale, self.window, rule).unsqueeze(0)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCall:
+    """The same by the CPU's kernels, over pages in their order."""
+
+    team: _C.LayerTeam
+    kv: HeadMajorKV
+    batch: RaggedBatch
+    block: int
+    window: int | None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, rule: ScoreRule | None
+    ) -> torch.Tensor:
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (q, k, v))
+        place = self.block, self.window
+        return native_attention(self.team, (q, k, v), self.kv, self.batch, place, scale, rule).unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)

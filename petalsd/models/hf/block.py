@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from petalsd import _C
 from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.adapted_linear import adapt_layer
-from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, PagedCall
+from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, NativeCall, PagedCall
 from petalsd.models.hf.packing import has_experts, layer_nbytes
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.paged_span import CosSin
+from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.low_rank import LowRankUpdate
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 
@@ -27,7 +29,8 @@ class LayerBlock:
 
     layer         with our attention inside, its linear modules packed or not
     angles        shared with the model's other blocks; ``angles_part`` says which of its tensors are this block's
-    uses_kernels  whether kernels may attend where the device has them; else torch does
+    team          what attends on a CPU, to pages in its order; None: torch
+    uses_kernels  whether the CPU's or the GPU's kernels may attend where they can; else torch does
     rule          what the layer's attention asks of kernels, once it is known. Captured steps read its tensors, so
                   it lives as long as the weights
     """
@@ -44,6 +47,7 @@ class LayerBlock:
         self.angles = angles
         self.window = config.windows[index]
         self.adapted: Mapping[str, Block | None] = {}
+        self.team: _C.LayerTeam | None = None
         self.uses_kernels = True
         self.rule: AttentionRule | None = None
         self._part = angles_part
@@ -62,14 +66,16 @@ class LayerBlock:
         layer = adapt_layer(self.layer, updates)
         block = LayerBlock(self.index, self.config, layer, self.angles, self._part)
         block.nbytes = sum(update.nbytes for update in updates.values())
-        block.uses_kernels = self.uses_kernels
+        block.team, block.uses_kernels = self.team, self.uses_kernels
         return block
 
     def forward_paged(
         self, hidden: torch.Tensor, kv: PagedKV, batch: RaggedBatch, cos_sin: CosSin
     ) -> torch.Tensor:
         """As ``contract.Block``."""
-        call = PagedCall(kv, batch, self.index, self.window)
+        call: AttentionCall = PagedCall(kv, batch, self.index, self.window)
+        if self.team is not None and self.uses_kernels and isinstance(kv, HeadMajorKV):
+            call = NativeCall(self.team, kv, batch, self.index, self.window)
         return self.compute(hidden, cos_sin, call, batch.positions.long())
 
     def compute(

@@ -1,0 +1,59 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "addresses.hpp"
+#include "bindings.hpp"
+#include "layer_team.hpp"
+
+namespace py = pybind11;
+
+namespace petalsd {
+
+void register_layer_team(py::module_& module) {
+  py::class_<Sequences>(module, "Sequences")
+      .def(py::init([](std::vector<std::int64_t> bounds, Address positions, Address origins, std::int64_t origins_stride) {
+             return Sequences{std::move(bounds), pointer<const std::int64_t>(positions),
+                              pointer<const std::int32_t>(origins), origins_stride};
+           }),
+           py::arg("bounds"), py::arg("positions"), py::arg("origins"), py::arg("origins_stride"));
+  py::class_<ScoreRule>(module, "ScoreRule")
+      .def(py::init([](float softcap, Address slopes, float bias_factor, bool rounds_biases, Address sinks) {
+             return ScoreRule{softcap, pointer<const float>(slopes), bias_factor, rounds_biases,
+                              pointer<const float>(sinks)};
+           }),
+           py::arg("softcap"), py::arg("slopes"), py::arg("bias_factor"), py::arg("rounds_biases"), py::arg("sinks"));
+  py::class_<LayerTeam>(module, "LayerTeam")
+      .def(py::init([](int num_threads, const std::string& tier) {
+             return std::make_unique<LayerTeam>(num_threads, choose_tier(tier));
+           }),
+           py::arg("num_threads"), py::arg("tier"))
+      .def_property_readonly("tier", [](const LayerTeam& team) { return team.tier().name; })
+      .def(
+          "multiply",
+          [](LayerTeam& team, const PackedWeight& weight, Address in, Address out, std::int64_t num_rows,
+             bool is_wide) {
+            const py::gil_scoped_release no_gil;
+            team.multiply(weight, pointer<const float>(in), pointer<float>(out), num_rows, is_wide);
+          },
+          py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_wide"))
+      .def(
+          "attend",
+          [](LayerTeam& team, const Sequences& sequences, const KVPages& kv, const std::array<std::int64_t, 3>& sizes,
+             float scale, const ScoreRule& rule, const std::array<Address, 4>& q_k_v_out) {
+            const auto at = [&](int i) { return pointer<const float>(q_k_v_out[static_cast<std::size_t>(i)]); };
+            const LayerAttention layer{sizes[0], sizes[1], sizes[2], scale, rule,
+                                       at(0),    at(1),    at(2),    pointer<float>(q_k_v_out[3])};
+            const py::gil_scoped_release no_gil;
+            team.attend(sequences, kv, layer);
+          },
+          py::arg("sequences"), py::arg("kv"), py::arg("sizes"), py::arg("scale"), py::arg("rule"),
+          py::arg("q_k_v_out"));
+}
+
+}  // namespace petalsd

@@ -1,0 +1,64 @@
+// Products and attention by themselves, for blocks that are not computed as a whole.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "attention_plan.hpp"
+#include "thread_team.hpp"
+#include "tiers.hpp"
+
+namespace petalsd {
+
+// One block's attention for R new tokens, float32 all: q and out `[R, num_heads, D]`, k and v `[R, Hkv, D]`, rotated where
+// the model does that.
+struct LayerAttention {
+  std::int64_t block;  // what is added to origins
+  std::int64_t num_heads;
+  std::int64_t window;  // 0: none
+  float scale;
+  ScoreRule rule;
+  const float* q;
+  const float* k;
+  const float* v;
+  float* out;
+};
+
+// What many layers share: the threads, and memory to work in. May be called from any thread; a call waits for one that is
+// running.
+class LayerTeam {
+ public:
+  // `num_threads` counts the caller.
+  LayerTeam(int num_threads, Tier tier) : team_(num_threads), tier_(tier) {}
+
+  const Tier& tier() const { return tier_; }
+
+  // out[r, n] = sum_k in[r, k] * weight[n, k] for R rows; in `[R, num_in]` and out `[R, num_out]` are float32, and
+  // with `is_wide` inputs are not rounded beside bfloat16 weights.
+  void multiply(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows, bool is_wide);
+
+  // Writes keys and values to their places in the pages, and attends to all that each token sees. PoolError for pages or
+  // heads that do not fit.
+  void attend(const Sequences& sequences, const KVPages& kv, const LayerAttention& layer);
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+
+  void reserve(std::int64_t bytes);
+  void place(const KVPages& kv, const LayerAttention& layer, std::int64_t first_row, std::int64_t query_bytes);
+
+  std::mutex mutex_;
+  ThreadTeam team_;
+  const Tier tier_;
+  AttentionPlan plan_;
+  std::unique_ptr<char, Free> operands_;  // or queries, as the kernels read them
+  std::int64_t operands_bytes_ = 0;
+};
+
+}  // namespace petalsd
