@@ -57,18 +57,15 @@ def _load_rows(places, is_row, is_input, IS_WHOLE: tl.constexpr):
     return tl.load(places, mask=is_row[:, None] & is_input, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def quantized_linear_kernel(
+@triton.jit
+def quantized_sums(
     x,
+    x_stride,
+    row,
+    is_row,
     words,
     scales,
-    bias,
-    out,
-    partials,
-    arrivals,
-    x_stride,
-    out_stride,
-    num_rows,
+    tile,
     num_in,
     num_out,
     BITS: tl.constexpr,
@@ -82,11 +79,9 @@ def quantized_linear_kernel(
     IN_PTX: tl.constexpr,
     AS_PAIRS: tl.constexpr,
 ):
-    """Grid (tiles of rows, tiles of outputs, NUM_SPLITS); ``ops.quantized_linear`` has shapes and meaning.
+    """This program's part of a tile's products, float32 ``[OUT_BLOCK, ROWS_BLOCK]``; int8 is not scaled yet.
 
-    With matrix units OUT_BLOCK is 32 for each warp. Programs of one split take neighbouring pieces of IN_BLOCK
-    inputs. Products of whole numbers are summed in float32, and scaled afterwards: int8 once, int4 by group.
-    IS_OUT_WHOLE, IS_IN_WHOLE: tiles and pieces are full.
+    row, is_row  which rows of x, and which of them there are; ``tile`` is of OUT_BLOCK outputs
     """
     GROUP_INPUTS: tl.constexpr = 64
     TILE_OUTPUTS: tl.constexpr = 16
@@ -94,16 +89,13 @@ def quantized_linear_kernel(
     # Of int8 scales there is one for all inputs, so that a piece may be multiplied at once.
     PART_INPUTS: tl.constexpr = IN_BLOCK if BITS == 8 else GROUP_INPUTS
     PART_WORDS: tl.constexpr = PART_INPUTS // WORD_INPUTS
-    row = tl.program_id(0) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
-    column = tl.program_id(1) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
-    is_row, is_column = row < num_rows, column < num_out
     num_groups = (num_in + GROUP_INPUTS - 1) // GROUP_INPUTS
     num_words = num_groups * (GROUP_INPUTS // WORD_INPUTS)
     # Words as they lie in memory, one behind the other for each packed tile: any other order costs bandwidth.
     line = tl.arange(0, OUT_BLOCK // TILE_OUTPUTS * PART_WORDS)
-    tile, word = tl.program_id(1) * (OUT_BLOCK // TILE_OUTPUTS) + line // PART_WORDS, line % PART_WORDS
-    is_tile = tile * TILE_OUTPUTS < num_out
-    lines = words + ((tile.to(tl.int64) * num_words + word) * TILE_OUTPUTS)[:, None]
+    packed_tile, word = tile * (OUT_BLOCK // TILE_OUTPUTS) + line // PART_WORDS, line % PART_WORDS
+    is_tile = packed_tile * TILE_OUTPUTS < num_out
+    lines = words + ((packed_tile.to(tl.int64) * num_words + word) * TILE_OUTPUTS)[:, None]
     lines += tl.arange(0, TILE_OUTPUTS)[None, :]
     # int4, but as pairs: first the inputs in the lower halves of bytes, then those 4 behind them
     IS_HALVED: tl.constexpr = BITS == 4 and not AS_PAIRS
@@ -112,7 +104,7 @@ def quantized_linear_kernel(
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
     # The scales of a group, bfloat16, as the pairs that they are in: smaller pieces cannot be loaded ahead. Each
     # pair twice: what is made of it is then no other shape, and needs no barrier.
-    scaled = tl.program_id(1) * OUT_BLOCK + _output_at(tl.arange(0, OUT_BLOCK), OUT_BLOCK)
+    scaled = tile * OUT_BLOCK + _output_at(tl.arange(0, OUT_BLOCK), OUT_BLOCK)
     pairs = scales + (scaled // 16).to(tl.int64) * num_groups * 8 + scaled % 16 // 2
     is_second = scaled % 2 == 1
     total = tl.zeros([OUT_BLOCK, ROWS_BLOCK], tl.float32)
@@ -148,7 +140,47 @@ def quantized_linear_kernel(
                     product = tl.dot(lower, tl.trans(values), input_precision="ieee")
                     product = tl.dot(upper, tl.trans(others), product, input_precision="ieee")
                     total += product * scale[:, None]
-    total = _from_places(total)
+    return _from_places(total)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantized_linear_kernel(
+    x,
+    words,
+    scales,
+    bias,
+    out,
+    partials,
+    arrivals,
+    x_stride,
+    out_stride,
+    num_rows,
+    num_in,
+    num_out,
+    BITS: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
+    OUT_BLOCK: tl.constexpr,
+    IN_BLOCK: tl.constexpr,
+    IS_OUT_WHOLE: tl.constexpr,
+    IS_IN_WHOLE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    IN_PTX: tl.constexpr,
+    AS_PAIRS: tl.constexpr,
+):
+    """Grid (tiles of rows, tiles of outputs, NUM_SPLITS); ``ops.quantized_linear`` has shapes and meaning.
+
+    With matrix units OUT_BLOCK is 32 for each warp. Programs of one split take neighbouring pieces of IN_BLOCK
+    inputs. Products of whole numbers are summed in float32, and scaled afterwards: int8 once, int4 by group.
+    IS_OUT_WHOLE, IS_IN_WHOLE: tiles and pieces are full.
+    """
+    row = tl.program_id(0) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
+    column = tl.program_id(1) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    is_row, is_column = row < num_rows, column < num_out
+    total = quantized_sums(
+        x, x_stride, row, is_row, words, scales, tl.program_id(1), num_in, num_out, BITS, ROWS_BLOCK, OUT_BLOCK,
+        IN_BLOCK, IS_OUT_WHOLE, IS_IN_WHOLE, NUM_SPLITS, NUM_STAGES, IN_PTX, AS_PAIRS,
+    )  # fmt: skip
     is_last = True
     if NUM_SPLITS > 1:
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
