@@ -142,6 +142,15 @@ class PackedWeight:
         scales = None if self.scales is None else self.scales.to(device)
         return PackedWeight(self.format, self.num_out, self.num_in, self.data.to(device), scales)
 
+    def outputs(self, first: int, end: int) -> PackedWeight:
+        """These outputs, whole tiles, as a view. ValueError for others."""
+        if first % TILE_OUTPUTS or end % TILE_OUTPUTS or not 0 <= first < end <= self.num_out:
+            raise ValueError(f"outputs {first} to {end} of {self.num_out} are not tiles of {TILE_OUTPUTS}")
+        tiles, scales = slice(first // TILE_OUTPUTS, end // TILE_OUTPUTS), self.scales
+        if scales is not None:
+            scales = scales[first:end] if self.format is WeightFormat.INT8 else scales[tiles]
+        return PackedWeight(self.format, end - first, self.num_in, self.data[tiles], scales)
+
     @property
     def device(self) -> torch.device:
         return self.data.device

@@ -10,7 +10,7 @@ from petalsd.ops.packed_weight import GROUP_INPUTS, PackedWeight, WeightFormat
 from petalsd.ops.split_workspace import ProductTile, SplitWorkspace, tile_for
 from petalsd.ops.unpacked_linear import unpacked_linear
 
-_BITS = {WeightFormat.INT8: 8, WeightFormat.INT4: 4}
+BITS = {WeightFormat.INT8: 8, WeightFormat.INT4: 4}
 MAX_ROWS = 64
 """Beyond, weights are unpacked for a dense product."""
 
@@ -32,7 +32,7 @@ TILES = {
         ProductTile(64, 128, 64, Options(num_warps=4, num_stages=4), programs=2),
     ),
 }
-_GROUP_WARPS = 4  # for whose matrix instructions weights are unpacked as pairs
+GROUP_WARPS = 4  # for whose matrix instructions weights are unpacked as pairs
 # Multiplied without matrix units, from registers. Larger tiles spill, and on 10.0 Triton rounds them to TF32.
 FLOAT32_TILE = ProductTile(16, 32, 32, Options(num_warps=4, num_stages=3), programs=4)
 
@@ -54,7 +54,7 @@ def quantized_linear(
     ValueError for tensors that don't fit, and other formats.
     """
     rows = len(x)
-    if weight.format not in _BITS or weight.scales is None:
+    if weight.format not in BITS or weight.scales is None:
         raise ValueError(f"the weight's format is {weight.format}: it must be int8 or int4")
     check_tensor("x", x, (None, weight.num_in))
     check_tensor("out", out, (rows, weight.num_out))
@@ -63,7 +63,7 @@ def quantized_linear(
     if rows > MAX_ROWS:
         unpacked_linear(x, weight, bias, out)
         return
-    bits = _BITS[weight.format]
+    bits = BITS[weight.format]
     tile = FLOAT32_TILE if x.dtype == torch.float32 else tile_for(rows, TILES[bits])
     inputs = tile.inputs if bits == 8 else max(tile.inputs, GROUP_INPUTS)
     grid = (-(-rows // tile.rows), -(-weight.num_out // tile.outputs))
@@ -81,7 +81,7 @@ def quantized_linear(
             "IS_OUT_WHOLE": weight.num_out % tile.outputs == 0, "IS_IN_WHOLE": weight.num_in % inputs == 0,
             "NUM_SPLITS": num_splits, "NUM_STAGES": tile.options.num_stages,
             "IN_PTX": takes_ptx(quantized_linear_kernel),
-            "AS_PAIRS": tile.options.num_warps == _GROUP_WARPS and x.dtype != torch.float32,
+            "AS_PAIRS": tile.options.num_warps == GROUP_WARPS and x.dtype != torch.float32,
         },
         tile.options,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from petalsd.ops import memory
 from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat
 from petalsd.ops.staging import Copy
 from petalsd.ops.weight_rounding import SERIAL_VALUES, round_int4, round_int8
@@ -15,6 +16,20 @@ def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
     """A finite ``[num_out, num_in]`` weight of any float dtype, copied into memory of its own."""
     packed = PackedWeight.empty(format, weight.shape[0], weight.shape[1])
     pack_rows([weight], packed)
+    return packed
+
+
+def pack_stack(weights: torch.Tensor, format: WeightFormat, device: torch.device) -> PackedWeight:
+    """Finite weights ``[E, num_out, num_in]`` on ``device``, the outputs of each below those of the one before.
+
+    They are packed one by one. ValueError unless ``num_out`` fills tiles.
+    """
+    num_weights, num_out, num_in = weights.shape
+    packed = PackedWeight.empty(
+        format, num_weights * num_out, num_in, lambda shape, dtype: memory.empty(shape, dtype, device)
+    )
+    for number, weight in enumerate(weights):
+        pack_rows([weight.cpu()], packed.outputs(number * num_out, (number + 1) * num_out))
     return packed
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from petalsd import _C
 from petalsd.ops.packed_weight import GROUP_INPUTS, PackedLayout, PackedWeight, WeightFormat, unpack_nibbles
-from petalsd.ops.weight_packing import pack_rows, pack_weight
+from petalsd.ops.weight_packing import pack_rows, pack_stack, pack_weight
 from petalsd.ops.weight_rounding import SERIAL_VALUES
 from tests.models.test_native_span import TIERS, has_tier
 from tests.numeric import assert_close
@@ -235,3 +235,22 @@ def test_a_weight_for_another_device_is_packed_here_and_copied_whole(format: Wei
     ]
     assert torch.equal(copied[0][1], expected.data) and torch.equal(copied[1][1], expected.scales)
     assert there.unpack(torch.float16).device.type == "meta"
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+def test_a_stack_holds_each_weight_as_if_packed_alone(format: WeightFormat) -> None:
+    """One below the other, and each can be had as a view."""
+    weights = torch.stack([_weight(48, 100, seed) for seed in range(3)])
+    stack = pack_stack(weights, format, torch.device("cpu"))
+    assert (stack.num_out, stack.num_in) == (144, 100)
+    for number, weight in enumerate(weights):
+        part, alone = stack.outputs(48 * number, 48 * (number + 1)), pack_weight(weight, format)
+        assert torch.equal(part.unpack(torch.float32), alone.unpack(torch.float32))
+        assert part.nbytes == alone.nbytes
+        assert part.data.untyped_storage().data_ptr() == stack.data.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("first", "end"), [(8, 32), (16, 40), (32, 32), (-16, 16), (32, 64)])
+def test_outputs_that_are_no_tiles_are_refused(first: int, end: int) -> None:
+    with pytest.raises(ValueError, match=f"outputs {first} to {end} of 48 are not tiles of 16"):
+        pack_weight(_weight(48, 64), WeightFormat.INT4).outputs(first, end)
