@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -32,6 +33,9 @@ from petalsd.models.weights import load_block
 from petalsd.ops.packed_product import PackedProduct, Product
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.weight_packing import pack_weight
+
+if TYPE_CHECKING:
+    from petalsd.models.gpu_products import GpuProducts
 
 log = structlog.get_logger(__name__)
 
@@ -160,13 +164,22 @@ class Ladder:
 
     @cached_property
     def _products(self) -> tuple[str, Callable[[PackedWeight], Product]]:
-        """What computes with the weights of packed layers, and products by it."""
-        if self.storage.device.type == "cpu":
-            return self._team.tier, lambda weight: PackedProduct(weight, self._team)
-        return "triton", gpu_products(self.storage.device)
+        """What computes with the weights of packed layers, one after the other, and products by it."""
+        if self._gpu is not None:
+            return self._gpu.tier, self._gpu.product
+        return self._team.tier, lambda weight: PackedProduct(weight, self._team)
+
+    @cached_property
+    def _gpu(self) -> GpuProducts | None:
+        return None if self.storage.device.type == "cpu" else gpu_products(self.storage.device)
 
     def _pack(self, layer: nn.Module) -> None:
-        pack_layer(layer, self.architecture.layers.family.experts, self._make_product)
+        assert self.storage.format is not None
+        names = self.architecture.layers.family.experts
+        pack_experts = None
+        if self._gpu is not None:
+            pack_experts = partial(self._gpu.pack_experts, format=self.storage.format)
+        pack_layer(layer, names, self._make_product, pack_experts)
 
     def make_product(self, weight: PackedWeight) -> Product:
         """What multiplies with a packed weight on the blocks' device."""
@@ -177,6 +190,9 @@ class Ladder:
         return self.make_product(pack_weight(weight.cpu(), self.storage.format).to(self.storage.device))
 
     def _as_block(self, layer: nn.Module, index: int) -> LayerBlock:
+        names = self.architecture.layers.family.experts
+        if names is not None and self._gpu is not None:
+            self._gpu.replace_experts(layer, names)
         angles, part = self.angles, slice(0, 2)
         if isinstance(angles, LayerAngles):
             part = angles.slice_of(self.architecture.layers.layer_type(index))
@@ -260,14 +276,11 @@ class Ladder:
         return "torch" if isinstance(span, BlockByBlock) else "triton"
 
 
-def gpu_products(device: torch.device) -> Callable[[PackedWeight], Product]:
-    """Products by the kernels of a GPU, which a machine without one does not even import."""
-    from petalsd.ops.quantized_product import QuantizedProduct
-    from petalsd.ops.split_workspace import SplitWorkspace
+def gpu_products(device: torch.device) -> GpuProducts:
+    """Imports Triton, which a machine without a GPU need not have."""
+    from petalsd.models.gpu_products import GpuProducts
 
-    num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    workspace = SplitWorkspace.allocate(device, num_multiprocessors)
-    return lambda weight: QuantizedProduct(weight, workspace)
+    return GpuProducts.of(device)
 
 
 def make_angles(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Angles:

@@ -13,7 +13,8 @@ from petalsd import _C
 from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.adapted_linear import adapt_layer
 from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, NativeCall, PagedCall
-from petalsd.models.hf.packing import has_experts, layer_nbytes
+from petalsd.models.hf.experts import experts_are_capturable
+from petalsd.models.hf.packing import layer_nbytes
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.paged_span import CosSin
 from petalsd.ops.head_major import HeadMajorKV
@@ -55,8 +56,8 @@ class LayerBlock:
 
     @property
     def is_capturable(self) -> bool:
-        """Whether the host never waits for what the layer computed: it does to send tokens to experts."""
-        return not has_experts(self.layer)
+        """Whether the host never waits for what the layer computed."""
+        return experts_are_capturable(self.layer)
 
     def with_updates(self, updates: Mapping[str, LowRankUpdate]) -> LayerBlock:
         """The block with these linear modules adapted, by their names in the layer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +15,8 @@ from petalsd.ops.weight_packing import pack_weight
 
 MakeProduct: TypeAlias = Callable[[torch.Tensor], Product]
 """Packs a weight ``[out, in]``, which it does not keep."""
+PackExperts: TypeAlias = Callable[[Any], nn.Module]
+"""Makes what stands for transformers' experts, of which it keeps no weights."""
 
 
 class PackedLinear(nn.Module):
@@ -36,11 +38,11 @@ class PackedLinear(nn.Module):
 class PackedExperts(nn.Module):
     """Stands for the gated experts of a sparse MLP, which transformers holds as one tensor for all of them."""
 
-    def __init__(self, experts: Any, make_product: MakeProduct) -> None:
+    def __init__(self, activation: nn.Module, gate_up: Sequence[Product], down: Sequence[Product]) -> None:
         super().__init__()
-        self.activation = experts.act_fn
-        self.gate_up = [make_product(weight) for weight in experts.gate_up_proj]
-        self.down = [make_product(weight) for weight in experts.down_proj]
+        self.activation = activation
+        self.gate_up = gate_up
+        self.down = down
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +62,19 @@ class PackedExperts(nn.Module):
         return out
 
 
-def pack_layer(layer: nn.Module, names: ExpertNames | None, make_product: MakeProduct) -> None:
-    """Pack what can be packed, in place. Norms, routers and biases stay."""
-    if (experts := _experts(layer, names)) is not None and names is not None:
-        layer.set_submodule(names.module, PackedExperts(experts, make_product))
+def pack_layer(
+    layer: nn.Module,
+    names: ExpertNames | None,
+    make_product: MakeProduct,
+    pack_experts: PackExperts | None = None,
+) -> None:
+    """Pack what can be packed, in place. Norms, routers and biases stay.
+
+    ``pack_experts`` is for devices that have a better way than a product for each.
+    """
+    if (experts := find_experts(layer, names)) is not None and names is not None:
+        packed = _pack_each(experts, make_product) if pack_experts is None else pack_experts(experts)
+        layer.set_submodule(names.module, packed)
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -73,7 +84,7 @@ def pack_layer(layer: nn.Module, names: ExpertNames | None, make_product: MakePr
 def round_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
     """Give the weights that ``pack_layer`` would pack the values that they have in ``format``, in place."""
     weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
-    experts = _experts(layer, names)
+    experts = find_experts(layer, names)
     stacks = [] if experts is None else [experts.gate_up_proj, experts.down_proj]
     for weight in [*weights, *(weight for stack in stacks for weight in stack)]:
         weight.data.copy_(pack_weight(weight, format).unpack(weight.dtype))
@@ -85,18 +96,15 @@ def layer_nbytes(layer: nn.Module) -> int:
     return sum(packed) + sum(parameter.nbytes for parameter in layer.parameters())
 
 
-def has_experts(layer: nn.Module) -> bool:
-    """Whether the layer is a sparse one, packed or not."""
-    return any(
-        isinstance(module, PackedExperts) or isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-        for module in layer.modules()
-    )
-
-
-def _experts(layer: nn.Module, names: ExpertNames | None) -> Any | None:
-    """The experts of a sparse layer; None for a dense one, which models with experts have too."""
+def find_experts(layer: nn.Module, names: ExpertNames | None) -> Any | None:
+    """transformers' experts in a sparse layer; None for a dense one, which models with experts have too."""
     if names is None:
         return None
     parent_name, _, name = names.module.rpartition(".")
     experts = getattr(layer.get_submodule(parent_name), name, None)
     return experts if hasattr(experts, "gate_up_proj") else None
+
+
+def _pack_each(experts: Any, make_product: MakeProduct) -> PackedExperts:
+    gate_up = [make_product(weight) for weight in experts.gate_up_proj]
+    return PackedExperts(experts.act_fn, gate_up, [make_product(weight) for weight in experts.down_proj])

@@ -1,0 +1,77 @@
+"""Products by the kernels of a GPU; a machine without one does not even import this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from petalsd.models.hf.experts import KernelExperts
+from petalsd.models.hf.family import ExpertNames
+from petalsd.models.hf.packing import PackedExperts, find_experts
+from petalsd.ops.expert_mlp import (
+    DenseExperts,
+    ExpertMlp,
+    Gate,
+    QuantizedExperts,
+    activation_gate,
+    fits_kernels,
+    silu_gate,
+)
+from petalsd.ops.packed_product import Product
+from petalsd.ops.packed_weight import PackedWeight, WeightFormat
+from petalsd.ops.quantized_product import QuantizedProduct
+from petalsd.ops.split_workspace import SplitWorkspace
+from petalsd.ops.weight_packing import pack_stack, pack_weight
+
+
+class GpuProducts:
+    """Makes what computes with the weights of layers on ``device``, one layer after the other."""
+
+    tier = "triton"
+
+    def __init__(self, device: torch.device, num_multiprocessors: int) -> None:
+        self._device = device
+        self._workspace = SplitWorkspace.allocate(device, num_multiprocessors)
+
+    @classmethod
+    def of(cls, device: torch.device) -> GpuProducts:
+        return cls(device, torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def product(self, weight: PackedWeight) -> Product:
+        """Of a weight on the device."""
+        return QuantizedProduct(weight, self._workspace)
+
+    def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
+        """What stands for transformers' experts, over weights in an int8 or int4 format."""
+        if not fits_kernels(experts.gate_up_proj.shape):
+            return PackedExperts(
+                experts.act_fn, *(
+                    [self.product(pack_weight(weight.cpu(), format).to(self._device)) for weight in stack]
+                    for stack in (experts.gate_up_proj, experts.down_proj)
+                )
+            )  # fmt: skip
+        num_experts = len(experts.gate_up_proj)
+        gate_up, down = (
+            QuantizedExperts(pack_stack(stack, format, self._device), num_experts, self._workspace)
+            for stack in (experts.gate_up_proj, experts.down_proj)
+        )
+        whole = PackedExperts(experts.act_fn, gate_up.products, down.products)
+        return KernelExperts(whole, ExpertMlp(num_experts, gate_up, down, _gate(experts.act_fn)))
+
+    def replace_experts(self, layer: nn.Module, names: ExpertNames) -> None:
+        """Have transformers' experts in a layer, if any, computed by kernels where those can."""
+        experts = find_experts(layer, names)
+        if experts is None or not fits_kernels(experts.gate_up_proj.shape):
+            return
+        gate_up, down = (
+            DenseExperts(stack, self._workspace) for stack in (experts.gate_up_proj, experts.down_proj)
+        )
+        kernels = ExpertMlp(len(experts.gate_up_proj), gate_up, down, _gate(experts.act_fn))
+        layer.set_submodule(names.module, KernelExperts(experts, kernels))
+
+
+def _gate(activation: nn.Module) -> Gate:
+    return silu_gate if type(activation) is type(ACT2FN["silu"]) else activation_gate(activation)

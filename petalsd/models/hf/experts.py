@@ -1,0 +1,60 @@
+"""Experts of a sparse layer on a GPU: the few tokens of decode steps by kernels, more of them expert by expert."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from petalsd.models.hf.packing import PackedExperts
+
+MAX_TOKENS = 64
+"""That kernels compute at once; more keep a device busy expert by expert."""
+
+
+class FewTokens(Protocol):
+    """``ops.expert_mlp.ExpertMlp``, which only machines with a GPU import."""
+
+    def multiply(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class KernelExperts(nn.Module):
+    """Stands for gated experts.
+
+    whole    computes any number of tokens, and gradients, but asks the host which experts there are
+    kernels  computes up to ``MAX_TOKENS`` over the same weights, and does not
+    """
+
+    is_capturable = True
+    """A step of up to ``MAX_TOKENS`` tokens without gradients never waits for the host."""
+
+    def __init__(self, whole: nn.Module, kernels: FewTokens) -> None:
+        super().__init__()
+        self.whole = whole
+        self._kernels = kernels
+
+    def forward(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden ``[T, M]``; the experts of each token and their weights ``[T, k]``; returns ``[T, M]``."""
+        has_gradient = torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad)
+        if len(hidden) > MAX_TOKENS or has_gradient:
+            states: torch.Tensor = self.whole(hidden, top_k_index, top_k_weights)
+            return states
+        return self._kernels.multiply(hidden, top_k_index, top_k_weights)
+
+
+def experts_are_capturable(layer: nn.Module) -> bool:
+    """Whether all experts in a layer are ``KernelExperts``: also true where there are none."""
+    if isinstance(layer, KernelExperts):
+        return layer.is_capturable
+    return not _holds_experts(layer) and all(map(experts_are_capturable, layer.children()))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Packed ones, or those of transformers: a parameter of three dimensions is one matrix for each expert."""
+    stacks = (parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    return isinstance(module, PackedExperts) or any(stacks)
