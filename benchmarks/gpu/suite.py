@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from subprocess import SubprocessError
 
 from benchmarks.benchmark import say
-from benchmarks.gpu import attention_cases, block_cases, case, others, small_cases
+from benchmarks.gpu import attention_cases, block_cases, case, expert_cases, others, small_cases
 from benchmarks.gpu.block_cases import Capture, Model
 from benchmarks.gpu.cards import ATTENTION_CONTEXT, SHAPES, Shape
 from benchmarks.gpu.case import Case, Site
@@ -40,6 +40,7 @@ class Bench:
 def kernels(bench: Bench, shape: Shape = SHAPES[0]) -> Iterator[Row]:
     yield from kernel_rows(bench, attention_cases.cases(bench.site, shape))
     yield from kernel_rows(bench, small_cases.cases(bench.site, shape))
+    yield from kernel_rows(bench, expert_cases.cases(bench.site))
 
 
 def kernel_rows(bench: Bench, cases: Iterable[Case]) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.gpu import attention_cases, small_cases
+from benchmarks.gpu import attention_cases, expert_cases, small_cases
 from benchmarks.gpu.case import ERROR, RATE, TIME, TOLERANCES, Case, measure, relative_error
 from benchmarks.gpu.pages import PAGE_TOKENS, Rows
 from benchmarks.report import OURS, TORCH
@@ -53,6 +53,18 @@ def test_products_are_measured_in_all_formats(monkeypatch: pytest.MonkeyPatch) -
         rows = list(measure(case, SITE, FakeClock()))
         assert rows[0].spread.median <= TOLERANCES[torch.float16]
         assert {row.metric for row in rows} == {ERROR, TIME, RATE}
+
+
+def test_products_of_experts_are_measured_in_all_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same weights, of which no more count than what is asked of them."""
+    monkeypatch.setattr(expert_cases, "BATCHES", (2,))
+    cases = list(expert_cases.cases(SITE, expert_cases.ExpertShape(8, 2, 64, 32)))
+    assert [case.kernel for case in cases] == ["experts dense", "experts int8", "experts int4"]
+    for case in cases:
+        rows = list(measure(case, SITE, FakeClock()))
+        assert rows[0].spread.median <= TOLERANCES[torch.float16]
+        assert {row.metric for row in rows} == {ERROR, TIME, RATE}
+    assert cases[2].nbytes < cases[1].nbytes < cases[0].nbytes < 8 * 64 * 64 * 2
 
 
 def test_wrong_values_are_seen() -> None:
