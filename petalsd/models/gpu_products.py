@@ -23,18 +23,18 @@ from petalsd.ops.expert_mlp import (
 from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.quantized_product import QuantizedProduct
-from petalsd.ops.split_workspace import SplitWorkspace
+from petalsd.ops.split_workspace import StreamWorkspaces
 from petalsd.ops.weight_packing import pack_stack, pack_weight
 
 
 class GpuProducts:
-    """Makes what computes with the weights of layers on ``device``, one layer after the other."""
+    """Makes what computes with the weights of layers on ``device``."""
 
     tier = "triton"
 
     def __init__(self, device: torch.device, num_multiprocessors: int) -> None:
         self._device = device
-        self._workspace = SplitWorkspace.allocate(device, num_multiprocessors)
+        self._workspaces = StreamWorkspaces(device, num_multiprocessors)
 
     @classmethod
     def of(cls, device: torch.device) -> GpuProducts:
@@ -42,7 +42,7 @@ class GpuProducts:
 
     def product(self, weight: PackedWeight) -> Product:
         """Of a weight on the device."""
-        return QuantizedProduct(weight, self._workspace)
+        return QuantizedProduct(weight, self._workspaces)
 
     def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
         """What stands for transformers' experts, over weights in an int8 or int4 format."""
@@ -55,7 +55,7 @@ class GpuProducts:
             )  # fmt: skip
         num_experts = len(experts.gate_up_proj)
         gate_up, down = (
-            QuantizedExperts(pack_stack(stack, format, self._device), num_experts, self._workspace)
+            QuantizedExperts(pack_stack(stack, format, self._device), num_experts, self._workspaces)
             for stack in (experts.gate_up_proj, experts.down_proj)
         )
         whole = PackedExperts(experts.act_fn, gate_up.products, down.products)
@@ -67,7 +67,7 @@ class GpuProducts:
         if experts is None or not fits_kernels(experts.gate_up_proj.shape):
             return
         gate_up, down = (
-            DenseExperts(stack, self._workspace) for stack in (experts.gate_up_proj, experts.down_proj)
+            DenseExperts(stack, self._workspaces) for stack in (experts.gate_up_proj, experts.down_proj)
         )
         kernels = ExpertMlp(len(experts.gate_up_proj), gate_up, down, _gate(experts.act_fn))
         layer.set_submodule(names.module, KernelExperts(experts, kernels))

@@ -13,7 +13,7 @@ from petalsd.ops.gated_activation import gated_activation
 from petalsd.ops.launching import ALIGNED_ELEMENTS
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.quantized_product import QuantizedProduct
-from petalsd.ops.split_workspace import SplitWorkspace
+from petalsd.ops.split_workspace import Workspaces
 
 Gate: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,13 +28,13 @@ class ExpertProducts(Protocol):
 class DenseExperts:
     """By weights ``[E, num_out, num_in]`` in the dtype of states; they are not copied."""
 
-    def __init__(self, weight: torch.Tensor, workspace: SplitWorkspace) -> None:
+    def __init__(self, weight: torch.Tensor, workspaces: Workspaces) -> None:
         self._weight = weight
-        self._workspace = workspace
+        self._workspaces = workspaces
 
     def multiply(self, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         out = x.new_empty(len(order.order), self._weight.shape[1])
-        expert_linear(x, self._weight, order, out, self._workspace)
+        expert_linear(x, self._weight, order, out, self._workspaces.current())
         return out
 
 
@@ -44,18 +44,18 @@ class QuantizedExperts:
     products  of each expert by itself, over the same storage
     """
 
-    def __init__(self, weight: PackedWeight, num_experts: int, workspace: SplitWorkspace) -> None:
+    def __init__(self, weight: PackedWeight, num_experts: int, workspaces: Workspaces) -> None:
         self._weight = weight
         self._num_out = weight.num_out // num_experts
-        self._workspace = workspace
+        self._workspaces = workspaces
         parts = (
             weight.outputs(first, first + self._num_out) for first in range(0, weight.num_out, self._num_out)
         )
-        self.products: Sequence[QuantizedProduct] = [QuantizedProduct(part, workspace) for part in parts]
+        self.products: Sequence[QuantizedProduct] = [QuantizedProduct(part, workspaces) for part in parts]
 
     def multiply(self, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         out = x.new_empty(len(order.order), self._num_out)
-        quantized_expert_linear(x, self._weight, order, out, self._workspace)
+        quantized_expert_linear(x, self._weight, order, out, self._workspaces.current())
         return out
 
 

@@ -8,18 +8,18 @@ from petalsd.ops.launching import ALIGNED_ELEMENTS
 from petalsd.ops.linear import linear
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.quantized_linear import quantized_linear
-from petalsd.ops.split_workspace import SplitWorkspace
+from petalsd.ops.split_workspace import Workspaces
 
 
 class QuantizedProduct:
     """``packed_product.Product`` by the kernel of ``ops.quantized_linear``.
 
-    ``workspace`` is shared by products that are computed one after the other.
+    ``workspaces`` are shared by all products of a device.
     """
 
-    def __init__(self, weight: PackedWeight, workspace: SplitWorkspace) -> None:
+    def __init__(self, weight: PackedWeight, workspaces: Workspaces) -> None:
         self._weight = weight
-        self._workspace = workspace
+        self._workspaces = workspaces
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +35,7 @@ class QuantizedProduct:
             else _room(len(rows), rows.shape[1], x).copy_(rows)
         )
         out = _room(len(rows), self._weight.num_out, x)
-        quantized_linear(whole, self._weight, bias, out, self._workspace)
+        quantized_linear(whole, self._weight, bias, out, self._workspaces.current())
         return out.view(*x.shape[:-1], self._weight.num_out)
 
 

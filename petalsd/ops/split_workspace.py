@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -57,6 +59,10 @@ class SplitWorkspace:
         arrivals = torch.zeros(programs, dtype=torch.int32, device=device)
         return cls(partials, arrivals, num_multiprocessors)
 
+    def current(self) -> SplitWorkspace:
+        """As ``StreamWorkspaces.current`` where all work is in one order."""
+        return self
+
     def num_splits(self, tile: ProductTile, num_tiles: int, num_in: int) -> int:
         """Into how many programs the inputs of each tile are split: a power of two, so that few kernels exist.
 
@@ -68,3 +74,40 @@ class SplitWorkspace:
             -(-num_in // tile.inputs) // _MIN_PIECES_PER_SPLIT,
         )
         return 1 << max(0, wanted.bit_length() - 1)
+
+
+class Workspaces(Protocol):
+    """Where products find the workspace for what is launched now."""
+
+    def current(self) -> SplitWorkspace: ...
+
+
+class StreamWorkspaces:
+    """One for each stream of a device that products are launched on; from any thread.
+
+    A block is tried on one stream while another that is to be captured runs on a second: two products at the same
+    time would add up each other's parts, and leave arrivals that no later product expects.
+
+    current_stream  its number; by default that of this thread on CUDA, and one for all work elsewhere
+    """
+
+    def __init__(
+        self, device: torch.device, num_multiprocessors: int, current_stream: Callable[[], int] | None = None
+    ) -> None:
+        self._device = device
+        self._num_multiprocessors = num_multiprocessors
+        self._current_stream = current_stream or partial(_current_stream, device)
+        self._workspaces: dict[int, SplitWorkspace] = {}
+
+    def current(self) -> SplitWorkspace:
+        """The stream's. What is captured must have run on the same stream before: no memory is taken then."""
+        stream = self._current_stream()
+        found = self._workspaces.get(stream)
+        if found is None:
+            made = SplitWorkspace.allocate(self._device, self._num_multiprocessors)
+            found = self._workspaces.setdefault(stream, made)
+        return found
+
+
+def _current_stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

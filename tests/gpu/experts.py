@@ -3,7 +3,8 @@
     python -m tests.gpu.experts DTYPE
 
 Prints one JSON object: for each family and format how far steps are from transformers' experts, as a share of what
-these give, and whether replays of captured steps give the same. Waiting for the device in a step is an error.
+these give, and whether replays of captured steps give the same; whether steps on two streams keep apart. A step
+that waits for the device is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from petalsd.ops.packed_weight import WeightFormat
 from tests.kernels.sparse_layers import SPARSE_FAMILIES, sparse_pair
 
 DEVICE = torch.device("cuda:0")
-HIDDEN = 256
+HIDDEN = 1024  # so that products are split
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": 384, "moe_intermediate_size": 128, "head_dim": 64}
 STEPS = (1, 5, 16, 48, 64)
 
@@ -36,7 +37,24 @@ def main() -> None:
                 "error": max(error for error, _ in steps),
                 "is_replayed": all(is_same for _, is_same in steps),
             }
-    json.dump(found, sys.stdout)
+    json.dump({"families": found, "is_apart": _streams_are_apart(dtype)}, sys.stdout)
+
+
+def _streams_are_apart(dtype: torch.dtype) -> bool:
+    """Whether steps of one layer on two streams at the same time give what they give alone."""
+    _, ours = sparse_pair("olmoe", WeightFormat.INT8, dtype, DEVICE, **SIZES)
+    states = [torch.randn(1, 1, HIDDEN, device=DEVICE).to(dtype) for _ in range(2)]
+    streams = [torch.cuda.Stream(DEVICE) for _ in states]
+    with torch.inference_mode():
+        expected = [ours(each) for each in states]
+        torch.cuda.synchronize()
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _ in range(500):
+            for stream, each, alone in zip(streams, states, expected, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append((ours(each), alone))
+        torch.cuda.synchronize()
+        return all(torch.equal(each, alone) for each, alone in found)
 
 
 def _step(theirs: nn.Module, ours: nn.Module, num_tokens: int, dtype: torch.dtype) -> tuple[float, bool]:

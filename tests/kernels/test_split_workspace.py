@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from petalsd.ops import dense_linear, quantized_linear
-from petalsd.ops.launching import Options
+from petalsd.ops.launching import Options, record_launches
+from petalsd.ops.packed_weight import WeightFormat
+from petalsd.ops.quantized_product import QuantizedProduct
 from petalsd.ops.split_workspace import (
     PROGRAMS_PER_MULTIPROCESSOR,
     VALUES_PER_MULTIPROCESSOR,
     ProductTile,
     SplitWorkspace,
+    StreamWorkspaces,
     tile_for,
 )
+from petalsd.ops.weight_packing import pack_weight
 from tests.device import DEVICE
 
 TILE = ProductTile(16, 64, 128, Options(), programs=4)
@@ -49,3 +54,32 @@ def test_the_smallest_tile_with_enough_rows_is_taken() -> None:
     """And the largest for all beyond."""
     tiles = [ProductTile(rows, 64, 128, Options(), programs=1) for rows in (8, 16, 64)]
     assert [tile_for(rows, tiles).rows for rows in (1, 8, 9, 16, 17, 64, 65)] == [8, 8, 16, 16, 64, 64, 64]
+
+
+def test_each_stream_has_its_own() -> None:
+    """What runs at the same time shares nothing; what follows each other on a stream shares all."""
+    stream = 1
+    workspaces = StreamWorkspaces(DEVICE, 4, lambda: stream)
+    first = workspaces.current()
+    stream = 2
+    second = workspaces.current()
+    assert second.partials.data_ptr() != first.partials.data_ptr()
+    assert second.arrivals.data_ptr() != first.arrivals.data_ptr()
+    stream = 1
+    assert workspaces.current() is first
+    assert first.current() is first
+
+
+def test_products_ask_for_the_streams_workspace() -> None:
+    """At each launch anew."""
+    streams = [1]
+    workspaces = StreamWorkspaces(DEVICE, 64, lambda: streams[-1])
+    weight = pack_weight(torch.randn(64, 1024, device="cpu"), WeightFormat.INT8)
+    product = QuantizedProduct(weight.to(DEVICE), workspaces)
+    used = []
+    for stream in (1, 2, 1):
+        streams.append(stream)
+        with record_launches() as launches:
+            product.multiply(torch.randn(1, 1024))
+        used += [one.arguments[5] is workspaces.current().partials for one in launches]
+    assert used == [True] * 3
