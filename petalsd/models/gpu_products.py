@@ -26,6 +26,9 @@ from petalsd.ops.quantized_product import QuantizedProduct
 from petalsd.ops.split_workspace import StreamWorkspaces
 from petalsd.ops.weight_packing import pack_stack, pack_weight
 
+_USUAL_GATE = "_default_apply_gate"
+"""transformers' name for what its experts have that do not gate in a way of their own."""
+
 
 class GpuProducts:
     """Makes what computes with the weights of layers on ``device``."""
@@ -64,13 +67,22 @@ class GpuProducts:
     def replace_experts(self, layer: nn.Module, names: ExpertNames) -> None:
         """Have transformers' experts in a layer, if any, computed by kernels where those can."""
         experts = find_experts(layer, names)
-        if experts is None or not fits_kernels(experts.gate_up_proj.shape):
+        if experts is None or not _is_usual(experts) or not fits_kernels(experts.gate_up_proj.shape):
             return
         gate_up, down = (
             DenseExperts(stack, self._workspaces) for stack in (experts.gate_up_proj, experts.down_proj)
         )
         kernels = ExpertMlp(len(experts.gate_up_proj), gate_up, down, _gate(experts.act_fn))
         layer.set_submodule(names.module, KernelExperts(experts, kernels))
+
+
+def _is_usual(experts: Any) -> bool:
+    """Whether it is rows of two weights that are multiplied, without biases, and gated by the activation alone."""
+    parameters = {name for name, _ in experts.named_parameters()}
+    gate = getattr(experts, "_apply_gate", None)
+    is_gated = gate is None or gate.__name__ == _USUAL_GATE
+    is_transposed = getattr(experts, "is_transposed", False)
+    return parameters == {"gate_up_proj", "down_proj"} and is_gated and not is_transposed
 
 
 def _gate(activation: nn.Module) -> Gate:

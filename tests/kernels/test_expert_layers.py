@@ -159,6 +159,21 @@ def test_sizes_that_do_not_fit_stay_as_they_were(format: WeightFormat | None) ->
     assert_close(ours(x), theirs(x), 1e-4, 1e-4, "layer")
 
 
+@pytest.mark.parametrize("differing", ["is_transposed", "bias", "gate"])
+def test_experts_of_another_kind_stay_as_they_were(differing: str) -> None:
+    """As other families of transformers have them."""
+    layers = layers_of("mixtral")
+    layer = layers.random(0, torch.float16, DEVICE)
+    experts: Any = layer.get_submodule("mlp.experts")
+    if differing == "is_transposed":
+        experts.is_transposed = True
+    elif differing == "bias":
+        experts.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 192))
+    else:
+        experts._apply_gate = experts.forward
+    assert with_kernels(layers, layer, None).get_submodule("mlp.experts") is experts
+
+
 def test_what_is_capturable() -> None:
     """Layers without experts; not those whose experts are transformers' or packed one by one."""
     layers = layers_of("qwen3_moe")  # whose second layer is dense
