@@ -136,7 +136,8 @@ class Ladder:
         if rung is Rung.PACKED:
             self._pack(layer)
         block = self._as_block(layer.to(storage.dtype), index)
-        block.uses_kernels = uses_kernels
+        if not uses_kernels:
+            block.leave_kernels()
         return block
 
     def random_layer(self, index: int) -> Block:
@@ -226,11 +227,11 @@ class Ladder:
         )
 
     def _ways(self, rung: Rung, index: int) -> Iterator[Block]:
-        """The block on this rung; a layer that attended by kernels then once more, with torch in their place."""
+        """The block on this rung; a layer then once more, without kernels for attention and experts."""
         block = self.build(rung, index)
         yield block
-        if has_kernels(block):
-            block.uses_kernels = False
+        if isinstance(block, LayerBlock):
+            block.leave_kernels()
             yield block
 
     def _reference(self, tokens: Tokens, index: int) -> Reference:

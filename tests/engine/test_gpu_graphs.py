@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 BFLOAT16_STEP = 2.0**-7  # a product of another size may be summed in another order
 
 
-MODELS = ["llama", "bloom", "falcon", "gemma2", "phi"]
+MODELS = ["llama", "bloom", "falcon", "gemma2", "mixtral", "phi"]
 """One with fused blocks, and layers of transformers."""
 
 

@@ -11,6 +11,7 @@ import torch
 from petalsd.config import Quantization
 from petalsd.models import ladder as ladders
 from petalsd.models.architecture import Architecture
+from petalsd.models.gpu_products import GpuProducts
 from petalsd.models.hf import layer_span
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.layer_span import LayerSpan
@@ -61,6 +62,14 @@ class Case:
         built = {index: self.ladder.build(rung, index) for index in self.span}
         return {index: block for index, block in built.items() if isinstance(block, LayerBlock)}
 
+    def kernel_blocks(self) -> dict[int, LayerBlock]:
+        """As a GPU has them: experts are computed by kernels, too."""
+        blocks, names = self.blocks(), self.ladder.architecture.layers.family.experts
+        for block in blocks.values():
+            if names is not None:
+                GpuProducts(CPU, NUM_SMS).replace_experts(block.layer, names)
+        return blocks
+
     def through(self, span: PagedSpan, *, with_angles: bool = True) -> torch.Tensor:
         """The states after the blocks of all tokens of all steps."""
         rows = PagedRows(len(self.span), self.config.num_kv_heads, self.config.head_dim, page_tokens=16)
@@ -81,11 +90,11 @@ class Case:
 
 @pytest.mark.parametrize("variant", KERNEL_VARIANTS)
 def test_a_batch_of_any_rows_equals_the_layers(variant: str, tmp_path: Path) -> None:
-    """With windows, capped scores, linear biases, shared heads, and angles that the span finds itself."""
+    """With windows, capped scores, linear biases, shared heads, experts, and angles that the span finds itself."""
     case = Case(tmp_path, variant)
-    blocks = case.blocks()
+    blocks = case.kernel_blocks()
     span, is_static = LayerSpan(blocks, NUM_SMS), not case.ladder.angles.is_length_dependent
-    expected = case.through(BlockByBlock(blocks))
+    expected = case.through(BlockByBlock(case.blocks()))
     assert_close(case.through(span, with_angles=not is_static), expected, 1e-4, 1e-4, variant)
     assert all(block.rule is not None for block in blocks.values())
 

@@ -13,7 +13,7 @@ from petalsd import _C
 from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.adapted_linear import adapt_layer
 from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, NativeCall, PagedCall
-from petalsd.models.hf.experts import experts_are_capturable
+from petalsd.models.hf.experts import experts_are_capturable, leave_kernels
 from petalsd.models.hf.packing import layer_nbytes
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.paged_span import CosSin
@@ -31,7 +31,8 @@ class LayerBlock:
     layer         with our attention inside, its linear modules packed or not
     angles        shared with the model's other blocks; ``angles_part`` says which of its tensors are this block's
     team          what attends on a CPU, to pages in its order; None: torch
-    uses_kernels  whether the CPU's or the GPU's kernels may attend where they can; else torch does
+    uses_kernels  whether the CPU's or the GPU's kernels may attend where they can; else torch does, as it computes
+                  experts
     rule          what the layer's attention asks of kernels, once it is known. Captured steps read its tensors, so
                   it lives as long as the weights
     """
@@ -58,6 +59,11 @@ class LayerBlock:
     def is_capturable(self) -> bool:
         """Whether the host never waits for what the layer computed."""
         return experts_are_capturable(self.layer)
+
+    def leave_kernels(self) -> None:
+        """Have torch compute what is not a product of one matrix."""
+        self.uses_kernels = False
+        leave_kernels(self.layer)
 
     def with_updates(self, updates: Mapping[str, LowRankUpdate]) -> LayerBlock:
         """The block with these linear modules adapted, by their names in the layer.

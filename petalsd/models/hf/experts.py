@@ -54,6 +54,13 @@ def experts_are_capturable(layer: nn.Module) -> bool:
     return not _holds_experts(layer) and all(map(experts_are_capturable, layer.children()))
 
 
+def leave_kernels(layer: nn.Module) -> None:
+    """Put what ``KernelExperts`` stand for back into a layer, in place."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, KernelExperts):
+            layer.set_submodule(name, module.whole)
+
+
 def _holds_experts(module: nn.Module) -> bool:
     """Packed ones, or those of transformers: a parameter of three dimensions is one matrix for each expert."""
     stacks = (parameter.dim() == 3 for parameter in module.parameters(recurse=False))
