@@ -273,8 +273,7 @@ class ModelReader:
         with self._turn:
             block = self._ladder.load(index)
             block.adapted = {
-                adapter.name: adapter.adapt(block, self._ladder.make_product)
-                for adapter in self._plan.adapters
+                adapter.name: self._ladder.adapt(block, adapter) for adapter in self._plan.adapters
             }
             return block
 

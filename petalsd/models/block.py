@@ -12,14 +12,17 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
+from petalsd import _C
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.contract import Block
 from petalsd.models.paged_span import CosSin
 from petalsd.models.rope import Rope
 from petalsd.ops.attention import dense_attention, paged_attention
+from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.kv import write_kv
 from petalsd.ops.linear import Weight, linear
 from petalsd.ops.low_rank import LowRankWeight
+from petalsd.ops.native_attention import native_attention
 from petalsd.ops.norm import rms_norm
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.ops.rotary import apply_rope
@@ -67,7 +70,10 @@ class BlockWeights:
 
 
 class TransformerBlock:
-    """Block ``index`` of a model. ``rope`` is shared with the model's other blocks."""
+    """Block ``index`` of a model. ``rope`` is shared with the model's other blocks.
+
+    team  what attends on a CPU, to pages in its order, where the block is not computed as a whole; None: torch
+    """
 
     def __init__(self, index: int, config: BlockConfig, weights: BlockWeights, rope: Rope) -> None:
         self.index = index
@@ -75,6 +81,7 @@ class TransformerBlock:
         self.weights = weights
         self.rope = rope
         self.adapted: Mapping[str, Block | None] = {}
+        self.team: _C.LayerTeam | None = None
         self.window = config.windows[index]
         self._scale = config.head_dim**-0.5
         self._activation = _ACTIVATIONS[config.activation]
@@ -106,8 +113,12 @@ class TransformerBlock:
         Returns ``[T, M]``, a new tensor.
         """
         q, k, v = self._project_qkv(hidden, cos_sin)
-        write_kv(k, v, kv, batch, self.index)
-        attended = paged_attention(q, kv, batch, self.index, self._scale, self.window)
+        if self.team is not None and isinstance(kv, HeadMajorKV):
+            place = self.index, self.window
+            attended = native_attention(self.team, (q, k, v), kv, batch, place, self._scale)
+        else:
+            write_kv(k, v, kv, batch, self.index)
+            attended = paged_attention(q, kv, batch, self.index, self._scale, self.window)
         return self._complete(hidden, attended.flatten(-2))
 
     def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:

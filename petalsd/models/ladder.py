@@ -17,12 +17,14 @@ from torch import nn
 from petalsd import _C
 from petalsd.device_faults import raise_if_lost
 from petalsd.errors import ModelError
+from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
+from petalsd.models.block import TransformerBlock
 from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.packing import pack_layer, round_layer
-from petalsd.models.native_span import NativeSpan, can_attend_natively
+from petalsd.models.native_span import NativeSpan, can_attend_natively, can_be_native
 from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
@@ -121,7 +123,7 @@ class Ladder:
         architecture, storage = self.architecture, self.storage
         if rung is Rung.FUSED:
             assert architecture.fused is not None and isinstance(self.angles, Rope)
-            return load_block(
+            fused = load_block(
                 self._source,
                 architecture.fused,
                 index,
@@ -130,6 +132,8 @@ class Ladder:
                 rope=self.angles,
                 quantization=storage.quantization,
             )
+            self._equip(fused)
+            return fused
         # What is rounded to a few bits is rounded from the checkpoint's values.
         dtype = torch.float32 if rung is Rung.PACKED and self._is_quantized else storage.dtype
         layer = architecture.layers.load(self._source, index, dtype, storage.device)
@@ -146,6 +150,13 @@ class Ladder:
         if self.storage.format is not None:
             self._pack(layer)
         return self._as_block(layer, index)
+
+    def adapt(self, block: Block, adapter: Adapter) -> Block | None:
+        """``Adapter.adapt``, computed as this device can."""
+        adapted = adapter.adapt(block, self.make_product)
+        if isinstance(adapted, TransformerBlock | LayerBlock):
+            self._equip(adapted)
+        return adapted
 
     def candidates(self) -> list[Rung]:
         """What can be tried here, the best first. A plain layer would take more memory than quantized weights."""
@@ -198,9 +209,13 @@ class Ladder:
         if isinstance(angles, LayerAngles):
             part = angles.slice_of(self.architecture.layers.layer_type(index))
         block = LayerBlock(index, self.architecture.config, layer, angles, part)
-        if can_attend_natively(block):
-            block.team = self._team
+        self._equip(block)
         return block
+
+    def _equip(self, block: TransformerBlock | LayerBlock) -> None:
+        """With what attends on a CPU where steps are not computed as a whole."""
+        if can_attend_natively(block) and not can_be_native(block):
+            block.team = self._team
 
     def _climb(self, kind: str, index: int) -> tuple[Choice, Block]:
         tokens = Tokens.draw(self.architecture.config.hidden_size, self.storage.device)

@@ -88,7 +88,7 @@ class Case:
         self.base, self.merged = Model(path / "base", rung), Model(path / "merged", rung)
         adapter_source = ModelSource(str(write_adapter(path / "adapter", tensors)))
         self.adapter = Adapter.open(adapter_source, self.base.architecture)
-        self.adapted = self.adapter.adapt(self.base.block, make_product)
+        self.adapted = self.base.ladder.adapt(self.base.block, self.adapter)
 
 
 def linear_modules(model: PreTrainedModel, left_out: str | tuple[str, ...]) -> list[str]:
@@ -107,10 +107,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(tmp_path_factory.mktemp("model"), *request.param)
 
 
-def run_steps(model: Model, block: Block, counts: list[dict[int, int]]) -> list[torch.Tensor]:
-    """Rows of so many new tokens each, iteration after iteration."""
+def run_steps(
+    model: Model, block: Block, counts: list[dict[int, int]], *, is_head_major: bool = True
+) -> list[torch.Tensor]:
+    """Rows of so many new tokens each, iteration after iteration; over pages as a CPU has them, or others."""
     config = model.architecture.config
-    rows = PagedRows(config.num_blocks, config.num_kv_heads, config.head_dim, page_tokens=8)
+    rows = PagedRows(config.num_blocks, config.num_kv_heads, config.head_dim, page_tokens=16)
+    if is_head_major:
+        rows = rows.in_head_major()
     for _ in range(2):
         rows.add_row()
     outputs = []
@@ -128,9 +132,10 @@ STEPS = [{0: 9}, {0: 1}, {0: 1, 1: 70}, {0: 1, 1: 1}]
 def test_an_adapted_block_equals_merged_weights(case: Case) -> None:
     """Prefills, decodes of one row and of more, and whole sequences; the base's answer is far from it."""
     ours = run_steps(case.base, case.adapted, STEPS)
-    theirs = run_steps(case.merged, case.merged.block, STEPS)
+    theirs = run_steps(case.merged, case.merged.block, STEPS, is_head_major=False)
     for step, (states, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert_close(states, expected, 2e-4, 2e-4, f"step {step}")
+    assert isinstance(case.adapted, TransformerBlock | LayerBlock) and case.adapted.team is not None
     hidden = case.base.hidden(2, 11)
     dense, expected = (block.forward_dense(hidden) for block in (case.adapted, case.merged.block))
     assert_close(dense, expected, 2e-4, 2e-4, "whole sequences")
