@@ -28,6 +28,8 @@ void register_layer_team(py::module_& module) {
                               pointer<const float>(sinks)};
            }),
            py::arg("softcap"), py::arg("slopes"), py::arg("bias_factor"), py::arg("rounds_biases"), py::arg("sinks"));
+  py::class_<GatedExperts>(module, "GatedExperts")
+      .def(py::init<std::vector<PackedWeight>, std::vector<PackedWeight>>(), py::arg("gate_up"), py::arg("down"));
   py::class_<LayerTeam>(module, "LayerTeam")
       .def(py::init([](int num_threads, const std::string& tier) {
              return std::make_unique<LayerTeam>(num_threads, choose_tier(tier));
@@ -42,6 +44,16 @@ void register_layer_team(py::module_& module) {
             team.multiply(weight, pointer<const float>(in), pointer<float>(out), num_rows, is_wide);
           },
           py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_wide"))
+      .def(
+          "run_experts",
+          [](LayerTeam& team, const GatedExperts& experts, const std::array<std::int64_t, 2>& sizes,
+             const std::array<Address, 4>& experts_shares_in_out, bool is_wide) {
+            const auto& [chosen, shares, in, out] = experts_shares_in_out;
+            const Routes routes{pointer<const std::int64_t>(chosen), pointer<const float>(shares), sizes[0], sizes[1]};
+            const py::gil_scoped_release no_gil;
+            team.run_experts(experts, routes, pointer<const float>(in), pointer<float>(out), is_wide);
+          },
+          py::arg("experts"), py::arg("sizes"), py::arg("experts_shares_in_out"), py::arg("is_wide"))
       .def(
           "attend",
           [](LayerTeam& team, const Sequences& sequences, const KVPages& kv, const std::array<std::int64_t, 3>& sizes,

@@ -25,9 +25,7 @@ void check_heads(const KVPages& kv, const LayerAttention& layer) {
 
 void LayerTeam::multiply(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows, bool is_wide) {
   PETALSD_CHECK(num_rows > 0, "num_rows = ", num_rows);
-  const bool keeps_inputs = is_wide && weight.format == WeightFormat::kBFloat16;
-  const LinearKernels& kernels =
-      keeps_inputs ? tier_.kernels.wide_bfloat16 : tier_.kernels.linear[static_cast<int>(weight.format)];
+  const LinearKernels& kernels = linear(weight, is_wide);
   const std::int64_t stride = operand_stride(kernels.operand_bytes(weight.num_in));
   const std::lock_guard lock(mutex_);
   const ThreadTeam::Shift shift(team_);
@@ -87,6 +85,11 @@ void LayerTeam::place(const KVPages& kv, const LayerAttention& layer, std::int64
       kernels.prepare(layer.q + from * q_size, operands_.get() + row * query_bytes, q_size);
     }
   });
+}
+
+const LinearKernels& LayerTeam::linear(const PackedWeight& weight, bool is_wide) const {
+  const bool keeps_inputs = is_wide && weight.format == WeightFormat::kBFloat16;
+  return keeps_inputs ? tier_.kernels.wide_bfloat16 : tier_.kernels.linear[static_cast<int>(weight.format)];
 }
 
 void LayerTeam::reserve(std::int64_t bytes) {

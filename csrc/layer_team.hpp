@@ -1,10 +1,11 @@
-// Products and attention by themselves, for blocks that are not computed as a whole.
+// Products, attention and experts by themselves, for blocks that are not computed as a whole.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "attention_plan.hpp"
 #include "thread_team.hpp"
@@ -26,6 +27,32 @@ struct LayerAttention {
   float* out;
 };
 
+// SiLU-gated experts of one block: gate_up `[2 * inner, hidden]`, gate above up, and down `[hidden, inner]` of each, all
+// in one format. The caller's memory.
+class GatedExperts {
+ public:
+  // PoolError unless there is one of both for each, and their sizes fit.
+  GatedExperts(std::vector<PackedWeight> gate_up, std::vector<PackedWeight> down);
+
+  std::int64_t count() const { return static_cast<std::int64_t>(gate_up_.size()); }
+  std::int64_t hidden_size() const { return gate_up_.front().num_in; }
+  std::int64_t inner_size() const { return down_.front().num_in; }
+  const std::vector<PackedWeight>& gate_up() const { return gate_up_; }
+  const std::vector<PackedWeight>& down() const { return down_; }
+
+ private:
+  std::vector<PackedWeight> gate_up_;
+  std::vector<PackedWeight> down_;
+};
+
+// Which experts T tokens go to, and with what share: `[T, per_token]` both.
+struct Routes {
+  const std::int64_t* experts;
+  const float* shares;
+  std::int64_t num_tokens;
+  std::int64_t per_token;
+};
+
 // What many layers share: the threads, and memory to work in. May be called from any thread; a call waits for one that is
 // running.
 class LayerTeam {
@@ -39,6 +66,11 @@ class LayerTeam {
   // with `is_wide` inputs are not rounded beside bfloat16 weights.
   void multiply(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows, bool is_wide);
 
+  // out[t] = the sum of share * expert(in[t]) over the experts of token t, in their order; in and out `[T, hidden_size]`
+  // are float32. All chosen experts are computed side by side, each for its tokens together. PoolError for an expert
+  // that is none.
+  void run_experts(const GatedExperts& experts, const Routes& routes, const float* in, float* out, bool is_wide);
+
   // Writes keys and values to their places in the pages, and attends to all that each token sees. PoolError for pages or
   // heads that do not fit.
   void attend(const Sequences& sequences, const KVPages& kv, const LayerAttention& layer);
@@ -50,7 +82,12 @@ class LayerTeam {
     void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
   };
 
+  struct ExpertRows;
+
+  const LinearKernels& linear(const PackedWeight& weight, bool is_wide) const;
   void reserve(std::int64_t bytes);
+  void multiply_groups(const std::vector<PackedWeight>& weights, const ExpertRows& rows, const LinearKernels& kernels,
+                       const char* in, std::int64_t stride, float* out);
   void place(const KVPages& kv, const LayerAttention& layer, std::int64_t first_row, std::int64_t query_bytes);
 
   std::mutex mutex_;

@@ -227,6 +227,12 @@ class ScoreRule:
         """softcap: 0 for none; slopes and sinks: addresses of float32 ``[H]``, or 0. With ``rounds_biases``
         positions, and products of slopes with them, are rounded to bfloat16."""
 
+class GatedExperts:
+    """SiLU-gated experts of a block; the caller keeps their weights alive."""
+
+    def __init__(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight]) -> None:
+        """``[2 * I, M]``, gate above up, and ``[M, I]`` of each, in one format."""
+
 class LayerTeam:
     """A few threads that compute products and attention by themselves; a call waits for one that is running."""
 
@@ -240,6 +246,13 @@ class LayerTeam:
 
         ``is_wide``: inputs are not rounded beside bfloat16 weights, which is slower for many rows.
         """
+    def run_experts(
+        self, experts: GatedExperts, sizes: Sequence[int], experts_shares_in_out: Sequence[int], is_wide: bool
+    ) -> None:
+        """The sum of ``share * expert(in)`` over the experts of each token, in their order, to ``out``.
+
+        sizes: T tokens and k experts of each. Addresses: which experts ``[T, k]`` int64; float32 shares ``[T, k]``,
+        in and out ``[T, M]``. ``is_wide`` as for ``multiply``."""
     def attend(
         self,
         sequences: Sequences,

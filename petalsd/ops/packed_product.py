@@ -33,7 +33,7 @@ class PackedProduct:
 
     def __init__(self, weight: PackedWeight, team: _C.LayerTeam) -> None:
         self._weight = weight
-        self._native = native_weight(weight)
+        self.native = native_weight(weight)
         self._team = team
 
     @property
@@ -51,7 +51,7 @@ class PackedProduct:
         num_rows = out.numel() // self._weight.num_out
         if num_rows:
             is_wide = x.dtype == torch.float32
-            self._team.multiply(self._native, rows.data_ptr(), out.data_ptr(), num_rows, is_wide)
+            self._team.multiply(self.native, rows.data_ptr(), out.data_ptr(), num_rows, is_wide)
         if bias is not None:
             out += bias
         return out.to(x.dtype)

@@ -273,6 +273,38 @@ bool is_attention_the_same_on_any_team(KVType kv, const std::string& tier) {
   return true;
 }
 
+// Experts of which some get no token and one gets most, with more tokens than go at once.
+bool are_experts_the_same_on_any_team(WeightFormat format, const std::string& tier) {
+  Random random;
+  constexpr std::int64_t hidden = 70, inner = 37, per_token = 2, num_tokens = 600;
+  std::vector<OwnedWeight> owned;
+  std::vector<PackedWeight> gate_up, down;
+  for (int expert = 0; expert < 4; ++expert) {
+    owned.emplace_back(random, format, 2 * inner, hidden);
+    gate_up.push_back(owned.back().weight);
+    owned.emplace_back(random, format, hidden, inner);
+    down.push_back(owned.back().weight);
+  }
+  const petalsd::GatedExperts experts(gate_up, down);
+  std::vector<std::int64_t> chosen;
+  for (std::int64_t token = 0; token < num_tokens; ++token) {
+    chosen.push_back(token % 9 == 0 ? 0 : 3);
+    chosen.push_back(1);
+  }
+  const Buffer shares = random.values(num_tokens * per_token, false), in = random.values(num_tokens * hidden, false);
+  const petalsd::Routes routes{chosen.data(), reinterpret_cast<const float*>(shares.data()), num_tokens, per_token};
+  std::vector<Buffer> outs;
+  for (const int num_threads : {1, 3}) {
+    outs.emplace_back(num_tokens * hidden * 4);
+    petalsd::LayerTeam team(num_threads, petalsd::choose_tier(tier));
+    team.run_experts(experts, routes, reinterpret_cast<const float*>(in.data()),
+                     reinterpret_cast<float*>(outs.back().data()), false);
+  }
+  if (outs[0] == outs[1]) return true;
+  std::fprintf(stderr, "%s: experts of three threads give other bits than of one\n", tier.c_str());
+  return false;
+}
+
 // Weights rounded to int4, into buffers that are exactly as long as they must be.
 bool rounds_as_the_baseline_does(const std::string& tier) {
   Random random;
@@ -386,6 +418,7 @@ int main(int argc, char** argv) {
       // In parts, where there are many threads.
       if (!is_the_same_on_any_team({shapes[2], format.format, format.kv, tier, kLongHistory})) return EXIT_FAILURE;
       if (tier != kEmulated && !is_attention_the_same_on_any_team(format.kv, tier)) return EXIT_FAILURE;
+      if (tier != kEmulated && !are_experts_the_same_on_any_team(format.format, tier)) return EXIT_FAILURE;
       for (const bool is_wide : {false, true}) {
         if (!is_a_layer_the_same_on_any_team(format.format, tier, is_wide)) return EXIT_FAILURE;
       }

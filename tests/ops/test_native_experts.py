@@ -1,0 +1,106 @@
+"""Gated experts in one call, in every tier: what products of each expert give one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from petalsd import _C
+from petalsd.errors import KVPoolError
+from petalsd.models.hf.packing import PackedExperts
+from petalsd.ops.native_experts import NativeExperts
+from petalsd.ops.packed_product import PackedProduct
+from petalsd.ops.packed_weight import WeightFormat
+from petalsd.ops.weight_packing import pack_weight
+from tests.models.test_native_span import TIERS, has_tier
+from tests.numeric import assert_close
+
+EXPERTS, HIDDEN, INNER, PER_TOKEN = 5, 70, 37, 3
+FORMATS = [WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8, WeightFormat.INT4]
+
+
+class Case:
+    """Random experts in a format on a team, and what computes them one by one over the same weights."""
+
+    def __init__(self, format: WeightFormat, tier: str = "auto", num_threads: int = 1) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.team = _C.LayerTeam(num_threads, tier)
+
+        def product(*shape: int) -> PackedProduct:
+            return PackedProduct(
+                pack_weight(0.2 * torch.randn(shape, generator=generator), format), self.team
+            )
+
+        self.gate_up = [product(2 * INNER, HIDDEN) for _ in range(EXPERTS)]
+        self.down = [product(HIDDEN, INNER) for _ in range(EXPERTS)]
+        self.native = NativeExperts(self.gate_up, self.down, self.team)
+        self.one_by_one = PackedExperts(nn.SiLU(), self.gate_up, self.down)
+
+
+def draw(
+    num_tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States, experts and shares. Expert 2 gets nobody."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    drawn = torch.stack([torch.randperm(EXPERTS - 1, generator=generator) for _ in range(num_tokens)])
+    chosen = torch.tensor([0, 1, 3, 4])[drawn][:, :PER_TOKEN]
+    hidden, shares = torch.randn(num_tokens, HIDDEN, generator=generator), torch.rand(num_tokens, PER_TOKEN)
+    return hidden.to(dtype), chosen, shares.to(dtype)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    if not has_tier(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 50])
+def test_they_are_the_products_of_each(format: WeightFormat, num_tokens: int, tier: str) -> None:
+    """Of some tokens and experts, of one of each, and of an expert that nobody chose."""
+    case, inputs = Case(format, tier), draw(num_tokens)
+    assert_close(case.native.multiply(*inputs), case.one_by_one(*inputs), 1e-4, 1e-4, format)
+
+
+def test_bfloat16_is_rounded_once(tier: str) -> None:
+    case, inputs = Case(WeightFormat.BFLOAT16, tier), draw(20, torch.bfloat16)
+    actual, expected = case.native.multiply(*inputs), case.one_by_one(*inputs)
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).float().norm() < 0.01 * expected.float().norm()
+
+
+@pytest.mark.parametrize("format", [WeightFormat.FLOAT32, WeightFormat.INT4])
+def test_threads_and_company_change_no_bit(format: WeightFormat, tier: str) -> None:
+    """More tokens than go at once; each of them as if it were alone."""
+    hidden, chosen, shares = draw(600)
+    whole = Case(format, tier).native.multiply(hidden, chosen, shares)
+    assert torch.equal(Case(format, tier, 3).native.multiply(hidden, chosen, shares), whole)
+    for token in (0, 317, 599):
+        rows = slice(token, token + 1)
+        alone = Case(format, tier).native.multiply(hidden[rows], chosen[rows], shares[rows])
+        assert torch.equal(alone, whole[rows])
+
+
+def test_no_tokens_are_nothing() -> None:
+    hidden, chosen, shares = (part[:0] for part in draw(1))
+    assert Case(WeightFormat.FLOAT32).native.multiply(hidden, chosen, shares).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("wrong", [-1, EXPERTS])
+def test_an_expert_that_is_none_is_refused(wrong: int) -> None:
+    hidden, chosen, shares = draw(4)
+    chosen[2, 1] = wrong
+    with pytest.raises(KVPoolError, match=f"expert {wrong} of {EXPERTS}"):
+        Case(WeightFormat.FLOAT32).native.multiply(hidden, chosen, shares)
+
+
+def test_experts_that_do_not_fit_together_are_refused() -> None:
+    case: Any = Case(WeightFormat.FLOAT32)
+    with pytest.raises(KVPoolError, match="5 gates for 4 experts"):
+        NativeExperts(case.gate_up, case.down[1:], case.team)
+    with pytest.raises(KVPoolError, match=r"expert 4: \[70, 37\]"):
+        NativeExperts([*case.gate_up[:4], case.down[0]], case.down, case.team)
