@@ -63,12 +63,20 @@ FAMILIES = tuple(_FAMILY)
 """Those with a fused block."""
 
 _SPARSE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+_GRANITE: dict[str, Any] = {
+    "attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+}  # fmt: skip
 _GROWN_ROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0 + 0.05 * i for i in range(4)],
     "long_factor": [1.0 + 0.7 * i for i in range(4)],
 }
+_NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+_LLAMA4_SCALING: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.5,
+}  # fmt: skip
 # Its model adds the biases to the mask as well, so that transformers' eager attention counts them twice.
 _ALIBI = {
     "attn_implementation": "sdpa",
@@ -79,10 +87,18 @@ _ALIBI = {
 }
 
 LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("apertus", {}),
+    "arcee": ("arcee", {"mlp_bias": True}),
     "bloom": ("bloom", {}),
     "bloom-6-heads": ("bloom", {"num_attention_heads": 6, "hidden_size": 96, "seq_length": 300}),
     "cohere": ("cohere", {"use_qk_norm": True}),
     "cohere2": ("cohere2", {"sliding_window": 12, "sliding_window_pattern": 2}),
+    "cwm": (
+        "cwm", {"sliding_window": 12, "head_dim": 16, "rope": "default", "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "ernie4_5": ("ernie4_5", {"use_bias": True, "head_dim": 16}),
+    "exaone4": ("exaone4", {"sliding_window": 12, "sliding_window_pattern": 2}),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "falcon": ("falcon", {}),
     "falcon-alibi": ("falcon", _ALIBI),
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -98,13 +114,21 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
                         "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
+    "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
-    "granite": (
-        "granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 3.0,
-                    "logits_scaling": 2.0},
+    "granite": ("granite", _GRANITE),
+    "helium": ("helium", {"head_dim": 16}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": _NTK_ALPHA, "max_position_embeddings": 32},
     ),
+    "hyperclovax": ("hyperclovax", {**_GRANITE, "use_post_norm": True}),
+    "ministral": (
+        "ministral", {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12,
+                      "head_dim": 16, "rope": "default"},
+    ),
+    "ministral3": ("ministral3", {"rope_parameters": _LLAMA4_SCALING, "sliding_window": None, "head_dim": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 12}),
     "olmo": ("olmo", {"clip_qkv": 1.5}),
     "olmo2": ("olmo2", {}),
@@ -127,8 +151,15 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "qwen3_moe", {**_SPARSE, "moe_intermediate_size": 32, "head_dim": 16, "mlp_only_layers": [1]},
     ),
+    "seed_oss": (
+        "seed_oss", {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    ),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "starcoder2": ("starcoder2", {"sliding_window": 12}),
+    "vaultgemma": (
+        "vaultgemma", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
+                       "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
 }  # fmt: skip
 """Families without a fused block, and their settings."""
 
@@ -167,8 +198,8 @@ def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 @torch.no_grad()
 def _randomize_vectors(model: PreTrainedModel) -> None:
     """Norm weights start as ones and biases as zeros, which would hide a missing or swapped one."""
-    for name, parameter in model.named_parameters():
+    for name, tensor in model.state_dict().items():
         if name.endswith("bias"):
-            parameter.normal_(0.0, 0.3)
-        elif parameter.dim() == 1:
-            parameter.uniform_(0.6, 1.4)
+            tensor.normal_(0.0, 0.3)
+        elif tensor.dim() == 1:
+            tensor.uniform_(0.6, 1.4)

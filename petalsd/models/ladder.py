@@ -139,7 +139,7 @@ class Ladder:
         layer = architecture.layers.load(self._source, index, dtype, storage.device)
         if rung is Rung.PACKED:
             self._pack(layer)
-        block = self._as_block(layer.to(storage.dtype), index)
+        block = self._as_block(architecture.layers.cast(layer, storage.dtype), index)
         if not uses_kernels:
             block.leave_kernels()
         return block
@@ -262,7 +262,7 @@ class Ladder:
         wide = tokens.through_layer(layer, layers, config, index, torch.float32)
         narrow = wide
         if dtype != torch.float32:
-            narrow = tokens.through_layer(layer.to(dtype), layers, config, index, dtype)
+            narrow = tokens.through_layer(layers.cast(layer, dtype), layers, config, index, dtype)
         return Reference.of(tokens, wide, narrow, dtype, is_sparse=is_sparse, is_quantized=self._is_quantized)
 
     def _try(self, rung: Rung, block: Block, tokens: Tokens, reference: Reference) -> Trial:

@@ -21,7 +21,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < _HUGE_PAGE:
-        return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapped = torch.frombuffer(memory, dtype=torch.uint8)  # unmaps it with the last tensor in it
     start = -mapped.data_ptr() % _HUGE_PAGE

@@ -27,12 +27,12 @@ GEMMA: dict[str, Any] = {"model_type": "gemma", "num_hidden_layers": 2, "hidden_
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS)
 def test_sizes_are_those_of_the_model(variant: str, tmp_path: Path) -> None:
-    """Blocks, hidden size, and the parameters of the largest block."""
+    """Blocks, hidden size, and the tensors of the largest block."""
     family, overrides = LAYER_VARIANTS[variant]
     model = make_tiny(family, tmp_path, **overrides)
     architecture = Architecture.read(json.loads((tmp_path / "config.json").read_text()))
     config = architecture.config
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    sizes = [sum(tensor.numel() for tensor in layer.state_dict().values()) for layer in decoder_layers(model)]
     counted = sum(math.prod(shape) for shape in architecture.largest_block())
     assert (config.num_blocks, counted) == (4, max(sizes))
     assert config.hidden_size == model.config.hidden_size
@@ -65,6 +65,9 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
+        ({"model_type": "nemotron"}, "hands nothing on to its attention"),
+        ({"model_type": "diffllama"}, "two softmaxes"),
+        ({"model_type": "llama4_text"}, "chunks"),
         (
             {"model_type": "deepseek_v3"},
             "model_type = 'deepseek_v3' is not served: its attention caches latents",
@@ -125,6 +128,21 @@ def test_where_angles_begin_to_depend_on_the_length(family: str) -> None:
     config = Architecture.read(raw).config
     regimes = LengthRegimes.read(config.rope, config.max_positions)
     assert regimes == LengthRegimes("longrope", 48)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_dense"])
+def test_dynamic_angles_with_a_fixed_alpha_depend_on_no_length(family: str) -> None:
+    """As published; without an alpha they do."""
+    for alpha, regimes in ((1000.0, None), (None, LengthRegimes("dynamic", 64))):
+        rope = {"type": "dynamic", "factor": 2.0, "alpha": alpha}
+        raw = {
+            "model_type": family,
+            "rope_scaling": rope,
+            "max_position_embeddings": 64,
+            "pad_token_id": None,
+        }
+        config = Architecture.read(raw).config
+        assert LengthRegimes.read(config.rope, config.max_positions) == regimes
 
 
 @pytest.mark.parametrize(("variant", "prefix"), [("bloom", "transformer."), ("opt", "model.")])

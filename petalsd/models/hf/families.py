@@ -66,6 +66,14 @@ def _gemma3_facts(hf: Any) -> Mapping[str, Any]:
     return {}
 
 
+def _hunyuan_facts(hf: Any) -> Mapping[str, Any]:
+    # What these call dynamic has fixed frequencies where alpha is given: no row's length matters.
+    rope = dict(hf.rope_parameters)
+    if rope["rope_type"] == "dynamic" and rope.get("alpha"):
+        rope["rope_type"] = "ntk_alpha"
+    return {"rope": rope}
+
+
 def _bloom_facts(hf: Any) -> Mapping[str, Any]:
     # Linear biases have no end; this is the length that the models were trained with.
     return {**_ungrouped(hf), "max_positions": getattr(hf, "seq_length", None) or 2048}
@@ -91,12 +99,17 @@ def _adapt_falcon(layer: nn.Module, hf: Any, index: int) -> None:
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
+        "apertus": _usual("apertus", "Apertus", windows=_no_windows),
+        "arcee": _usual("arcee", "Arcee", windows=_no_windows),
         "bloom": Family(
             "bloom", "BloomBlock", None, heads.bloom_head, _PETALS_PREFIXES, facts=_bloom_facts,
             adapt=_adapt_bloom, plain_arguments=bloom_arguments,
         ),
         "cohere": _usual("cohere", "Cohere", heads.cohere_head),
         "cohere2": _usual("cohere2", "Cohere2", heads.cohere_head),
+        "cwm": _usual("cwm", "Cwm"),
+        "ernie4_5": _usual("ernie4_5", "Ernie4_5", windows=_no_windows),
+        "exaone4": _usual("exaone4", "Exaone4"),
         "falcon": Family(
             "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", heads.falcon_head, _PETALS_PREFIXES,
             facts=_falcon_facts, adapt=_adapt_falcon, plain_arguments=falcon_arguments,
@@ -104,13 +117,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gemma": _usual("gemma", "Gemma", heads.gemma_head),
         "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head),
         "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head, facts=_gemma3_facts),
+        "glm": _usual("glm", "Glm", windows=_no_windows),
         "glm4": _usual("glm4", "Glm4"),
         "gpt_neox": Family(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
             facts=_ungrouped,
         ),
         "granite": _usual("granite", "Granite", heads.granite_head),
+        "helium": _usual("helium", "Helium", windows=_no_windows),
+        "hunyuan_v1_dense": _usual(
+            "hunyuan_v1_dense", "HunYuanDenseV1", windows=_no_windows, facts=_hunyuan_facts
+        ),
+        "hyperclovax": _usual("hyperclovax", "HyperCLOVAX", heads.hyperclovax_head, windows=_no_windows),
         "llama": _usual("llama", "Llama", windows=_no_windows),
+        "ministral": _usual("ministral", "Ministral"),
+        "ministral3": _usual("ministral3", "Ministral3"),
         "mistral": _usual("mistral", "Mistral"),
         "mixtral": _usual(
             "mixtral", "Mixtral", renames={"mlp.gate.": "block_sparse_moe.gate."},
@@ -127,8 +148,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2_moe": _usual("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
         "qwen3": _usual("qwen3", "Qwen3"),
         "qwen3_moe": _usual("qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
+        "seed_oss": _usual("seed_oss", "SeedOss", windows=_no_windows),
         "smollm3": _usual("smollm3", "SmolLM3", kind=_smollm3_kind),
         "starcoder2": _usual("starcoder2", "Starcoder2", heads.starcoder2_head),
+        "vaultgemma": _usual("vaultgemma", "VaultGemma", heads.gemma_head),
     }
 )  # fmt: skip
 
@@ -137,17 +160,33 @@ _RECURRENT = (
     "some of its layers carry a recurrent state from token to token, which cannot be paged or rolled back"
 )
 _SHARED = "its layers read keys and values, or inputs, of other layers, which may be on another server"
+_CLOSED = "its decoder layer hands nothing on to its attention, which the paged cache needs"
+_CHUNKED = "its attention sees chunks of positions, which the paged cache does not know"
+_DIFFERENTIAL = "its attention is the difference of two softmaxes, which no kernel here computes"
+_UNEVEN = "its heads have values of another size than keys, or differ in number from layer to layer"
+_INDEXED = "its attention chooses keys by an index of its own, which the paged cache does not hold"
 _MULTIMODAL = "it is a model of text and images; its text model alone is served"
 
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite"), _LATENT),
         **dict.fromkeys(
-            ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2",
-             "minimax", "nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
+            ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2", "kimi_k25", "longcat_flash",
+             "minicpm3", "mistral4", "youtu"),
+            _LATENT,
+        ),
+        **dict.fromkeys(
+            ("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear",
+             "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5",
+             "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "zamba",
+             "zamba2"),
             _RECURRENT,
         ),
+        **dict.fromkeys(("deepseek_v4", "glm_moe_dsa"), _INDEXED),
+        **dict.fromkeys(("laguna", "mimo_v2_flash"), _UNEVEN),
+        **dict.fromkeys(("llama4", "llama4_text"), _CHUNKED),
+        **dict.fromkeys(("nemotron", "stablelm"), _CLOSED),
+        "diffllama": _DIFFERENTIAL,
         **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), _SHARED),
-        **dict.fromkeys(("gemma3", "llama4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), _MULTIMODAL),
+        **dict.fromkeys(("gemma3", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), _MULTIMODAL),
     }
 )  # fmt: skip

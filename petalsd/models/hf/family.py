@@ -44,14 +44,17 @@ class ExpertNames:
     """How a checkpoint names what newer transformers hold as one tensor for all experts of a block.
 
     module    the experts in the layer, whose parameters are ``gate_up_proj`` and ``down_proj``
-    in_files  the same place in the files; ``<in_files>.<expert>.<gate|up|down>.weight`` are the tensors
+    in_files  the same place in the files; ``<in_files>.<expert>.<gate|up|down>.weight`` are the tensors. None:
+              files hold them as the module does
+    router    the linear module that chooses experts, where it is one: it is neither packed nor adapted
     """
 
     module: str = "mlp.experts"
-    in_files: str = "mlp.experts"
+    in_files: str | None = "mlp.experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Family:
     adapt      changes a layer on the meta device so that its attention comes to ``AttentionCall``; None where
                the attention can be registered
     plain_arguments  what the unchanged layer needs beside mask and angles
+    float32    tensors of the layer that stay in float32 whatever is served in, as transformers keeps them
     """
 
     package: str
@@ -84,8 +88,16 @@ class Family:
     adapt: Callable[[nn.Module, Any, int], None] | None = None
     plain_arguments: Callable[[Any, int, torch.dtype], LayerArguments] = no_arguments
     experts: ExpertNames | None = None
+    float32: tuple[str, ...] = ()
 
     @property
     def module(self) -> ModuleType:
         """transformers' module with the classes; imported when it is first needed."""
         return importlib.import_module(f"transformers.models.{self.package}.modeling_{self.package}")
+
+
+def packable_linears(layer: nn.Module, experts: ExpertNames | None) -> dict[str, nn.Linear]:
+    """The linear modules of a layer by name, but for a router: rounded, it would choose other experts."""
+    router = None if experts is None else experts.router
+    modules = layer.named_modules()
+    return {name: module for name, module in modules if isinstance(module, nn.Linear) and name != router}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from petalsd.errors import UnsupportedModel
@@ -30,6 +31,11 @@ def granite_head(hf: Any) -> HeadRule:
     return HeadRule(
         input_scale=hf.embedding_multiplier, norm_eps=hf.rms_norm_eps, logit_scale=1 / hf.logits_scaling
     )
+
+
+def hyperclovax_head(hf: Any) -> HeadRule:
+    """Granite's, but logits are multiplied."""
+    return replace(granite_head(hf), logit_scale=hf.logits_scaling)
 
 
 def bloom_head(hf: Any) -> HeadRule:

@@ -12,7 +12,7 @@ from torch import nn
 
 from petalsd.errors import ModelError, WeightsError
 from petalsd.models.hf.attention import ATTENTION_NAME, register_attention
-from petalsd.models.hf.family import ExpertNames, Family
+from petalsd.models.hf.family import ExpertNames, Family, packable_linears
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import read_tensors
 from petalsd.ops.memory import empty
@@ -53,9 +53,8 @@ class Layers:
         return [part.shape for group in parts.values() for part in group for _ in part.names]
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """The linear modules by their names in the layer, ``[out, in]``; experts are none."""
-        modules = self.empty_layer(index).named_modules()
-        linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+        """The linear modules by their names in the layer, ``[out, in]``; experts and routers are none."""
+        linears = packable_linears(self.empty_layer(index), self.family.experts)
         return {name: (module.out_features, module.in_features) for name, module in linears.items()}
 
     def tensor_shapes(self, index: int, source: ModelSource) -> dict[str, tuple[int, ...]]:
@@ -80,8 +79,8 @@ class Layers:
         )
         state = {}
         with copying_to(device) as copy_weight:
-            for name, parameter in layer.named_parameters():
-                state[name] = empty(parameter.shape, dtype, device)
+            for name, tensor in layer.state_dict().items():
+                state[name] = empty(tensor.shape, self._dtype_of(name, dtype), device)
                 for part in parts[name]:
                     part.copy_to(state[name], mapped, copy_weight)
         layer.load_state_dict(state, strict=True, assign=True)
@@ -90,12 +89,22 @@ class Layers:
     def random(self, index: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Layer ``index`` with weights that mean nothing."""
         layer = self.empty_layer(index)
-        state = {
-            name: torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, 0.02)
-            for name, parameter in layer.named_parameters()
-        }
+        state = {}
+        for name, tensor in layer.state_dict().items():
+            drawn = torch.empty(tensor.shape, dtype=self._dtype_of(name, dtype), device=device)
+            state[name] = drawn.normal_(0.0, 0.02)
         layer.load_state_dict(state, strict=True, assign=True)
         return _finished(layer)
+
+    def cast(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The layer with its tensors in ``dtype``, changed in place, but for those that are always float32."""
+        kept = {name: tensor for name, tensor in layer.state_dict().items() if name in self.family.float32}
+        layer.to(dtype)
+        layer.load_state_dict(kept, strict=False, assign=True)
+        return layer
+
+    def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if name in self.family.float32 else dtype
 
     def _prefix(self, index: int, source: ModelSource) -> str:
         names = source.index()
@@ -110,11 +119,11 @@ class Layers:
     def _parts(self, layer: nn.Module, prefix: str) -> dict[str, list[_Part]]:
         """What each of the layer's tensors is put together from."""
         experts, parts = self.family.experts, {}
-        for name, parameter in layer.named_parameters():
-            if experts is not None and name.startswith(f"{experts.module}."):
-                parts[name] = _expert_parts(experts, prefix, name, parameter)
+        for name, tensor in layer.state_dict().items():
+            if experts is not None and experts.in_files and name.startswith(f"{experts.module}."):
+                parts[name] = _expert_parts(experts, prefix, name, tensor)
             else:
-                parts[name] = [_Part((prefix + self._file_name(name),), tuple(parameter.shape), None)]
+                parts[name] = [_Part((prefix + self._file_name(name),), tuple(tensor.shape), None)]
         return parts
 
     def _file_name(self, name: str) -> str:
@@ -126,23 +135,25 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Tensors of one shape, one below the other; they are place ``at`` of the module's tensor, or all of it."""
+    """Tensors of one shape, one below the other at place ``at`` of the module's tensor; None: one is all of it."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     at: int | None
 
     def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
-        place = whole if self.at is None else whole[self.at]
-        rows = self.shape[0]
+        if self.at is None:
+            copy(whole, mapped[self.names[0]])
+            return
+        place, rows = whole[self.at], self.shape[0]
         for number, name in enumerate(self.names):
             copy(place[number * rows : (number + 1) * rows], mapped[name])
 
 
-def _expert_parts(experts: ExpertNames, prefix: str, name: str, parameter: nn.Parameter) -> list[_Part]:
+def _expert_parts(experts: ExpertNames, prefix: str, name: str, tensor: torch.Tensor) -> list[_Part]:
     is_down = name.endswith("down_proj")
     spellings = (experts.down,) if is_down else (experts.gate, experts.up)
-    num_experts, rows, columns = parameter.shape
+    num_experts, rows, columns = tensor.shape
     shape = (rows // len(spellings), columns)
     return [
         _Part(

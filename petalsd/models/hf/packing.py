@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from petalsd.models.hf.family import ExpertNames
+from petalsd.models.hf.family import ExpertNames, packable_linears
 from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import WeightFormat
 from petalsd.ops.weight_packing import pack_weight
@@ -75,15 +75,15 @@ def pack_layer(
     if (experts := find_experts(layer, names)) is not None and names is not None:
         packed = _pack_each(experts, make_product) if pack_experts is None else pack_experts(experts)
         layer.set_submodule(names.module, packed)
-    for module in list(layer.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child, make_product))
+    linears = packable_linears(layer, names)
+    while linears:
+        name, linear = linears.popitem()
+        layer.set_submodule(name, PackedLinear(linear, make_product))
 
 
 def round_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
     """Give the weights that ``pack_layer`` would pack the values that they have in ``format``, in place."""
-    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    weights = [linear.weight for linear in packable_linears(layer, names).values()]
     experts = find_experts(layer, names)
     stacks = [] if experts is None else [experts.gate_up_proj, experts.down_proj]
     for weight in [*weights, *(weight for stack in stacks for weight in stack)]:
