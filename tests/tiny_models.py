@@ -63,6 +63,11 @@ FAMILIES = tuple(_FAMILY)
 """Those with a fused block."""
 
 _SPARSE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+_LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5, "norm_topk_prob": True,
+}  # fmt: skip
 _GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
 }  # fmt: skip
@@ -96,15 +101,28 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": (
         "cwm", {"sliding_window": 12, "head_dim": 16, "rope": "default", "bos_token_id": 0, "eos_token_id": 0},
     ),
+    "dots1": (
+        "dots1", {**_ROUTED, "first_k_dense_replace": 1, "sliding_window": 12, "max_window_layers": 2,
+                  "head_dim": 16},
+    ),
     "ernie4_5": ("ernie4_5", {"use_bias": True, "head_dim": 16}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
+                         "moe_layer_interval": 1, "head_dim": 16, "use_bias": True},
+    ),
     "exaone4": ("exaone4", {"sliding_window": 12, "sliding_window_pattern": 2}),
     "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone_moe": (
+        "exaone_moe", {**_SPARSE, "moe_intermediate_size": 32, "sliding_window": 12, "sliding_window_pattern": 2,
+                       "first_k_dense_replace": 1, "head_dim": 16},
+    ),
     "falcon": ("falcon", {}),
     "falcon-alibi": ("falcon", _ALIBI),
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-new-one-norm": (
         "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
+    "flex_olmo": ("flex_olmo", _SPARSE),
     "gemma": ("gemma", {"head_dim": 24}),
     "gemma2": (
         "gemma2", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
@@ -116,12 +134,21 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 16}),
+    "glm4_moe": (
+        "glm4_moe", {**_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True,
+                     "head_dim": 16, "n_group": 2, "topk_group": 1},
+    ),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "granite": ("granite", _GRANITE),
+    "granitemoe": ("granitemoe", {**_GRANITE, **_LOCAL}),
+    "granitemoeshared": ("granitemoeshared", {**_GRANITE, **_LOCAL, "shared_intermediate_size": 48}),
     "helium": ("helium", {"head_dim": 16}),
     "hunyuan_v1_dense": (
         "hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": _NTK_ALPHA, "max_position_embeddings": 32},
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2] * 4, "head_dim": 16, "rope_parameters": _NTK_ALPHA},
     ),
     "hyperclovax": ("hyperclovax", {**_GRANITE, "use_post_norm": True}),
     "ministral": (
@@ -129,6 +156,7 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                       "head_dim": 16, "rope": "default"},
     ),
     "ministral3": ("ministral3", {"rope_parameters": _LLAMA4_SCALING, "sliding_window": None, "head_dim": 16}),
+    "minimax_m2": ("minimax_m2", {**_LOCAL, "head_dim": 16, "rotary_dim": 8}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 12}),
     "olmo": ("olmo", {"clip_qkv": 1.5}),
     "olmo2": ("olmo2", {}),
@@ -144,6 +172,10 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3", {"max_position_embeddings": 512, "original_max_position_embeddings": 32,
                  "rope_parameters": {**_GROWN_ROPE, "partial_rotary_factor": 0.5}},
     ),
+    "phimoe": (
+        "phimoe", {**_LOCAL, "lm_head_bias": True, "attention_bias": True, "sliding_window": 12,
+                   "rope": "default"},
+    ),
     "qwen2_moe": (
         "qwen2_moe", {**_SPARSE, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
                       "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2},
@@ -155,6 +187,7 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "seed_oss", {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
     ),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "solar_open": ("solar_open", {**_ROUTED, "head_dim": 16}),
     "starcoder2": ("starcoder2", {"sliding_window": 12}),
     "vaultgemma": (
         "vaultgemma", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,

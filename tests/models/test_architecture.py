@@ -130,7 +130,7 @@ def test_where_angles_begin_to_depend_on_the_length(family: str) -> None:
     assert regimes == LengthRegimes("longrope", 48)
 
 
-@pytest.mark.parametrize("family", ["hunyuan_v1_dense"])
+@pytest.mark.parametrize("family", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
 def test_dynamic_angles_with_a_fixed_alpha_depend_on_no_length(family: str) -> None:
     """As published; without an alpha they do."""
     for alpha, regimes in ((1000.0, None), (None, LengthRegimes("dynamic", 64))):
@@ -161,7 +161,7 @@ def test_checkpoints_without_the_models_own_prefix_are_read(
     assert not any(name.startswith(prefix) for name in ladder.architecture.tensor_names(1, source))
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("variant", ["minimax_m2", "mixtral", "qwen3_moe"])
 def test_experts_are_read_from_tensors_of_their_own(variant: str, tmp_path: Path) -> None:
     """As checkpoints hold them, one by one; a missing one is named."""
     family, overrides = LAYER_VARIANTS[variant]

@@ -17,6 +17,15 @@ from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
 _OPT_PREFIXES = ("model.decoder.layers.", "decoder.layers.")
 _NEOX_PREFIXES = ("gpt_neox.layers.", "layers.")
 _PETALS_PREFIXES = ("transformer.h.", "h.")
+_CORRECTION = "mlp.gate.e_score_correction_bias"
+_GRANITE_EXPERTS = ExpertNames(module="block_sparse_moe.experts", in_files=None)
+_GRANITE_RENAMES = MappingProxyType(
+    {
+        "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
+        "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
+        "block_sparse_moe.router.": "block_sparse_moe.router.layer.",
+    }
+)
 
 
 def family_of(model_type: object) -> Family:
@@ -51,6 +60,22 @@ def _qwen_moe_kind(hf: Any, index: int) -> str:
     kind = same_kind(hf, index)
     is_sparse = hf.num_experts > 0 and (index + 1) % hf.decoder_sparse_step == 0
     return kind if is_sparse and index not in hf.mlp_only_layers else f"{kind}, dense"
+
+
+def _dense_first_kind(hf: Any, index: int) -> str:
+    kind = same_kind(hf, index)
+    return kind if index >= hf.first_k_dense_replace else f"{kind}, dense"
+
+
+def _listed_kind(hf: Any, index: int) -> str:
+    kind = same_kind(hf, index)
+    return kind if hf.mlp_layer_types[index] == "sparse" else f"{kind}, dense"
+
+
+def _ernie_moe_kind(hf: Any, index: int) -> str:
+    kind = same_kind(hf, index)
+    is_within = hf.moe_layer_start_index <= index <= hf.moe_layer_end_index
+    return kind if is_within and (index + 1) % hf.moe_layer_interval == 0 else f"{kind}, dense"
 
 
 def _ungrouped(hf: Any) -> Mapping[str, Any]:
@@ -108,28 +133,62 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "cohere": _usual("cohere", "Cohere", heads.cohere_head),
         "cohere2": _usual("cohere2", "Cohere2", heads.cohere_head),
         "cwm": _usual("cwm", "Cwm"),
+        "dots1": _usual(
+            "dots1", "Dots1", kind=_dense_first_kind, experts=ExpertNames(), float32=(_CORRECTION,)
+        ),
         "ernie4_5": _usual("ernie4_5", "Ernie4_5", windows=_no_windows),
+        "ernie4_5_moe": _usual(
+            "ernie4_5_moe", "Ernie4_5_Moe", heads.ernie_moe_head, windows=_no_windows, kind=_ernie_moe_kind,
+            experts=ExpertNames(), renames={"mlp.gate.moe_statics.": "mlp.moe_statics."},
+            float32=("mlp.gate.weight", "mlp.gate.moe_statics.e_score_correction_bias"),
+        ),
         "exaone4": _usual("exaone4", "Exaone4"),
+        "exaone_moe": _usual(
+            "exaone_moe", "ExaoneMoe", kind=_listed_kind, experts=ExpertNames(), float32=(_CORRECTION,),
+            renames={_CORRECTION: "mlp.e_score_correction_bias"},
+        ),
         "falcon": Family(
             "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", heads.falcon_head, _PETALS_PREFIXES,
             facts=_falcon_facts, adapt=_adapt_falcon, plain_arguments=falcon_arguments,
         ),
+        "flex_olmo": _usual("flex_olmo", "FlexOlmo", windows=_no_windows, experts=ExpertNames()),
         "gemma": _usual("gemma", "Gemma", heads.gemma_head),
         "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head),
         "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head, facts=_gemma3_facts),
         "glm": _usual("glm", "Glm", windows=_no_windows),
         "glm4": _usual("glm4", "Glm4"),
+        "glm4_moe": _usual(
+            "glm4_moe", "Glm4Moe", windows=_no_windows, kind=_dense_first_kind, experts=ExpertNames(),
+            float32=(_CORRECTION,),
+        ),
         "gpt_neox": Family(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
             facts=_ungrouped,
         ),
         "granite": _usual("granite", "Granite", heads.granite_head),
+        "granitemoe": _usual(
+            "granitemoe", "GraniteMoe", heads.granite_head, windows=_no_windows, experts=_GRANITE_EXPERTS,
+            renames=_GRANITE_RENAMES,
+        ),
+        "granitemoeshared": _usual(
+            "granitemoeshared", "GraniteMoeShared", heads.granite_head, windows=_no_windows,
+            experts=_GRANITE_EXPERTS, renames=_GRANITE_RENAMES,
+        ),
         "helium": _usual("helium", "Helium", windows=_no_windows),
         "hunyuan_v1_dense": _usual(
             "hunyuan_v1_dense", "HunYuanDenseV1", windows=_no_windows, facts=_hunyuan_facts
         ),
+        "hunyuan_v1_moe": _usual(
+            "hunyuan_v1_moe", "HunYuanMoEV1", windows=_no_windows, facts=_hunyuan_facts,
+            experts=ExpertNames(router="mlp.gate.wg"), float32=("mlp.gate.wg.weight",),
+        ),
         "hyperclovax": _usual("hyperclovax", "HyperCLOVAX", heads.hyperclovax_head, windows=_no_windows),
         "llama": _usual("llama", "Llama", windows=_no_windows),
+        "minimax_m2": _usual(
+            "minimax_m2", "MiniMaxM2", windows=_no_windows, renames={"mlp.": "block_sparse_moe."},
+            experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
+            float32=("mlp.e_score_correction_bias",),
+        ),
         "ministral": _usual("ministral", "Ministral"),
         "ministral3": _usual("ministral3", "Ministral3"),
         "mistral": _usual("mistral", "Mistral"),
@@ -144,12 +203,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "opt": Family("opt", "OPTDecoderLayer", None, heads.opt_head, _OPT_PREFIXES, facts=_ungrouped),
         "phi": _usual("phi", "Phi", heads.phi_head),
         "phi3": _usual("phi3", "Phi3"),
+        "phimoe": _usual(
+            "phimoe", "Phimoe", heads.phimoe_head, renames={"mlp.router.": "block_sparse_moe.gate."},
+            experts=ExpertNames(
+                in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2", router="mlp.router"
+            ),
+        ),
         "qwen2": _usual("qwen2", "Qwen2"),
         "qwen2_moe": _usual("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
         "qwen3": _usual("qwen3", "Qwen3"),
         "qwen3_moe": _usual("qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
         "seed_oss": _usual("seed_oss", "SeedOss", windows=_no_windows),
         "smollm3": _usual("smollm3", "SmolLM3", kind=_smollm3_kind),
+        "solar_open": _usual(
+            "solar_open", "SolarOpen", windows=_no_windows, experts=ExpertNames(), float32=(_CORRECTION,)
+        ),
         "starcoder2": _usual("starcoder2", "Starcoder2", heads.starcoder2_head),
         "vaultgemma": _usual("vaultgemma", "VaultGemma", heads.gemma_head),
     }

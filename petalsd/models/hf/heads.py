@@ -50,6 +50,10 @@ def bloom_head(hf: Any) -> HeadRule:
     return HeadRule(names, norm="layer", norm_eps=hf.layer_norm_epsilon)
 
 
+def ernie_moe_head(hf: Any) -> HeadRule:
+    return HeadRule(HeadNames(output_bias="lm_head.bias" if hf.use_bias else None), norm_eps=hf.rms_norm_eps)
+
+
 def falcon_head(hf: Any) -> HeadRule:
     names = HeadNames(
         prefixes=_PETALS_BASES,
@@ -107,6 +111,11 @@ def phi_head(hf: Any) -> HeadRule:
         norm="final_layernorm.weight", norm_bias="final_layernorm.bias", output_bias="lm_head.bias"
     )
     return HeadRule(names, norm="layer", norm_eps=hf.layer_norm_eps)
+
+
+def phimoe_head(hf: Any) -> HeadRule:
+    names = HeadNames(norm_bias="norm.bias", output_bias="lm_head.bias" if hf.lm_head_bias else None)
+    return HeadRule(names, norm="layer", norm_eps=hf.rms_norm_eps)
 
 
 def starcoder2_head(hf: Any) -> HeadRule:
