@@ -140,6 +140,7 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "gpt_oss": ("gpt_oss", {**_LOCAL, "head_dim": 16, "sliding_window": 12, "swiglu_limit": 1.5}),
     "granite": ("granite", _GRANITE),
     "granitemoe": ("granitemoe", {**_GRANITE, **_LOCAL}),
     "granitemoeshared": ("granitemoeshared", {**_GRANITE, **_LOCAL, "shared_intermediate_size": 48}),

@@ -49,7 +49,7 @@ class Architecture:
     def read(cls, raw: Mapping[str, Any]) -> Architecture:
         """Of a ``config.json``. UnsupportedModel: a family or feature that is not served; ModelError: nonsense."""
         family = family_of(raw.get("model_type"))
-        hf = read_hf_config(str(raw["model_type"]), raw)
+        hf = read_hf_config(str(raw["model_type"]), raw, family.quantized)
         layers = Layers(family, hf)
         if raw["model_type"] in FUSED_FAMILIES:
             fused = BlockConfig.from_hf(raw)

@@ -6,7 +6,7 @@ transformers' own config classes fill in defaults and old spellings.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -70,12 +70,14 @@ def dtype_for(setting: str, config: ModelConfig, device: torch.device) -> torch.
     return dtype
 
 
-def read_hf_config(model_type: str, raw: Mapping[str, Any]) -> Any:
+def read_hf_config(model_type: str, raw: Mapping[str, Any], quantized: Collection[str] = ()) -> Any:
     """transformers' config object for a ``config.json``.
 
-    UnsupportedModel for a quantized checkpoint; ModelError when the content makes no sense.
+    quantized  values of ``quant_method`` that are read
+
+    UnsupportedModel for another quantized checkpoint; ModelError when the content makes no sense.
     """
-    _refuse_quantized(raw)
+    _refuse_quantized(raw, quantized)
     try:
         # A copy: these classes write into the mapping of the rotary embedding.
         hf = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(raw)))
@@ -162,10 +164,12 @@ def check_sizes(config: ModelConfig, *more: str) -> None:
             raise ModelError(f"sliding_window = {window!r} in config.json: a positive integer or null")
 
 
-def _refuse_quantized(raw: Mapping[str, Any]) -> None:
+def _refuse_quantized(raw: Mapping[str, Any], quantized: Collection[str]) -> None:
     quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if method not in quantized:
         raise UnsupportedModel(
             f"quantization_config.quant_method = {method!r}: quantized checkpoints are not read",
             hint="use the checkpoint that it was made from",

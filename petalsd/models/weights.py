@@ -179,8 +179,13 @@ class Placement:
         return self.fuse(names) if is_present else None
 
 
-def read_tensors(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Map these tensors from the source's files, each checked against its shape. Raises WeightsError."""
+def read_tensors(
+    source: ModelSource, shapes: Mapping[str, tuple[int, ...]], of_bytes: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Map these tensors from the source's files, each checked against its shape. Raises WeightsError.
+
+    of_bytes  those that are uint8; all others are finite numbers
+    """
     source.fetch(files_with(source, shapes))
     index = source.index()
     names_by_file: dict[str, list[str]] = defaultdict(list)
@@ -190,7 +195,9 @@ def read_tensors(source: ModelSource, shapes: Mapping[str, tuple[int, ...]]) -> 
     for file, names in names_by_file.items():
         tensors.update(read_file(source.path(file), file, names))
     for name, shape in shapes.items():
-        _check_tensor(name, tensors[name], shape, index[name])
+        _check_shape(name, tensors[name], shape, index[name])
+        check = _check_bytes if name in of_bytes else check_values
+        check(name, tensors[name], index[name])
     return tensors
 
 
@@ -207,10 +214,14 @@ def read_file(path: Path, file_name: str, names: Iterable[str]) -> dict[str, tor
         ) from error
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], file: str) -> None:
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], file: str) -> None:
     if tuple(tensor.shape) != shape:
         raise WeightsError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json means {shape}")
-    check_values(name, tensor, file)
+
+
+def _check_bytes(name: str, tensor: torch.Tensor, file: str) -> None:
+    if tensor.dtype != torch.uint8:
+        raise WeightsError(f"{file}: {name} has dtype {tensor.dtype}, uint8 is what its format has")
 
 
 def check_values(name: str, tensor: torch.Tensor, file: str) -> None:
@@ -218,7 +229,7 @@ def check_values(name: str, tensor: torch.Tensor, file: str) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise WeightsError(
             f"{file}: {name} has dtype {tensor.dtype}, one of bfloat16, float16, float32 is read",
-            hint="quantized checkpoints are not read: use the one that it was made from",
+            hint="it is a quantized checkpoint that is not read: use the one that it was made from",
         )
     if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
         raise WeightsError(

@@ -12,6 +12,7 @@ from petalsd.errors import UnsupportedModel
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.hf import heads
 from petalsd.models.hf.family import ExpertNames, Family, same_kind
+from petalsd.models.hf.gpt_oss import MXFP4, GptOssExpertNames
 from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
 
 _OPT_PREFIXES = ("model.decoder.layers.", "decoder.layers.")
@@ -165,6 +166,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
             facts=_ungrouped,
         ),
+        "gpt_oss": _usual("gpt_oss", "GptOss", experts=GptOssExpertNames(), quantized=(MXFP4,)),
         "granite": _usual("granite", "Granite", heads.granite_head),
         "granitemoe": _usual(
             "granitemoe", "GraniteMoe", heads.granite_head, windows=_no_windows, experts=_GRANITE_EXPERTS,

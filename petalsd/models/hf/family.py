@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from petalsd.models.head_rule import HeadRule
+from petalsd.models.hf.parts import Part, RowsPart, Shape
 from petalsd.models.model_config import windows_by_layer
 
 LayerArguments: TypeAlias = dict[str, Any]
@@ -56,6 +57,33 @@ class ExpertNames:
     down: str = "down_proj"
     router: str | None = None
 
+    def replace_in(self, layer: nn.Module) -> None:
+        """Put another module in the place of transformers' experts, where those can neither be packed nor read."""
+
+    def matrices(self, experts: Any) -> Iterator[torch.Tensor]:
+        """Views of the weights in transformers' experts, ``[out, in]``."""
+        for stack in (experts.gate_up_proj, experts.down_proj):
+            yield from stack
+
+    def parts(self, hf: Any, prefix: str, name: str, shape: Shape) -> list[Part] | None:
+        """What tensor ``name`` of a layer is read from; None where that follows from its name, as of others.
+
+        prefix  what the names in the files begin with
+        """
+        if self.in_files is None or not name.startswith(f"{self.module}."):
+            return None
+        spellings = (self.down,) if name.endswith("down_proj") else (self.gate, self.up)
+        num_experts, rows, columns = shape
+        in_files = f"{prefix}{self.in_files}"
+        return [
+            RowsPart(
+                tuple(f"{in_files}.{number}.{spelling}.weight" for spelling in spellings),
+                (rows // len(spellings), columns),
+                number,
+            )
+            for number in range(num_experts)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -73,6 +101,7 @@ class Family:
     adapt      changes a layer on the meta device so that its attention comes to ``AttentionCall``; None where
                the attention can be registered
     plain_arguments  what the unchanged layer needs beside mask and angles
+    quantized  ``quant_method`` of checkpoints that are read, as the values that they stand for
     float32    tensors of the layer that stay in float32 whatever is served in, as transformers keeps them
     """
 
@@ -88,6 +117,7 @@ class Family:
     adapt: Callable[[nn.Module, Any, int], None] | None = None
     plain_arguments: Callable[[Any, int, torch.dtype], LayerArguments] = no_arguments
     experts: ExpertNames | None = None
+    quantized: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import nn
 
 from petalsd.errors import ModelError, WeightsError
 from petalsd.models.hf.attention import ATTENTION_NAME, register_attention
-from petalsd.models.hf.family import ExpertNames, Family, packable_linears
+from petalsd.models.hf.family import Family, packable_linears
+from petalsd.models.hf.parts import Part, RowsPart, Shape
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import read_tensors
 from petalsd.ops.memory import empty
-from petalsd.ops.staging import Copy, copying_to
+from petalsd.ops.staging import copying_to
 
 _EAGER = "eager"
 """transformers' own way to compute attention, and experts."""
@@ -40,6 +41,8 @@ class Layers:
             layer: nn.Module = getattr(family.module, family.layer)(hf, layer_idx=index)
             if family.adapt is not None and not is_plain:
                 family.adapt(layer, hf, index)
+            if family.experts is not None and not is_plain:
+                family.experts.replace_in(layer)
         return layer.eval().requires_grad_(False)
 
     def layer_type(self, index: int) -> str | None:
@@ -48,19 +51,24 @@ class Layers:
         return layer_types[index] if layer_types else None
 
     def shapes(self, index: int) -> list[tuple[int, ...]]:
-        """Of the tensors in a checkpoint, each expert's apart."""
+        """Of the tensors in a checkpoint, each expert's apart, and of its packed ones what they unpack to."""
         parts = self._parts(self.empty_layer(index), "")
-        return [part.shape for group in parts.values() for part in group for _ in part.names]
+        return [shape for group in parts.values() for part in group for shape in part.pieces]
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """The linear modules by their names in the layer, ``[out, in]``; experts and routers are none."""
-        linears = packable_linears(self.empty_layer(index), self.family.experts)
-        return {name: (module.out_features, module.in_features) for name, module in linears.items()}
+        experts = self.family.experts
+        linears = packable_linears(self.empty_layer(index), experts)
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in linears.items()
+            if experts is None or not name.startswith(f"{experts.module}.")
+        }
 
     def tensor_shapes(self, index: int, source: ModelSource) -> dict[str, tuple[int, ...]]:
         """Names and shapes in the checkpoint. WeightsError when none of the family's spellings is there."""
         parts = self._parts(self.empty_layer(index), self._prefix(index, source))
-        return {name: part.shape for of_tensor in parts.values() for part in of_tensor for name in part.names}
+        return _stored(part for group in parts.values() for part in group)
 
     def load(
         self,
@@ -74,9 +82,8 @@ class Layers:
         """Layer ``index`` with its weights in ``dtype`` on ``device``. WeightsError, or ModelError."""
         layer = self.empty_layer(index, is_plain=is_plain)
         parts = self._parts(layer, self._prefix(index, source))
-        mapped = read_tensors(
-            source, {name: part.shape for group in parts.values() for part in group for name in part.names}
-        )
+        every = [part for group in parts.values() for part in group]
+        mapped = read_tensors(source, _stored(every), _stored(part for part in every if part.is_bytes))
         state = {}
         with copying_to(device) as copy_weight:
             for name, tensor in layer.state_dict().items():
@@ -116,14 +123,13 @@ class Layers:
             hint="the checkpoint and its config.json do not belong together, or it is incomplete",
         )
 
-    def _parts(self, layer: nn.Module, prefix: str) -> dict[str, list[_Part]]:
+    def _parts(self, layer: nn.Module, prefix: str) -> dict[str, list[Part]]:
         """What each of the layer's tensors is put together from."""
         experts, parts = self.family.experts, {}
         for name, tensor in layer.state_dict().items():
-            if experts is not None and experts.in_files and name.startswith(f"{experts.module}."):
-                parts[name] = _expert_parts(experts, prefix, name, tensor)
-            else:
-                parts[name] = [_Part((prefix + self._file_name(name),), tuple(tensor.shape), None)]
+            shape = tuple(tensor.shape)
+            of_experts = experts.parts(self.hf, prefix, name, shape) if experts is not None else None
+            parts[name] = of_experts or [RowsPart((prefix + self._file_name(name),), shape)]
         return parts
 
     def _file_name(self, name: str) -> str:
@@ -133,36 +139,8 @@ class Layers:
         return name
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Tensors of one shape, one below the other at place ``at`` of the module's tensor; None: one is all of it."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    at: int | None
-
-    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
-        if self.at is None:
-            copy(whole, mapped[self.names[0]])
-            return
-        place, rows = whole[self.at], self.shape[0]
-        for number, name in enumerate(self.names):
-            copy(place[number * rows : (number + 1) * rows], mapped[name])
-
-
-def _expert_parts(experts: ExpertNames, prefix: str, name: str, tensor: torch.Tensor) -> list[_Part]:
-    is_down = name.endswith("down_proj")
-    spellings = (experts.down,) if is_down else (experts.gate, experts.up)
-    num_experts, rows, columns = tensor.shape
-    shape = (rows // len(spellings), columns)
-    return [
-        _Part(
-            tuple(f"{prefix}{experts.in_files}.{number}.{spelling}.weight" for spelling in spellings),
-            shape,
-            number,
-        )
-        for number in range(num_experts)
-    ]
+def _stored(parts: Iterable[Part]) -> dict[str, Shape]:
+    return {name: shape for part in parts for name, shape in part.stored.items()}
 
 
 def _finished(layer: nn.Module) -> nn.Module:

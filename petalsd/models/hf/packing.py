@@ -84,9 +84,9 @@ def pack_layer(
 def round_layer(layer: nn.Module, names: ExpertNames | None, format: WeightFormat) -> None:
     """Give the weights that ``pack_layer`` would pack the values that they have in ``format``, in place."""
     weights = [linear.weight for linear in packable_linears(layer, names).values()]
-    experts = find_experts(layer, names)
-    stacks = [] if experts is None else [experts.gate_up_proj, experts.down_proj]
-    for weight in [*weights, *(weight for stack in stacks for weight in stack)]:
+    if (experts := find_experts(layer, names)) is not None and names is not None:
+        weights.extend(names.matrices(experts))
+    for weight in weights:
         weight.data.copy_(pack_weight(weight, format).unpack(weight.dtype))
 
 

@@ -1,0 +1,120 @@
+"""What a tensor of a layer is put together from, out of those of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+
+from petalsd.errors import WeightsError
+from petalsd.ops.mxfp4 import BYTES_PER_BLOCK, VALUES_PER_BLOCK, unpack_mxfp4
+from petalsd.ops.staging import Copy
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Part(Protocol):
+    """A part of one tensor of a layer, or all of it."""
+
+    @property
+    def stored(self) -> Mapping[str, Shape]:
+        """The tensors of the checkpoint that it is read from."""
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether these are uint8, and not numbers."""
+
+    @property
+    def pieces(self) -> list[Shape]:
+        """Shapes of the weights that it is, each expert's apart."""
+
+    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
+        """Fill its place in ``whole``, the layer's tensor, from the checkpoint's by name. Raises WeightsError."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPart:
+    """Tensors of one shape, one below the other at place ``at`` of the layer's tensor; None: one is all of it."""
+
+    names: tuple[str, ...]
+    shape: Shape
+    at: int | None = None
+    is_bytes: bool = False
+
+    @property
+    def stored(self) -> Mapping[str, Shape]:
+        return dict.fromkeys(self.names, self.shape)
+
+    @property
+    def pieces(self) -> list[Shape]:
+        return [self.shape] * len(self.names)
+
+    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
+        if self.at is None:
+            copy(whole, mapped[self.names[0]])
+            return
+        place, rows = whole[self.at], self.shape[0]
+        for number, name in enumerate(self.names):
+            copy(place[number * rows : (number + 1) * rows], mapped[name])
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePart:
+    """All of the layer's tensor is place ``at`` of one for all experts, ``shape``; matrices are transposed."""
+
+    name: str
+    shape: Shape
+    at: int
+    is_bytes: bool = False
+
+    @property
+    def stored(self) -> Mapping[str, Shape]:
+        return {self.name: self.shape}
+
+    @property
+    def pieces(self) -> list[Shape]:
+        return [self.shape[:0:-1]]
+
+    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
+        copy(whole, mapped[self.name][self.at].t())
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Part:
+    """One expert's weight in MXFP4, of ``<name>_blocks`` and ``<name>_scales`` for all experts.
+
+    shape     what these unpack to, ``[experts, num_out, num_in]``
+    is_plain  it is place ``at`` of the layer's tensor, transposed; else all of it
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    at: int
+    is_plain: bool
+    is_bytes: bool = True
+
+    @property
+    def stored(self) -> Mapping[str, Shape]:
+        num_experts, num_out, num_in = self.shape
+        groups = (num_experts, num_out, num_in // VALUES_PER_BLOCK)
+        return {f"{self.name}_blocks": (*groups, BYTES_PER_BLOCK), f"{self.name}_scales": groups}
+
+    @property
+    def pieces(self) -> list[Shape]:
+        return [self.shape[1:]]
+
+    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
+        blocks, scales = (mapped[name][self.at] for name in self.stored)
+        weight = unpack_mxfp4(blocks, scales)
+        if not all(math.isfinite(extreme) for extreme in weight.aminmax()):
+            raise WeightsError(
+                f"{self.name}_scales has scales that make values which are not finite",
+                hint="the checkpoint is damaged: use another revision",
+            )
+        if self.is_plain:
+            copy(whole[self.at], weight.t())
+        else:
+            copy(whole, weight)
