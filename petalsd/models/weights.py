@@ -180,11 +180,13 @@ class Placement:
 
 
 def read_tensors(
-    source: ModelSource, shapes: Mapping[str, tuple[int, ...]], of_bytes: Collection[str] = ()
+    source: ModelSource,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """Map these tensors from the source's files, each checked against its shape. Raises WeightsError.
 
-    of_bytes  those that are uint8; all others are finite numbers
+    dtypes  of those that are parts of packed weights; all others hold finite numbers
     """
     source.fetch(files_with(source, shapes))
     index = source.index()
@@ -196,8 +198,10 @@ def read_tensors(
         tensors.update(read_file(source.path(file), file, names))
     for name, shape in shapes.items():
         _check_shape(name, tensors[name], shape, index[name])
-        check = _check_bytes if name in of_bytes else check_values
-        check(name, tensors[name], index[name])
+        if name in dtypes:
+            _check_dtype(name, tensors[name], dtypes[name], index[name])
+        else:
+            check_values(name, tensors[name], index[name])
     return tensors
 
 
@@ -219,9 +223,9 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], file: 
         raise WeightsError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json means {shape}")
 
 
-def _check_bytes(name: str, tensor: torch.Tensor, file: str) -> None:
-    if tensor.dtype != torch.uint8:
-        raise WeightsError(f"{file}: {name} has dtype {tensor.dtype}, uint8 is what its format has")
+def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, file: str) -> None:
+    if tensor.dtype != dtype:
+        raise WeightsError(f"{file}: {name} has dtype {tensor.dtype}, {dtype} is what its format has")
 
 
 def check_values(name: str, tensor: torch.Tensor, file: str) -> None:

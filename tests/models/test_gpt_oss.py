@@ -107,9 +107,9 @@ def test_sizes_are_those_of_the_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "named"),
     [
-        (BLOCKS, lambda blocks: blocks.float(), f"{BLOCKS} has dtype torch.float32, uint8"),
+        (BLOCKS, lambda blocks: blocks.float(), f"{BLOCKS} has dtype torch.float32, torch.uint8"),
         (BLOCKS, lambda blocks: blocks[..., :8].contiguous(), rf"{BLOCKS} has shape \(4, 64, 5, 8\)"),
-        (SCALES, lambda scales: scales.to(torch.int8), f"{SCALES} has dtype torch.int8, uint8"),
+        (SCALES, lambda scales: scales.to(torch.int8), f"{SCALES} has dtype torch.int8, torch.uint8"),
         (SCALES, lambda scales: scales[:, :3].contiguous(), rf"{SCALES} has shape \(4, 3, 5\)"),
         (SCALES, lambda scales: scales.fill_(255), f"{SCALES} .*not finite"),
         (SCALES, lambda scales: None, f"no file holds the tensor {SCALES}"),

@@ -12,6 +12,7 @@ from petalsd.errors import UnsupportedModel
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.hf import heads
 from petalsd.models.hf.family import ExpertNames, Family, same_kind
+from petalsd.models.hf.fp8 import FP8
 from petalsd.models.hf.gpt_oss import MXFP4, GptOssExpertNames
 from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
 
@@ -189,7 +190,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "minimax_m2": _usual(
             "minimax_m2", "MiniMaxM2", windows=_no_windows, renames={"mlp.": "block_sparse_moe."},
             experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
-            float32=("mlp.e_score_correction_bias",),
+            quantized=(FP8,), float32=("mlp.e_score_correction_bias",),
         ),
         "ministral": _usual("ministral", "Ministral"),
         "ministral3": _usual("ministral3", "Ministral3"),
@@ -214,7 +215,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2": _usual("qwen2", "Qwen2"),
         "qwen2_moe": _usual("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
         "qwen3": _usual("qwen3", "Qwen3"),
-        "qwen3_moe": _usual("qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
+        "qwen3_moe": _usual(
+            "qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames(), quantized=(FP8,)
+        ),
         "seed_oss": _usual("seed_oss", "SeedOss", windows=_no_windows),
         "smollm3": _usual("smollm3", "SmolLM3", kind=_smollm3_kind),
         "solar_open": _usual(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from petalsd.errors import ModelError, WeightsError
 from petalsd.models.hf.attention import ATTENTION_NAME, register_attention
 from petalsd.models.hf.family import Family, packable_linears
+from petalsd.models.hf.fp8 import with_scales
 from petalsd.models.hf.parts import Part, RowsPart, Shape
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import read_tensors
@@ -67,7 +68,7 @@ class Layers:
 
     def tensor_shapes(self, index: int, source: ModelSource) -> dict[str, tuple[int, ...]]:
         """Names and shapes in the checkpoint. WeightsError when none of the family's spellings is there."""
-        parts = self._parts(self.empty_layer(index), self._prefix(index, source))
+        parts = self._parts(self.empty_layer(index), self._prefix(index, source), source.index())
         return _stored(part for group in parts.values() for part in group)
 
     def load(
@@ -81,15 +82,16 @@ class Layers:
     ) -> nn.Module:
         """Layer ``index`` with its weights in ``dtype`` on ``device``. WeightsError, or ModelError."""
         layer = self.empty_layer(index, is_plain=is_plain)
-        parts = self._parts(layer, self._prefix(index, source))
+        parts = self._parts(layer, self._prefix(index, source), source.index())
         every = [part for group in parts.values() for part in group]
-        mapped = read_tensors(source, _stored(every), _stored(part for part in every if part.is_bytes))
+        dtypes = {name: dtype for part in every for name, dtype in part.dtypes.items()}
+        mapped = read_tensors(source, _stored(every), dtypes)
         state = {}
         with copying_to(device) as copy_weight:
             for name, tensor in layer.state_dict().items():
                 state[name] = empty(tensor.shape, self._dtype_of(name, dtype), device)
                 for part in parts[name]:
-                    part.copy_to(state[name], mapped, copy_weight)
+                    part.copy_to(state[name], mapped.__getitem__, copy_weight)
         layer.load_state_dict(state, strict=True, assign=True)
         return _finished(layer)
 
@@ -123,13 +125,14 @@ class Layers:
             hint="the checkpoint and its config.json do not belong together, or it is incomplete",
         )
 
-    def _parts(self, layer: nn.Module, prefix: str) -> dict[str, list[Part]]:
-        """What each of the layer's tensors is put together from."""
+    def _parts(self, layer: nn.Module, prefix: str, names: Collection[str] = ()) -> dict[str, list[Part]]:
+        """What each of the layer's tensors is put together from; ``names`` are those of the checkpoint."""
         experts, parts = self.family.experts, {}
         for name, tensor in layer.state_dict().items():
             shape = tuple(tensor.shape)
             of_experts = experts.parts(self.hf, prefix, name, shape) if experts is not None else None
-            parts[name] = of_experts or [RowsPart((prefix + self._file_name(name),), shape)]
+            group = of_experts or [RowsPart((prefix + self._file_name(name),), shape)]
+            parts[name] = [with_scales(part, self.hf, names) for part in group]
         return parts
 
     def _file_name(self, name: str) -> str:

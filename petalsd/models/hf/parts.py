@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -14,6 +14,8 @@ from petalsd.ops.mxfp4 import BYTES_PER_BLOCK, VALUES_PER_BLOCK, unpack_mxfp4
 from petalsd.ops.staging import Copy
 
 Shape: TypeAlias = tuple[int, ...]
+Stored: TypeAlias = Callable[[str], torch.Tensor]
+"""A tensor of a checkpoint by name."""
 
 
 class Part(Protocol):
@@ -24,15 +26,15 @@ class Part(Protocol):
         """The tensors of the checkpoint that it is read from."""
 
     @property
-    def is_bytes(self) -> bool:
-        """Whether these are uint8, and not numbers."""
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Of those that are not numbers themselves."""
 
     @property
     def pieces(self) -> list[Shape]:
         """Shapes of the weights that it is, each expert's apart."""
 
-    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
-        """Fill its place in ``whole``, the layer's tensor, from the checkpoint's by name. Raises WeightsError."""
+    def copy_to(self, whole: torch.Tensor, stored: Stored, copy: Copy) -> None:
+        """Fill its place in ``whole``, the layer's tensor. Raises WeightsError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +44,26 @@ class RowsPart:
     names: tuple[str, ...]
     shape: Shape
     at: int | None = None
-    is_bytes: bool = False
 
     @property
     def stored(self) -> Mapping[str, Shape]:
         return dict.fromkeys(self.names, self.shape)
 
     @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return {}
+
+    @property
     def pieces(self) -> list[Shape]:
         return [self.shape] * len(self.names)
 
-    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
+    def copy_to(self, whole: torch.Tensor, stored: Stored, copy: Copy) -> None:
         if self.at is None:
-            copy(whole, mapped[self.names[0]])
+            copy(whole, stored(self.names[0]))
             return
         place, rows = whole[self.at], self.shape[0]
         for number, name in enumerate(self.names):
-            copy(place[number * rows : (number + 1) * rows], mapped[name])
+            copy(place[number * rows : (number + 1) * rows], stored(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +73,21 @@ class SlicePart:
     name: str
     shape: Shape
     at: int
-    is_bytes: bool = False
 
     @property
     def stored(self) -> Mapping[str, Shape]:
         return {self.name: self.shape}
 
     @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return {}
+
+    @property
     def pieces(self) -> list[Shape]:
         return [self.shape[:0:-1]]
 
-    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
-        copy(whole, mapped[self.name][self.at].t())
+    def copy_to(self, whole: torch.Tensor, stored: Stored, copy: Copy) -> None:
+        copy(whole, stored(self.name)[self.at].t())
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,6 @@ class Mxfp4Part:
     shape: tuple[int, int, int]
     at: int
     is_plain: bool
-    is_bytes: bool = True
 
     @property
     def stored(self) -> Mapping[str, Shape]:
@@ -103,18 +110,26 @@ class Mxfp4Part:
         return {f"{self.name}_blocks": (*groups, BYTES_PER_BLOCK), f"{self.name}_scales": groups}
 
     @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return dict.fromkeys(self.stored, torch.uint8)
+
+    @property
     def pieces(self) -> list[Shape]:
         return [self.shape[1:]]
 
-    def copy_to(self, whole: torch.Tensor, mapped: Mapping[str, torch.Tensor], copy: Copy) -> None:
-        blocks, scales = (mapped[name][self.at] for name in self.stored)
+    def copy_to(self, whole: torch.Tensor, stored: Stored, copy: Copy) -> None:
+        blocks, scales = (stored(name)[self.at] for name in self.stored)
         weight = unpack_mxfp4(blocks, scales)
-        if not all(math.isfinite(extreme) for extreme in weight.aminmax()):
-            raise WeightsError(
-                f"{self.name}_scales has scales that make values which are not finite",
-                hint="the checkpoint is damaged: use another revision",
-            )
+        check_unpacked(f"{self.name}_scales", weight)
         if self.is_plain:
             copy(whole[self.at], weight.t())
         else:
             copy(whole, weight)
+
+
+def check_unpacked(name: str, weight: torch.Tensor) -> None:
+    """WeightsError that names the packed tensor when a value that it stands for is not finite."""
+    if not all(math.isfinite(extreme) for extreme in weight.aminmax()):
+        raise WeightsError(
+            f"{name} makes values that are not finite", hint="the checkpoint is damaged: use another revision"
+        )
