@@ -23,7 +23,7 @@ from petalsd.errors import BadRequest, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.head_weights import HeadWeights, PackedHeadWeights, load_packed_head
-from petalsd.models.model_config import ModelConfig
+from petalsd.models.model_config import ModelConfig, text_part
 from petalsd.models.naming import dht_prefix as derive_prefix
 from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import ModelSource
@@ -82,7 +82,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         blocks, rule = architecture.config, architecture.head_rule()
         prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
         head = load_packed_head(files, blocks, rule, dtype or blocks.dtype or torch.float32)
-        config = CONFIG_MAPPING[blocks.model_type].from_dict(raw)
+        config = CONFIG_MAPPING[blocks.model_type].from_dict(dict(text_part(raw)))
         client = SwarmClient(prefix, blocks.num_blocks, initial_peers, options, _whole_from(blocks))
         runtime = ClientRuntime()
         runtime.start()

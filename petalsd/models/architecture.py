@@ -11,7 +11,7 @@ from petalsd.models.block_config import FUSED_FAMILIES, BlockConfig
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.hf.families import family_of
 from petalsd.models.hf.layer import Layers
-from petalsd.models.model_config import ModelConfig, check_sizes, common_facts, read_hf_config
+from petalsd.models.model_config import ModelConfig, check_sizes, common_facts, read_hf_config, text_part
 from petalsd.models.source import ModelSource
 from petalsd.models.weights import block_tensors
 
@@ -47,7 +47,11 @@ class Architecture:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Architecture:
-        """Of a ``config.json``. UnsupportedModel: a family or feature that is not served; ModelError: nonsense."""
+        """Of a ``config.json``. UnsupportedModel: a family or feature that is not served; ModelError: nonsense.
+
+        Of a model of text and images it is the text model, where that is a family of the table.
+        """
+        raw = text_part(raw)
         family = family_of(raw.get("model_type"))
         hf = read_hf_config(str(raw["model_type"]), raw, family.quantized)
         layers = Layers(family, hf)

@@ -52,6 +52,10 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+_WRAPPERS = frozenset(("gemma3", "mistral3"))
+_OF_WHOLE = ("dtype", "torch_dtype", "quantization_config")
+
+
 def dtype_for(setting: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """The dtype to serve in. ``auto``: the checkpoint's, but bfloat16 if that is float32 or not given.
 
@@ -96,6 +100,18 @@ def read_hf_config(model_type: str, raw: Mapping[str, Any], quantized: Collectio
         raise ModelError(
             f"config.json is not a valid {model_type} configuration: {_one_line(error)}"
         ) from error
+
+
+def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A ``config.json`` of a text model, or that part of one of text and images. ModelError when it is none."""
+    if raw.get("model_type") not in _WRAPPERS:
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ModelError(f"text_config = {text!r} in config.json: a mapping is needed")
+    # Whether the embeddings are tied is seen in the files: what the whole says may not be what the part does.
+    whole = {key: raw[key] for key in _OF_WHOLE if raw.get(key) is not None}
+    return {**whole, **text, "tie_word_embeddings": True}
 
 
 def read_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:

@@ -48,6 +48,7 @@ class ModelSource:
         with looking_at(Path(source).name):
             self.is_directory = Path(source).is_dir()
         self._index: dict[str, str] | None = None
+        self._stored_names: dict[str, str] = {}
         self._files: FileStore
         if self.is_directory:
             self._files = DirectoryStore(Path(source))
@@ -69,10 +70,19 @@ class ModelSource:
         return self.read_json(CONFIG_FILE)
 
     def index(self) -> dict[str, str]:
-        """Tensor name to file name, read once. Raises WeightsError, also for a model without safetensors."""
+        """Tensor name to file name, read once. Raises WeightsError, also for a model without safetensors.
+
+        A text model in one of text and images has the names that it has alone: ``stored_name`` says the file's.
+        """
         if self._index is None:
-            self._index = self._read_index()
+            index = self._read_index()
+            self._stored_names = {_name_alone(name): name for name in index}
+            self._index = {name: index[stored] for name, stored in self._stored_names.items()}
         return self._index
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor of the index is called in its file."""
+        return self._stored_names.get(name, name)
 
     def fetch(self, files: Iterable[str], progress: Progress | None = None) -> None:
         """Make these files available at ``path``, downloading what is missing. Raises WeightsError."""
@@ -99,7 +109,7 @@ class ModelSource:
             return
         self.fetch(files)
         for file in files:
-            names = set(_tensor_names(self.path(file)))
+            names = {_name_alone(name) for name in _tensor_names(self.path(file))}
             lacking = sorted(
                 name for name, where in self.index().items() if where == file and name not in names
             )
@@ -152,6 +162,12 @@ def _parse_index(content: dict[str, Any]) -> dict[str, str]:
                 f"{INDEX_FILE}: {name} lies in {file!r}, which is not the name of a safetensors file"
             )
     return weight_map
+
+
+def _name_alone(stored: str) -> str:
+    """Without what stands around a text model: ``language_model.model.…`` or ``model.language_model.…``."""
+    inner = stored.removeprefix("model.language_model.")
+    return stored.removeprefix("language_model.") if inner == stored else f"model.{inner}"
 
 
 def _tensor_names(path: Path) -> list[str]:

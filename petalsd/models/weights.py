@@ -195,7 +195,9 @@ def read_tensors(
         names_by_file[index[name]].append(name)
     tensors: dict[str, torch.Tensor] = {}
     for file, names in names_by_file.items():
-        tensors.update(read_file(source.path(file), file, names))
+        stored = {source.stored_name(name): name for name in names}
+        read = read_file(source.path(file), file, stored)
+        tensors.update({stored[name]: tensor for name, tensor in read.items()})
     for name, shape in shapes.items():
         _check_shape(name, tensors[name], shape, index[name])
         if name in dtypes:

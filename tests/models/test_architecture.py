@@ -74,7 +74,7 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
         ),
         ({"model_type": "qwen3_next"}, "recurrent state"),
         ({"model_type": "gemma3n_text"}, "of other layers, which may be on another server"),
-        ({"model_type": "gemma3"}, "text model alone"),
+        ({"model_type": "qwen3_vl"}, "positions have three axes"),
         ({"model_type": "gpt17"}, "'gpt17' is not served by this version"),
         ({}, "model_type = None"),
         ({**GEMMA, "quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'"),

@@ -238,7 +238,7 @@ _CHUNKED = "its attention sees chunks of positions, which the paged cache does n
 _DIFFERENTIAL = "its attention is the difference of two softmaxes, which no kernel here computes"
 _UNEVEN = "its heads have values of another size than keys, or differ in number from layer to layer"
 _INDEXED = "its attention chooses keys by an index of its own, which the paged cache does not hold"
-_MULTIMODAL = "it is a model of text and images; its text model alone is served"
+_THREE_AXES = "it is a model of text and images, whose rotary positions have three axes"
 
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -260,6 +260,6 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("nemotron", "stablelm"), _CLOSED),
         "diffllama": _DIFFERENTIAL,
         **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), _SHARED),
-        **dict.fromkeys(("gemma3", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), _MULTIMODAL),
+        **dict.fromkeys(("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"), _THREE_AXES),
     }
 )  # fmt: skip
