@@ -98,6 +98,14 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom-6-heads": ("bloom", {"num_attention_heads": 6, "hidden_size": 96, "seq_length": 300}),
     "cohere": ("cohere", {"use_qk_norm": True}),
     "cohere2": ("cohere2", {"sliding_window": 12, "sliding_window_pattern": 2}),
+    "cohere2_moe": (
+        "cohere2_moe", {**_SPARSE, "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 96,
+                        "num_shared_experts": 1, "sliding_window": 12, "sliding_window_pattern": 2, "head_dim": 16,
+                        "rms_norm_eps": 1e-5, "expert_selection_fn": "sigmoid", "logit_scale": 0.5},
+    ),
+    "cohere2_moe-layer-norm": (
+        "cohere2_moe", {**_SPARSE, "sliding_window": 12, "sliding_window_pattern": 2, "head_dim": 16},
+    ),
     "cwm": (
         "cwm", {"sliding_window": 12, "head_dim": 16, "rope": "default", "bos_token_id": 0, "eos_token_id": 0},
     ),
@@ -151,7 +159,14 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": (
         "hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2] * 4, "head_dim": 16, "rope_parameters": _NTK_ALPHA},
     ),
+    "hy_v3": ("hy_v3", {**_SPARSE, "moe_intermediate_size": 32, "head_dim": 16}),
     "hyperclovax": ("hyperclovax", {**_GRANITE, "use_post_norm": True}),
+    "jais2": ("jais2", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "mellum": (
+        "mellum", {**_SPARSE, "moe_intermediate_size": 32, "head_dim": 16, "sliding_window": 12,
+                   "layer_types": ["sliding_attention", "full_attention"] * 2,
+                   "mlp_layer_types": ["dense"] + ["sparse"] * 3},
+    ),
     "ministral": (
         "ministral", {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12,
                       "head_dim": 16, "rope": "default"},

@@ -134,6 +134,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "cohere": _usual("cohere", "Cohere", heads.cohere_head),
         "cohere2": _usual("cohere2", "Cohere2", heads.cohere_head),
+        "cohere2_moe": _usual(
+            "cohere2_moe", "Cohere2Moe", heads.cohere_moe_head, kind=_listed_kind, experts=ExpertNames()
+        ),
         "cwm": _usual("cwm", "Cwm"),
         "dots1": _usual(
             "dots1", "Dots1", kind=_dense_first_kind, experts=ExpertNames(), float32=(_CORRECTION,)
@@ -185,8 +188,19 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "hunyuan_v1_moe", "HunYuanMoEV1", windows=_no_windows, facts=_hunyuan_facts,
             experts=ExpertNames(router="mlp.gate.wg"), float32=("mlp.gate.wg.weight",),
         ),
+        "hy_v3": _usual(
+            "hy_v3", "HYV3", windows=_no_windows, kind=_listed_kind, experts=ExpertNames(),
+            renames={
+                "mlp.gate.": "mlp.router.gate.",
+                "mlp.shared_experts.": "mlp.shared_mlp.",
+                "mlp.e_score_correction_bias": "mlp.expert_bias",
+            },
+            float32=("mlp.e_score_correction_bias",),
+        ),
         "hyperclovax": _usual("hyperclovax", "HyperCLOVAX", heads.hyperclovax_head, windows=_no_windows),
+        "jais2": _usual("jais2", "Jais2", heads.jais2_head, windows=_no_windows),
         "llama": _usual("llama", "Llama", windows=_no_windows),
+        "mellum": _usual("mellum", "Mellum", kind=_listed_kind, experts=ExpertNames()),
         "minimax_m2": _usual(
             "minimax_m2", "MiniMaxM2", windows=_no_windows, renames={"mlp.": "block_sparse_moe."},
             experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),

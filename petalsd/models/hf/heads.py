@@ -68,6 +68,12 @@ def cohere_head(hf: Any) -> HeadRule:
     return HeadRule(norm="layer", norm_eps=hf.layer_norm_eps, logit_scale=hf.logit_scale)
 
 
+def cohere_moe_head(hf: Any) -> HeadRule:
+    """Cohere's, but for the norm of models that name an epsilon for theirs."""
+    rule = cohere_head(hf)
+    return rule if hf.rms_norm_eps is None else replace(rule, norm="rms", norm_eps=hf.rms_norm_eps)
+
+
 def gpt_neox_head(hf: Any) -> HeadRule:
     names = HeadNames(
         prefixes=("gpt_neox.", ""),
@@ -77,6 +83,10 @@ def gpt_neox_head(hf: Any) -> HeadRule:
         output="embed_out.weight",
     )
     return HeadRule(names, norm="layer", norm_eps=hf.layer_norm_eps)
+
+
+def jais2_head(hf: Any) -> HeadRule:
+    return HeadRule(HeadNames(norm_bias="norm.bias"), norm="layer", norm_eps=hf.layer_norm_eps)
 
 
 def olmo_head(hf: Any) -> HeadRule:
