@@ -251,8 +251,8 @@ class LayerTeam:
     ) -> None:
         """The sum of ``share * expert(in)`` over the experts of each token, in their order, to ``out``.
 
-        sizes: T tokens and k experts of each. Addresses: which experts ``[T, k]`` int64; float32 shares ``[T, k]``,
-        in and out ``[T, M]``. ``is_wide`` as for ``multiply``."""
+        sizes: T tokens and k experts of each. Addresses: which experts ``[T, k]`` int64; float32: shares
+        ``[T, k]``, in and out ``[T, M]``. ``is_wide`` as for ``multiply``."""
     def attend(
         self,
         sequences: Sequences,

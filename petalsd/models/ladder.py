@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
@@ -14,13 +14,13 @@ import structlog
 import torch
 from torch import nn
 
-from petalsd import _C
 from petalsd.device_faults import raise_if_lost
 from petalsd.errors import ModelError
 from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
 from petalsd.models.block import TransformerBlock
 from petalsd.models.contract import Angles, Block
+from petalsd.models.cpu_products import CpuProducts
 from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.packing import pack_layer, round_layer
@@ -32,7 +32,7 @@ from petalsd.models.spans import has_kernels, paged_span
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import load_block
-from petalsd.ops.packed_product import PackedProduct, Product
+from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.weight_packing import pack_weight
 
@@ -170,32 +170,19 @@ class Ladder:
         return self.storage.format is not None and self.storage.format.is_quantized
 
     @cached_property
-    def _team(self) -> _C.LayerTeam:
-        """What computes the parts of layers on a CPU, one after the other."""
-        return _C.LayerTeam(self._num_threads, "auto")
-
-    @cached_property
-    def _products(self) -> tuple[str, Callable[[PackedWeight], Product]]:
-        """What computes with the weights of packed layers, one after the other, and products by it."""
-        if self._gpu is not None:
-            return self._gpu.tier, self._gpu.product
-        return self._team.tier, lambda weight: PackedProduct(weight, self._team)
-
-    @cached_property
-    def _gpu(self) -> GpuProducts | None:
-        return None if self.storage.device.type == "cpu" else gpu_products(self.storage.device)
+    def _products(self) -> CpuProducts | GpuProducts:
+        """What computes with the weights of layers, one after the other."""
+        device = self.storage.device
+        return CpuProducts(self._num_threads) if device.type == "cpu" else gpu_products(device)
 
     def _pack(self, layer: nn.Module) -> None:
         assert self.storage.format is not None
-        names = self.architecture.layers.family.experts
-        pack_experts = None
-        if self._gpu is not None:
-            pack_experts = partial(self._gpu.pack_experts, format=self.storage.format)
-        pack_layer(layer, names, self._make_product, pack_experts)
+        pack_experts = partial(self._products.pack_experts, format=self.storage.format)
+        pack_layer(layer, self.architecture.layers.family.experts, self._make_product, pack_experts)
 
     def make_product(self, weight: PackedWeight) -> Product:
         """What multiplies with a packed weight on the blocks' device."""
-        return self._products[1](weight)
+        return self._products.product(weight)
 
     def _make_product(self, weight: torch.Tensor) -> Product:
         assert self.storage.format is not None
@@ -203,8 +190,8 @@ class Ladder:
 
     def _as_block(self, layer: nn.Module, index: int) -> LayerBlock:
         names = self.architecture.layers.family.experts
-        if names is not None and self._gpu is not None:
-            self._gpu.replace_experts(layer, names)
+        if names is not None:
+            self._products.replace_experts(layer, names)
         angles, part = self.angles, slice(0, 2)
         if isinstance(angles, LayerAngles):
             part = angles.slice_of(self.architecture.layers.layer_type(index))
@@ -214,8 +201,12 @@ class Ladder:
 
     def _equip(self, block: TransformerBlock | LayerBlock) -> None:
         """With what attends on a CPU where steps are not computed as a whole."""
-        if can_attend_natively(block) and not can_be_native(block):
-            block.team = self._team
+        if (
+            can_attend_natively(block)
+            and not can_be_native(block)
+            and isinstance(self._products, CpuProducts)
+        ):
+            block.team = self._products.team
 
     def _climb(self, kind: str, index: int) -> tuple[Choice, Block]:
         tokens = Tokens.draw(self.architecture.config.hidden_size, self.storage.device)
@@ -285,7 +276,8 @@ class Ladder:
 
     def _kernels(self, rung: Rung, block: Block) -> str:
         if rung is Rung.PACKED:
-            return self._products[0] if has_kernels(block) else f"{self._products[0]}, torch"
+            tier = self._products.tier
+            return tier if has_kernels(block) else f"{tier}, torch"
         span = paged_span({block.index: block}, self._num_threads)
         if isinstance(span, NativeSpan):
             return span.tier

@@ -190,7 +190,7 @@ def test_a_ladder_builds_them(
     quantization: Quantization, rung: Rung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On both rungs of a GPU, with a trial that they pass, and where weights mean nothing; dense layers too."""
-    monkeypatch.setattr(Ladder, "_gpu", GpuProducts(DEVICE, 8))
+    monkeypatch.setattr(Ladder, "_products", GpuProducts(DEVICE, 8))
     family, settings = LAYER_VARIANTS["qwen3_moe"]
     make_tiny(family, tmp_path, **{**settings, "num_hidden_layers": 2})
     source, storage = ModelSource(str(tmp_path)), WeightStorage.choose(torch.float16, DEVICE, quantization)

@@ -36,7 +36,7 @@ def test_a_layer_is_the_one_with_rounded_weights(format: WeightFormat) -> None:
     )
     rounded.load_state_dict(layer.state_dict())
     round_layer(rounded, None, format)
-    pack_layer(layer, None, lambda weight: product_of(weight, format))
+    pack_layer(layer, None, lambda weight: product_of(weight, format), lambda experts: experts)
     x = torch.randn(2, 3, 96)
     assert_close(layer(x), rounded(x), 1e-5, 1e-5, format)
     assert not any(isinstance(module, nn.Linear) for module in layer.modules())

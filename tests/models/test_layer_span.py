@@ -20,9 +20,6 @@ from petalsd.models.paged_span import BlockByBlock, PagedSpan
 from petalsd.models.source import ModelSource
 from petalsd.models.spans import can_attend_by_kernels, paged_span
 from petalsd.models.weight_storage import WeightStorage
-from petalsd.ops.packed_weight import PackedWeight
-from petalsd.ops.quantized_product import QuantizedProduct
-from petalsd.ops.split_workspace import SplitWorkspace
 from petalsd.types import BlockSpan
 from tests.models.kernel_blocks import NUM_SMS
 from tests.numeric import assert_close
@@ -103,16 +100,11 @@ def test_packed_layers_are_computed_from_their_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By kernels both, as products with the rounded weights by torch."""
-    workspace = SplitWorkspace.allocate(CPU, NUM_SMS)
-
-    def products(weight: PackedWeight) -> QuantizedProduct:
-        return QuantizedProduct(weight, workspace)
-
     case = Case(tmp_path, "phi", "int8")
     exact = Case(tmp_path, "phi").blocks()
     for block in exact.values():
         ladders.round_layer(block.layer, None, case.ladder.storage.format)  # type: ignore[arg-type]
-    monkeypatch.setattr(Ladder, "_products", ("triton", products))
+    monkeypatch.setattr(Ladder, "_products", GpuProducts(CPU, NUM_SMS))
     actual = case.through(LayerSpan(case.blocks(Rung.PACKED), NUM_SMS))
     assert_close(actual, case.through(BlockByBlock(exact)), 1e-4, 1e-4, "int8")
 

@@ -7,11 +7,10 @@ import weakref
 import torch
 from torch import nn
 
-from petalsd import _C
+from petalsd.models.cpu_products import CpuProducts
 from petalsd.models.hf.family import ExpertNames
 from petalsd.models.hf.packing import layer_nbytes, pack_layer
 from petalsd.models.weight_storage import WeightStorage
-from petalsd.ops.packed_product import PackedProduct
 from petalsd.ops.packed_weight import WeightFormat
 from petalsd.ops.weight_packing import pack_weight
 
@@ -36,9 +35,12 @@ def test_a_layers_plain_weights_go_when_they_are_packed() -> None:
     layer.requires_grad_(False)
     weights = [weakref.ref(parameter) for parameter in layer.parameters() if parameter.dim() > 1]
     assert len(weights) == 4
-    team, storage = _C.LayerTeam(1, "auto"), WeightStorage.choose(torch.float32, CPU)
+    products, storage = CpuProducts(1), WeightStorage.choose(torch.float32, CPU)
     pack_layer(
-        layer, ExpertNames(), lambda weight: PackedProduct(pack_weight(weight, WeightFormat.FLOAT32), team)
+        layer,
+        ExpertNames(),
+        lambda weight: products.product(pack_weight(weight, WeightFormat.FLOAT32)),
+        lambda experts: products.pack_experts(experts, WeightFormat.FLOAT32),
     )
     assert [weight() for weight in weights] == [None] * 4
     assert layer_nbytes(layer) == storage.nbytes([*MATRICES, (40,), (8,), (8,)])

@@ -1,4 +1,4 @@
-"""Experts of a sparse layer on a GPU: the few tokens of decode steps by kernels, more of them expert by expert."""
+"""Experts of a sparse layer by kernels: on a GPU for the few tokens of decode steps, on a CPU for any."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 from petalsd.models.hf.packing import PackedExperts
 
 MAX_TOKENS = 64
-"""That kernels compute at once; more keep a device busy expert by expert."""
+"""That kernels of a GPU compute at once; more keep a device busy expert by expert."""
 
 
 class FewTokens(Protocol):
-    """``ops.expert_mlp.ExpertMlp``, which only machines with a GPU import."""
+    """``ops.native_experts.NativeExperts``, or ``ops.expert_mlp.ExpertMlp``, which machines with a GPU import."""
 
     def multiply(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -25,23 +25,24 @@ class KernelExperts(nn.Module):
     """Stands for gated experts.
 
     whole    computes any number of tokens, and gradients, but asks the host which experts there are
-    kernels  computes up to ``MAX_TOKENS`` over the same weights, and does not
+    kernels  computes up to ``max_tokens`` over the same weights, and does not
     """
 
     is_capturable = True
-    """A step of up to ``MAX_TOKENS`` tokens without gradients never waits for the host."""
+    """A step of up to ``max_tokens`` tokens without gradients never waits for the host."""
 
-    def __init__(self, whole: nn.Module, kernels: FewTokens) -> None:
+    def __init__(self, whole: nn.Module, kernels: FewTokens, max_tokens: int = MAX_TOKENS) -> None:
         super().__init__()
         self.whole = whole
         self._kernels = kernels
+        self._max_tokens = max_tokens
 
     def forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden ``[T, M]``; the experts of each token and their weights ``[T, k]``; returns ``[T, M]``."""
         has_gradient = torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad)
-        if len(hidden) > MAX_TOKENS or has_gradient:
+        if len(hidden) > self._max_tokens or has_gradient:
             states: torch.Tensor = self.whole(hidden, top_k_index, top_k_weights)
             return states
         return self._kernels.multiply(hidden, top_k_index, top_k_weights)

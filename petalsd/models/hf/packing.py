@@ -66,15 +66,11 @@ def pack_layer(
     layer: nn.Module,
     names: ExpertNames | None,
     make_product: MakeProduct,
-    pack_experts: PackExperts | None = None,
+    pack_experts: PackExperts,
 ) -> None:
-    """Pack what can be packed, in place. Norms, routers and biases stay.
-
-    ``pack_experts`` is for devices that have a better way than a product for each.
-    """
+    """Pack what can be packed, in place. Norms, routers and biases stay."""
     if (experts := find_experts(layer, names)) is not None and names is not None:
-        packed = _pack_each(experts, make_product) if pack_experts is None else pack_experts(experts)
-        layer.set_submodule(names.module, packed)
+        layer.set_submodule(names.module, pack_experts(experts))
     linears = packable_linears(layer, names)
     while linears:
         name, linear = linears.popitem()
@@ -103,8 +99,3 @@ def find_experts(layer: nn.Module, names: ExpertNames | None) -> Any | None:
     parent_name, _, name = names.module.rpartition(".")
     experts = getattr(layer.get_submodule(parent_name), name, None)
     return experts if hasattr(experts, "gate_up_proj") else None
-
-
-def _pack_each(experts: Any, make_product: MakeProduct) -> PackedExperts:
-    gate_up = [make_product(weight) for weight in experts.gate_up_proj]
-    return PackedExperts(experts.act_fn, gate_up, [make_product(weight) for weight in experts.down_proj])

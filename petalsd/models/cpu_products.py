@@ -1,0 +1,46 @@
+"""Products, attention and experts of layers by the kernels of a CPU."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+from petalsd import _C
+from petalsd.models.hf.experts import KernelExperts
+from petalsd.models.hf.family import ExpertNames
+from petalsd.models.hf.packing import PackedExperts
+from petalsd.ops.native_experts import NativeExperts
+from petalsd.ops.packed_product import PackedProduct
+from petalsd.ops.packed_weight import PackedWeight, WeightFormat
+from petalsd.ops.weight_packing import pack_weight
+
+
+class CpuProducts:
+    """Makes what computes with the weights of layers. ``team`` computes it all, one after the other."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.team = _C.LayerTeam(num_threads, "auto")
+
+    @property
+    def tier(self) -> str:
+        return self.team.tier
+
+    def product(self, weight: PackedWeight) -> PackedProduct:
+        return PackedProduct(weight, self.team)
+
+    def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
+        """What stands for transformers' experts, over weights in a format."""
+        gate_up, down = (
+            [self.product(pack_weight(weight, format)) for weight in stack]
+            for stack in (experts.gate_up_proj, experts.down_proj)
+        )
+        whole = PackedExperts(experts.act_fn, gate_up, down)
+        if type(experts.act_fn) is not type(ACT2FN["silu"]):
+            return whole
+        return KernelExperts(whole, NativeExperts(gate_up, down, self.team), max_tokens=sys.maxsize)
+
+    def replace_experts(self, layer: nn.Module, names: ExpertNames) -> None:
+        """Nothing: where weights are not packed, transformers computes experts."""
