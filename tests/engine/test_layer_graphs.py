@@ -1,30 +1,80 @@
-"""Captured steps of transformers' layers, in Triton's interpreter: as launched ones, for every family."""
+"""Captured steps of transformers' layers: nothing in them needs the host, and replays are as launched steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from petalsd.engine.step_memory import StepMemory
+from petalsd.engine.step_memory import GraphLimits, StepMemory
+from petalsd.models.gpu_products import GpuProducts
+from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.layer_span import LayerSpan
-from tests.engine.graph_scene import LIMITS, Scene
-from tests.engine.recorded_graphs import RecordedGraph, recording
+from petalsd.models.paged_span import CosSin
+from petalsd.ops.launching import record_launches
+from petalsd.ops.ragged import PagedKV
+from tests.engine.graph_scene import LIMITS, PAGE_TOKENS, Scene
+from tests.engine.recorded_graphs import RecordedGraph, Recorder, recording
 from tests.models.kernel_blocks import NUM_SMS
-from tests.models.test_layer_span import KERNEL_VARIANTS, Case
+from tests.models.test_layer_span import INTERPRETED, KERNEL_VARIANTS, Case
 from tests.numeric import assert_close
 
+META = torch.device("meta")
 STARTS = [17, 3, 0]
 BUCKET = 4
+BY_HOST = ("phi3-longrope", "llama-longrope", "gpt_oss")
+"""Steps of these need the host: angles by the length of a row, and experts that it sends tokens to."""
 
 
-@pytest.mark.parametrize("variant", [variant for variant in KERNEL_VARIANTS if "longrope" not in variant])
+class MetaAngles:
+    """Of a model, without memory."""
+
+    dtype, device = torch.float32, META
+
+    def __init__(self, angles: Any) -> None:
+        self.is_length_dependent = angles.is_length_dependent
+        self._tables = tuple(table.to(META) for table in angles.tables(1))
+
+    def tables(self, end: int) -> CosSin:
+        return self._tables
+
+
+def meta_blocks(case: Case) -> dict[int, LayerBlock]:
+    """As a GPU has them, without memory."""
+    architecture, angles = case.ladder.architecture, MetaAngles(case.ladder.angles)
+    names, blocks = architecture.layers.family.experts, {}
+    for index, block in case.blocks().items():
+        layer = architecture.layers.empty_layer(index)
+        if names is not None:
+            GpuProducts(META, NUM_SMS).replace_experts(layer, names)
+        blocks[index] = LayerBlock(index, case.config, layer, angles, block.angles_part)  # type: ignore[arg-type]
+    return blocks
+
+
+@pytest.mark.parametrize("variant", KERNEL_VARIANTS)
+def test_no_step_needs_the_host(variant: str, tmp_path: Path) -> None:
+    """Of no family: no value is read, no shape depends on one, nothing is made of the host's data."""
+    case = Case(tmp_path, variant)
+    span = LayerSpan(meta_blocks(case), NUM_SMS)
+    assert span.is_capturable is (variant not in BY_HOST)
+    if not span.is_capturable:
+        return
+    shape = (64, PAGE_TOKENS, case.config.num_kv_heads, case.config.head_dim)
+    kv = PagedKV(*(torch.empty(shape, device=META) for _ in range(2)))
+    memory = StepMemory(span, kv, GraphLimits(max_rows=BUCKET, max_runs=16, max_tokens=64))
+    for mode in (record_launches(), Recorder([])):  # what is made at a first call is made before a capture
+        with torch.inference_mode(), record_launches() as launches, mode:
+            span.compute(span.span, memory.states, memory.rows(BUCKET), kv, memory.plans[BUCKET])
+    assert len(launches) >= 2 * len(span.span)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in INTERPRETED if variant not in BY_HOST])
 def test_a_replay_equals_the_step(variant: str, tmp_path: Path) -> None:
-    """With NaN in pages that nobody wrote and in the padding row; and no operation needs the host."""
+    """With NaN in pages that nobody wrote and in the padding row."""
     case = Case(tmp_path, variant)
     span = LayerSpan(case.kernel_blocks(), NUM_SMS)
-    assert span.is_capturable
     scene = Scene(span, STARTS)
     expected = scene.step(span)  # and what is made at a first call is made
     memory = StepMemory(span, scene.pool.kv, LIMITS)

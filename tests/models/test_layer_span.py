@@ -32,12 +32,17 @@ STEPS = [{0: 18, 1: 2}, {0: 1, 1: 1}, {1: 2, 0: 1}]
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **LAYER_VARIANTS,
-    "falcon-one-head": ("falcon", {"num_attention_heads": 36, "hidden_size": 36 * 16}),
+    "falcon-one-head": ("falcon", {"num_attention_heads": 18, "hidden_size": 18 * 16}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma-24": LAYER_VARIANTS["gemma"],
     "qwen3": ("qwen3", {"head_dim": 32}),
     "llama-longrope": ("llama", {"rope": "longrope"}),
 }
+INTERPRETED = [
+    "bloom-6-heads", "falcon", "falcon-alibi", "falcon-new", "falcon-one-head", "gemma2", "gemma3_text", "glm4",
+    "gpt_oss", "llama-longrope", "ministral3", "mixtral", "phi3-longrope", "qwen2_moe", "smollm3",
+]  # fmt: skip
+"""Those that differ where attention or experts are computed; to interpret all would take long."""
 KERNEL_VARIANTS = [variant for variant in VARIANTS if variant != "gemma-24"]
 
 
@@ -85,7 +90,7 @@ class Case:
         return torch.cat(answers)
 
 
-@pytest.mark.parametrize("variant", KERNEL_VARIANTS)
+@pytest.mark.parametrize("variant", INTERPRETED)
 def test_a_batch_of_any_rows_equals_the_layers(variant: str, tmp_path: Path) -> None:
     """With windows, capped scores, linear biases, shared heads, experts, and angles that the span finds itself."""
     case = Case(tmp_path, variant)

@@ -52,7 +52,7 @@ class LayerBlock:
         self.team: _C.LayerTeam | None = None
         self.uses_kernels = True
         self.rule: AttentionRule | None = None
-        self._part = angles_part
+        self.angles_part = angles_part
         self._call = LayerCall(layer)
 
     @property
@@ -71,7 +71,7 @@ class LayerBlock:
         The weights are shared; ``nbytes`` is what the updates take.
         """
         layer = adapt_layer(self.layer, updates)
-        block = LayerBlock(self.index, self.config, layer, self.angles, self._part)
+        block = LayerBlock(self.index, self.config, layer, self.angles, self.angles_part)
         block.nbytes = sum(update.nbytes for update in updates.values())
         block.team, block.uses_kernels = self.team, self.uses_kernels
         return block
@@ -89,12 +89,12 @@ class LayerBlock:
         self, hidden: torch.Tensor, cos_sin: CosSin, call: AttentionCall, positions: torch.Tensor
     ) -> torch.Tensor:
         """``hidden`` ``[T, M]`` of tokens at ``positions`` ``[T]`` int64, which attend by ``call``."""
-        return self._call(hidden.unsqueeze(0), cos_sin[self._part], call, positions).squeeze(0)
+        return self._call(hidden.unsqueeze(0), cos_sin[self.angles_part], call, positions).squeeze(0)
 
     def forward_dense(self, hidden: torch.Tensor) -> torch.Tensor:
         """As ``contract.Block``."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        cos_sin = self.angles.cos_sin(positions)[self._part]
+        cos_sin = self.angles.cos_sin(positions)[self.angles_part]
         return self._call(hidden, cos_sin, DenseCall(self.window), positions)
 
 
