@@ -22,11 +22,14 @@ from petalsd.engine.cache_geometry import cache_geometry
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVRequest
 from petalsd.kvcache.sizing import KVGeometry, pages_for
-from petalsd.models.block import TransformerBlock
+from petalsd.models.architecture import Architecture
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.contract import Block
+from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.spans import paged_span
+from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import block_tensors, load_block
 from petalsd.types import BlockSpan
 
@@ -68,7 +71,7 @@ class LocalModel:
         self.config = BlockConfig.from_hf(source.config())
         self.rope = Rope(self.config, self.dtype, CPU)
         how: Quantization = _QUANTIZED.get(kind, "none")
-        self.blocks: dict[int, TransformerBlock] = {
+        self.blocks: dict[int, Block] = {
             index: load_block(source, self.config, index, self.dtype, CPU, rope=self.rope, quantization=how)
             for index in range(self.config.num_blocks)
         }
@@ -129,6 +132,17 @@ class LocalModel:
             span.forward_paged(whole, hidden, pool.kv, batch, cos_sin)
 
         return work
+
+
+class LayerModel(LocalModel):
+    """The same as families without a fused block are computed: transformers' layers over packed weights."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        super().__init__(path, kind)
+        source = ModelSource(str(path))
+        storage = WeightStorage.choose(self.dtype, CPU, _QUANTIZED.get(kind, "none"))
+        ladder = Ladder(Architecture.read(source.config()), source, storage, num_threads=1)
+        self.blocks = {index: ladder.build(Rung.PACKED, index) for index in self.span}
 
 
 class ReferenceModel:

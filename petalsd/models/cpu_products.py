@@ -6,10 +6,9 @@ import sys
 from typing import Any
 
 from torch import nn
-from transformers.activations import ACT2FN
 
 from petalsd import _C
-from petalsd.models.hf.experts import KernelExperts
+from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
 from petalsd.models.hf.packing import PackedExperts
 from petalsd.ops.native_experts import NativeExperts
@@ -38,7 +37,7 @@ class CpuProducts:
             for stack in (experts.gate_up_proj, experts.down_proj)
         )
         whole = PackedExperts(experts.act_fn, gate_up, down)
-        if type(experts.act_fn) is not type(ACT2FN["silu"]):
+        if not is_silu(experts.act_fn):
             return whole
         return KernelExperts(whole, NativeExperts(gate_up, down, self.team), max_tokens=sys.maxsize)
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
-from petalsd.models.hf.experts import KernelExperts
+from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
 from petalsd.models.hf.packing import PackedExperts, find_experts
 from petalsd.ops.expert_mlp import (
@@ -86,4 +85,4 @@ def _is_usual(experts: Any) -> bool:
 
 
 def _gate(activation: nn.Module) -> Gate:
-    return silu_gate if type(activation) is type(ACT2FN["silu"]) else activation_gate(activation)
+    return silu_gate if is_silu(activation) else activation_gate(activation)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from petalsd.models.hf.packing import PackedExperts
 
@@ -46,6 +47,11 @@ class KernelExperts(nn.Module):
             states: torch.Tensor = self.whole(hidden, top_k_index, top_k_weights)
             return states
         return self._kernels.multiply(hidden, top_k_index, top_k_weights)
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether a gate is the one that kernels have."""
+    return isinstance(activation, (nn.SiLU, *map(type, (ACT2FN["silu"], ACT2FN["swish"]))))
 
 
 def experts_are_capturable(layer: nn.Module) -> bool:
