@@ -37,16 +37,8 @@ class BiasedExperts(PackedExperts):
     def nbytes(self) -> int:
         return 0
 
-    def forward(
-        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden ``[T, M]``; the experts of each token and their weights ``[T, k]``; returns ``[T, M]``."""
-        out = torch.zeros_like(hidden)
-        for expert in torch.unique(top_k_index).tolist():
-            tokens, places = torch.where(top_k_index == expert)
-            states = self.downs[expert](self._activate(self.gate_ups[expert](hidden[tokens])))
-            weighted = states * top_k_weights[tokens, places, None]
-            out = out.index_add(0, tokens, weighted.to(out.dtype))
+    def through_expert(self, expert: int, states: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.downs[expert](self._activate(self.gate_ups[expert](states)))
         return out
 
     def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:

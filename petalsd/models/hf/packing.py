@@ -55,11 +55,15 @@ class PackedExperts(nn.Module):
         out = torch.zeros_like(hidden)
         for expert in torch.unique(top_k_index).tolist():
             tokens, places = torch.where(top_k_index == expert)
-            gate, up = self.gate_up[expert].multiply(hidden[tokens]).chunk(2, dim=-1)
-            states = self.down[expert].multiply(self.activation(gate) * up)
+            states = self.through_expert(expert, hidden[tokens])
             weighted = states * top_k_weights[tokens, places, None]
             out = out.index_add(0, tokens, weighted.to(out.dtype))
         return out
+
+    def through_expert(self, expert: int, states: torch.Tensor) -> torch.Tensor:
+        """``[n, M]`` of its tokens to ``[n, M]``."""
+        gate, up = self.gate_up[expert].multiply(states).chunk(2, dim=-1)
+        return self.down[expert].multiply(self.activation(gate) * up)
 
 
 def pack_layer(
