@@ -5,12 +5,12 @@
 #include "check.hpp"
 #include "lanes.hpp"
 #include "layer_team.hpp"
+#include "packed_linear.hpp"
 
 namespace petalsd {
 
 namespace {
 
-constexpr std::int64_t kTilesPerChunk = 2;
 constexpr std::int64_t kMaxFloats = 8 << 20;  // between the products: more tokens go in turns
 
 std::int64_t aligned(std::int64_t bytes) { return round_up(bytes, 64); }

@@ -6,13 +6,6 @@
 
 namespace petalsd {
 
-namespace {
-
-// Tiles that one thread takes at a time: their weights stay in its cache for all rows.
-constexpr std::int64_t kTilesPerChunk = 2;
-
-}  // namespace
-
 void multiply(const LinearTask& task, const LinearKernels& kernels, ThreadTeam& team) {
   const std::int64_t num_tiles = task.weight.num_tiles();
   const std::int64_t num_chunks = (num_tiles + kTilesPerChunk - 1) / kTilesPerChunk;

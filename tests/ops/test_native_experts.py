@@ -47,7 +47,10 @@ def draw(
     generator = torch.Generator().manual_seed(num_tokens)
     drawn = torch.stack([torch.randperm(EXPERTS - 1, generator=generator) for _ in range(num_tokens)])
     chosen = torch.tensor([0, 1, 3, 4])[drawn][:, :PER_TOKEN]
-    hidden, shares = torch.randn(num_tokens, HIDDEN, generator=generator), torch.rand(num_tokens, PER_TOKEN)
+    hidden, shares = (
+        torch.randn(num_tokens, HIDDEN, generator=generator),
+        torch.rand(num_tokens, PER_TOKEN, generator=generator),
+    )
     return hidden.to(dtype), chosen, shares.to(dtype)
 
 
