@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class ModelSource:
         """
         if self._index is None:
             index = self._read_index()
-            self._stored_names = {_name_alone(name): name for name in index}
+            self._stored_names = self._by_names_alone(index)
             self._index = {name: index[stored] for name, stored in self._stored_names.items()}
         return self._index
 
@@ -109,12 +109,23 @@ class ModelSource:
             return
         self.fetch(files)
         for file in files:
-            names = {_name_alone(name) for name in _tensor_names(self.path(file))}
+            names = {name_alone(name) for name in _tensor_names(self.path(file))}
             lacking = sorted(
                 name for name, where in self.index().items() if where == file and name not in names
             )
             if lacking:
                 raise WeightsError(f"{file} lacks the tensor {lacking[0]}", hint=COPY_AGAIN)
+
+    def _by_names_alone(self, index: Mapping[str, str]) -> dict[str, str]:
+        by_name: dict[str, str] = {}
+        for stored in index:
+            first = by_name.setdefault(name := name_alone(stored), stored)
+            if first != stored:
+                raise WeightsError(
+                    f"{self.name} has the tensor {name} twice, as {first} and as {stored}",
+                    hint="leave one of them in its files: nobody can tell which is meant",
+                )
+        return by_name
 
     def _read_index(self) -> dict[str, str]:
         present = self._files.list_files()
@@ -164,7 +175,7 @@ def _parse_index(content: dict[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-def _name_alone(stored: str) -> str:
+def name_alone(stored: str) -> str:
     """Without what stands around a text model: ``language_model.model.…`` or ``model.language_model.…``."""
     inner = stored.removeprefix("model.language_model.")
     return stored.removeprefix("language_model.") if inner == stored else f"model.{inner}"

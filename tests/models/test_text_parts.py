@@ -133,3 +133,15 @@ def test_what_has_no_text_model_to_serve_is_refused(
 ) -> None:
     with pytest.raises(error, match=named):
         Architecture.read({"model_type": "mistral3", **changes})
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    """Which of the two transformers would take is chance; both are named."""
+    make_whole("gemma3", tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    one = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight"))
+    other = "model.language_model.layers.2.mlp.up_proj.weight"
+    save_file({**tensors, other: torch.zeros_like(tensors[one])}, tmp_path / SINGLE_FILE)
+    with pytest.raises(WeightsError, match=r"model\.layers\.2\.mlp\.up_proj\.weight twice, as ") as caught:
+        ModelSource(str(tmp_path)).index()
+    assert one in caught.value.message and other in caught.value.message
