@@ -16,6 +16,7 @@ from petalsd.errors import WeightsError
 from petalsd.models.adapter_config import AdapterConfig
 from petalsd.models.architecture import Architecture
 from petalsd.models.files import check_readable
+from petalsd.models.source import name_alone
 from petalsd.models.weights import check_values, read_file
 from petalsd.ops.low_rank import LowRankFactors
 
@@ -23,6 +24,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(rf"(?:{re.escape(_PREFIX)})?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# Modules that only pictures go through; an adapter of a whole model of text and images may have terms for them.
+_OF_PICTURES = re.compile(rf"(?:{re.escape(_PREFIX)})?(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
 _MAKE_AGAIN = "the file is damaged, or does not belong to its adapter_config.json: use another revision"
 
 
@@ -57,16 +60,22 @@ class PairFinder:
         self._linears: dict[str, dict[str, tuple[int, int]]] = {}
 
     def find(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, BlockPairs]:
-        """By block; ``shapes`` are those of all tensors in the file. WeightsError if one cannot be served."""
-        if not shapes:
-            raise self._error("has no tensors", hint=_MAKE_AGAIN)
+        """By block; ``shapes`` are those of all tensors in the file. WeightsError if one cannot be served.
+
+        What an adapter has for images has no part in what becomes of text, and is left out.
+        """
         found: dict[tuple[int, str], dict[str, str]] = {}
         for tensor in sorted(shapes):
+            if _OF_PICTURES.match(tensor):
+                continue
             place, side = self._place(tensor)
             names = found.setdefault(place, {})
             if side in names:
                 raise self._error(f"has {tensor} and {names[side]}, which mean the same", hint=_MAKE_AGAIN)
             names[side] = tensor
+        if not found:
+            what = "tensors for images alone" if shapes else "no tensors"
+            raise self._error(f"has {what}", hint=_MAKE_AGAIN)
         blocks: dict[int, BlockPairs] = {}
         for (index, module), names in found.items():
             blocks.setdefault(index, {})[module] = self._pair(names, self._linears_of(index)[module], shapes)
@@ -75,7 +84,7 @@ class PairFinder:
     def _place(self, tensor: str) -> tuple[tuple[int, str], str]:
         """Block and name in it of the linear module, and A or B."""
         named = _NAME.fullmatch(tensor)
-        placed = None if named is None else self._block_name.fullmatch(named["module"])
+        placed = None if named is None else self._block_name.fullmatch(name_alone(named["module"]))
         if named is None or placed is None:
             raise self._not_served(tensor)
         index, count = int(placed["block"]), self._architecture.config.num_blocks

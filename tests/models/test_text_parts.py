@@ -13,11 +13,13 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Conf
 
 from petalsd.client.head import LocalHead
 from petalsd.errors import ModelError, UnsupportedModel, WeightsError
+from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_weights import load_packed_head
 from petalsd.models.ladder import Ladder
 from petalsd.models.source import SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
+from tests.adapter_files import draw_adapter, write_adapter
 from tests.numeric import assert_close
 from tests.tiny_models import HIDDEN_SIZE, LAYER_VARIANTS, make_tiny
 
@@ -145,3 +147,47 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"model\.layers\.2\.mlp\.up_proj\.weight twice, as ") as caught:
         ModelSource(str(tmp_path)).index()
     assert one in caught.value.message and other in caught.value.message
+
+
+IMAGE_TERMS = "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_an_adapter_of_the_whole_is_one_of_the_text_model(prefix: str, tmp_path: Path) -> None:
+    """As PEFT names modules of older and newer transformers; what it has for images changes no text.
+
+    Patterns of its configuration are for the names that it was trained with.
+    """
+    architecture, source = _text_model(tmp_path)
+    module = "layers.1.self_attn.q_proj"
+    pattern = {"alpha_pattern": {f"^{prefix}{module}".replace(".", r"\."): 3}}
+    text = draw_adapter(
+        make_tiny("gemma3_text", tmp_path / "alone", **TEXT["gemma3"][2]), [f"model.{module}"]
+    )
+    whole = {name.replace("model.layers.", f"{prefix}layers.", 1): tensor for name, tensor in text.items()}
+    whole[f"base_model.model.{IMAGE_TERMS}"] = torch.ones(4, 32)
+    alone = write_adapter(tmp_path / "text_only", text, lora_alpha=3)
+    together = write_adapter(tmp_path / "together", whole, **pattern)
+    states = torch.randn(1, 5, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))
+    ladder = Ladder(architecture, source, WeightStorage.choose(torch.float32, CPU), 1)
+    block = ladder.load(1)
+    answers = []
+    for path in (alone, together):
+        adapted = ladder.adapt(block, Adapter.open(ModelSource(str(path)), architecture))
+        assert adapted is not None
+        answers.append(adapted.forward_dense(states))
+    assert torch.equal(*answers) and not torch.equal(answers[0], block.forward_dense(states))
+
+
+def test_an_adapter_for_images_alone_is_refused(tmp_path: Path) -> None:
+    """It would change nothing that is served."""
+    architecture, _ = _text_model(tmp_path)
+    path = write_adapter(tmp_path / "mine", {f"base_model.model.{IMAGE_TERMS}": torch.ones(4, 32)})
+    with pytest.raises(WeightsError, match="has tensors for images alone"):
+        Adapter.open(ModelSource(str(path)), architecture)
+
+
+def _text_model(path: Path) -> tuple[Architecture, ModelSource]:
+    make_whole("gemma3", path)
+    source = ModelSource(str(path))
+    return Architecture.read(source.config()), source
