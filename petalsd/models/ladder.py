@@ -211,6 +211,7 @@ class Ladder:
     def _climb(self, kind: str, index: int) -> tuple[Choice, Block]:
         tokens = Tokens.draw(self.architecture.config.hidden_size, self.storage.device)
         reference = self._reference(tokens, index)
+        _check_finite(reference, f"block {index} ({kind})", self.storage.dtype)
         trials: list[Trial] = []
         for rung in self.candidates():
             for block in self._ways(rung, index):
@@ -282,6 +283,20 @@ class Ladder:
         if isinstance(span, NativeSpan):
             return span.tier
         return "torch" if isinstance(span, BlockByBlock) else "triton"
+
+
+def _check_finite(reference: Reference, block: str, dtype: torch.dtype) -> None:
+    """ModelError where transformers' own layer makes what nothing can be compared with."""
+    if not reference.is_finite:
+        raise ModelError(
+            f"{block} makes values that are not finite, by transformers' own layer in float32",
+            hint="its config.json or its weights are damaged: use another revision",
+        )
+    if not math.isfinite(reference.tolerance):
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{block} makes values that are not finite in {name}", hint="set model.dtype to bfloat16 or float32"
+        )
 
 
 def gpu_products(device: torch.device) -> GpuProducts:

@@ -139,6 +139,11 @@ class Reference:
         tolerance = max(floor, _FACTOR * reference.error_of(narrow))
         return replace(reference, tolerance=tolerance)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether anything can be compared with it."""
+        return bool(torch.isfinite(self.expected).all())
+
     def error_of(self, actual: torch.Tensor) -> float:
         """The worst token's error, relative to what the block adds to a token's states (root mean square of all).
 

@@ -221,3 +221,21 @@ def test_quantized_weights_are_compared_by_their_values(
     assert rungs(ladder) == [(Rung.FUSED if family == "llama" else Rung.PACKED, True)]
     assert 0.001 < ladder.choices["uniform"].taken.error < (0.08 if family == "gemma" else 0.05)
     assert Rung.PLAIN not in ladder.candidates()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_layer_that_makes_nonsense_is_not_served(family: str, tmp_path: Path) -> None:
+    """Nothing can be compared with what transformers' own layer makes of such a configuration: NaN."""
+    ladder = make_ladder(tmp_path, family, rms_norm_eps=-100.0)
+    with pytest.raises(ModelError, match=r"block 0 \(uniform\) makes values that are not finite") as caught:
+        ladder.load(0)
+    assert "another revision" in caught.value.hint
+    assert not ladder.choices
+
+
+def test_a_dtype_that_is_too_narrow_for_a_model_is_told(tmp_path: Path) -> None:
+    """As some models leave the range of float16; the error names another."""
+    ladder = make_ladder(tmp_path, "gemma", torch.float16, initializer_range=100.0)
+    with pytest.raises(ModelError, match=r"block 0 \(uniform\) .* not finite in float16") as caught:
+        ladder.load(0)
+    assert "bfloat16" in caught.value.hint
