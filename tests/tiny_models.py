@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 HIDDEN_SIZE = 64
 
@@ -221,10 +227,7 @@ def make_tiny(
     ``overrides`` are keys of the family's config; ``rope="yarn"`` picks an entry of ROPE_VARIANTS.
     ``max_shard_size``, for instance ``"100KB"``, makes several shards and an index.
     """
-    settings = {**_COMMON, **_FAMILY.get(family, {})}
-    if rope := overrides.pop("rope", None):
-        settings["rope_parameters"] = {"rope_theta": 10000.0, **ROPE_VARIANTS[rope]}
-    config = CONFIG_MAPPING[family](**{"attn_implementation": "eager", **settings, **overrides})
+    config = tiny_config(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -232,6 +235,14 @@ def make_tiny(
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(path, **sharding)
     return model
+
+
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """Of the model that ``make_tiny`` makes of the same."""
+    settings = {**_COMMON, **_FAMILY.get(family, {})}
+    if rope := overrides.pop("rope", None):
+        settings["rope_parameters"] = {"rope_theta": 10000.0, **ROPE_VARIANTS[rope]}
+    return CONFIG_MAPPING[family](**{"attn_implementation": "eager", **settings, **overrides})
 
 
 def make_tokenizer(path: Path) -> PreTrainedTokenizerFast:

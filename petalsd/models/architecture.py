@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from petalsd.models.block_config import FUSED_FAMILIES, BlockConfig
 from petalsd.models.head_rule import HeadRule
+from petalsd.models.hf.config_faults import made_from
 from petalsd.models.hf.families import family_of
+from petalsd.models.hf.family import Family
 from petalsd.models.hf.layer import Layers
 from petalsd.models.model_config import ModelConfig, check_sizes, common_facts, read_hf_config, text_part
 from petalsd.models.source import ModelSource
@@ -25,12 +28,12 @@ class Architecture:
     layers: Layers
 
     def kind(self, index: int) -> str:
-        """Blocks of one kind differ in their weights alone."""
-        return self.layers.family.kind(self.layers.hf, index)
+        """As ``Layers.kind``."""
+        return self.layers.kind(index)
 
     def head_rule(self) -> HeadRule:
-        """What stands around the blocks. UnsupportedModel where this client cannot have it."""
-        return self.layers.family.head(self.layers.hf)
+        """What stands around the blocks. UnsupportedModel where this client cannot have it, or ModelError."""
+        return made_from(self.layers.hf, "the head", self.layers.family.head)
 
     def largest_block(self) -> list[tuple[int, ...]]:
         """The shapes of its tensors, in a checkpoint."""
@@ -58,10 +61,14 @@ class Architecture:
         if raw["model_type"] in FUSED_FAMILIES:
             fused = BlockConfig.from_hf(raw)
             return cls(fused, fused, layers)
-        facts = {**common_facts(hf, raw), **family.facts(hf)}
-        config = ModelConfig(**facts, windows=family.windows(hf))
+        config = made_from(hf, "its sizes", partial(_facts, family, raw))
         check_sizes(config)
         return cls(config, None, layers)
+
+
+def _facts(family: Family, raw: Mapping[str, Any], hf: Any) -> ModelConfig:
+    facts = {**common_facts(hf, raw), **family.facts(hf)}
+    return ModelConfig(**facts, windows=family.windows(hf))
 
 
 def _num_elements(shapes: Sequence[tuple[int, ...]]) -> int:

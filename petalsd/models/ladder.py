@@ -295,7 +295,8 @@ def _check_finite(reference: Reference, block: str, dtype: torch.dtype) -> None:
     if not math.isfinite(reference.tolerance):
         name = str(dtype).removeprefix("torch.")
         raise ModelError(
-            f"{block} makes values that are not finite in {name}", hint="set model.dtype to bfloat16 or float32"
+            f"{block} makes values that are not finite in {name}",
+            hint="set model.dtype to bfloat16 or float32",
         )
 
 

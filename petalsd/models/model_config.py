@@ -6,6 +6,7 @@ transformers' own config classes fill in defaults and old spellings.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,14 +14,21 @@ from typing import Any
 
 import torch
 import transformers.activations  # noqa: F401 - the first config would import it: a third of a start, in its middle
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from petalsd.errors import ConfigError, ModelError, UnsupportedModel
+from petalsd.errors import ConfigError, ModelError, UnsupportedModel, shortened
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 )
+
+MAX_POSITIONS = (1 << 31) - 1
+"""Positions are numbers of 32 bits to kernels."""
+
+# Far above any model: what is larger is an error, and would be met with lists or tensors of that length.
+_MAX_BLOCKS = 10_000
+_MAX_EXPERTS = 10_000
+_MAX_SIZE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +90,27 @@ def read_hf_config(model_type: str, raw: Mapping[str, Any], quantized: Collectio
     UnsupportedModel for another quantized checkpoint; ModelError when the content makes no sense.
     """
     _refuse_quantized(raw, quantized)
+    _check_finite(raw)
+    config_class = CONFIG_MAPPING[model_type]
+    # Before transformers makes lists of that length.
+    for key in ("num_hidden_layers", config_class.attribute_map.get("num_hidden_layers", "")):
+        _check_limit(key, raw.get(key), _MAX_BLOCKS)
     try:
         # A copy: these classes write into the mapping of the rotary embedding.
-        hf = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(raw)))
+        hf = config_class.from_dict(copy.deepcopy(dict(raw)))
         if getattr(hf, "rope_parameters", None):
             # Once more, as the models do: an original length beside the mapping is not seen the first time.
             hf.standardize_rope_params()
-        return hf
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:
+    except Exception as error:  # each family's class has its own way to be surprised
         raise ModelError(
             f"config.json is not a valid {model_type} configuration: {_one_line(error)}"
         ) from error
+    for key, value in vars(hf).items():
+        if "experts" in key:
+            _check_limit(key, value, _MAX_EXPERTS)
+        elif key.endswith("_size"):
+            _check_limit(key, value, _MAX_SIZE)
+    return hf
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -150,7 +161,7 @@ def windows_by_layer(hf: Any) -> tuple[int | None, ...]:
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown or len(layer_types) != hf.num_hidden_layers:
         raise UnsupportedModel(
-            f"layer_types = {layer_types}: one full_attention or sliding_attention per block"
+            f"layer_types = {shortened(layer_types)}: one full_attention or sliding_attention per block"
         )
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in layer_types)
 
@@ -168,16 +179,40 @@ def check_sizes(config: ModelConfig, *more: str) -> None:
     )
     for name in (*counts, *more):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(f"{name} = {value!r} in config.json: a positive integer is needed")
+        check_count(name, value, MAX_POSITIONS if name == "max_positions" else _MAX_SIZE)
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"num_attention_heads = {config.num_heads} is not a multiple of "
-            f"num_key_value_heads = {config.num_kv_heads}"
+            f"num_key_value_heads = {config.num_kv_heads} in config.json"
         )
     for window in config.windows:
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ModelError(f"sliding_window = {window!r} in config.json: a positive integer or null")
+        if window is not None:
+            check_count("sliding_window", window, MAX_POSITIONS)
+
+
+def check_count(key: str, value: object, limit: int) -> None:
+    """ModelError, which names the key, unless this is an integer from 1 to ``limit``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{key} = {shortened(value)} in config.json: a positive integer is needed")
+    _check_limit(key, value, limit)
+
+
+def _check_limit(key: str, value: object, limit: int) -> None:
+    if isinstance(value, int) and value > limit:
+        raise ModelError(f"{key} = {shortened(value)} in config.json: more than {limit} cannot be meant")
+
+
+def _check_finite(raw: Mapping[str, Any]) -> None:
+    """ModelError for NaN and infinity, which Python reads though JSON has no word for them."""
+    pending: list[tuple[str, Any]] = list(raw.items())
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, Mapping):
+            pending.extend((f"{key}.{inner}", one) for inner, one in value.items())
+        elif isinstance(value, list):
+            pending.extend((key, one) for one in value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{key} = {value} in config.json: a finite number is needed")
 
 
 def _refuse_quantized(raw: Mapping[str, Any], quantized: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from petalsd.errors import ModelError
 from petalsd.models.block_config import BlockConfig
+from petalsd.models.model_config import MAX_POSITIONS, check_count
 
 _MAX_CACHED_LENGTHS = 1024
 _FIRST_TABLE_POSITIONS = 1024
@@ -31,11 +32,14 @@ class LengthRegimes:
 
     @classmethod
     def read(cls, rope: Mapping[str, Any], max_positions: int) -> LengthRegimes | None:
-        """From ``rope_parameters``; None when the length never matters."""
+        """From ``rope_parameters``; None when the length never matters, ModelError when it makes no sense."""
         if rope.get("rope_type") == "dynamic":
             return cls("dynamic", max_positions)
         if rope.get("rope_type") == "longrope":
-            return cls("longrope", int(rope.get("original_max_position_embeddings", max_positions)))
+            key = "original_max_position_embeddings"
+            original = rope.get(key, max_positions)
+            check_count(key, original, MAX_POSITIONS)
+            return cls("longrope", int(original))
         return None
 
     def of(self, length: int) -> int:

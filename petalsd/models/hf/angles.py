@@ -80,9 +80,8 @@ class LayerAngles:
 
     def _table_size(self, end: int) -> int:
         """Positions of short rows that a table covers; it doubles, so that growing stays rare."""
-        if self._regimes is not None:
-            return self._regimes.limit
-        return max(end, 2 * len(self._table[0]) if self._table else 0, _FIRST_TABLE_POSITIONS)
+        size = max(end, 2 * len(self._table[0]) if self._table else 0, _FIRST_TABLE_POSITIONS)
+        return size if self._regimes is None else min(size, self._regimes.limit)
 
     def _by_regime(self, positions: torch.Tensor, regimes: list[int]) -> tuple[torch.Tensor, ...]:
         """Each token with the frequencies of its row's length."""
@@ -113,7 +112,7 @@ def _rotary_module(family: Family, hf: Any, config: ModelConfig) -> nn.Module | 
         return None
     try:
         module: nn.Module = getattr(family.module, family.rotary)(hf)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # scalings are code of transformers, and of its kinds of models
         raise ModelError(f"rope_parameters = {dict(config.rope)} cannot be used: {error!r}") from error
     return module
 

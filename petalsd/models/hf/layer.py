@@ -12,6 +12,7 @@ from torch import nn
 
 from petalsd.errors import ModelError, WeightsError
 from petalsd.models.hf.attention import ATTENTION_NAME, register_attention
+from petalsd.models.hf.config_faults import made_from
 from petalsd.models.hf.family import Family, packable_linears
 from petalsd.models.hf.fp8 import with_scales
 from petalsd.models.hf.parts import Part, RowsPart, Shape
@@ -32,19 +33,30 @@ class Layers:
     hf: Any
 
     def empty_layer(self, index: int, *, is_plain: bool = False) -> nn.Module:
-        """Layer ``index`` without data; ``is_plain`` leaves the attention as transformers has it."""
+        """Layer ``index`` without data; ``is_plain`` leaves the attention as transformers has it.
+
+        ModelError where transformers cannot make it.
+        """
         register_attention()
         family = self.family
         hf = copy.copy(self.hf)
         hf._attn_implementation = _EAGER if is_plain or family.adapt else ATTENTION_NAME
         hf._experts_implementation = _EAGER
         with torch.device("meta"):
-            layer: nn.Module = getattr(family.module, family.layer)(hf, layer_idx=index)
+            layer = made_from(hf, f"block {index}", lambda hf: self._make_layer(hf, index))
             if family.adapt is not None and not is_plain:
                 family.adapt(layer, hf, index)
             if family.experts is not None and not is_plain:
                 family.experts.replace_in(layer)
         return layer.eval().requires_grad_(False)
+
+    def _make_layer(self, hf: Any, index: int) -> nn.Module:
+        layer: nn.Module = getattr(self.family.module, self.family.layer)(hf, layer_idx=index)
+        return layer
+
+    def kind(self, index: int) -> str:
+        """Blocks of one kind differ in their weights alone. ModelError where the config does not say it."""
+        return made_from(self.hf, f"block {index}", lambda hf: self.family.kind(hf, index))
 
     def layer_type(self, index: int) -> str | None:
         """What the config calls the layer's attention, if it tells layers apart."""
