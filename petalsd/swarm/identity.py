@@ -16,11 +16,13 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from petalsd.errors import ConfigError, SwarmError
 
+_UNNAMED_PREFIX = ".petalsd-key-"
 _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some file systems over the network
 
 
 def ensure_identity(path: Path) -> str:
     """Create the key if the file is missing; the base58 PeerID it stands for."""
+    _remove_strays(path.parent)
     try:
         _create(path)
     except FileExistsError:
@@ -77,33 +79,49 @@ def _create(path: Path) -> None:
     if os.path.lexists(path):
         raise FileExistsError
     key = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=RSAPrivateKey().to_bytes())
-    fd, name = tempfile.mkstemp(prefix=".petalsd-key-", dir=path.parent)  # with mode 0600
+    with _opened(path.parent) as directory:
+        with contextlib.suppress(OSError):  # not all file systems can; then nobody removes strays either
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        _write(key.SerializeToString(), path)
+        with contextlib.suppress(OSError):
+            os.fsync(directory)
+
+
+def _write(content: bytes, path: Path) -> None:
+    fd, name = tempfile.mkstemp(prefix=_UNNAMED_PREFIX, dir=path.parent)  # with mode 0600
     unnamed = Path(name)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(key.SerializeToString())
+            file.write(content)
             file.flush()
             os.fchmod(file.fileno(), 0o400)
             os.fsync(file.fileno())
         _name(unnamed, path)
     finally:
         unnamed.unlink(missing_ok=True)
-    with contextlib.suppress(OSError), _opened(path.parent) as directory:  # not all file systems can
-        os.fsync(directory)
+
+
+def _remove_strays(directory: Path) -> None:
+    """Keys without a name, which a crash left behind: none that another process is making now, with its lock."""
+    with contextlib.suppress(OSError), _opened(directory) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for stray in directory.glob(f"{_UNNAMED_PREFIX}*"):
+            stray.unlink(missing_ok=True)
 
 
 def _name(file: Path, path: Path) -> None:
-    """Never in the place of another: of two daemons that start at once, the second takes the first one's key."""
+    """Never in the place of another: of two daemons that start at once, the second takes the first one's key.
+
+    Where files cannot have two names the lock on the directory sees to that.
+    """
     try:
         os.link(file, path)
     except OSError as error:
         if error.errno not in _CANNOT_LINK:
             raise
-        with _opened(path.parent) as directory:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            if os.path.lexists(path):
-                raise FileExistsError from None
-            file.rename(path)
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        file.rename(path)
 
 
 @contextlib.contextmanager

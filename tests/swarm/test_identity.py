@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -97,6 +98,24 @@ def test_a_file_system_without_links_holds_a_key(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "link", _no_links)
     path = tmp_path / "identity.key"
     assert ensure_identity(path) == read_peer_id(path) == ensure_identity(path)
+    assert os.listdir(tmp_path) == ["identity.key"]
+
+
+@pytest.mark.parametrize("has_key", [True, False], ids=["with a key", "without one"])
+def test_what_a_crash_left_goes_at_the_next_start(has_key: bool, tmp_path: Path) -> None:
+    """Whether it was before or after the key had its name; what another process is making stays."""
+    path, stray = tmp_path / "identity.key", tmp_path / ".petalsd-key-abc"
+    if has_key:
+        ensure_identity(path)
+        os.link(path, stray)
+    stray.touch()
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    if has_key:
+        ensure_identity(path)
+        assert stray.exists()
+    os.close(directory)
+    assert ensure_identity(path) == read_peer_id(path)
     assert os.listdir(tmp_path) == ["identity.key"]
 
 
