@@ -21,7 +21,7 @@ from petalsd.daemon.installation import Installation
 from petalsd.daemon.membership import Membership, node_options
 from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.placement_record import PlacementRecord
-from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, gib, make_plan
+from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, make_plan, size_text
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.recording import (
     CacheRecorder,
@@ -220,7 +220,7 @@ def _warn_of_tight_memory(plan: ServingPlan, demand: Demand, board: WarningBoard
     """Blocks that were asked for by number are tried; ``petalsd check`` is stricter."""
     need_bytes = plan.need.of_blocks(demand.num_blocks)
     if need_bytes > plan.memory_bytes:
-        need, there = gib(need_bytes), gib(plan.memory_bytes)
+        need, there = size_text(need_bytes), size_text(plan.memory_bytes)
         board.set("memory_tight", f"{demand.num_blocks} blocks take {need}, there are {there}")
 
 

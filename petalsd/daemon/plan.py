@@ -217,8 +217,8 @@ def demand_for(plan: ServingPlan, blocks: BlocksSection, most: int | None = None
     fitting = plan.need.fitting_blocks(plan.memory_bytes, allowed)
     if fitting == 0:
         raise ConfigError(
-            f"blocks.count = auto: one block takes {gib(plan.need.of_blocks(1))}, "
-            f"there are {gib(plan.memory_bytes)} for it on {plan.device}",
+            f"blocks.count = auto: one block takes {size_text(plan.need.of_blocks(1))}, "
+            f"there are {size_text(plan.memory_bytes)} for it on {plan.device}",
             hint="lower engine.kv_tokens, or set blocks.count to try all the same",
         )
     return replace(_whole_or_free(fitting, total), may_be_fewer=fitting < total)
@@ -278,8 +278,12 @@ class ModelReader:
             return block
 
 
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
+def size_text(num_bytes: int) -> str:
+    """1.5 GiB; in smaller units what would be 0.0 GiB."""
+    for unit, unit_bytes in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= 0.05 * unit_bytes:
+            return f"{num_bytes / unit_bytes:.1f} {unit}"
+    return f"{num_bytes} B"
 
 
 def _whole_or_free(num_blocks: int, total: int) -> Demand:

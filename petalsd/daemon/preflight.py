@@ -11,7 +11,7 @@ from pathlib import Path
 
 from petalsd.config import Config
 from petalsd.control.access import Access
-from petalsd.daemon.plan import ServingPlan, demand_for, gib, make_plan
+from petalsd.daemon.plan import ServingPlan, demand_for, make_plan, size_text
 from petalsd.daemon.spilling import plan_spill
 from petalsd.errors import ConfigError, PetalsdError
 from petalsd.paths import InstancePaths, check_socket_path, existing_part
@@ -110,7 +110,8 @@ def _check_blocks(plan: ServingPlan, config: Config) -> str:
     what = f"{demand.num_blocks} of {plan.model.num_blocks} blocks"
     if demand.pinned is not None and demand.pinned != BlockSpan(0, plan.model.num_blocks):
         what += f" ({demand.pinned})"
-    memory = f"take {gib(need_bytes)} with weights and cache, {gib(plan.memory_bytes)} are there for it"
+    need, there = size_text(need_bytes), size_text(plan.memory_bytes)
+    memory = f"take {need} with weights and cache, {there} are there for it"
     if need_bytes > plan.memory_bytes:
         fitting = plan.need.fitting_blocks(plan.memory_bytes, plan.model.num_blocks)
         raise PetalsdError(f"{what} {memory}", hint=f"{fitting} blocks fit; or lower engine.kv_tokens")

@@ -11,7 +11,7 @@ import torch
 
 from petalsd.config import EngineSection
 from petalsd.daemon.memory import device_memory_bytes
-from petalsd.daemon.plan import ServingPlan
+from petalsd.daemon.plan import ServingPlan, size_text
 from petalsd.errors import ConfigError
 from petalsd.kvcache.sizing import pages_for
 from petalsd.kvcache.spill import SpillArea
@@ -42,7 +42,7 @@ def plan_spill(engine: EngineSection, plan: ServingPlan, paths: InstancePaths, n
     if host_bytes == 0:
         return file
     area = file.area or SpillArea(paths.cache_dir, 0, KEEP_FREE_BYTES)
-    summary = f"up to {host_bytes / 2**30:.1f} GiB of page-locked memory; on the disk: {file.summary}"
+    summary = f"up to {size_text(host_bytes)} of page-locked memory; on the disk: {file.summary}"
     return SpillPlan(replace(area, host_bytes=host_bytes), summary)
 
 
@@ -87,7 +87,7 @@ def _plan_file(engine: EngineSection, plan: ServingPlan, paths: InstancePaths, n
             hint=f"lower it or free the disk, of which {KEEP_FREE_BYTES} bytes are left to others; 0: no file",
         )
     area = SpillArea(directory, max_bytes, KEEP_FREE_BYTES)
-    return SpillPlan(area, f"up to {max_bytes / 2**30:.1f} GiB in {directory}, taken as sessions need it")
+    return SpillPlan(area, f"up to {size_text(max_bytes)} in {directory}, taken as sessions need it")
 
 
 def auto_spill_bytes(cache_bytes: int, free_bytes: int) -> int:

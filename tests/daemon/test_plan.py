@@ -24,6 +24,7 @@ from petalsd.daemon.plan import (
     demand_for,
     make_plan,
     read_token,
+    size_text,
 )
 from petalsd.daemon.sizing import MemoryNeed
 from petalsd.errors import ConfigError
@@ -229,3 +230,18 @@ def test_how_the_node_joins(
     """The word public means the public list; a node on loopback alone looks for no relays."""
     options = node_options(configured(model_dir, *overrides).swarm, paths, num_blocks=12)
     assert {name: getattr(options, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [
+        (0, "0 B"),
+        (500, "0.5 KiB"),
+        (50, "50 B"),
+        (12 << 20, "12.0 MiB"),
+        (60 << 20, "0.1 GiB"),
+        (3 << 29, "1.5 GiB"),
+    ],
+)
+def test_no_size_reads_as_nothing_that_is_something(num_bytes: int, expected: str) -> None:
+    assert size_text(num_bytes) == expected

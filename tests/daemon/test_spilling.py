@@ -67,9 +67,10 @@ def test_a_small_disk_gives_half_of_what_is_free(
     model_dir: Path, plan: ServingPlan, paths: InstancePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free_disk(monkeypatch, KEEP_FREE_BYTES + 1000)
-    area = plan_spill(configured(model_dir).engine, plan, paths, 2).area
-    assert area is not None
-    assert area.max_bytes == 500
+    spill = plan_spill(configured(model_dir).engine, plan, paths, 2)
+    assert spill.area is not None
+    assert spill.area.max_bytes == 500
+    assert spill.summary.startswith("up to 0.5 KiB in ")
     with_free_disk(monkeypatch, 5)
     area = plan_spill(configured(model_dir).engine, plan, paths, 2).area
     assert area is not None
