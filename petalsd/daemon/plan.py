@@ -31,7 +31,7 @@ from petalsd.kvcache.sizing import KVGeometry
 from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
 from petalsd.models.contract import Block
-from petalsd.models.ladder import Ladder
+from petalsd.models.ladder import Ladder, make_angles
 from petalsd.models.model_config import ModelConfig, dtype_for
 from petalsd.models.naming import dht_prefix
 from petalsd.models.source import ModelSource
@@ -156,6 +156,9 @@ def make_plan(config: Config, paths: InstancePaths) -> ServingPlan:
     device = choose_device(config.engine.device)
     dtype = dtype_for(config.model.dtype, model, device)
     storage = WeightStorage.choose(dtype, device, config.model.quantization)
+    make_angles(architecture, dtype, torch.device("cpu")).tables(
+        1
+    )  # bad ones are told before weights are fetched
     geometry = _geometry(config.engine, model, dtype, device)
     kv_tokens = kv_tokens_for(config.engine.kv_tokens, model)
     share = _CPU_MEMORY_SHARE if device.type == "cpu" else 1.0

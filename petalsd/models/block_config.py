@@ -97,7 +97,7 @@ def _check_activation(config: BlockConfig) -> None:
 
 def _check_rope(config: BlockConfig) -> None:
     rope_type = config.rope.get("rope_type")
-    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+    if rope_type != "default" and (not isinstance(rope_type, str) or rope_type not in ROPE_INIT_FUNCTIONS):
         known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
         raise UnsupportedModel(f"rope_parameters.rope_type = {rope_type!r}: one of {known}")
     if rope_type != "proportional" and config.rope.get("partial_rotary_factor", 1.0) != 1.0:

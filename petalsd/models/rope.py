@@ -7,6 +7,7 @@ is at a step; there each token brings its row's length, and the result equals tr
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,17 +142,25 @@ class Rope:
             rope_parameters=dict(config.rope),
         )
         try:
-            frequencies, attention_scaling = compute(
-                carrier, device=self.device, seq_len=self._seq_len(length)
-            )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"rope_parameters = {dict(config.rope)} cannot be used: {error!r}") from error
+            frequencies, scaling = compute(carrier, device=self.device, seq_len=self._seq_len(length))
+            attention_scaling = float(scaling)
+        except Exception as error:  # the functions take what config.json has for what they need
+            raise unusable(config.rope, repr(error)) from error
+        if not (math.isfinite(attention_scaling) and bool(torch.isfinite(frequencies).all())):
+            raise unusable(config.rope, "its frequencies are not finite")
         if frequencies.shape != (config.head_dim // 2,):
             raise ModelError(
                 f"rope_parameters give {frequencies.shape[0]} frequencies, head_dim = {config.head_dim} "
                 f"needs {config.head_dim // 2}"
             )
         return frequencies.to(self.device), attention_scaling
+
+
+def unusable(rope: Mapping[str, Any], why: str) -> ModelError:
+    return ModelError(
+        f"rope_parameters = {dict(rope)} in config.json cannot be used: {why}",
+        hint="correct them, or use another revision of the model",
+    )
 
 
 def _default_frequencies(

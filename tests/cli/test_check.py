@@ -138,7 +138,7 @@ def test_a_count_that_does_not_fit_says_how_many_do(
 
 
 def test_a_model_that_cannot_be_read_is_found(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown family, and weights that are not there."""
+    """Weights that are not there, an unknown family, and rotary angles that are no numbers."""
     config_file = model_dir / "config.json"
     content = json.loads(config_file.read_text())
     (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
@@ -149,6 +149,10 @@ def test_a_model_that_cannot_be_read_is_found(model_dir: Path, capsys: pytest.Ca
     config_file.write_text(json.dumps(content | {"model_type": "gpt2"}))
     code, findings = check(capsys, model_dir)
     assert findings["model"].startswith("BAD model_type = 'gpt2' is not served")
+    rope = {"rope_type": "default", "rope_theta": 0.0}
+    config_file.write_text(json.dumps(content | {"rope_parameters": rope}))
+    code, findings = check(capsys, model_dir)
+    assert findings["model"].startswith("BAD rope_parameters = ")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short", "empty", "of another model"])

@@ -15,7 +15,7 @@ from petalsd.errors import ModelError
 from petalsd.models.architecture import Architecture
 from petalsd.models.hf.families import FAMILIES
 from petalsd.models.ladder import make_angles
-from tests.tiny_models import LAYER_VARIANTS, tiny_config
+from tests.tiny_models import LAYER_VARIANTS, ROPE_VARIANTS, tiny_config
 
 CPU = torch.device("cpu")
 OF_ALL = frozenset(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
@@ -35,7 +35,7 @@ def look_at(raw: Mapping[str, Any]) -> Architecture:
     for index in kinds.values():
         architecture.layers.empty_layer(index, is_plain=True)
     architecture.head_rule()
-    make_angles(architecture, torch.float32, CPU)
+    make_angles(architecture, torch.float32, CPU).tables(1)
     return architecture
 
 
@@ -68,6 +68,21 @@ def test_a_key_without_a_value_is_a_default_or_an_error(family: str) -> None:
         ("mellum", {"mlp_layer_types": ["sparse"]}, r"4\) must be equal to the number of `mlp_layer_types`"),
         ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps = nan in config.json: a finite number"),
         ("gemma", {"rope_parameters": {"rope_theta": -math.inf}}, "rope_parameters.rope_theta = -inf"),
+        *(
+            (family, {"rope_parameters": {"rope_theta": 1e4, **rope}}, named)
+            for family in ("llama", "gemma", "granite", "minimax_m2")
+            for rope, named in (
+                ({"rope_type": "default", "rope_theta": 0}, "rope_parameters = .* not finite"),
+                ({"rope_type": "default", "rope_theta": -2.5}, "rope_parameters = .* not finite"),
+                ({"rope_type": [1.0]}, "rope_"),
+                ({"rope_type": "linear", "factor": 0}, "rope_parameters = .*'factor': 0"),
+                ({**ROPE_VARIANTS["yarn"], "attention_factor": "x"}, "rope_parameters = .*: 'x'"),
+                ({**ROPE_VARIANTS["yarn"], "attention_factor": [1.0]}, "rope_parameters = "),
+                ({"rope_type": "default", "partial_rotary_factor": 1e12}, "partial_rotary_factor"),
+                ({"rope_type": "default", "partial_rotary_factor": -1}, "partial_rotary_factor"),
+                ({**ROPE_VARIANTS["longrope"], "original_max_position_embeddings": -1}, "original_max_pos"),
+            )
+        ),
     ],
 )
 def test_a_key_that_makes_no_sense_is_named(family: str, change: dict[str, Any], named: str) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from petalsd.errors import ModelError, UnsupportedModel
+from petalsd.errors import UnsupportedModel
 from petalsd.models.hf.family import Family
 from petalsd.models.model_config import ModelConfig
-from petalsd.models.rope import LengthRegimes
+from petalsd.models.rope import LengthRegimes, unusable
 
 _MAX_MODULES = 64
 _FIRST_TABLE_POSITIONS = 1024
@@ -40,6 +41,7 @@ class LayerAngles:
             self._module.to(device)
             if "layer_type" in inspect.signature(self._module.forward).parameters:
                 self.layer_types = tuple(dict.fromkeys(hf.layer_types))
+            self._check(self._module, config)
         self._regimes = _length_regimes(config)
         self._of_regime = functools.lru_cache(_MAX_MODULES)(lambda _: _copy_of(self._module))
         self._table: tuple[torch.Tensor, ...] = ()
@@ -47,6 +49,15 @@ class LayerAngles:
     @property
     def is_length_dependent(self) -> bool:
         return self._regimes is not None
+
+    def _check(self, module: nn.Module, config: ModelConfig) -> None:
+        """ModelError unless there are angles, and all of them are numbers."""
+        try:
+            angles = self._compute(module, torch.arange(2, device=self.device))
+        except Exception as error:
+            raise unusable(config.rope, repr(error)) from error
+        if not all(bool(torch.isfinite(part).all()) for part in angles):
+            raise unusable(config.rope, "its angles are not finite")
 
     def slice_of(self, layer_type: str | None) -> slice:
         """Where the tensors for a block of this type are among those of ``cos_sin``."""
@@ -110,10 +121,14 @@ class LayerAngles:
 def _rotary_module(family: Family, hf: Any, config: ModelConfig) -> nn.Module | None:
     if family.rotary is None or not config.rope:
         return None
+    for rope in (config.rope, *config.rope.values()):
+        share = rope.get("partial_rotary_factor", 1.0) if isinstance(rope, Mapping) else 1.0
+        if not isinstance(share, float | int) or not 0 < share <= 1:
+            raise unusable(config.rope, f"partial_rotary_factor = {share!r} is not in (0, 1]")
     try:
         module: nn.Module = getattr(family.module, family.rotary)(hf)
     except Exception as error:  # scalings are code of transformers, and of its kinds of models
-        raise ModelError(f"rope_parameters = {dict(config.rope)} cannot be used: {error!r}") from error
+        raise unusable(config.rope, repr(error)) from error
     return module
 
 
