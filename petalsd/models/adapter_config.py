@@ -15,6 +15,9 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 _DEFAULT = 8
 """Of ``r`` and ``lora_alpha`` in PEFT."""
 
+_MAX_ALPHA = 1e6
+"""Far above what anybody trains with, and below what leaves the range of numbers."""
+
 # Others begin by changing the base weights, so that the terms belong to weights that we don't have.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _NOT_COMPUTED = {
@@ -50,7 +53,7 @@ class AdapterConfig:
         return cls(
             rank=fields.rank("r", raw.get("r", _DEFAULT)),
             alpha=fields.alpha("lora_alpha", raw.get("lora_alpha", _DEFAULT)),
-            is_rank_stabilized=bool(raw.get("use_rslora")),
+            is_rank_stabilized=fields.flag("use_rslora"),
             rank_pattern={
                 key: fields.rank("rank_pattern", value) for key, value in fields.by_name("rank_pattern")
             },
@@ -105,9 +108,16 @@ class _Fields:
         return value
 
     def alpha(self, field: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self._error(field, value, "alpha is a finite number", _DAMAGED)
+        # NaN is not below anything, and a whole number of any length is.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _MAX_ALPHA:
+            raise self._error(field, value, f"alpha is a finite number, at most {_MAX_ALPHA:g}", _DAMAGED)
         return float(value)
+
+    def flag(self, field: str) -> bool:
+        value = self._raw.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise self._error(field, value, "true or false is needed", _DAMAGED)
+        return bool(value)
 
     def by_name(self, field: str) -> list[tuple[re.Pattern[str], object]]:
         value = self._raw.get(field) or {}

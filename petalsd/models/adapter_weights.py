@@ -160,10 +160,12 @@ class AdapterFile:
         tensors = self._tensors(pairs)
         factors = {}
         for module, pair in pairs.items():
-            b = tensors[pair.b].float() * pair.scale
+            b = (tensors[pair.b].float() * pair.scale).to(dtype)
+            # It may be too large for float16 though what is stored is not.
+            check_values(f"{pair.b}, times {pair.scale:g} in {dtype},", b, self._label)
             # What is read is mapped from the file, which somebody may change.
             a = tensors[pair.a].to(device, dtype, copy=True)
-            factors[module] = LowRankFactors(a, b.to(device, dtype))
+            factors[module] = LowRankFactors(a, b.to(device))
         return factors
 
     def _tensors(self, pairs: BlockPairs) -> dict[str, torch.Tensor]:

@@ -98,6 +98,17 @@ def test_scales(
     assert_close(llama.answer(llama.open(path)), expected, 1e-4, 1e-4, str(fields))
 
 
+def test_terms_that_leave_the_range_of_the_dtype_are_refused(llama: Llama, tmp_path: Path) -> None:
+    """As float16 has a small one: they would make infinity of all that is asked for with the adapter."""
+    adapter = llama.open(write_adapter(tmp_path / "mine", llama.tensors, lora_alpha=1e6))
+    storage = WeightStorage.choose(torch.float16, CPU)
+    block = Ladder(llama.architecture, llama.source, storage, 1).build(Rung.FUSED, 1)
+    with pytest.raises(
+        WeightsError, match=r"adapter mine: .*lora_B\.weight, times 250000 in torch\.float16, holds"
+    ):
+        adapter.adapt(block, lambda weight: PackedProduct(weight, _C.LayerTeam(1, "auto")))
+
+
 def test_ranks_differ_between_modules(llama: Llama, tmp_path: Path) -> None:
     """The largest block's tensors are what is planned for, each of its own rank."""
     tensors = draw_adapter(llama.reference, [Q]) | draw_adapter(llama.reference, [DOWN], rank=2)
@@ -143,6 +154,10 @@ def test_other_spellings_of_names(llama: Llama, tmp_path: Path, old: str, new: s
         ({"alpha_pattern": {"q_proj(": 8}}, "alpha_pattern = .*: not regular expressions"),
         ({"lora_alpha": "16"}, "lora_alpha = '16': alpha is a finite number"),
         ({"lora_alpha": float("nan")}, "lora_alpha = nan: alpha"),
+        ({"lora_alpha": 1e39}, r"lora_alpha = 1e\+39: alpha is a finite number, at most 1e\+06"),
+        ({"lora_alpha": 10**400}, r"lora_alpha = 1000.*: alpha"),
+        ({"alpha_pattern": {"q_proj": -(10**400)}}, r"alpha_pattern = -1000.*: alpha"),
+        ({"use_rslora": "no"}, "use_rslora = 'no': true or false"),
         ({"r": 8}, r"q_proj\.lora_A\.weight of shape \(4, 64\), the model and rank 8 mean \(8, 64\)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
