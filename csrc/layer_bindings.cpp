@@ -30,6 +30,17 @@ void register_layer_team(py::module_& module) {
            py::arg("softcap"), py::arg("slopes"), py::arg("bias_factor"), py::arg("rounds_biases"), py::arg("sinks"));
   py::class_<GatedExperts>(module, "GatedExperts")
       .def(py::init<std::vector<PackedWeight>, std::vector<PackedWeight>>(), py::arg("gate_up"), py::arg("down"));
+  py::class_<LayerRows>(module, "LayerRows")
+      .def(py::init([](Address in, Address out, std::int64_t num_rows, bool is_bfloat16) {
+             return LayerRows{pointer<const void>(in), pointer<void>(out), num_rows,
+                              is_bfloat16 ? DType::kBFloat16 : DType::kFloat32};
+           }),
+           py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_bfloat16"));
+  py::class_<RowNorm>(module, "RowNorm")
+      .def(py::init([](Address weight, std::int64_t width, float eps) {
+             return RowNorm{pointer<const float>(weight), width, eps};
+           }),
+           py::arg("weight"), py::arg("width"), py::arg("eps"));
   py::class_<LayerTeam>(module, "LayerTeam")
       .def(py::init([](int num_threads, const std::string& tier) {
              return std::make_unique<LayerTeam>(num_threads, choose_tier(tier));
@@ -38,12 +49,11 @@ void register_layer_team(py::module_& module) {
       .def_property_readonly("tier", [](const LayerTeam& team) { return team.tier().name; })
       .def(
           "multiply",
-          [](LayerTeam& team, const PackedWeight& weight, Address in, Address out, std::int64_t num_rows,
-             bool is_wide) {
+          [](LayerTeam& team, const PackedWeight& weight, Address bias, const LayerRows& rows) {
             const py::gil_scoped_release no_gil;
-            team.multiply(weight, pointer<const float>(in), pointer<float>(out), num_rows, is_wide);
+            team.multiply(weight, pointer<const float>(bias), rows);
           },
-          py::arg("weight"), py::arg("inputs"), py::arg("outputs"), py::arg("num_rows"), py::arg("is_wide"))
+          py::arg("weight"), py::arg("bias"), py::arg("rows"))
       .def(
           "run_experts",
           [](LayerTeam& team, const GatedExperts& experts, const std::array<std::int64_t, 2>& sizes,
@@ -54,6 +64,13 @@ void register_layer_team(py::module_& module) {
             team.run_experts(experts, routes, pointer<const float>(in), pointer<float>(out), is_wide);
           },
           py::arg("experts"), py::arg("sizes"), py::arg("experts_shares_in_out"), py::arg("is_wide"))
+      .def(
+          "normalize",
+          [](LayerTeam& team, const RowNorm& norm, const LayerRows& rows) {
+            const py::gil_scoped_release no_gil;
+            team.normalize(norm, rows);
+          },
+          py::arg("norm"), py::arg("rows"))
       .def(
           "attend",
           [](LayerTeam& team, const Sequences& sequences, const KVPages& kv, const std::array<std::int64_t, 3>& sizes,

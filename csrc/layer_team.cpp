@@ -12,6 +12,13 @@ namespace petalsd {
 namespace {
 
 constexpr std::int64_t kRowsAtOnce = 128;
+constexpr std::int64_t kFloatsAtOnce = 8 << 20;   // between the dtype of rows and the kernels
+constexpr std::int64_t kNormedAtOnce = 16 << 10;  // values: less is done before a helper has come
+
+// So many that weights are read seldom, so few that the memory stays small.
+std::int64_t rows_at_once(std::int64_t floats_per_row) {
+  return std::clamp<std::int64_t>(kFloatsAtOnce / floats_per_row, 32, kRowsAtOnce);
+}
 
 void check_heads(const KVPages& kv, const LayerAttention& layer) {
   PETALSD_CHECK(kv.num_kv_heads > 0 && layer.num_heads > 0 && layer.num_heads % kv.num_kv_heads == 0, layer.num_heads,
@@ -23,21 +30,61 @@ void check_heads(const KVPages& kv, const LayerAttention& layer) {
 
 }  // namespace
 
-void LayerTeam::multiply(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows, bool is_wide) {
-  PETALSD_CHECK(num_rows > 0, "num_rows = ", num_rows);
-  const LinearKernels& kernels = linear(weight, is_wide);
-  const std::int64_t stride = operand_stride(kernels.operand_bytes(weight.num_in));
+void LayerTeam::multiply(const PackedWeight& weight, const float* bias, const LayerRows& rows) {
+  PETALSD_CHECK(rows.num_rows > 0, "num_rows = ", rows.num_rows);
+  const std::int64_t stride = operand_stride(linear(weight, rows.is_wide()).operand_bytes(weight.num_in));
+  const std::int64_t floats = weight.num_in + weight.num_out;
+  const std::int64_t at_once = std::min(rows_at_once(floats), rows.num_rows);
   const std::lock_guard lock(mutex_);
   const ThreadTeam::Shift shift(team_);
-  reserve(round_up(std::min(kRowsAtOnce, num_rows), kTileRows) * stride);
-  for (std::int64_t row = 0; row < num_rows; row += kRowsAtOnce) {
-    const std::int64_t count = std::min(kRowsAtOnce, num_rows - row);
-    team_.run(count, [&](std::int64_t i) {
-      kernels.prepare(in + (row + i) * weight.num_in, operands_.get() + i * stride, weight.num_in);
-    });
-    petalsd::multiply({weight, nullptr, operands_.get(), stride, nullptr, out + row * weight.num_out, count}, kernels,
-                      team_);
+  reserve(round_up(at_once, kTileRows) * stride + (rows.is_wide() ? 0 : at_once * floats * 4));
+  for (std::int64_t row = 0; row < rows.num_rows; row += at_once) {
+    const auto* in = static_cast<const char*>(rows.in) + row * weight.num_in * rows.value_bytes();
+    auto* out = static_cast<char*>(rows.out) + row * weight.num_out * rows.value_bytes();
+    multiply_part(weight, bias, {in, out, std::min(at_once, rows.num_rows - row), rows.dtype}, stride);
   }
+}
+
+// Operands come first in the memory to work in; what is not float32 has inputs and outputs that are behind them.
+void LayerTeam::multiply_part(const PackedWeight& weight, const float* bias, const LayerRows& rows, std::int64_t stride) {
+  const LinearKernels& kernels = linear(weight, rows.is_wide());
+  const StateKernels& states = tier_.kernels.states[static_cast<int>(rows.dtype)];
+  auto* const wide_in = reinterpret_cast<float*>(operands_.get() + round_up(rows.num_rows, kTileRows) * stride);
+  team_.run(rows.num_rows, [&](std::int64_t row) {
+    const std::int64_t start = row * weight.num_in;
+    if (!rows.is_wide()) {
+      states.load(static_cast<const char*>(rows.in) + start * rows.value_bytes(), wide_in + start, weight.num_in);
+    }
+    const float* const values = rows.is_wide() ? static_cast<const float*>(rows.in) : wide_in;
+    kernels.prepare(values + start, operands_.get() + row * stride, weight.num_in);
+  });
+  float* const sums = rows.is_wide() ? static_cast<float*>(rows.out) : wide_in + rows.num_rows * weight.num_in;
+  petalsd::multiply({weight, bias, operands_.get(), stride, nullptr, sums, rows.num_rows}, kernels, team_);
+  if (rows.is_wide()) return;
+  team_.run(rows.num_rows, [&](std::int64_t row) {
+    const std::int64_t start = row * weight.num_out;
+    states.store(sums + start, static_cast<char*>(rows.out) + start * rows.value_bytes(), weight.num_out);
+  });
+}
+
+void LayerTeam::normalize(const RowNorm& norm, const LayerRows& rows) {
+  PETALSD_CHECK(rows.num_rows > 0 && norm.width > 0, rows.num_rows, " rows of ", norm.width);
+  const StateKernels& states = tier_.kernels.states[static_cast<int>(rows.dtype)];
+  const std::int64_t row_bytes = norm.width * rows.value_bytes();
+  const std::int64_t per_chunk = std::max<std::int64_t>(1, kNormedAtOnce / norm.width);
+  const auto normalize_chunk = [&](std::int64_t chunk) {
+    std::vector<float> row(static_cast<std::size_t>(norm.width));
+    for (std::int64_t r = chunk * per_chunk; r < std::min(rows.num_rows, (chunk + 1) * per_chunk); ++r) {
+      states.load(static_cast<const char*>(rows.in) + r * row_bytes, row.data(), norm.width);
+      tier_.kernels.rms_norm(row.data(), norm.weight, norm.eps, row.data(), norm.width);
+      states.store(row.data(), static_cast<char*>(rows.out) + r * row_bytes, norm.width);
+    }
+  };
+  const std::int64_t num_chunks = (rows.num_rows + per_chunk - 1) / per_chunk;
+  if (num_chunks == 1) return normalize_chunk(0);
+  const std::lock_guard lock(mutex_);
+  const ThreadTeam::Shift shift(team_);
+  team_.run(num_chunks, normalize_chunk);
 }
 
 void LayerTeam::attend(const Sequences& sequences, const KVPages& kv, const LayerAttention& layer) {

@@ -1,4 +1,4 @@
-// Products, attention and experts by themselves, for blocks that are not computed as a whole.
+// Products, norms, attention and experts by themselves, for blocks that are not computed as a whole.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,24 @@ class GatedExperts {
   std::vector<PackedWeight> down_;
 };
 
+// What goes through a part of a layer, and what comes of it: `[R, width]` each, in one dtype.
+struct LayerRows {
+  const void* in;
+  void* out;
+  std::int64_t num_rows;
+  DType dtype;
+
+  bool is_wide() const { return dtype == DType::kFloat32; }
+  std::int64_t value_bytes() const { return dtype == DType::kBFloat16 ? 2 : 4; }
+};
+
+// A root-mean-square norm over rows of `width`; weight is float32. What is added to the weight is in it.
+struct RowNorm {
+  const float* weight;
+  std::int64_t width;
+  float eps;
+};
+
 // Which experts T tokens go to, and with what share: `[T, per_token]` both.
 struct Routes {
   const std::int64_t* experts;
@@ -62,14 +80,17 @@ class LayerTeam {
 
   const Tier& tier() const { return tier_; }
 
-  // out[r, n] = sum_k in[r, k] * weight[n, k] for R rows; in `[R, num_in]` and out `[R, num_out]` are float32, and
-  // with `is_wide` inputs are not rounded beside bfloat16 weights.
-  void multiply(const PackedWeight& weight, const float* in, float* out, std::int64_t num_rows, bool is_wide);
+  // out[r, n] = sum_k in[r, k] * weight[n, k] + bias[n], or 0 where bias is null, computed in float32 and rounded once.
+  // Rows of float32 are not rounded beside bfloat16 weights, which is slower for many rows.
+  void multiply(const PackedWeight& weight, const float* bias, const LayerRows& rows);
 
   // out[t] = the sum of share * expert(in[t]) over the experts of token t, in their order; in and out `[T, hidden_size]`
   // are float32. All chosen experts are computed side by side, each for its tokens together. PoolError for an expert
   // that is none.
   void run_experts(const GatedExperts& experts, const Routes& routes, const float* in, float* out, bool is_wide);
+
+  // out[r] = weight * in[r] / sqrt(mean(in[r]^2) + eps), computed in float32 and rounded once.
+  void normalize(const RowNorm& norm, const LayerRows& rows);
 
   // Writes keys and values to their places in the pages, and attends to all that each token sees. PoolError for pages or
   // heads that do not fit.
@@ -86,6 +107,7 @@ class LayerTeam {
 
   const LinearKernels& linear(const PackedWeight& weight, bool is_wide) const;
   void reserve(std::int64_t bytes);
+  void multiply_part(const PackedWeight& weight, const float* bias, const LayerRows& rows, std::int64_t stride);
   void multiply_groups(const std::vector<PackedWeight>& weights, const ExpertRows& rows, const LinearKernels& kernels,
                        const char* in, std::int64_t stride, float* out);
   void place(const KVPages& kv, const LayerAttention& layer, std::int64_t first_row, std::int64_t query_bytes);

@@ -233,19 +233,33 @@ class GatedExperts:
     def __init__(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight]) -> None:
         """``[2 * I, M]``, gate above up, and ``[M, I]`` of each, in one format."""
 
+class LayerRows:
+    """What goes through a part of a layer, and what comes of it; the caller keeps the tensors alive."""
+
+    def __init__(self, inputs: int, outputs: int, num_rows: int, is_bfloat16: bool) -> None:
+        """Addresses of contiguous rows, bfloat16 or else float32."""
+
+class RowNorm:
+    """A root-mean-square norm; the caller keeps its weight alive."""
+
+    def __init__(self, weight: int, width: int, eps: float) -> None:
+        """Address of what rows are multiplied by, float32 ``[width]``."""
+
 class LayerTeam:
-    """A few threads that compute products and attention by themselves; a call waits for one that is running."""
+    """A few threads that compute products, norms and attention by themselves.
+
+    A call waits for one that is running."""
 
     def __init__(self, num_threads: int, tier: str) -> None:
         """``num_threads`` counts the caller."""
     @property
     def tier(self) -> str:
         """Whose kernels it runs."""
-    def multiply(self, weight: PackedWeight, inputs: int, outputs: int, num_rows: int, is_wide: bool) -> None:
-        """Inputs ``[R, num_in]`` times the weight to outputs ``[R, num_out]``: addresses of float32 tensors.
-
-        ``is_wide``: inputs are not rounded beside bfloat16 weights, which is slower for many rows.
-        """
+    def multiply(self, weight: PackedWeight, bias: int, rows: LayerRows) -> None:
+        """Rows ``[R, num_in]`` times the weight to ``[R, num_out]``; float32 ones are not rounded beside bfloat16
+        weights, which is slower for many rows. bias: address of float32 ``[num_out]``, or 0."""
+    def normalize(self, norm: RowNorm, rows: LayerRows) -> None:
+        """Rows ``[R, width]``, each by itself."""
     def run_experts(
         self, experts: GatedExperts, sizes: Sequence[int], experts_shares_in_out: Sequence[int], is_wide: bool
     ) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from petalsd import _C
+from petalsd.ops.layer_rows import layer_rows
 from petalsd.ops.linear import linear
 from petalsd.ops.native_weight import native_weight
 from petalsd.ops.packed_weight import PackedWeight
@@ -46,12 +47,11 @@ class PackedProduct:
             raise ValueError(f"x has {x.shape[-1]} inputs, the weight has {self._weight.num_in}")
         if torch.is_grad_enabled() and x.requires_grad:
             return linear(x, self._weight, bias)
-        rows = x.float().contiguous()
-        out = torch.empty(*x.shape[:-1], self._weight.num_out)
-        num_rows = out.numel() // self._weight.num_out
-        if num_rows:
-            is_wide = x.dtype == torch.float32
-            self._team.multiply(self.native, rows.data_ptr(), out.data_ptr(), num_rows, is_wide)
-        if bias is not None:
-            out += bias
-        return out.to(x.dtype)
+        rows = x.contiguous()
+        out = rows.new_empty(*x.shape[:-1], self._weight.num_out)
+        biases = None if bias is None else bias.float().contiguous()
+        if out.numel():
+            self._team.multiply(
+                self.native, 0 if biases is None else biases.data_ptr(), layer_rows(rows, out)
+            )
+        return out

@@ -101,25 +101,31 @@ bool is_the_same_on_any_team(const Case& at_hand) {
   return true;
 }
 
-// A layer by itself, with more rows than it takes at once, for two callers at the same time.
-bool is_a_layer_the_same_on_any_team(WeightFormat format, const std::string& tier, bool is_wide) {
+// A product by itself, and a norm of what it gives, with more rows than are taken at once, for two callers at the same
+// time.
+bool is_a_layer_the_same_on_any_team(WeightFormat format, const std::string& tier, DType dtype) {
   Random random;
-  constexpr std::int64_t num_out = 37, num_in = 70, num_rows = 131;
+  constexpr std::int64_t num_out = 370, num_in = 70, num_rows = 131;
   const OwnedWeight weight(random, format, num_out, num_in);
-  const Buffer in = random.values(num_rows * num_in, false);
-  std::vector<Buffer> outs;
-  for (int i = 0; i < 4; ++i) outs.emplace_back(num_rows * num_out * 4);
-  for (std::size_t i = 0; i < outs.size(); i += 2) {
+  const std::vector<float> bias = random.floats(num_out);
+  const Buffer in = random.values(num_rows * num_in, dtype == DType::kBFloat16);
+  const std::int64_t size = num_rows * num_out * (dtype == DType::kBFloat16 ? 2 : 4);
+  std::vector<Buffer> products, norms;
+  for (int i = 0; i < 4; ++i) {
+    products.emplace_back(size);
+    norms.emplace_back(size);
+  }
+  for (std::size_t i = 0; i < norms.size(); i += 2) {
     petalsd::LayerTeam team(i == 0 ? 1 : 3, petalsd::choose_tier(tier));
-    const auto call = [&](Buffer& out) {
-      team.multiply(weight.weight, reinterpret_cast<const float*>(in.data()), reinterpret_cast<float*>(out.data()), num_rows,
-               is_wide);
+    const auto call = [&](std::size_t at) {
+      team.multiply(weight.weight, bias.data(), {in.data(), products[at].data(), num_rows, dtype});
+      team.normalize({bias.data(), num_out, 1e-5f}, {products[at].data(), norms[at].data(), num_rows, dtype});
     };
-    std::thread other([&] { call(outs[i]); });
-    call(outs[i + 1]);
+    std::thread other([&] { call(i); });
+    call(i + 1);
     other.join();
   }
-  if (std::all_of(outs.begin(), outs.end(), [&](const Buffer& out) { return out == outs[0]; })) return true;
+  if (std::all_of(norms.begin(), norms.end(), [&](const Buffer& out) { return out == norms[0]; })) return true;
   std::fprintf(stderr, "%s: three threads, or two callers, give other bits than one\n", tier.c_str());
   return false;
 }
@@ -304,8 +310,8 @@ int main(int argc, char** argv) {
       if (!is_the_same_on_any_team({shapes[2], format.format, format.kv, tier, kLongHistory})) return EXIT_FAILURE;
       if (tier != kEmulated && !is_attention_the_same_on_any_team(format.kv, tier)) return EXIT_FAILURE;
       if (tier != kEmulated && !are_experts_the_same_on_any_team(format.format, tier)) return EXIT_FAILURE;
-      for (const bool is_wide : {false, true}) {
-        if (!is_a_layer_the_same_on_any_team(format.format, tier, is_wide)) return EXIT_FAILURE;
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        if (!is_a_layer_the_same_on_any_team(format.format, tier, dtype)) return EXIT_FAILURE;
       }
     }
     ++turn;
