@@ -26,6 +26,10 @@ def variants(shapes: Iterable[Shape]) -> Iterator[Variant]:
     yield Variant("norm 4096", partial(_norm, 4096, has_x=False), Limits())
     yield _rope_variant(MODELS["Qwen3-8B"])
     # What other families than the fused ones have.
+    for width in (64, 128):
+        yield Variant(f"norm {width}", partial(_norm, width, has_x=False), Limits())
+    for width in (256, 5376):
+        yield Variant(f"norm {width}, Gemma", partial(_norm, width, has_x=False, offset=1.0), Limits())
     yield Variant("add_norm 2048, Gemma", partial(_norm, 2048, offset=1.0), Limits())
     yield Variant("add_layer_norm 4096", partial(_norm, 4096, is_layer_norm=True), Limits())
     for activation in sorted(set(ACTIVATIONS) - {"silu", "swish"}):

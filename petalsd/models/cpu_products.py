@@ -1,17 +1,20 @@
-"""Products, attention and experts of layers by the kernels of a CPU."""
+"""Products, norms, attention and experts of layers by the kernels of a CPU."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from petalsd import _C
 from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
+from petalsd.models.hf.norms import NormRule
 from petalsd.models.hf.packing import PackedExperts
 from petalsd.ops.native_experts import NativeExperts
+from petalsd.ops.native_norm import NativeNorm
 from petalsd.ops.packed_product import PackedProduct
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.weight_packing import pack_weight
@@ -29,6 +32,12 @@ class CpuProducts:
 
     def product(self, weight: PackedWeight) -> PackedProduct:
         return PackedProduct(weight, self.team)
+
+    def norm(self, rule: NormRule) -> NativeNorm | None:
+        """None: of a dtype that these kernels lack."""
+        if rule.weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        return NativeNorm(rule.weight.detach().float() + rule.offset, rule.eps, self.team)
 
     def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
         """What stands for transformers' experts, over weights in a format."""

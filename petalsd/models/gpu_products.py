@@ -1,4 +1,4 @@
-"""Products by the kernels of a GPU; a machine without one does not even import this."""
+"""Products, norms and experts of layers by the kernels of a GPU; machines without one do not even import this."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import nn
 
 from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
+from petalsd.models.hf.norms import NormRule
 from petalsd.models.hf.packing import PackedExperts, find_experts
+from petalsd.ops.add_norm import Norm
 from petalsd.ops.expert_mlp import (
     DenseExperts,
     ExpertMlp,
@@ -22,6 +24,7 @@ from petalsd.ops.expert_mlp import (
 from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.quantized_product import QuantizedProduct
+from petalsd.ops.row_norm import KernelNorm, fits_kernel
 from petalsd.ops.split_workspace import StreamWorkspaces
 from petalsd.ops.weight_packing import pack_stack, pack_weight
 
@@ -45,6 +48,12 @@ class GpuProducts:
     def product(self, weight: PackedWeight) -> Product:
         """Of a weight on the device."""
         return QuantizedProduct(weight, self._workspaces)
+
+    def norm(self, rule: NormRule) -> KernelNorm | None:
+        """None: of a width that the kernel cannot read."""
+        if not fits_kernel(len(rule.weight)):
+            return None
+        return KernelNorm(Norm(rule.weight.detach(), rule.eps, rule.offset))
 
     def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
         """What stands for transformers' experts, over weights in an int8 or int4 format."""

@@ -23,6 +23,7 @@ from petalsd.models.contract import Angles, Block
 from petalsd.models.cpu_products import CpuProducts
 from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
+from petalsd.models.hf.norms import replace_norms
 from petalsd.models.hf.packing import pack_layer, round_layer
 from petalsd.models.native_span import NativeSpan, can_attend_natively, can_be_native
 from petalsd.models.paged_span import BlockByBlock
@@ -192,6 +193,7 @@ class Ladder:
         names = self.architecture.layers.family.experts
         if names is not None:
             self._products.replace_experts(layer, names)
+        replace_norms(layer, self._products.norm)
         angles, part = self.angles, slice(0, 2)
         if isinstance(angles, LayerAngles):
             part = angles.slice_of(self.architecture.layers.layer_type(index))
@@ -234,7 +236,7 @@ class Ladder:
         )
 
     def _ways(self, rung: Rung, index: int) -> Iterator[Block]:
-        """The block on this rung; a layer then once more, without kernels for attention and experts."""
+        """The block on this rung; a layer then once more, without kernels for attention, norms and experts."""
         block = self.build(rung, index)
         yield block
         if isinstance(block, LayerBlock):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from petalsd.engine.step_memory import GraphLimits, StepMemory
 from petalsd.models.gpu_products import GpuProducts
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.layer_span import LayerSpan
+from petalsd.models.hf.norms import NormRule, NormStandIn, find_rule
 from petalsd.models.paged_span import CosSin
 from petalsd.ops.launching import record_launches
 from petalsd.ops.ragged import PagedKV
@@ -44,13 +47,25 @@ class MetaAngles:
 def meta_blocks(case: Case) -> dict[int, LayerBlock]:
     """As a GPU has them, without memory."""
     architecture, angles = case.ladder.architecture, MetaAngles(case.ladder.angles)
-    names, blocks = architecture.layers.family.experts, {}
+    names, products, blocks = architecture.layers.family.experts, GpuProducts(META, NUM_SMS), {}
     for index, block in case.blocks().items():
         layer = architecture.layers.empty_layer(index)
         if names is not None:
-            GpuProducts(META, NUM_SMS).replace_experts(layer, names)
+            products.replace_experts(layer, names)
+        for name, module in block.layer.named_modules():
+            if isinstance(module, NormStandIn):
+                put_norm(layer, name, find_rule(module.whole), products)
         blocks[index] = LayerBlock(index, case.config, layer, angles, block.angles_part)  # type: ignore[arg-type]
     return blocks
+
+
+def put_norm(layer: nn.Module, name: str, rule: NormRule | None, products: GpuProducts) -> None:
+    """Where the rule is known of a layer with values, which the layer has not."""
+    assert rule is not None
+    whole: Any = layer.get_submodule(name)
+    kernel = products.norm(replace(rule, weight=whole.weight))
+    assert kernel is not None
+    layer.set_submodule(name, NormStandIn(whole, torch.float32, kernel))
 
 
 @pytest.mark.parametrize("variant", KERNEL_VARIANTS)

@@ -15,6 +15,8 @@ from petalsd.models.gpu_products import GpuProducts
 from petalsd.models.hf import layer_span
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.layer_span import LayerSpan
+from petalsd.models.hf.norms import replace_norms
+from petalsd.models.hf.stand_ins import leave_kernels
 from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.paged_span import BlockByBlock, PagedSpan
 from petalsd.models.source import ModelSource
@@ -65,11 +67,14 @@ class Case:
         return {index: block for index, block in built.items() if isinstance(block, LayerBlock)}
 
     def kernel_blocks(self) -> dict[int, LayerBlock]:
-        """As a GPU has them: experts are computed by kernels, too."""
+        """As a GPU has them: experts and norms are computed by kernels, too."""
         blocks, names = self.blocks(), self.ladder.architecture.layers.family.experts
+        products = GpuProducts(CPU, NUM_SMS)
         for block in blocks.values():
+            leave_kernels(block.layer)  # of a CPU
             if names is not None:
-                GpuProducts(CPU, NUM_SMS).replace_experts(block.layer, names)
+                products.replace_experts(block.layer, names)
+            replace_norms(block.layer, products.norm)
         return blocks
 
     def through(self, span: PagedSpan, *, with_angles: bool = True) -> torch.Tensor:

@@ -13,8 +13,9 @@ from petalsd import _C
 from petalsd.models.contract import Angles, Block
 from petalsd.models.hf.adapted_linear import adapt_layer
 from petalsd.models.hf.attention import CALL_KEYWORD, AttentionCall, DenseCall, NativeCall, PagedCall
-from petalsd.models.hf.experts import experts_are_capturable, leave_kernels
+from petalsd.models.hf.experts import experts_are_capturable
 from petalsd.models.hf.packing import layer_nbytes
+from petalsd.models.hf.stand_ins import leave_kernels
 from petalsd.models.model_config import ModelConfig
 from petalsd.models.paged_span import CosSin
 from petalsd.ops.head_major import HeadMajorKV
@@ -32,7 +33,7 @@ class LayerBlock:
     angles        shared with the model's other blocks; ``angles_part`` says which of its tensors are this block's
     team          what attends on a CPU, to pages in its order; None: torch
     uses_kernels  whether the CPU's or the GPU's kernels may attend where they can; else torch does, as it computes
-                  experts
+                  experts and norms
     rule          what the layer's attention asks of kernels, once it is known. Captured steps read its tensors, so
                   it lives as long as the weights
     """

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from petalsd.models.hf.packing import PackedExperts
+from petalsd.models.hf.stand_ins import StandIn
 
 MAX_TOKENS = 64
 """That kernels of a GPU compute at once; more keep a device busy expert by expert."""
@@ -22,7 +23,7 @@ class FewTokens(Protocol):
     ) -> torch.Tensor: ...
 
 
-class KernelExperts(nn.Module):
+class KernelExperts(StandIn):
     """Stands for gated experts.
 
     whole    computes any number of tokens, and gradients, but asks the host which experts there are
@@ -33,8 +34,7 @@ class KernelExperts(nn.Module):
     """A step of up to ``max_tokens`` tokens without gradients never waits for the host."""
 
     def __init__(self, whole: nn.Module, kernels: FewTokens, max_tokens: int = MAX_TOKENS) -> None:
-        super().__init__()
-        self.whole = whole
+        super().__init__(whole)
         self._kernels = kernels
         self._max_tokens = max_tokens
 
@@ -59,13 +59,6 @@ def experts_are_capturable(layer: nn.Module) -> bool:
     if isinstance(layer, KernelExperts):
         return layer.is_capturable
     return not _holds_experts(layer) and all(map(experts_are_capturable, layer.children()))
-
-
-def leave_kernels(layer: nn.Module) -> None:
-    """Put what ``KernelExperts`` stand for back into a layer, in place."""
-    for name, module in list(layer.named_modules()):
-        if isinstance(module, KernelExperts):
-            layer.set_submodule(name, module.whole)
 
 
 def _holds_experts(module: nn.Module) -> bool:
