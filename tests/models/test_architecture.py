@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from petalsd.config import Quantization
 from petalsd.errors import ModelError, UnsupportedModel, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_rule import HeadRule
-from petalsd.models.ladder import Ladder
+from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
@@ -37,6 +38,18 @@ def test_sizes_are_those_of_the_model(variant: str, tmp_path: Path) -> None:
     assert (config.num_blocks, counted) == (4, max(sizes))
     assert config.hidden_size == model.config.hidden_size
     assert len(config.windows) == 4
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("variant", ["granitemoe", "mixtral", "gpt_oss"])
+def test_experts_take_what_is_counted(variant: str, quantization: Quantization, tmp_path: Path) -> None:
+    """In every format, whether files hold them one by one or all in one tensor."""
+    family, overrides = LAYER_VARIANTS[variant]
+    make_tiny(family, tmp_path, **overrides)
+    source, storage = ModelSource(str(tmp_path)), WeightStorage.choose(torch.bfloat16, CPU, quantization)
+    architecture = Architecture.read(source.config())
+    block = Ladder(architecture, source, storage, num_threads=1).build(Rung.PACKED, 0)
+    assert block.nbytes == pytest.approx(storage.nbytes(architecture.largest_block()), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,9 @@ class RowsPart:
 
     @property
     def pieces(self) -> list[Shape]:
+        if len(self.shape) == 3:
+            experts, *matrix = self.shape
+            return [tuple(matrix)] * experts
         return [self.shape] * len(self.names)
 
     def copy_to(self, whole: torch.Tensor, stored: Stored, copy: Copy) -> None:
