@@ -19,7 +19,9 @@ from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.rope import LengthRegimes
 from petalsd.models.source import SINGLE_FILE, ModelSource
 from petalsd.models.weight_storage import WeightStorage
-from tests.reference_layers import decoder_layers
+from petalsd.types import BlockSpan
+from tests.numeric import assert_close
+from tests.reference_layers import decoder_layers, through_layers
 from tests.tiny_models import LAYER_VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -50,6 +52,29 @@ def test_experts_take_what_is_counted(variant: str, quantization: Quantization, 
     architecture = Architecture.read(source.config())
     block = Ladder(architecture, source, storage, num_threads=1).build(Rung.PACKED, 0)
     assert block.nbytes == pytest.approx(storage.nbytes(architecture.largest_block()), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "bloom", "cohere", "falcon", "gemma", "glm4", "gpt_neox", "granite", "ministral3", "mixtral", "olmo",
+        "olmo2", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen3_moe", "starcoder2",
+    ],
+)  # fmt: skip
+def test_windows_are_those_that_transformers_reads(variant: str, tmp_path: Path) -> None:
+    """Some families know one window for all layers, some none at all, whatever else is written down."""
+    family, overrides = LAYER_VARIANTS[variant]
+    layer_types = ["full_attention", "sliding_attention"] * 2
+    others = {"sliding_window": 3, "use_sliding_window": True, "layer_types": layer_types}
+    model = make_tiny(family, tmp_path, **{**overrides, **others})
+    source, storage = ModelSource(str(tmp_path)), WeightStorage.choose(torch.float32, CPU)
+    ladder = Ladder(Architecture.read(source.config()), source, storage, num_threads=1)
+    hidden = torch.randn(1, 12, ladder.architecture.config.hidden_size)
+    for index in range(2):
+        with torch.no_grad():
+            expected = through_layers(model, hidden, BlockSpan(index, index + 1))
+            actual = ladder.build(Rung.PLAIN, index).forward_dense(hidden)
+        assert_close(actual, expected, 1e-4, 1e-4, f"block {index}")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,10 @@ def _no_windows(hf: Any) -> tuple[None, ...]:
     return (None,) * int(hf.num_hidden_layers)
 
 
+def _one_window(hf: Any) -> tuple[int | None, ...]:
+    return (hf.sliding_window,) * int(hf.num_hidden_layers)
+
+
 def _smollm3_kind(hf: Any, index: int) -> str:
     kind = same_kind(hf, index)
     return kind if hf.no_rope_layers[index] else f"{kind}, no rope"
@@ -129,10 +133,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "apertus": _usual("apertus", "Apertus", windows=_no_windows),
         "arcee": _usual("arcee", "Arcee", windows=_no_windows),
         "bloom": Family(
-            "bloom", "BloomBlock", None, heads.bloom_head, _PETALS_PREFIXES, facts=_bloom_facts,
-            adapt=_adapt_bloom, plain_arguments=bloom_arguments,
+            "bloom", "BloomBlock", None, heads.bloom_head, _PETALS_PREFIXES, windows=_no_windows,
+            facts=_bloom_facts, adapt=_adapt_bloom, plain_arguments=bloom_arguments,
         ),
-        "cohere": _usual("cohere", "Cohere", heads.cohere_head),
+        "cohere": _usual("cohere", "Cohere", heads.cohere_head, windows=_no_windows),
         "cohere2": _usual("cohere2", "Cohere2", heads.cohere_head),
         "cohere2_moe": _usual(
             "cohere2_moe", "Cohere2Moe", heads.cohere_moe_head, kind=_listed_kind, experts=ExpertNames()
@@ -154,24 +158,24 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "falcon": Family(
             "falcon", "FalconDecoderLayer", "FalconRotaryEmbedding", heads.falcon_head, _PETALS_PREFIXES,
-            facts=_falcon_facts, adapt=_adapt_falcon, plain_arguments=falcon_arguments,
+            windows=_no_windows, facts=_falcon_facts, adapt=_adapt_falcon, plain_arguments=falcon_arguments,
         ),
         "flex_olmo": _usual("flex_olmo", "FlexOlmo", windows=_no_windows, experts=ExpertNames()),
-        "gemma": _usual("gemma", "Gemma", heads.gemma_head),
+        "gemma": _usual("gemma", "Gemma", heads.gemma_head, windows=_no_windows),
         "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head),
         "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head, facts=_gemma3_facts),
         "glm": _usual("glm", "Glm", windows=_no_windows),
-        "glm4": _usual("glm4", "Glm4"),
+        "glm4": _usual("glm4", "Glm4", windows=_no_windows),
         "glm4_moe": _usual(
             "glm4_moe", "Glm4Moe", windows=_no_windows, kind=_dense_first_kind, experts=ExpertNames(),
             float32=(_CORRECTION,),
         ),
         "gpt_neox": Family(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
-            facts=_ungrouped,
+            windows=_no_windows, facts=_ungrouped,
         ),
         "gpt_oss": _usual("gpt_oss", "GptOss", experts=GptOssExpertNames(), quantized=(MXFP4,)),
-        "granite": _usual("granite", "Granite", heads.granite_head),
+        "granite": _usual("granite", "Granite", heads.granite_head, windows=_no_windows),
         "granitemoe": _usual(
             "granitemoe", "GraniteMoe", heads.granite_head, windows=_no_windows, experts=_GRANITE_EXPERTS,
             renames=_GRANITE_RENAMES,
@@ -207,21 +211,24 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             quantized=(FP8,), float32=("mlp.e_score_correction_bias",),
         ),
         "ministral": _usual("ministral", "Ministral"),
-        "ministral3": _usual("ministral3", "Ministral3"),
-        "mistral": _usual("mistral", "Mistral"),
+        "ministral3": _usual("ministral3", "Ministral3", windows=_one_window),
+        "mistral": _usual("mistral", "Mistral", windows=_one_window),
         "mixtral": _usual(
-            "mixtral", "Mixtral", renames={"mlp.gate.": "block_sparse_moe.gate."},
+            "mixtral", "Mixtral", windows=_one_window, renames={"mlp.gate.": "block_sparse_moe.gate."},
             experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
         ),
-        "olmo": _usual("olmo", "Olmo", heads.olmo_head),
-        "olmo2": _usual("olmo2", "Olmo2"),
+        "olmo": _usual("olmo", "Olmo", heads.olmo_head, windows=_no_windows),
+        "olmo2": _usual("olmo2", "Olmo2", windows=_no_windows),
         "olmo3": _usual("olmo3", "Olmo3"),
-        "olmoe": _usual("olmoe", "Olmoe", experts=ExpertNames()),
-        "opt": Family("opt", "OPTDecoderLayer", None, heads.opt_head, _OPT_PREFIXES, facts=_ungrouped),
-        "phi": _usual("phi", "Phi", heads.phi_head),
-        "phi3": _usual("phi3", "Phi3"),
+        "olmoe": _usual("olmoe", "Olmoe", windows=_no_windows, experts=ExpertNames()),
+        "opt": Family(
+            "opt", "OPTDecoderLayer", None, heads.opt_head, _OPT_PREFIXES, windows=_no_windows, facts=_ungrouped
+        ),
+        "phi": _usual("phi", "Phi", heads.phi_head, windows=_no_windows),
+        "phi3": _usual("phi3", "Phi3", windows=_one_window),
         "phimoe": _usual(
-            "phimoe", "Phimoe", heads.phimoe_head, renames={"mlp.router.": "block_sparse_moe.gate."},
+            "phimoe", "Phimoe", heads.phimoe_head, windows=_one_window,
+            renames={"mlp.router.": "block_sparse_moe.gate."},
             experts=ExpertNames(
                 in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2", router="mlp.router"
             ),
@@ -230,14 +237,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2_moe": _usual("qwen2_moe", "Qwen2Moe", kind=_qwen_moe_kind, experts=ExpertNames()),
         "qwen3": _usual("qwen3", "Qwen3"),
         "qwen3_moe": _usual(
-            "qwen3_moe", "Qwen3Moe", kind=_qwen_moe_kind, experts=ExpertNames(), quantized=(FP8,)
+            "qwen3_moe", "Qwen3Moe", windows=_one_window, kind=_qwen_moe_kind, experts=ExpertNames(),
+            quantized=(FP8,),
         ),
         "seed_oss": _usual("seed_oss", "SeedOss", windows=_no_windows),
         "smollm3": _usual("smollm3", "SmolLM3", kind=_smollm3_kind),
         "solar_open": _usual(
             "solar_open", "SolarOpen", windows=_no_windows, experts=ExpertNames(), float32=(_CORRECTION,)
         ),
-        "starcoder2": _usual("starcoder2", "Starcoder2", heads.starcoder2_head),
+        "starcoder2": _usual("starcoder2", "Starcoder2", heads.starcoder2_head, windows=_one_window),
         "vaultgemma": _usual("vaultgemma", "VaultGemma", heads.gemma_head),
     }
 )  # fmt: skip

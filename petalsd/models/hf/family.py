@@ -29,13 +29,6 @@ def same_kind(hf: Any, index: int) -> str:
     return str(layer_types[index]) if layer_types else "uniform"
 
 
-def usual_windows(hf: Any) -> tuple[int | None, ...]:
-    """By ``layer_types`` where the config has them, else ``sliding_window`` for all blocks."""
-    if getattr(hf, "layer_types", None):
-        return windows_by_layer(hf)
-    return (getattr(hf, "sliding_window", None),) * int(hf.num_hidden_layers)
-
-
 def no_facts(hf: Any) -> Mapping[str, Any]:
     return {}
 
@@ -95,7 +88,7 @@ class Family:
     head       what stands around the blocks; UnsupportedModel where a client cannot have it
     prefixes   what comes before ``<index>.`` in the names of tensors: the first that a checkpoint uses
     renames    parts of a module's tensor names, and what the files have instead
-    windows    each block's sliding window, from transformers' config
+    windows    each block's sliding window, from transformers' config: of what its model reads, not of all keys
     facts      fields of ModelConfig that the config spells differently
     kind       blocks of the same kind compute the same with other weights; the name is shown to people
     adapt      changes a layer on the meta device so that its attention comes to ``AttentionCall``; None where
@@ -111,7 +104,7 @@ class Family:
     head: Callable[[Any], HeadRule]
     prefixes: tuple[str, ...] = ("model.layers.", "layers.")
     renames: Mapping[str, str] | None = None
-    windows: Callable[[Any], tuple[int | None, ...]] = usual_windows
+    windows: Callable[[Any], tuple[int | None, ...]] = windows_by_layer
     facts: Callable[[Any], Mapping[str, Any]] = no_facts
     kind: Callable[[Any, int], str] = same_kind
     adapt: Callable[[nn.Module, Any, int], None] | None = None
