@@ -117,9 +117,12 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
         ({}, "model_type = None"),
         ({**GEMMA, "quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'"),
         ({**GEMMA, "dtype": "float64"}, "dtype = 'float64'"),
-        (
-            {**GEMMA, "model_type": "gemma3_text", "use_bidirectional_attention": True},
-            "use_bidirectional_attention = True",
+        *(
+            (
+                {**GEMMA, "model_type": family, "use_bidirectional_attention": True},
+                "use_bidirectional_attention = True",
+            )
+            for family in ("gemma", "gemma2", "gemma3_text")
         ),
         ({**GEMMA, "model_type": "olmo3", "layer_types": ["linear_attention"] * 2}, "linear_attention"),
     ],

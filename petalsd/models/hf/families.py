@@ -88,7 +88,7 @@ def _ungrouped(hf: Any) -> Mapping[str, Any]:
     return {"num_kv_heads": hf.num_attention_heads}
 
 
-def _gemma3_facts(hf: Any) -> Mapping[str, Any]:
+def _gemma_facts(hf: Any) -> Mapping[str, Any]:
     if hf.use_bidirectional_attention:
         raise UnsupportedModel(
             f"use_bidirectional_attention = {hf.use_bidirectional_attention}: tokens that see those after them "
@@ -161,9 +161,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             windows=_no_windows, facts=_falcon_facts, adapt=_adapt_falcon, plain_arguments=falcon_arguments,
         ),
         "flex_olmo": _usual("flex_olmo", "FlexOlmo", windows=_no_windows, experts=ExpertNames()),
-        "gemma": _usual("gemma", "Gemma", heads.gemma_head, windows=_no_windows),
-        "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head),
-        "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head, facts=_gemma3_facts),
+        "gemma": _usual("gemma", "Gemma", heads.gemma_head, windows=_no_windows, facts=_gemma_facts),
+        "gemma2": _usual("gemma2", "Gemma2", heads.gemma_head, facts=_gemma_facts),
+        "gemma3_text": _usual("gemma3", "Gemma3", heads.gemma_head, facts=_gemma_facts),
         "glm": _usual("glm", "Glm", windows=_no_windows),
         "glm4": _usual("glm4", "Glm4", windows=_no_windows),
         "glm4_moe": _usual(
