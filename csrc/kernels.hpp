@@ -140,6 +140,9 @@ struct Kernels {
   StateKernels states[kNumDTypes];
   void (*rms_norm)(const float* in, const float* weight, float eps, float* out, std::int64_t count);
   void (*silu_mul)(const float* gate, const float* up, float* out, std::int64_t count);
+  // (up + 1) * gate * sigmoid(alpha * gate), of gates up to the limit and ups that are within it on both sides.
+  void (*clamped_swish_mul)(const float* gate, const float* up, float limit, float alpha, float* out,
+                            std::int64_t count);
   // Finite weights `[G, 64]` to the bytes `[G, 32]` of int4, byte after byte, and scales, bfloat16 `[G]`.
   void (*round_int4)(const float* in, std::uint8_t* bytes, void* scales, std::int64_t num_groups);
 };

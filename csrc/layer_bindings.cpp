@@ -3,6 +3,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,7 +30,13 @@ void register_layer_team(py::module_& module) {
            }),
            py::arg("softcap"), py::arg("slopes"), py::arg("bias_factor"), py::arg("rounds_biases"), py::arg("sinks"));
   py::class_<GatedExperts>(module, "GatedExperts")
-      .def(py::init<std::vector<PackedWeight>, std::vector<PackedWeight>>(), py::arg("gate_up"), py::arg("down"));
+      .def(py::init([](std::vector<PackedWeight> gate_up, std::vector<PackedWeight> down,
+                       const std::array<Address, 2>& biases, const std::optional<std::array<float, 2>>& clamp) {
+             const ExpertGate gate = clamp ? ExpertGate{true, (*clamp)[0], (*clamp)[1]} : ExpertGate{};
+             return GatedExperts(std::move(gate_up), std::move(down),
+                                 {pointer<const float>(biases[0]), pointer<const float>(biases[1])}, gate);
+           }),
+           py::arg("gate_up"), py::arg("down"), py::arg("biases"), py::arg("clamp"));
   py::class_<LayerRows>(module, "LayerRows")
       .def(py::init([](Address in, Address out, std::int64_t num_rows, bool is_bfloat16) {
              return LayerRows{pointer<const void>(in), pointer<void>(out), num_rows,

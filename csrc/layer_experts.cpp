@@ -17,8 +17,9 @@ std::int64_t aligned(std::int64_t bytes) { return round_up(bytes, 64); }
 
 }  // namespace
 
-GatedExperts::GatedExperts(std::vector<PackedWeight> gate_up, std::vector<PackedWeight> down)
-    : gate_up_(std::move(gate_up)), down_(std::move(down)) {
+GatedExperts::GatedExperts(std::vector<PackedWeight> gate_up, std::vector<PackedWeight> down, ExpertBiases biases,
+                           ExpertGate gate)
+    : gate_up_(std::move(gate_up)), down_(std::move(down)), biases_(biases), gate_(gate) {
   PETALSD_CHECK(!gate_up_.empty() && gate_up_.size() == down_.size(), gate_up_.size(), " gates for ", down_.size(),
                 " experts");
   const std::int64_t hidden = hidden_size();
@@ -65,21 +66,52 @@ struct LayerTeam::ExpertRows {
   }
 };
 
+// One projection of all experts.
+struct LayerTeam::ExpertProducts {
+  const std::vector<PackedWeight>& weights;
+  const float* biases;  // [E, num_out], or null
+  const LinearKernels& kernels;
+  std::int64_t stride;  // of operands
+
+  const float* bias(std::int64_t expert) const {
+    return biases == nullptr ? nullptr : biases + expert * weights.front().num_out;
+  }
+};
+
 // One product for each group, all at once: shared out by tiles.
-void LayerTeam::multiply_groups(const std::vector<PackedWeight>& weights, const ExpertRows& rows,
-                                const LinearKernels& kernels, const char* in, std::int64_t stride, float* out) {
-  const PackedWeight& any = weights.front();
+void LayerTeam::multiply_groups(const ExpertProducts& products, const ExpertRows& rows, const char* in, float* out) {
+  const PackedWeight& any = products.weights.front();
   const std::int64_t per_group = (any.num_tiles() + kTilesPerChunk - 1) / kTilesPerChunk;
   const std::int64_t num_chunks = per_group * static_cast<std::int64_t>(rows.groups.size());
   const Lanes lanes(num_chunks, team_);
   team_.run(num_chunks, [&](std::int64_t claim) {
     const std::int64_t chunk = lanes.at(claim);
     const ExpertRows::Group& group = rows.groups[static_cast<std::size_t>(chunk / per_group)];
-    const LinearTask task{weights[static_cast<std::size_t>(group.expert)], nullptr, in + group.start * stride, stride,
-                          nullptr, out + group.start * any.num_out, group.count};
+    const LinearTask task{products.weights[static_cast<std::size_t>(group.expert)],
+                          products.bias(group.expert),
+                          in + group.start * products.stride,
+                          products.stride,
+                          nullptr,
+                          out + group.start * any.num_out,
+                          group.count};
     const std::int64_t first = chunk % per_group * kTilesPerChunk;
-    kernels.multiply(task, first, std::min(first + kTilesPerChunk, any.num_tiles()));
+    products.kernels.multiply(task, first, std::min(first + kTilesPerChunk, any.num_tiles()));
   });
+}
+
+LayerTeam::ExpertProducts LayerTeam::products(const std::vector<PackedWeight>& weights, const float* biases,
+                                              bool is_wide) const {
+  const LinearKernels& kernels = linear(weights.front(), is_wide);
+  return {weights, biases, kernels, operand_stride(kernels.operand_bytes(weights.front().num_in))};
+}
+
+// Of a gate and the up behind it, over the gate.
+void LayerTeam::activate(const ExpertGate& how, float* gate, std::int64_t inner) const {
+  if (how.is_clamped) {
+    tier_.kernels.clamped_swish_mul(gate, gate + inner, how.limit, how.alpha, gate, inner);
+  } else {
+    tier_.kernels.silu_mul(gate, gate + inner, gate, inner);
+  }
 }
 
 void LayerTeam::run_experts(const GatedExperts& experts, const Routes& routes, const float* in, float* out,
@@ -88,15 +120,13 @@ void LayerTeam::run_experts(const GatedExperts& experts, const Routes& routes, c
                 " experts each");
   const std::int64_t hidden = experts.hidden_size();
   const std::int64_t inner = experts.inner_size();
-  const LinearKernels& first = linear(experts.gate_up().front(), is_wide);
-  const LinearKernels& second = linear(experts.down().front(), is_wide);
-  const std::int64_t first_stride = operand_stride(first.operand_bytes(hidden));
-  const std::int64_t second_stride = operand_stride(second.operand_bytes(inner));
+  const ExpertProducts first = products(experts.gate_up(), experts.biases().gate_up, is_wide);
+  const ExpertProducts second = products(experts.down(), experts.biases().down, is_wide);
   const std::int64_t pair_floats = routes.per_token * (2 * inner + hidden);
   const std::int64_t at_once = std::clamp<std::int64_t>(kMaxFloats / pair_floats, 32, 512);
   const std::int64_t most = std::min(at_once, routes.num_tokens) * routes.per_token;
   // Kernels may read operands of a whole tile of rows.
-  const std::int64_t operand_bytes = aligned((most + kTileRows) * std::max(first_stride, second_stride));
+  const std::int64_t operand_bytes = aligned((most + kTileRows) * std::max(first.stride, second.stride));
   const std::int64_t gate_bytes = aligned(most * 2 * inner * 4);
   const std::lock_guard lock(mutex_);
   const ThreadTeam::Shift shift(team_);
@@ -109,15 +139,16 @@ void LayerTeam::run_experts(const GatedExperts& experts, const Routes& routes, c
     const std::int64_t num_pairs = count * routes.per_token;
     const ExpertRows rows(routes, token, count, experts.count());
     team_.run(num_pairs, [&](std::int64_t place) {
-      first.prepare(in + rows.tokens[static_cast<std::size_t>(place)] * hidden, operands + place * first_stride, hidden);
+      const float* state = in + rows.tokens[static_cast<std::size_t>(place)] * hidden;
+      first.kernels.prepare(state, operands + place * first.stride, hidden);
     });
-    multiply_groups(experts.gate_up(), rows, first, operands, first_stride, gates);
+    multiply_groups(first, rows, operands, gates);
     team_.run(num_pairs, [&](std::int64_t place) {
       float* gate = gates + place * 2 * inner;
-      tier_.kernels.silu_mul(gate, gate + inner, gate, inner);
-      second.prepare(gate, operands + place * second_stride, inner);
+      activate(experts.gate(), gate, inner);
+      second.kernels.prepare(gate, operands + place * second.stride, inner);
     });
-    multiply_groups(experts.down(), rows, second, operands, second_stride, states);
+    multiply_groups(second, rows, operands, states);
     team_.run(count, [&](std::int64_t i) {
       float* sum = out + (token + i) * hidden;
       std::fill_n(sum, hidden, 0.0f);

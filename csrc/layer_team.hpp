@@ -27,22 +27,40 @@ struct LayerAttention {
   float* out;
 };
 
-// SiLU-gated experts of one block: gate_up `[2 * inner, hidden]`, gate above up, and down `[hidden, inner]` of each, all
+// What the gate and the up of an expert become: SiLU(gate) * up, or as `Kernels::clamped_swish_mul` has it.
+struct ExpertGate {
+  bool is_clamped = false;
+  float limit = 0.0f;
+  float alpha = 0.0f;
+};
+
+// What is added to the products of each of E experts, or null.
+struct ExpertBiases {
+  const float* gate_up = nullptr;  // [E, 2 * inner]
+  const float* down = nullptr;     // [E, hidden]
+};
+
+// Gated experts of one block: gate_up `[2 * inner, hidden]`, gate above up, and down `[hidden, inner]` of each, all
 // in one format. The caller's memory.
 class GatedExperts {
  public:
   // PoolError unless there is one of both for each, and their sizes fit.
-  GatedExperts(std::vector<PackedWeight> gate_up, std::vector<PackedWeight> down);
+  GatedExperts(std::vector<PackedWeight> gate_up, std::vector<PackedWeight> down, ExpertBiases biases = {},
+               ExpertGate gate = {});
 
   std::int64_t count() const { return static_cast<std::int64_t>(gate_up_.size()); }
   std::int64_t hidden_size() const { return gate_up_.front().num_in; }
   std::int64_t inner_size() const { return down_.front().num_in; }
   const std::vector<PackedWeight>& gate_up() const { return gate_up_; }
   const std::vector<PackedWeight>& down() const { return down_; }
+  const ExpertBiases& biases() const { return biases_; }
+  const ExpertGate& gate() const { return gate_; }
 
  private:
   std::vector<PackedWeight> gate_up_;
   std::vector<PackedWeight> down_;
+  ExpertBiases biases_;
+  ExpertGate gate_;
 };
 
 // What goes through a part of a layer, and what comes of it: `[R, width]` each, in one dtype.
@@ -104,12 +122,14 @@ class LayerTeam {
   };
 
   struct ExpertRows;
+  struct ExpertProducts;
 
   const LinearKernels& linear(const PackedWeight& weight, bool is_wide) const;
   void reserve(std::int64_t bytes);
   void multiply_part(const PackedWeight& weight, const float* bias, const LayerRows& rows, std::int64_t stride);
-  void multiply_groups(const std::vector<PackedWeight>& weights, const ExpertRows& rows, const LinearKernels& kernels,
-                       const char* in, std::int64_t stride, float* out);
+  ExpertProducts products(const std::vector<PackedWeight>& weights, const float* biases, bool is_wide) const;
+  void activate(const ExpertGate& how, float* gate, std::int64_t inner) const;
+  void multiply_groups(const ExpertProducts& products, const ExpertRows& rows, const char* in, float* out);
   void place(const KVPages& kv, const LayerAttention& layer, std::int64_t first_row, std::int64_t query_bytes);
 
   std::mutex mutex_;

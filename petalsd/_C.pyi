@@ -228,10 +228,19 @@ class ScoreRule:
         positions, and products of slopes with them, are rounded to bfloat16."""
 
 class GatedExperts:
-    """SiLU-gated experts of a block; the caller keeps their weights alive."""
+    """Gated experts of a block; the caller keeps their tensors alive."""
 
-    def __init__(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight]) -> None:
-        """``[2 * I, M]``, gate above up, and ``[M, I]`` of each, in one format."""
+    def __init__(
+        self,
+        gate_up: Sequence[PackedWeight],
+        down: Sequence[PackedWeight],
+        biases: Sequence[int],
+        clamp: tuple[float, float] | None,
+    ) -> None:
+        """``[2 * I, M]``, gate above up, and ``[M, I]`` of each, in one format.
+
+        biases: addresses of float32 ``[E, 2 * I]`` and ``[E, M]``, or 0 for none. clamp: limit and alpha of
+        ``ops.expert_gate.ClampedGate``; without it SiLU gates."""
 
 class LayerRows:
     """What goes through a part of a layer, and what comes of it; the caller keeps the tensors alive."""

@@ -41,6 +41,10 @@ class PackedProduct:
     def nbytes(self) -> int:
         return self._weight.nbytes
 
+    @property
+    def num_out(self) -> int:
+        return self._weight.num_out
+
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``Product`` has the contract; a float32 x is not rounded beside bfloat16 weights."""
         if x.shape[-1] != self._weight.num_in:

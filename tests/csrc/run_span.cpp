@@ -165,7 +165,7 @@ bool is_attention_the_same_on_any_team(KVType kv, const std::string& tier) {
 }
 
 // Experts of which some get no token and one gets most, with more tokens than go at once.
-bool are_experts_the_same_on_any_team(WeightFormat format, const std::string& tier) {
+bool are_experts_the_same_on_any_team(WeightFormat format, const std::string& tier, bool is_clamped) {
   Random random;
   constexpr std::int64_t hidden = 70, inner = 37, per_token = 2, num_tokens = 600;
   std::vector<OwnedWeight> owned;
@@ -176,7 +176,10 @@ bool are_experts_the_same_on_any_team(WeightFormat format, const std::string& ti
     owned.emplace_back(random, format, hidden, inner);
     down.push_back(owned.back().weight);
   }
-  const petalsd::GatedExperts experts(gate_up, down);
+  const Buffer first = random.values(4 * 2 * inner, false), second = random.values(4 * hidden, false);
+  petalsd::ExpertBiases biases;
+  if (is_clamped) biases = {reinterpret_cast<const float*>(first.data()), reinterpret_cast<const float*>(second.data())};
+  const petalsd::GatedExperts experts(gate_up, down, biases, {is_clamped, 0.2f, 1.702f});
   std::vector<std::int64_t> chosen;
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     chosen.push_back(token % 9 == 0 ? 0 : 3);
@@ -309,7 +312,10 @@ int main(int argc, char** argv) {
       // In parts, where there are many threads.
       if (!is_the_same_on_any_team({shapes[2], format.format, format.kv, tier, kLongHistory})) return EXIT_FAILURE;
       if (tier != kEmulated && !is_attention_the_same_on_any_team(format.kv, tier)) return EXIT_FAILURE;
-      if (tier != kEmulated && !are_experts_the_same_on_any_team(format.format, tier)) return EXIT_FAILURE;
+      for (const bool is_clamped : {false, true}) {
+        if (tier == kEmulated) continue;
+        if (!are_experts_the_same_on_any_team(format.format, tier, is_clamped)) return EXIT_FAILURE;
+      }
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
         if (!is_a_layer_the_same_on_any_team(format.format, tier, dtype)) return EXIT_FAILURE;
       }
