@@ -13,6 +13,7 @@ from petalsd.kernels.split_sums import reduce_splits, split_range
 def expert_linear_kernel(
     x,
     weight,
+    bias,
     out,
     order,
     blocks,
@@ -62,6 +63,9 @@ def expert_linear_kernel(
         num_programs = tl.num_programs(0) * tl.num_programs(1)
         is_last, total = reduce_splits(total, partials, arrivals, program, num_programs, NUM_SPLITS)
     if is_last:
+        if bias is not None:
+            added = tl.load(bias + expert.to(tl.int64) * num_out + column, mask=column < num_out, other=0.0)
+            total += added.to(tl.float32)[:, None]
         places = out + pair.to(tl.int64)[None, :] * out_stride + column[:, None]
         is_place = is_row[None, :] & (column < num_out)[:, None]
         tl.store(places, total.to(out.dtype.element_ty), mask=is_place)

@@ -15,6 +15,7 @@ def quantized_expert_linear_kernel(
     x,
     words,
     scales,
+    bias,
     out,
     order,
     blocks,
@@ -62,5 +63,8 @@ def quantized_expert_linear_kernel(
         is_column = column < num_out
         if BITS == 8:
             total *= tl.load(scales + column, mask=is_column, other=0.0)[:, None]
+        if bias is not None:
+            added = tl.load(bias + expert * num_out + column, mask=is_column, other=0.0)
+            total += added.to(tl.float32)[:, None]
         places = out + pair.to(tl.int64)[None, :] * out_stride + column[:, None]
         tl.store(places, total.to(out.dtype.element_ty), mask=is_row[None, :] & is_column[:, None])

@@ -11,7 +11,8 @@ import torch
 from benchmarks.gpu.variants import FLOAT8_TARGETS, MODELS, TARGETS, Limits, Shape, Variant, meta
 from petalsd.ops.add_norm import Norm, add_norm
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
-from petalsd.ops.gated_activation import ACTIVATIONS, gated_activation
+from petalsd.ops.expert_gate import ClampedGate
+from petalsd.ops.gated_activation import ACTIVATIONS, clamped_activation, gated_activation
 from petalsd.ops.ragged import PagedKV
 from petalsd.ops.rope_kv import HeadNorms, Rotation, rope_and_write
 
@@ -34,6 +35,7 @@ def variants(shapes: Iterable[Shape]) -> Iterator[Variant]:
     yield Variant("add_layer_norm 4096", partial(_norm, 4096, is_layer_norm=True), Limits())
     for activation in sorted(set(ACTIVATIONS) - {"silu", "swish"}):
         yield Variant(f"{activation} 14336", partial(_activation, 14336, activation), Limits())
+    yield Variant("clamped swish 2880", partial(_clamped, 2880), Limits())
     yield Variant(
         "rope_kv 32/8x128, interleaved", partial(_rope, 32, 8, 128, 128, is_interleaved=True), Limits()
     )
@@ -71,6 +73,10 @@ def _norm(width: int, has_x: bool = True, offset: float = 0.0, is_layer_norm: bo
     hidden = meta(_TOKENS, width)
     norm = Norm(meta(width), 1e-5, offset, meta(width) if is_layer_norm else None, is_layer_norm)
     add_norm(hidden if has_x else None, hidden, norm, hidden)
+
+
+def _clamped(width: int) -> None:
+    clamped_activation(meta(_TOKENS, 2 * width), meta(_TOKENS, width), ClampedGate(7.0, 1.702))
 
 
 def _activation(width: int, activation: str) -> None:

@@ -54,14 +54,14 @@ def product(site: Site, shape: ExpertShape, weight: torch.Tensor | PackedWeight,
 
     def run() -> None:
         if isinstance(weight, PackedWeight):
-            quantized_expert_linear(x, weight, order, out, workspace)
+            quantized_expert_linear(x, weight, None, order, out, workspace)
         else:
-            expert_linear(x, weight, order, out, workspace)
+            expert_linear(x, weight, None, order, out, workspace)
 
     def errors() -> list[float]:
         values = weight.unpack(site.dtype) if isinstance(weight, PackedWeight) else weight
         stacked = values.reshape(shape.num_experts, 2 * shape.inner, shape.hidden)
-        return [relative_error(out, reference_expert_linear(x, stacked, index))]
+        return [relative_error(out, reference_expert_linear(x, stacked, None, index))]
 
     share = len(index.unique()) / shape.num_experts
     name = weight.format.value if isinstance(weight, PackedWeight) else "dense"

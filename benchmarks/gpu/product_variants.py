@@ -34,6 +34,7 @@ _UNPACKING_LIMITS = Limits(128, Matrix.NONE)
 _SCALE_COPIES = {WeightFormat.INT8: 0, WeightFormat.INT4: 8}  # which come in pairs of 4 bytes
 _EXPERTS, _TOP_K = 8, 2
 _EXPERTS_IN, _EXPERTS_OUT = 4096, 2048
+_BIASED_IN = _BIASED_OUT = 2880  # gpt-oss's, which fill neither pieces nor tiles
 
 
 def variants() -> Iterator[Variant]:
@@ -70,12 +71,16 @@ def _of_experts() -> Iterator[Variant]:
         name = f"{tokens} rows{', split' if is_split else ''}"
         limits = _DENSE_LIMITS[tokens]
         yield Variant(f"experts' dense product, {name}", partial(_experts, None, tokens, is_split), limits)
+        biased = partial(_experts, None, tokens, is_split, has_bias=True)
+        yield Variant(f"experts' dense product, {name}, bias", biased, limits)
         for format, scale_copies in _SCALE_COPIES.items():
             limits = replace(_QUANTIZED_LIMITS[format][tokens], narrow_copies=scale_copies)
             yield Variant(
                 f"experts' {format} product, {name}", partial(_experts, format, tokens, is_split), limits
             )
-    exact = partial(_experts, None, 16, True, torch.float32)
+            biased = partial(_experts, format, tokens, is_split, has_bias=True)
+            yield Variant(f"experts' {format} product, {name}, bias", biased, limits)
+    exact = partial(_experts, None, 16, True, dtype=torch.float32)
     yield Variant("experts' dense product, float32", exact, _FLOAT32_LIMITS)
     yield Variant("experts in order", _order, Limits())
     yield Variant("experts' sum", _sum, Limits())
@@ -106,19 +111,28 @@ def _workspace(is_split: bool) -> SplitWorkspace:
 
 
 def _experts(
-    format: WeightFormat | None, tokens: int, is_split: bool, dtype: torch.dtype = torch.bfloat16
+    format: WeightFormat | None,
+    tokens: int,
+    is_split: bool,
+    *,
+    has_bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     with record_launches():  # the order is a variant of its own
         order = order_experts(
             meta(tokens, _TOP_K, dtype=torch.int64), _EXPERTS, expert_linear.block_rows(tokens, dtype)
         )
-    x, out = meta(tokens, _EXPERTS_IN, dtype=dtype), meta(tokens * _TOP_K, _EXPERTS_OUT, dtype=dtype)
+    num_in, num_out = (_BIASED_IN, _BIASED_OUT) if has_bias else (_EXPERTS_IN, _EXPERTS_OUT)
+    x, out = meta(tokens, num_in, dtype=dtype), meta(tokens * _TOP_K, num_out, dtype=dtype)
+    # Beside packed weights biases stay in float32.
+    bias_dtype = dtype if format is None else torch.float32
+    bias = meta(_EXPERTS, num_out, dtype=bias_dtype) if has_bias else None
     if format is None:
-        weight = meta(_EXPERTS, _EXPERTS_OUT, _EXPERTS_IN, dtype=dtype)
-        expert_linear.expert_linear(x, weight, order, out, _workspace(is_split))
+        weight = meta(_EXPERTS, num_out, num_in, dtype=dtype)
+        expert_linear.expert_linear(x, weight, bias, order, out, _workspace(is_split))
     else:
-        packed = _packed(format, _EXPERTS * _EXPERTS_OUT, _EXPERTS_IN)
-        expert_linear.quantized_expert_linear(x, packed, order, out, _workspace(is_split))
+        packed = _packed(format, _EXPERTS * num_out, num_in)
+        expert_linear.quantized_expert_linear(x, packed, bias, order, out, _workspace(is_split))
 
 
 def _order() -> None:

@@ -35,12 +35,18 @@ def block_rows(num_tokens: int, dtype: torch.dtype) -> int:
 
 
 def expert_linear(
-    x: torch.Tensor, weight: torch.Tensor, order: ExpertOrder, out: torch.Tensor, workspace: SplitWorkspace
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: ExpertOrder,
+    out: torch.Tensor,
+    workspace: SplitWorkspace,
 ) -> None:
-    """``out[p] = x[p * R // P] @ weight[expert of pair p].T``; sums are float32, and rounded once.
+    """``out[p] = x[p * R // P] @ weight[e].T + bias[e]``, e the expert of pair p; float32 sums, rounded once.
 
     x       ``[R, num_in]``: a row for each token, or for each of the P pairs
     weight  ``[num_experts, num_out, num_in]``, contiguous
+    bias    ``[num_experts, num_out]``, contiguous
     order   of the pairs; its blocks have as many rows as ``block_rows`` says
     out     ``[P, num_out]``
 
@@ -50,6 +56,7 @@ def expert_linear(
     _, num_out, num_in = weight.shape
     if not weight.is_contiguous():
         raise ValueError(f"weight has strides {list(weight.stride())}: it must be contiguous")
+    _check_bias(bias, order, num_out)
     pairs_per_row = _check_rows(x, order, out, num_in, num_out)
     tile = _tile(x, order, _DENSE_TILES)
     grid = (len(order.blocks), -(-num_out // tile.outputs))
@@ -58,7 +65,7 @@ def expert_linear(
         expert_linear_kernel,
         (*grid, num_splits),
         (
-            x, weight, out, order.order, order.blocks, *_parts(workspace, num_splits),
+            x, weight, bias, out, order.order, order.blocks, *_parts(workspace, num_splits),
             strides(x)[0], strides(out)[0], pairs_per_row, num_in, num_out,
         ),
         {
@@ -71,7 +78,12 @@ def expert_linear(
 
 
 def quantized_expert_linear(
-    x: torch.Tensor, weight: PackedWeight, order: ExpertOrder, out: torch.Tensor, workspace: SplitWorkspace
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    order: ExpertOrder,
+    out: torch.Tensor,
+    workspace: SplitWorkspace,
 ) -> None:
     """``expert_linear`` with the experts' outputs one below the other in an int8 or int4 weight.
 
@@ -86,6 +98,7 @@ def quantized_expert_linear(
             f"the weight has {weight.num_out} outputs: each of {order.num_experts} experts must have the same "
             f"multiple of {TILE_OUTPUTS}"
         )
+    _check_bias(bias, order, num_out)
     pairs_per_row = _check_rows(x, order, out, num_in, num_out)
     bits = quantized_linear.BITS[weight.format]
     tile = _tile(x, order, _QUANTIZED_TILES[bits])
@@ -96,7 +109,7 @@ def quantized_expert_linear(
         quantized_expert_linear_kernel,
         (*grid, num_splits),
         (
-            x, weight.words, weight.scales if bits == 8 else weight.scales.view(torch.int32), out,
+            x, weight.words, weight.scales if bits == 8 else weight.scales.view(torch.int32), bias, out,
             order.order, order.blocks, *_parts(workspace, num_splits),
             strides(x)[0], strides(out)[0], pairs_per_row, num_in, num_out,
         ),
@@ -111,14 +124,26 @@ def quantized_expert_linear(
     )  # fmt: skip
 
 
-def reference_expert_linear(x: torch.Tensor, weight: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+def reference_expert_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, top_k_index: torch.Tensor
+) -> torch.Tensor:
     """``expert_linear`` in float32 ``[P, num_out]``, in plain torch; the choice is ``[T, k]``."""
     pairs = top_k_index.flatten()
     rows = x.float().repeat_interleave(len(pairs) // len(x), dim=0)
     out = rows.new_empty(len(pairs), weight.shape[1])
     for expert in sorted(set(pairs.tolist())):
         out[pairs == expert] = rows[pairs == expert] @ weight[expert].float().t()
+        if bias is not None:
+            out[pairs == expert] += bias[expert].float()
     return out
+
+
+def _check_bias(bias: torch.Tensor | None, order: ExpertOrder, num_out: int) -> None:
+    if bias is None:
+        return
+    check_tensor("bias", bias, (order.num_experts, num_out))
+    if not bias.is_contiguous():
+        raise ValueError(f"bias has strides {list(bias.stride())}: it must be contiguous")
 
 
 def _check_rows(x: torch.Tensor, order: ExpertOrder, out: torch.Tensor, num_in: int, num_out: int) -> int:

@@ -34,7 +34,7 @@ class DenseExperts:
 
     def multiply(self, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         out = x.new_empty(len(order.order), self._weight.shape[1])
-        expert_linear(x, self._weight, order, out, self._workspaces.current())
+        expert_linear(x, self._weight, None, order, out, self._workspaces.current())
         return out
 
 
@@ -55,7 +55,7 @@ class QuantizedExperts:
 
     def multiply(self, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         out = x.new_empty(len(order.order), self._num_out)
-        quantized_expert_linear(x, self._weight, order, out, self._workspaces.current())
+        quantized_expert_linear(x, self._weight, None, order, out, self._workspaces.current())
         return out
 
 

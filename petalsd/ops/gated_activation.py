@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from petalsd.kernels.gated_activation import gated_activation_kernel
-from petalsd.ops.launching import Options, check_tensor, launch, strides
+from petalsd.ops.expert_gate import ClampedGate
+from petalsd.ops.launching import Constant, Options, check_tensor, launch, strides
 
 # As configurations of models call them, and as the kernel does.
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
@@ -21,6 +22,7 @@ ACTIVATIONS: Mapping[str, str] = MappingProxyType(
         "relu": "relu",
     }
 )
+_CLAMPED = "clamped_swish"
 _BLOCK = 1024
 
 
@@ -33,16 +35,25 @@ def gated_activation(gate_up: torch.Tensor, out: torch.Tensor, activation: str) 
 
     ValueError for tensors that don't fit, and other activations.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: one of {', '.join(ACTIVATIONS)}")
+    _launch(gate_up, out, {"ACTIVATION": ACTIVATIONS[activation]})
+
+
+def clamped_activation(gate_up: torch.Tensor, out: torch.Tensor, gate: ClampedGate) -> None:
+    """``gated_activation`` with an activation that has bounds for both halves."""
+    _launch(gate_up, out, {"ACTIVATION": _CLAMPED, "LIMIT": float(gate.limit), "ALPHA": float(gate.alpha)})
+
+
+def _launch(gate_up: torch.Tensor, out: torch.Tensor, constants: Mapping[str, Constant]) -> None:
     rows, width = out.shape
     check_tensor("gate_up", gate_up, (rows, 2 * width))
     check_tensor("out", out, (rows, width))
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: one of {', '.join(ACTIVATIONS)}")
     launch(
         gated_activation_kernel,
         (rows, -(-width // _BLOCK)),
         (gate_up, out, strides(gate_up)[0], strides(out)[0]),
-        {"WIDTH": width, "BLOCK": _BLOCK, "ACTIVATION": ACTIVATIONS[activation]},
+        {"WIDTH": width, "BLOCK": _BLOCK, **constants},
         Options(num_warps=4, num_stages=1),
     )
 

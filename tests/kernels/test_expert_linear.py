@@ -36,14 +36,27 @@ class Experts:
     """Weights in a format, None for the dtype of states, and what they are in float32."""
 
     def __init__(
-        self, format: WeightFormat | None, num_experts: int, num_out: int, num_in: int, dtype: torch.dtype
+        self,
+        format: WeightFormat | None,
+        num_experts: int,
+        num_out: int,
+        num_in: int,
+        dtype: torch.dtype,
+        *,
+        has_bias: bool = False,
     ) -> None:
+        self.bias = torch.randn(num_experts, num_out) if has_bias else None
+        if self.bias is not None and format is None:
+            self.bias = self.bias.to(dtype)
         drawn = (torch.randn(num_experts, num_out, num_in) / num_in**0.5).to(dtype)
         self.weight: torch.Tensor | PackedWeight = drawn
         self.values = drawn.float()
         if format is not None:
             self.weight = pack_stack(drawn, format, DEVICE)
             self.values = self.weight.unpack(torch.float32).view_as(drawn)
+
+    def expected(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return reference_expert_linear(x, self.values, self.bias, index)
 
     def multiply(self, x: torch.Tensor, index: torch.Tensor, used: SplitWorkspace) -> torch.Tensor:
         """Rows of NaN where the kernel writes nothing; nothing is written beside them."""
@@ -52,9 +65,9 @@ class Experts:
         room = torch.full((index.numel() + 1, num_out + 16), float("nan"), dtype=x.dtype)
         out = room[:-1, :num_out]
         if isinstance(self.weight, PackedWeight):
-            quantized_expert_linear(x, self.weight, order, out, used)
+            quantized_expert_linear(x, self.weight, self.bias, order, out, used)
         else:
-            expert_linear(x, self.weight, order, out, used)
+            expert_linear(x, self.weight, self.bias, order, out, used)
         assert room[:, num_out:].isnan().all() and room[-1].isnan().all()
         assert not used.arrivals.any()
         return out
@@ -100,10 +113,27 @@ def test_it_is_each_pairs_product(
     if num_rows > 1:
         x[num_rows // 2] = float("nan")
     out = experts.multiply(x, index, workspace())
-    expected = reference_expert_linear(x, experts.values, index)
+    expected = experts.expected(x, index)
     real = ~x.isnan().any(dim=1).repeat_interleave(index.numel() // num_rows)
     assert out[~real].isnan().all()
     assert_close(out[real], expected[real], TOLERANCE[dtype], TOLERANCE[dtype], "product")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_out", "num_in"), [(1, 2, 64, 1152), (5, 2, 80, 272), (40, 1, 128, 128)]
+)
+def test_a_bias_is_added_once(
+    num_tokens: int, top_k: int, num_out: int, num_in: int, format: WeightFormat | None, dtype: torch.dtype
+) -> None:
+    """Each expert's own, also where a sum is split; beside packed weights it is float32."""
+    experts = Experts(format, 4, num_out, num_in, dtype, has_bias=True)
+    x, index = torch.randn(num_tokens, num_in).to(dtype), router(4, top_k)(num_tokens)
+    with record_launches() as launches:
+        out = experts.multiply(x, index, workspace())
+    assert launches[-1].constants["NUM_SPLITS"] > 1 or num_tokens > 1
+    assert_close(out, experts.expected(x, index), TOLERANCE[dtype], TOLERANCE[dtype], "product")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -133,7 +163,7 @@ def test_split_sums_can_be_made_again_and_again(format: WeightFormat | None) -> 
     assert torch.equal(*found)
     products = [one for one in launches if "NUM_SPLITS" in one.constants]
     assert [one.constants["NUM_SPLITS"] > 1 for one in products] == [True, True]
-    assert_close(found[0], reference_expert_linear(x, experts.values, index), 1e-5, 1e-5, "product")
+    assert_close(found[0], experts.expected(x, index), 1e-5, 1e-5, "product")
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -152,10 +182,16 @@ def test_what_does_not_fit_is_refused() -> None:
     ]
     for message, rows, weights, into in cases:
         with pytest.raises(ValueError, match=message):
-            expert_linear(rows, weights, order, into, used)
+            expert_linear(rows, weights, None, order, into, used)
+    for message, bias in (
+        (r"bias has shape \[4, 16\]: it must be \[4, 32\]", torch.zeros(4, 16)),
+        (r"bias has strides \[48, 1\]: it must be contiguous", torch.zeros(4, 48)[:, :32]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expert_linear(x, weight, bias, order, out, used)
     wide = order_experts(router(4, 2)(3), 4, 32)
     with pytest.raises(ValueError, match=r"blocks have 32 rows: one of 16 in torch\.float32"):
-        expert_linear(x, weight, wide, out, used)
+        expert_linear(x, weight, None, wide, out, used)
 
 
 def test_packed_weights_that_do_not_fit_are_refused() -> None:
@@ -163,10 +199,10 @@ def test_packed_weights_that_do_not_fit_are_refused() -> None:
     order, used, x = order_experts(router(4, 2)(3), 4, 16), workspace(), torch.zeros(3, 64)
     with pytest.raises(ValueError, match="format is float32: it must be int8 or int4"):
         packed = pack_stack(torch.zeros(4, 16, 64), WeightFormat.FLOAT32, DEVICE)
-        quantized_expert_linear(x, packed, order, torch.zeros(6, 16), used)
+        quantized_expert_linear(x, packed, None, order, torch.zeros(6, 16), used)
     for num_out in (96, 72):
         packed = PackedWeight.empty(WeightFormat.INT8, num_out, 64)
         with pytest.raises(
             ValueError, match=f"{num_out} outputs: each of 4 experts must have the same multiple"
         ):
-            quantized_expert_linear(x, packed, order, torch.zeros(6, num_out // 4), used)
+            quantized_expert_linear(x, packed, None, order, torch.zeros(6, num_out // 4), used)
