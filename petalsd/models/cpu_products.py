@@ -12,7 +12,8 @@ from petalsd import _C
 from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
 from petalsd.models.hf.norms import NormRule
-from petalsd.models.hf.packing import PackedExperts
+from petalsd.models.hf.packing import PackedExperts, biases_of, gate_of
+from petalsd.ops.expert_gate import ClampedGate
 from petalsd.ops.native_experts import NativeExperts
 from petalsd.ops.native_norm import NativeNorm
 from petalsd.ops.packed_product import PackedProduct
@@ -45,10 +46,14 @@ class CpuProducts:
             [self.product(pack_weight(weight, format)) for weight in stack]
             for stack in (experts.gate_up_proj, experts.down_proj)
         )
-        whole = PackedExperts(experts.act_fn, gate_up, down)
-        if not is_silu(experts.act_fn):
+        gate, biases = gate_of(experts), biases_of(experts)
+        biases = None if biases is None else biases.float()
+        whole = PackedExperts(gate, gate_up, down, biases)
+        clamped = gate if isinstance(gate, ClampedGate) else None
+        if clamped is None and not is_silu(gate):
             return whole
-        return KernelExperts(whole, NativeExperts(gate_up, down, self.team), max_tokens=sys.maxsize)
+        kernels = NativeExperts(gate_up, down, self.team, clamped, biases)
+        return KernelExperts(whole, kernels, max_tokens=sys.maxsize)
 
     def replace_experts(self, layer: nn.Module, names: ExpertNames) -> None:
         """Nothing: where weights are not packed, transformers computes experts."""

@@ -10,14 +10,14 @@ from torch import nn
 from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
 from petalsd.models.hf.norms import NormRule
-from petalsd.models.hf.packing import PackedExperts, find_experts
+from petalsd.models.hf.packing import ExpertByExpert, PackedExperts, biases_of, find_experts, gate_of
 from petalsd.ops.add_norm import Norm
+from petalsd.ops.expert_gate import ClampedGate, ExpertBiases, Gate
 from petalsd.ops.expert_mlp import (
     DenseExperts,
     ExpertMlp,
-    Gate,
     QuantizedExperts,
-    activation_gate,
+    clamped_gate,
     fits_kernels,
     silu_gate,
 )
@@ -57,35 +57,41 @@ class GpuProducts:
 
     def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
         """What stands for transformers' experts, over weights in an int8 or int4 format."""
+        gate, biases = gate_of(experts), biases_of(experts)
+        biases = None if biases is None else biases.float()
+        stacks = experts.gate_up_proj, experts.down_proj
         if not fits_kernels(experts.gate_up_proj.shape):
-            return PackedExperts(
-                experts.act_fn, *(
-                    [self.product(pack_weight(weight.cpu(), format).to(self._device)) for weight in stack]
-                    for stack in (experts.gate_up_proj, experts.down_proj)
-                )
-            )  # fmt: skip
+            one_by_one = [[self._product_of(weight, format) for weight in stack] for stack in stacks]
+            return PackedExperts(gate, one_by_one[0], one_by_one[1], biases)
         num_experts = len(experts.gate_up_proj)
         gate_up, down = (
-            QuantizedExperts(pack_stack(stack, format, self._device), num_experts, self._workspaces)
-            for stack in (experts.gate_up_proj, experts.down_proj)
+            QuantizedExperts(pack_stack(stack, format, self._device), num_experts, bias, self._workspaces)
+            for stack, bias in zip(stacks, _by_product(biases), strict=True)
         )
-        whole = PackedExperts(experts.act_fn, gate_up.products, down.products)
-        return KernelExperts(whole, ExpertMlp(num_experts, gate_up, down, _gate(experts.act_fn)))
+        whole = PackedExperts(gate, gate_up.products, down.products, biases)
+        return KernelExperts(whole, ExpertMlp(num_experts, gate_up, down, _by_kernel(gate)))
+
+    def _product_of(self, weight: torch.Tensor, format: WeightFormat) -> Product:
+        return self.product(pack_weight(weight.cpu(), format).to(self._device))
 
     def replace_experts(self, layer: nn.Module, names: ExpertNames) -> None:
         """Have transformers' experts in a layer, if any, computed by kernels where those can."""
         experts = find_experts(layer, names)
         if experts is None or not _is_usual(experts) or not fits_kernels(experts.gate_up_proj.shape):
             return
+        stacks = experts.gate_up_proj, experts.down_proj
         gate_up, down = (
-            DenseExperts(stack, self._workspaces) for stack in (experts.gate_up_proj, experts.down_proj)
+            DenseExperts(stack, bias, self._workspaces)
+            for stack, bias in zip(stacks, _by_product(biases_of(experts)), strict=True)
         )
-        kernels = ExpertMlp(len(experts.gate_up_proj), gate_up, down, _gate(experts.act_fn))
+        kernels = ExpertMlp(len(experts.gate_up_proj), gate_up, down, _by_kernel(gate_of(experts)))
         layer.set_submodule(names.module, KernelExperts(experts, kernels))
 
 
 def _is_usual(experts: Any) -> bool:
-    """Whether it is rows of two weights that are multiplied, without biases, and gated by the activation alone."""
+    """Whether kernels compute it: ours, or rows of two weights, without biases, gated by an activation alone."""
+    if isinstance(experts, ExpertByExpert):
+        return True
     parameters = {name for name, _ in experts.named_parameters()}
     gate = getattr(experts, "_apply_gate", None)
     is_gated = gate is None or gate.__name__ == _USUAL_GATE
@@ -93,5 +99,12 @@ def _is_usual(experts: Any) -> bool:
     return parameters == {"gate_up_proj", "down_proj"} and is_gated and not is_transposed
 
 
-def _gate(activation: nn.Module) -> Gate:
-    return silu_gate if is_silu(activation) else activation_gate(activation)
+def _by_product(biases: ExpertBiases | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if biases is None else (biases.gate_up, biases.down)
+
+
+def _by_kernel(gate: Gate) -> Gate:
+    """In one launch where there is a kernel for it."""
+    if isinstance(gate, ClampedGate):
+        return clamped_gate(gate)
+    return silu_gate if is_silu(gate) else gate

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 
+from petalsd.ops.expert_gate import ClampedGate, Gate
 from petalsd.ops.expert_linear import block_rows, expert_linear, quantized_expert_linear
 from petalsd.ops.expert_order import ExpertOrder, order_experts, sum_experts
-from petalsd.ops.gated_activation import gated_activation
+from petalsd.ops.gated_activation import clamped_activation, gated_activation
 from petalsd.ops.launching import ALIGNED_ELEMENTS
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.quantized_product import QuantizedProduct
 from petalsd.ops.split_workspace import Workspaces
-
-Gate: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExpertProducts(Protocol):
@@ -26,26 +26,31 @@ class ExpertProducts(Protocol):
 
 
 class DenseExperts:
-    """By weights ``[E, num_out, num_in]`` in the dtype of states; they are not copied."""
+    """By weights ``[E, num_out, num_in]`` in the dtype of states, biases ``[E, num_out]``; they are not copied."""
 
-    def __init__(self, weight: torch.Tensor, workspaces: Workspaces) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, workspaces: Workspaces) -> None:
         self._weight = weight
+        self._bias = bias
         self._workspaces = workspaces
 
     def multiply(self, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         out = x.new_empty(len(order.order), self._weight.shape[1])
-        expert_linear(x, self._weight, None, order, out, self._workspaces.current())
+        expert_linear(x, self._weight, self._bias, order, out, self._workspaces.current())
         return out
 
 
 class QuantizedExperts:
     """By an int8 or int4 weight that has the outputs of all experts, one below the other.
 
+    bias      ``[num_experts, num_out]``
     products  of each expert by itself, over the same storage
     """
 
-    def __init__(self, weight: PackedWeight, num_experts: int, workspaces: Workspaces) -> None:
+    def __init__(
+        self, weight: PackedWeight, num_experts: int, bias: torch.Tensor | None, workspaces: Workspaces
+    ) -> None:
         self._weight = weight
+        self._bias = bias
         self._num_out = weight.num_out // num_experts
         self._workspaces = workspaces
         parts = (
@@ -55,14 +60,14 @@ class QuantizedExperts:
 
     def multiply(self, x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         out = x.new_empty(len(order.order), self._num_out)
-        quantized_expert_linear(x, self._weight, None, order, out, self._workspaces.current())
+        quantized_expert_linear(x, self._weight, self._bias, order, out, self._workspaces.current())
         return out
 
 
 class ExpertMlp:
     """Computes ``down(gate(gate_up(hidden)))`` of each token's experts, and their weighted sum.
 
-    gate  makes ``[P, I]`` of ``[P, 2 * I]``; ``activation_gate`` and ``silu_gate`` do
+    gate  ``silu_gate``, ``clamped_gate``, or one by torch
     """
 
     def __init__(
@@ -93,21 +98,27 @@ class ExpertMlp:
         return out
 
 
-def activation_gate(activation: Gate) -> Gate:
-    """``activation(gate) * up``, the gate in the first half of each row."""
-
-    def gated(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return gated
-
-
 def silu_gate(gate_up: torch.Tensor) -> torch.Tensor:
     """That of SiLU in one launch."""
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    out = _half(gate_up)
     gated_activation(gate_up, out, "silu")
     return out
+
+
+def clamped_gate(gate: ClampedGate) -> Gate:
+    """The same in one launch."""
+    return partial(_gated, gate)
+
+
+def _gated(gate: ClampedGate, gate_up: torch.Tensor) -> torch.Tensor:
+    out = _half(gate_up)
+    clamped_activation(gate_up, out, gate)
+    return out
+
+
+def _half(gate_up: torch.Tensor) -> torch.Tensor:
+    """Undefined, half as wide."""
+    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
 
 
 def fits_kernels(gate_up_shape: Sequence[int]) -> bool:

@@ -27,8 +27,8 @@ from tests.numeric import assert_close
 META = torch.device("meta")
 STARTS = [17, 3, 0]
 BUCKET = 4
-BY_HOST = ("phi3-longrope", "llama-longrope", "gpt_oss")
-"""Steps of these need the host: angles by the length of a row, and experts that it sends tokens to."""
+BY_HOST = ("phi3-longrope", "llama-longrope")
+"""Steps of these need the host: angles by the length of a row."""
 
 
 class MetaAngles:

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from petalsd.models.gpu_products import GpuProducts
+from petalsd.models.hf.block import first_tensor
 from petalsd.models.hf.families import family_of
+from petalsd.models.hf.gpt_oss import BiasedExperts
 from petalsd.models.hf.layer import Layers
 from petalsd.models.hf.packing import pack_layer, round_layer
 from petalsd.ops.packed_weight import WeightFormat
@@ -17,7 +19,7 @@ from petalsd.ops.weight_packing import pack_weight
 from tests.device import DEVICE
 from tests.tiny_models import LAYER_VARIANTS
 
-SPARSE_FAMILIES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+SPARSE_FAMILIES = ["gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 
 
 def layers_of(family: str, **overrides: Any) -> Layers:
@@ -52,11 +54,35 @@ def sparse_pair(
 ) -> tuple[nn.Module, nn.Module]:
     """transformers' sparse MLP, its weights rounded, and the same by kernels."""
     layers = layers_of(family, **overrides)
-    theirs, ours = (layers.random(0, dtype, device) for _ in range(2))
-    for parameter in theirs.parameters():  # so that states keep their size
+    ours = layers.random(0, dtype, device)
+    for parameter in ours.parameters():  # so that states keep their size
         parameter.mul_(6.0)
-    ours.load_state_dict(theirs.state_dict())
+    theirs = _as_theirs(layers, ours)
     ours = with_kernels(layers, ours, format)
     if format is not None:
         round_layer(theirs, layers.family.experts, format)
-    return theirs.get_submodule("mlp"), ours.get_submodule("mlp")
+    pair = theirs.get_submodule("mlp"), ours.get_submodule("mlp")
+    for mlp in pair:  # of which some give what their router computed as well
+        mlp.register_forward_hook(lambda module, arguments, result: first_tensor(result))
+    return pair
+
+
+def _as_theirs(layers: Layers, ours: nn.Module) -> nn.Module:
+    """transformers' unchanged layer with copies of the same weights."""
+    state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    names = layers.family.experts
+    assert names is not None
+    experts = ours.get_submodule(names.module)
+    if isinstance(experts, BiasedExperts):
+        for name in ("gate_up", "gate_up_bias"):
+            state[f"{names.module}.{name}"] = torch.stack(
+                getattr(experts, name).chunk(2, dim=1), dim=2
+            ).flatten(1, 2)
+        for name in ("gate_up", "down"):
+            bias = state.pop(f"{names.module}.{name}_bias")
+            state[f"{names.module}.{name}_proj_bias"] = bias
+            weight = state.pop(f"{names.module}.{name}")
+            state[f"{names.module}.{name}_proj"] = weight.transpose(1, 2).contiguous()
+    theirs = layers.empty_layer(0, is_plain=True)
+    theirs.load_state_dict(state, assign=True)
+    return theirs.requires_grad_(False)

@@ -25,6 +25,7 @@ from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.source import ModelSource
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.ops.decode_batch import DECODE_BUCKETS
+from petalsd.ops.expert_gate import ActivationGate
 from petalsd.ops.launching import record_launches
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from tests.device import DEVICE
@@ -64,10 +65,11 @@ def test_any_activation_gates(activation: str) -> None:
     assert_close(ours(x), theirs(x), 1e-4, 1e-4, activation)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_padding_disturbs_nobody(format: WeightFormat | None) -> None:
+def test_padding_disturbs_nobody(format: WeightFormat | None, family: str) -> None:
     """Rows of NaN, whose router cannot choose: the others are what they would be beside any other rows."""
-    _, ours = sparse_pair("qwen3_moe", format)
+    _, ours = sparse_pair(family, format)
     x, padded = torch.randn(1, 8, 64), torch.randn(1, 8, 64)
     padded[:, 3:] = float("nan")
     padded[:, :3] = x[:, :3]
@@ -83,11 +85,14 @@ def test_an_expert_that_does_not_exist_reads_nothing_outside() -> None:
     assert torch.isfinite(found).all()
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_step_asks_the_host(format: WeightFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_asks_the_host(
+    format: WeightFormat | None, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors without memory have no values that could be asked for, and what is launched depends on none."""
     monkeypatch.setattr(gpu_products, "pack_stack", stack_without_memory)
-    layer, products = layers_of("qwen2_moe").random(0, torch.bfloat16, META), GpuProducts(META, 8)
+    layer, products = layers_of(family).random(0, torch.bfloat16, META), GpuProducts(META, 8)
     if format is None:
         products.replace_experts(layer, ExpertNames())
         experts: Any = layer.get_submodule("mlp.experts")
@@ -111,10 +116,11 @@ def test_steps_of_all_buckets_are_few_enough() -> None:
     assert DECODE_BUCKETS[-1] <= MAX_TOKENS
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_gradients_go_expert_by_expert(format: WeightFormat | None) -> None:
+def test_gradients_go_expert_by_expert(format: WeightFormat | None, family: str) -> None:
     """They are transformers', of the router too; without one the same module asks its kernels."""
-    theirs, ours = sparse_pair("mixtral", format)
+    theirs, ours = sparse_pair(family, format)
     grads = []
     for module in (theirs, ours):
         x = torch.linspace(-1, 1, 3 * 64).view(1, 3, 64).requires_grad_()
@@ -127,6 +133,21 @@ def test_gradients_go_expert_by_expert(format: WeightFormat | None) -> None:
     with record_launches() as launches, torch.no_grad():
         ours(torch.randn(1, 3, 64, requires_grad=True))
     assert any("expert" in one.kernel.__name__ for one in launches)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_biases_are_counted(format: WeightFormat | None) -> None:
+    """gpt-oss's, in float32 beside packed weights."""
+    layers = layers_of("gpt_oss")
+    plain, products = layers.random(0, torch.float16, DEVICE), GpuProducts(DEVICE, 8)
+    experts: Any = plain.get_submodule("mlp.experts")
+    whole, biases = layer_nbytes(plain), experts.biases.nbytes
+    if format is None:
+        assert layer_nbytes(with_kernels(layers, plain, None)) == whole
+        return
+    packed: Any = products.pack_experts(experts, format).whole
+    weights = sum(product.nbytes for product in (*packed.gate_up, *packed.down))
+    assert packed.nbytes == weights + 2 * biases
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -149,10 +170,11 @@ def test_nothing_is_held_twice(format: WeightFormat | None) -> None:
     assert all(parameter.dim() < 3 for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_sizes_that_do_not_fit_stay_as_they_were(format: WeightFormat | None) -> None:
+def test_sizes_that_do_not_fit_stay_as_they_were(format: WeightFormat | None, family: str) -> None:
     """An inner size that is no multiple of 16: right, and not said to be capturable."""
-    theirs, ours = sparse_pair("qwen3_moe", format, moe_intermediate_size=24)
+    theirs, ours = sparse_pair(family, format, moe_intermediate_size=24, intermediate_size=24)
     assert not isinstance(ours.experts, KernelExperts)
     assert not experts_are_capturable(ours)
     x = torch.randn(1, 5, 64)
@@ -179,7 +201,7 @@ def test_what_is_capturable() -> None:
     layers = layers_of("qwen3_moe")  # whose second layer is dense
     assert experts_are_capturable(layers.empty_layer(1))
     assert not experts_are_capturable(layers.empty_layer(0))
-    assert not experts_are_capturable(nn.Sequential(PackedExperts(nn.SiLU(), [], [])))
+    assert not experts_are_capturable(nn.Sequential(PackedExperts(ActivationGate(nn.SiLU()), [], [])))
     name, settings = LAYER_VARIANTS["phi3"]  # whose dense MLP has a gate_up_proj
     dense = Layers(family_of(name), CONFIG_MAPPING[name](**settings))
     assert experts_are_capturable(dense.empty_layer(0))
@@ -202,3 +224,28 @@ def test_a_ladder_builds_them(
         assert kept.count(True) == (block.index == 0)
     assert ladder.choices["uniform"].taken.rung is rung
     assert len(ladder.choices["uniform"].trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("quantization", "rung"), [("none", Rung.PLAIN), ("int8", Rung.PACKED), ("int4", Rung.PACKED)]
+)
+def test_the_trial_tries_the_kernels_of_gpt_oss(
+    quantization: Quantization, rung: Rung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass at once; wrong biases do not, and then experts are computed one by one."""
+    monkeypatch.setattr(Ladder, "_products", GpuProducts(DEVICE, 8))
+    family, settings = LAYER_VARIANTS["gpt_oss"]
+    make_tiny(family, tmp_path, **settings)
+    source, storage = ModelSource(str(tmp_path)), WeightStorage.choose(torch.float16, DEVICE, quantization)
+    ladder = Ladder(Architecture.read(source.config()), source, storage, num_threads=1)
+    with record_launches() as launches:
+        block = ladder.load(0)
+    assert isinstance(block, LayerBlock) and block.is_capturable
+    assert "gated_activation_kernel" in {one.kernel.__name__ for one in launches}
+    (choice,) = ladder.choices.values()
+    assert (choice.taken.rung, len(choice.trials)) == (rung, 1)
+    monkeypatch.setattr(gpu_products, "_by_product", lambda biases: (biases.gate_up + 1, biases.down))
+    again = Ladder(ladder.architecture, source, storage, num_threads=1)
+    again.load(0)
+    (choice,) = again.choices.values()
+    assert [trial.uses_kernels for trial in choice.trials] == [True, False]

@@ -16,6 +16,7 @@ from petalsd.config import Quantization
 from petalsd.errors import ModelError, UnsupportedModel, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.hf.block import LayerBlock
+from petalsd.models.hf.experts import KernelExperts
 from petalsd.models.hf.packing import PackedExperts
 from petalsd.models.ladder import Ladder, Rung
 from petalsd.models.source import SINGLE_FILE, ModelSource
@@ -87,7 +88,8 @@ def test_the_trial_passes_with_published_experts(quantization: Quantization, tmp
     assert all(len(choice.trials) == 1 for choice in ladder.choices.values())
     block, values = ladder.load(0), 4 * (64 * 320 + 160 * 64)
     assert isinstance(block, LayerBlock)
-    assert any(isinstance(module, PackedExperts) for module in block.layer.modules())
+    experts = block.layer.get_submodule("mlp.experts")
+    assert isinstance(experts, KernelExperts) and isinstance(experts.whole, PackedExperts)
     assert 1 < block.nbytes / values / {"none": 2, "int8": 1, "int4": 0.5}[quantization] < 2
     assert set(ladder.choices) == {"sliding_attention", "full_attention"}
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from petalsd.models.hf.packing import PackedExperts
+from petalsd.models.hf.packing import ExpertByExpert
 from petalsd.models.hf.stand_ins import StandIn
+from petalsd.ops.expert_gate import ActivationGate, Gate
 
 MAX_TOKENS = 64
 """That kernels of a GPU compute at once; more keep a device busy expert by expert."""
@@ -49,9 +50,10 @@ class KernelExperts(StandIn):
         return self._kernels.multiply(hidden, top_k_index, top_k_weights)
 
 
-def is_silu(activation: nn.Module) -> bool:
-    """Whether a gate is the one that kernels have."""
-    return isinstance(activation, (nn.SiLU, *map(type, (ACT2FN["silu"], ACT2FN["swish"]))))
+def is_silu(gate: Gate) -> bool:
+    """Whether a gate is that of SiLU."""
+    silus = (nn.SiLU, *map(type, (ACT2FN["silu"], ACT2FN["swish"])))
+    return isinstance(gate, ActivationGate) and isinstance(gate.activation, silus)
 
 
 def experts_are_capturable(layer: nn.Module) -> bool:
@@ -62,6 +64,6 @@ def experts_are_capturable(layer: nn.Module) -> bool:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Packed ones, or those of transformers: a parameter of three dimensions is one matrix for each expert."""
+    """Ours, or those of transformers: a parameter of three dimensions is one matrix for each expert."""
     stacks = (parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-    return isinstance(module, PackedExperts) or any(stacks)
+    return isinstance(module, ExpertByExpert) or any(stacks)

@@ -1,4 +1,4 @@
-"""gpt-oss's experts: with biases, an activation of their own, and gate and up by turns."""
+"""gpt-oss's experts: with biases, an activation of their own, and in files gate and up by turns."""
 
 from __future__ import annotations
 
@@ -10,41 +10,55 @@ from torch import nn
 
 from petalsd.errors import ModelError
 from petalsd.models.hf.family import ExpertNames
-from petalsd.models.hf.packing import PackedExperts
-from petalsd.models.hf.parts import Mxfp4Part, Part, RowsPart, Shape, SlicePart
+from petalsd.models.hf.packing import ExpertByExpert
+from petalsd.models.hf.parts import Mxfp4Part, Part, RowOrder, RowsPart, Shape, SlicePart
+from petalsd.ops.expert_gate import ClampedGate, ExpertBiases
+from petalsd.ops.linear import linear
 from petalsd.ops.mxfp4 import VALUES_PER_BLOCK
 
 MXFP4 = "mxfp4"
-_STACKS = {"gate_ups": "gate_up_proj", "downs": "down_proj"}
+_IN_FILES = {
+    "gate_up": ("gate_up_proj", RowOrder.BY_TURNS),
+    "gate_up_bias": ("gate_up_proj_bias", RowOrder.BY_TURNS),
+    "down": ("down_proj", RowOrder.SAME),
+    "down_bias": ("down_proj_bias", RowOrder.SAME),
+}
+"""What ``BiasedExperts`` has, and transformers, whose weights are called as in files. No name is in both."""
 
 
-class BiasedExperts(PackedExperts):
-    """Stands for transformers' ``GptOssExperts``, packed or not.
+class BiasedExperts(ExpertByExpert):
+    """Stands for transformers' ``GptOssExperts``, with weights as other experts have them.
 
-    Each expert has linear modules, which are packed, and count their bytes, like any others. What is known of
-    packed experts holds here as well: a step waits for the host, which sends tokens to them.
+    gate_up, gate_up_bias  ``[E, 2 * I, M]`` and ``[E, 2 * I]``, gate above up
+    down, down_bias        ``[E, M, I]`` and ``[E, M]``
     """
 
     def __init__(self, experts: Any) -> None:
         """``experts`` is transformers' module, on the meta device."""
-        nn.Module.__init__(self)
+        super().__init__()
         hidden, inner, count = experts.hidden_size, experts.intermediate_size, experts.num_experts
-        self.alpha, self.limit = experts.alpha, experts.limit
-        self.gate_ups = nn.ModuleList(nn.Linear(hidden, 2 * inner, device="meta") for _ in range(count))
-        self.downs = nn.ModuleList(nn.Linear(inner, hidden, device="meta") for _ in range(count))
+        self.gate = ClampedGate(experts.limit, experts.alpha)
+        self.gate_up = _parameter(count, 2 * inner, hidden)
+        self.gate_up_bias = _parameter(count, 2 * inner)
+        self.down = _parameter(count, hidden, inner)
+        self.down_bias = _parameter(count, hidden)
 
     @property
-    def nbytes(self) -> int:
-        return 0
+    def gate_up_proj(self) -> torch.Tensor:
+        """By the name that other experts have for it."""
+        return self.gate_up
+
+    @property
+    def down_proj(self) -> torch.Tensor:
+        return self.down
+
+    @property
+    def biases(self) -> ExpertBiases:
+        return ExpertBiases(self.gate_up_bias, self.down_bias)
 
     def through_expert(self, expert: int, states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.downs[expert](self._activate(self.gate_ups[expert](states)))
-        return out
-
-    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate = gate_up[..., ::2].clamp(max=self.limit)
-        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+        gated = self.gate(linear(states, self.gate_up[expert], self.gate_up_bias[expert]))
+        return linear(gated, self.down[expert], self.down_bias[expert])
 
 
 class GptOssExpertNames(ExpertNames):
@@ -61,21 +75,22 @@ class GptOssExpertNames(ExpertNames):
         if not name.startswith(f"{self.module}."):
             return None
         inner = name.removeprefix(f"{self.module}.")
-        in_files, count, is_packed = f"{prefix}{self.in_files}.", hf.num_local_experts, is_mxfp4(hf)
-        if inner in _STACKS.values() and is_packed:
-            _, num_in, num_out = shape
-            whole = (count, num_out, _checked(num_in, name))
-            return [Mxfp4Part(in_files + inner, whole, at, is_plain=True) for at in range(count)]
-        if "." not in inner:
-            return [RowsPart((in_files + inner,), shape)]
-        kind, number, field = inner.split(".")
-        stack, at = in_files + _STACKS[kind], int(number)
-        if field == "bias":
-            return [SlicePart(f"{stack}_bias", (count, *shape), at)]
-        num_out, num_in = shape
-        if is_packed:
-            return [Mxfp4Part(stack, (count, num_out, _checked(num_in, name)), at, is_plain=False)]
-        return [SlicePart(stack, (count, num_in, num_out), at)]
+        in_files, is_packed = f"{prefix}{self.in_files}.", is_mxfp4(hf)
+        if inner not in _IN_FILES:
+            if not is_packed or len(shape) == 2:
+                return [RowsPart((in_files + inner,), shape)]
+            whole = shape[0], shape[2], _checked(shape[1], name)
+            return [Mxfp4Part(in_files + inner, whole, at, RowOrder.TRANSPOSED) for at in range(shape[0])]
+        spelling, order = _IN_FILES[inner]
+        if is_packed and len(shape) == 3:
+            whole = shape[0], shape[1], _checked(shape[2], name)
+            return [Mxfp4Part(in_files + spelling, whole, at, order) for at in range(shape[0])]
+        stored = shape[0], *shape[:0:-1]
+        return [SlicePart(in_files + spelling, stored, at, order) for at in range(shape[0])]
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
 def is_mxfp4(hf: Any) -> bool:

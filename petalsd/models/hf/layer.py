@@ -70,13 +70,8 @@ class Layers:
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """The linear modules by their names in the layer, ``[out, in]``; experts and routers are none."""
-        experts = self.family.experts
-        linears = packable_linears(self.empty_layer(index), experts)
-        return {
-            name: (module.out_features, module.in_features)
-            for name, module in linears.items()
-            if experts is None or not name.startswith(f"{experts.module}.")
-        }
+        linears = packable_linears(self.empty_layer(index), self.family.experts)
+        return {name: (module.out_features, module.in_features) for name, module in linears.items()}
 
     def tensor_shapes(self, index: int, source: ModelSource) -> dict[str, tuple[int, ...]]:
         """Names and shapes in the checkpoint. WeightsError when none of the family's spellings is there."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from petalsd.models.hf.family import ExpertNames, packable_linears
+from petalsd.ops.expert_gate import ActivationGate, ClampedGate, ExpertBiases, Gate
 from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import WeightFormat
 from petalsd.ops.weight_packing import pack_weight
@@ -35,18 +36,8 @@ class PackedLinear(nn.Module):
         return self.product.multiply(x, self.bias)
 
 
-class PackedExperts(nn.Module):
-    """Stands for the gated experts of a sparse MLP, which transformers holds as one tensor for all of them."""
-
-    def __init__(self, activation: nn.Module, gate_up: Sequence[Product], down: Sequence[Product]) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gate_up = gate_up
-        self.down = down
-
-    @property
-    def nbytes(self) -> int:
-        return sum(product.nbytes for product in (*self.gate_up, *self.down))
+class ExpertByExpert(nn.Module):
+    """Stands for the experts of a sparse MLP; asks the host which of them there are tokens for."""
 
     def forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -62,8 +53,36 @@ class PackedExperts(nn.Module):
 
     def through_expert(self, expert: int, states: torch.Tensor) -> torch.Tensor:
         """``[n, M]`` of its tokens to ``[n, M]``."""
-        gate, up = self.gate_up[expert].multiply(states).chunk(2, dim=-1)
-        return self.down[expert].multiply(self.activation(gate) * up)
+        raise NotImplementedError
+
+
+class PackedExperts(ExpertByExpert):
+    """Gated experts, which transformers holds as one tensor for all of them.
+
+    biases  in float32, whatever the layer computes in
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        gate_up: Sequence[Product],
+        down: Sequence[Product],
+        biases: ExpertBiases | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.gate_up = gate_up
+        self.down = down
+        self.biases = biases
+
+    @property
+    def nbytes(self) -> int:
+        products = sum(product.nbytes for product in (*self.gate_up, *self.down))
+        return products if self.biases is None else products + self.biases.nbytes
+
+    def through_expert(self, expert: int, states: torch.Tensor) -> torch.Tensor:
+        first, second = (None, None) if self.biases is None else self.biases.of(expert, states.dtype)
+        return self.down[expert].multiply(self.gate(self.gate_up[expert].multiply(states, first)), second)
 
 
 def pack_layer(
@@ -94,6 +113,18 @@ def layer_nbytes(layer: nn.Module) -> int:
     """What the weights of a layer take, packed ones included."""
     packed = (module.nbytes for module in layer.modules() if isinstance(module, PackedLinear | PackedExperts))
     return sum(packed) + sum(parameter.nbytes for parameter in layer.parameters())
+
+
+def gate_of(experts: Any) -> Gate:
+    """What experts of a layer do with gate and up: a gate of their own, or their activation of the gate alone."""
+    own = getattr(experts, "gate", None)
+    return own if isinstance(own, ClampedGate) else ActivationGate(experts.act_fn)
+
+
+def biases_of(experts: Any) -> ExpertBiases | None:
+    """What experts of a layer add to their products; of transformers' none that does is packed."""
+    biases = getattr(experts, "biases", None)
+    return biases if isinstance(biases, ExpertBiases) else None
 
 
 def find_experts(layer: nn.Module, names: ExpertNames | None) -> Any | None:

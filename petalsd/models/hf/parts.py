@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol, TypeAlias
 
 import torch
@@ -16,6 +17,25 @@ from petalsd.ops.staging import Copy
 Shape: TypeAlias = tuple[int, ...]
 Stored: TypeAlias = Callable[[str], torch.Tensor]
 """A tensor of a checkpoint by name."""
+
+
+class RowOrder(Enum):
+    """How the rows ``[num_out, num_in]`` of a layer's tensor lie in a file.
+
+    SAME        as in the layer
+    BY_TURNS    those of the upper half take turns with those of the lower half, as of a gate and the up below it
+    TRANSPOSED  the layer has them as columns
+    """
+
+    SAME = auto()
+    BY_TURNS = auto()
+    TRANSPOSED = auto()
+
+    def arrange(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows, or one number for each, of a file as the layer has them."""
+        if self is RowOrder.BY_TURNS:
+            return torch.cat([rows[::2], rows[1::2]])
+        return rows.t() if self is RowOrder.TRANSPOSED else rows
 
 
 class Part(Protocol):
@@ -71,11 +91,12 @@ class RowsPart:
 
 @dataclass(frozen=True, slots=True)
 class SlicePart:
-    """All of the layer's tensor is place ``at`` of one for all experts, ``shape``; matrices are transposed."""
+    """Place ``at`` of the layer's tensor is that of the file's, ``shape``; matrices are transposed."""
 
     name: str
     shape: Shape
     at: int
+    order: RowOrder
 
     @property
     def stored(self) -> Mapping[str, Shape]:
@@ -90,21 +111,22 @@ class SlicePart:
         return [self.shape[:0:-1]]
 
     def copy_to(self, whole: torch.Tensor, stored: Stored, copy: Copy) -> None:
-        copy(whole, stored(self.name)[self.at].t())
+        # Transposed first: torch is slow to do that together with a cast, or to every other column.
+        rows = stored(self.name)[self.at].t().contiguous()
+        copy(whole[self.at], self.order.arrange(rows))
 
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Part:
-    """One expert's weight in MXFP4, of ``<name>_blocks`` and ``<name>_scales`` for all experts.
+    """Place ``at`` of the layer's tensor, a weight in MXFP4: ``<name>_blocks`` and ``<name>_scales``.
 
-    shape     what these unpack to, ``[experts, num_out, num_in]``
-    is_plain  it is place ``at`` of the layer's tensor, transposed; else all of it
+    shape  what these unpack to, ``[experts, num_out, num_in]``
     """
 
     name: str
     shape: tuple[int, int, int]
     at: int
-    is_plain: bool
+    order: RowOrder
 
     @property
     def stored(self) -> Mapping[str, Shape]:
@@ -124,10 +146,7 @@ class Mxfp4Part:
         blocks, scales = (stored(name)[self.at] for name in self.stored)
         weight = unpack_mxfp4(blocks, scales)
         check_unpacked(f"{self.name}_scales", weight)
-        if self.is_plain:
-            copy(whole[self.at], weight.t())
-        else:
-            copy(whole, weight)
+        copy(whole[self.at], self.order.arrange(weight))
 
 
 def check_unpacked(name: str, weight: torch.Tensor) -> None:
