@@ -161,11 +161,6 @@ class PagePool {
     std::int64_t last_used = 0;
   };
 
-  struct Spill {
-    Handle handle;
-    RunId run;
-  };
-
   Session* find(Handle handle);
   const Session& find_open(Handle handle) const;
   Session& find_open(Handle handle);
@@ -189,7 +184,6 @@ class PagePool {
                                   bool may_spill);
   void evict(std::int64_t pages, std::vector<Transfer>& spills);
   std::int64_t evict_from(Handle handle, Session& session, std::int64_t pages, std::vector<Transfer>& spills);
-  bool is_spilling(RunId run) const;
   void settle_runs(Session& session, std::vector<RunId>& settled);
   void add_transfers(RunId run, std::vector<Transfer>& transfers) const;
   std::int64_t tail_tokens(const Session& session) const;
@@ -206,8 +200,8 @@ class PagePool {
   AdmissionQueue queue_;
   std::unordered_map<Handle, Session> sessions_;  // open and waiting
   std::vector<Handle> granted_;
-  std::vector<Handle> chosen_;   // of the last plan
-  std::vector<Spill> spilling_;  // between plan_batch and finish_spills
+  std::vector<Handle> chosen_;                  // of the last plan
+  std::unordered_map<RunId, Handle> spilling_;  // between plan_batch and finish_spills
   Handle next_handle_ = 1;
   std::int64_t reserved_ = 0;
   std::int64_t num_batches_ = 0;

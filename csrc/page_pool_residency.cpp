@@ -52,7 +52,7 @@ std::vector<std::size_t> PagePool::choose(const std::vector<Handle>& handles, co
 void PagePool::finish_spills(bool are_written) {
   const std::lock_guard lock(mutex_);
   if (spilling_.empty()) return;
-  for (const auto& [handle, run] : spilling_) {
+  for (const auto& [run, handle] : spilling_) {
     // A session that was closed meanwhile has given up run and place; no other run has got its id since.
     Session* const session = find(handle);
     if (session == nullptr) continue;
@@ -125,7 +125,8 @@ std::int64_t PagePool::evict_from(Handle handle, Session& session, std::int64_t 
   for (const Row& row : session.rows) {
     for (const RunId run : row) {
       if (evicted >= pages) return evicted;
-      if (!runs_.is_resident(run) || is_spilling(run)) continue;
+      // A run that rows share is met in each of them.
+      if (!runs_.is_resident(run) || spilling_.count(run) != 0) continue;
       evicted += runs_.num_pages(run);
       if (slots_.holds(run)) {
         runs_.vacate(run);
@@ -135,16 +136,10 @@ std::int64_t PagePool::evict_from(Handle handle, Session& session, std::int64_t 
       }
       slots_.store(run, runs_.num_pages(run));
       add_transfers(run, spills);
-      spilling_.push_back({handle, run});
+      spilling_.emplace(run, handle);
     }
   }
   return evicted;
-}
-
-// Whether the run, of the session that pages are being taken from, was met already in another of its rows.
-bool PagePool::is_spilling(RunId run) const {
-  const auto is_same = [run](const Spill& spill) { return spill.run == run; };
-  return runs_.is_shared(run) && std::any_of(spilling_.begin(), spilling_.end(), is_same);
 }
 
 void PagePool::settle_runs(Session& session, std::vector<RunId>& settled) {
