@@ -4,7 +4,9 @@ Start-time fair queueing (Goyal, Vin and Chen, 1996); the peer is the flow. What
 times blocks, and more where attention is long. Each peer has a virtual time that grows by what it was given, the
 smallest goes first, and a peer that comes (back) starts at the clock: it has no credit from before. The clock
 grows with the fair share of what was given out, and at least to the smallest waiting time, so that a stream of new
-peers cannot hold up an old one for ever.
+peers cannot hold up an old one for ever. Who was given more than its share is in debt, ahead of the clock. That is
+remembered of idle peers too, as far as they are few or their debts large: many identities are many shares, but
+they wash nothing off.
 
 Within a peer jobs run in order of arrival. A head job that doesn't fit what is left makes its peer wait rather
 than be overtaken: the peer falls behind in virtual time and comes first next.
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 _MAX_IDLE_PEERS = 1024  # peers without a job whose virtual time is remembered
+_KEPT_DEBTS = _MAX_IDLE_PEERS // 2  # once they are more: half, so that the next time is far
 
 
 @dataclass(slots=True)
@@ -124,4 +127,14 @@ class FairQueue:
         if self._by_peer:
             self._clock = max(self._clock, min(self._virtual_time[peer] for peer in self._by_peer))
         if len(self._virtual_time) > len(self._by_peer) + _MAX_IDLE_PEERS:
-            self._virtual_time = {peer: self._virtual_time[peer] for peer in self._by_peer}
+            self._forget()
+
+    def _forget(self) -> None:
+        """Of idle peers only those with the largest debts stay; one without any comes back at the clock anyway."""
+        waiting = {peer: self._virtual_time[peer] for peer in self._by_peer}
+        debtors = [
+            (time, peer)
+            for peer, time in self._virtual_time.items()
+            if time > self._clock and peer not in waiting
+        ]
+        self._virtual_time = waiting | {peer: time for time, peer in heapq.nlargest(_KEPT_DEBTS, debtors)}
