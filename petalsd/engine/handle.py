@@ -108,8 +108,7 @@ class Session:
         BadRequest refuses it and leaves the session as it was. Any other error ends the session, and so does
         cancelling: SessionClosed (it was ended from our side), EngineError (computing failed), DeadlineExceeded.
         """
-        if self._end_reason is not None:
-            raise SessionClosed(self._end_reason)
+        self._check_open()
         if self._answer is not None:
             raise BadRequest("step", step.start, "the session's step before it is not answered yet")
         check_alive(self._thread)
@@ -158,7 +157,8 @@ class Session:
         await self._transfer(partial(Transfer.writing, self._state, place, chunk))
 
     def resume_at(self, position: int) -> None:
-        """Go on behind ``position`` tokens, which were all written in all blocks."""
+        """Go on behind ``position`` tokens, which were all written in all blocks. SessionClosed."""
+        self._check_open()
         self._position = self.copied.settled = position
         self._thread.post(partial(self._state.resume_at, position))
 
@@ -171,8 +171,7 @@ class Session:
         self._state.kv.charge_to(peer)
 
     async def _transfer(self, make: Callable[[asyncio.Future[Any]], Transfer]) -> Any:
-        if self._end_reason is not None:
-            raise SessionClosed(self._end_reason)
+        self._check_open()
         check_alive(self._thread)
         answer = self._chunk = asyncio.get_running_loop().create_future()
         self._thread.post(partial(self._core.submit_transfer, make(answer)))
@@ -186,6 +185,10 @@ class Session:
             raise
         finally:
             self._chunk = None
+
+    def _check_open(self) -> None:
+        if self._end_reason is not None:
+            raise SessionClosed(self._end_reason)
 
     def _miss_deadline(self) -> None:
         if self._answer is not None and not self._answer.done():

@@ -8,7 +8,7 @@ from hivemind.proto import runtime_pb2
 from petalsd.engine.checks import check_span
 from petalsd.engine.handle import Session
 from petalsd.engine.step import SessionSpec
-from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded, SessionClosed
+from petalsd.errors import BadRequest, NotServed, OutOfPages, Overloaded
 from petalsd.kvcache.pool import KVPool
 from petalsd.swarm.escrow import Amount, Deposit, Escrow, EscrowFull, EscrowLimits, Outcome
 from petalsd.swarm.givers import KnownGivers, UnknownGiver
@@ -60,12 +60,10 @@ class SessionTaker:
             self._check_shape(session, offer)
             await stream.send(runtime_pb2.ExpertResponse())
             position = await self._fill(session, Intake(offer, opening), stream)
-            if session.end_reason is not None:  # its client is better off where it is
-                raise SessionClosed(session.end_reason)
+            session.resume_at(position)  # where it has ended meanwhile, its client is better off where it is
         except BaseException:
             session.end("its hand-over failed")
             raise
-        session.resume_at(position)
         ticket = self._tickets.issue(session, deposit)
         log.info("session_taken", giver=stream.peer, span=str(offer.spec.span), position=position)
         try:

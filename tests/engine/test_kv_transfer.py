@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from petalsd.engine import core
 from petalsd.engine.handle import Session
@@ -147,6 +148,18 @@ async def test_an_ended_session_moves_nothing(llama: TinyModel) -> None:
             await reading
         with pytest.raises(SessionClosed, match="moving out"):
             await session.read_kv(Place(SPAN, 0, 4))
+
+
+async def test_a_session_that_has_just_ended_does_not_go_on(llama: TinyModel) -> None:
+    """Who filled it is told, not the journal."""
+    async with serving(llama) as engine, opened(engine, SPAN) as session:
+        session.end("moving out")
+        with capture_logs() as logs, pytest.raises(SessionClosed, match="moving out"):
+            try:
+                session.resume_at(0)
+            finally:
+                await session.close()
+        assert logs == []
 
 
 async def test_a_chunk_that_waits_hears_that_the_span_is_dropped(llama: TinyModel, gate: Gate) -> None:
