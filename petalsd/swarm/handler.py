@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -13,7 +14,7 @@ from google.protobuf.message import Message
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
-from petalsd.errors import Overloaded, PetalsdError, SessionClosed
+from petalsd.errors import PetalsdError, SessionClosed
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.escrow import Amount
 from petalsd.swarm.faults import CallFailed, wire_code, wire_text
@@ -31,6 +32,7 @@ from petalsd.swarm.session_giver import Refusals, SessionGiver
 from petalsd.swarm.session_taker import SessionTaker
 from petalsd.swarm.sessions import SessionRegistry
 from petalsd.swarm.stream import MessageStream, RemoteError, StreamEnded
+from petalsd.swarm.stream_room import StreamRoom
 from petalsd.swarm.stub import ServerStub
 from petalsd.swarm.tickets import TicketOffice
 from petalsd.swarm.unary_calls import add_unary_handler, counted_request
@@ -43,8 +45,11 @@ StreamCall = Callable[[MessageStream], Awaitable[None]]
 
 _STOP_TIMEOUT_S = 3.0
 _TAKE = handle_name(HAND_OVER_METHOD, HAND_OVER_SERVICE)
+_WORK = ("rpc_forward", "rpc_backward")  # of the unary calls: anybody may ask what is served, servers push
 _FAREWELL_S = 0.5
 _READ_S = 5.0  # givers wait for it
+_MAX_TAKEN, _MAX_TAKEN_PER_PEER = 256, 64  # streams of givers, who need not be among the allowed clients
+_MAX_REFUSED_PER_PEER = 64  # streams that are still being told why
 
 
 class TransformerConnectionHandler:
@@ -61,21 +66,23 @@ class TransformerConnectionHandler:
         self._refusals = Refusals()
         self.pusher = Pusher(node, serving.model.prefix, serving.limits.push_timeout_s, serving.observer)
         self._passes = PassCalls(serving, node.options.max_message_bytes)
-        self._streams: dict[asyncio.Task[None], str] = {}
-        self._per_peer: Counter[str] = Counter()
+        self._streams: set[asyncio.Task[None]] = set()
+        self._room = StreamRoom(serving.limits.max_streams, serving.limits.max_streams_per_peer)
+        self._taking_room = StreamRoom(_MAX_TAKEN, _MAX_TAKEN_PER_PEER)
+        self._refused: Counter[str] = Counter()
         self._ending: PetalsdError | None = None
 
     async def start(self) -> None:
         """Answer calls from now on."""
         p2p = self._node.p2p
         self._ending = None
-        unary = self._unary_handler
-        for method, answer in (
-            ("rpc_info", unary("rpc_info", self.rpc_info, runtime_pb2.ExpertUID)),
-            ("rpc_forward", unary("rpc_forward", self.rpc_forward, runtime_pb2.ExpertRequest)),
-            ("rpc_backward", unary("rpc_backward", self.rpc_backward, runtime_pb2.ExpertRequest)),
-            ("rpc_push", unary("rpc_push", self.rpc_push, runtime_pb2.ExpertRequest)),
+        for method, call, request_type in (
+            ("rpc_info", self.rpc_info, runtime_pb2.ExpertUID),
+            ("rpc_forward", self.rpc_forward, runtime_pb2.ExpertRequest),
+            ("rpc_backward", self.rpc_backward, runtime_pb2.ExpertRequest),
+            ("rpc_push", self.rpc_push, runtime_pb2.ExpertRequest),
         ):
+            answer = self._unary_handler(method, call, request_type)
             await add_unary_handler(p2p, handle_name(method), answer)
         for method, streamed in (
             ("rpc_forward_stream", self.rpc_forward_stream),
@@ -215,6 +222,8 @@ class TransformerConnectionHandler:
             self._observer.call_began(method)
             self._observer.received(len(payload))
             try:
+                if method in _WORK:
+                    self._serving.check_allowed(peer)
                 with counted_request(payload, request_type, self._node.budget.share_of(peer)) as request:
                     async with asyncio.timeout(self._serving.limits.request_timeout_s):
                         reply: bytes = (await call(request, peer)).SerializeToString()
@@ -238,24 +247,49 @@ class TransformerConnectionHandler:
             task = asyncio.current_task()
             if task is None:
                 return stream.close()
-            self._streams[task] = peer
-            self._per_peer[peer] += 1
+            self._streams.add(task)
             try:
-                await self._serve(method, call, stream)
+                await self._admit(method, call, stream)
             finally:
                 stream.close()
-                del self._streams[task]
-                self._per_peer[peer] -= 1
-                if not self._per_peer[peer]:
-                    del self._per_peer[peer]
+                self._streams.remove(task)
 
         return handle
 
+    async def _admit(self, method: str, call: StreamCall, stream: MessageStream) -> None:
+        """Serve the stream if its peer may have it here."""
+        self._observer.call_began(method)
+        is_giver = method == HAND_OVER_METHOD
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                if self._ending is not None:
+                    raise self._ending
+                if not is_giver:
+                    self._serving.check_allowed(stream.peer)
+                room = self._taking_room if is_giver else self._room
+                stack.enter_context(room.hold(stream.peer))
+            except PetalsdError as error:
+                await self._refuse(method, stream, error)
+            else:
+                await self._serve(method, call, stream)
+
+    async def _refuse(self, method: str, stream: MessageStream, error: PetalsdError) -> None:
+        """Say why; to a peer that is told the same many times already by closing the stream."""
+        peer = stream.peer
+        if self._refused[peer] >= _MAX_REFUSED_PER_PEER:
+            self._observer.call_failed(method, wire_code(error))
+            return stream.abort()
+        self._refused[peer] += 1
+        try:
+            await self._fail(method, stream, error)
+        finally:
+            self._refused[peer] -= 1
+            if not self._refused[peer]:
+                del self._refused[peer]
+
     async def _serve(self, method: str, call: StreamCall, stream: MessageStream) -> None:
         """Run one stream call; its failure is sent before the close, for a silent close hangs stock clients."""
-        self._observer.call_began(method)
         try:
-            self._check_room(stream.peer)
             await call(stream)
         except (StreamEnded, RemoteError) as error:  # the latter: it failed, and says so
             log.debug("stream_abandoned", method=method, peer=stream.peer, error=error.message[:200])
@@ -281,15 +315,6 @@ class TransformerConnectionHandler:
             stream.abort()
             raise
         await stream.close_after_peer()
-
-    def _check_room(self, peer: str) -> None:
-        limits = self._serving.limits
-        if self._ending is not None:
-            raise self._ending
-        if len(self._streams) > limits.max_streams:
-            raise Overloaded(f"{limits.max_streams} streams are open here")
-        if self._per_peer[peer] > limits.max_streams_per_peer:
-            raise Overloaded(f"{limits.max_streams_per_peer} streams of yours are open here")
 
     async def _unregister(self) -> None:
         p2p = self._node.p2p

@@ -72,9 +72,13 @@ class Serving:
         """Take new work again."""
         self._refusal = None
 
-    def check_open(self, client: str) -> None:
-        """NotAllowed for a client that may not use this server, Draining while new work is refused."""
+    def check_allowed(self, client: str) -> None:
+        """NotAllowed for a client that may not use this server."""
         if self._allowed_peers and client not in self._allowed_peers:
             raise NotAllowed(f"{client} may not use this server", hint="use another server")
+
+    def check_open(self, client: str) -> None:
+        """NotAllowed for a client that may not use this server, Draining while new work is refused."""
+        self.check_allowed(client)
         if self._refusal is not None:
             raise Draining(self._refusal, hint="use another server")

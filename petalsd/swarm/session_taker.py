@@ -21,6 +21,7 @@ from petalsd.swarm.tickets import TicketOffice
 log = structlog.get_logger(__name__)
 
 _LIMITS = EscrowLimits()
+_OFFER_S = 10.0  # until then a giver has said what it offers
 
 
 class SessionTaker:
@@ -49,7 +50,7 @@ class SessionTaker:
             raise
 
     async def _take(self, stream: MessageStream) -> None:
-        opening = await self._receive(stream)
+        opening = await self._receive(stream, _OFFER_S)
         offer = Offer.parse(opening, self._serving.model.prefix)
         self._serving.check_open(offer.spec.peer)
         check_span(offer.spec.span, self._serving.engine.span)
@@ -109,8 +110,10 @@ class SessionTaker:
             await session.write_kv(place, chunk)
         return intake.end(message)
 
-    async def _receive(self, stream: MessageStream) -> runtime_pb2.ExpertRequest:
-        message = await stream.receive(runtime_pb2.ExpertRequest)
+    async def _receive(
+        self, stream: MessageStream, timeout_s: float | None = None
+    ) -> runtime_pb2.ExpertRequest:
+        message = await stream.receive(runtime_pb2.ExpertRequest, timeout_s)
         if message is None:
             raise BadRequest("message", None, "the hand-over ended before its digest")
         return message
