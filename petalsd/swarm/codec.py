@@ -18,7 +18,7 @@ from hivemind.proto import runtime_pb2
 
 from petalsd.errors import BadRequest
 from petalsd.swarm import compression
-from petalsd.swarm.protocol import MAX_METADATA_BYTES, MAX_PART_BYTES
+from petalsd.swarm.protocol import MAX_METADATA_BYTES, MAX_PART_BYTES, MAX_TENSORS
 
 DTYPES = {
     "float16": torch.float16,
@@ -37,6 +37,7 @@ _DECODERS: dict[int, Callable[[bytes, tuple[int, ...]], torch.Tensor]] = {
     runtime_pb2.UNIFORM_8BIT: compression.decode_codebook,
     runtime_pb2.BLOCKWISE_8BIT: compression.decode_blockwise,
 }
+_ANY_PARTS, _MEAN_PART_BYTES = 1024, 4096  # stock peers send parts of 64 KiB and more
 _MAX_DIMS = 8
 _MAX_ELEMENTS = 2**40
 _TUPLE = 0x40  # hivemind's msgpack extension for tuples: the payload is a msgpack array
@@ -207,12 +208,15 @@ def split_for_stream(
 
 
 class TensorAssembler:
-    """Puts tensors together from parts; holds at most ``max_bytes`` and ``max_tensors``."""
+    """Puts tensors together from parts; holds at most ``max_bytes`` and ``max_tensors``.
 
-    def __init__(self, max_bytes: int, max_tensors: int = 64) -> None:
+    A thousand parts may be of any size, and more where they bring something: each costs time.
+    """
+
+    def __init__(self, max_bytes: int, max_tensors: int = MAX_TENSORS) -> None:
         self._max_bytes = max_bytes
         self._max_tensors = max_tensors
-        self._num_bytes = 0
+        self._num_bytes = self._num_parts = 0
         self._growth = 1
         self._heads: list[runtime_pb2.Tensor] = []
         self._buffers: list[list[bytes]] = []
@@ -228,6 +232,9 @@ class TensorAssembler:
             raise BadRequest(
                 "tensors", f"over {self._num_bytes} bytes", f"at most {self._max_bytes} in one request"
             )
+        self._num_parts += 1
+        if self._num_parts > _ANY_PARTS + self._num_bytes // _MEAN_PART_BYTES:
+            raise BadRequest("tensors", f"{self._num_parts} parts", f"{self._num_bytes} bytes need fewer")
         if part.dtype:
             if len(self._heads) >= self._max_tensors:
                 raise BadRequest(

@@ -24,6 +24,7 @@ from petalsd.swarm.tickets import TicketOffice
 log = structlog.get_logger(__name__)
 
 _MAX_STEP_IDS = 1024
+_MAX_REPEATED = 64  # steps of a client in a row that are answered already; it sends each pushed one once, too
 
 
 class InferenceCall:
@@ -49,6 +50,7 @@ class InferenceCall:
         self._patience = Alarm(self._lose_patience)
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._step_ids: OrderedDict[str, None] = OrderedDict()
+        self._num_repeated = 0
         self._asked_at: float | None = None
         # Referred to from here alone: a prompt is large, and its session lives long.
         self._at_work: StepMessage | Errand | None = None
@@ -135,7 +137,18 @@ class InferenceCall:
         if not isinstance(work, StepMessage):
             await work(session)
         elif work.step_id is None or work.step_id not in self._step_ids:
+            self._num_repeated = 0
             await self._step(session, structure, work)
+        else:
+            await self._skip(work)
+
+    async def _skip(self, message: StepMessage) -> None:
+        """It is answered already; others have their turn, also while one after the other has arrived."""
+        self._num_repeated += not message.is_pushed
+        if self._num_repeated > _MAX_REPEATED:
+            rule = f"{self._num_repeated} steps in a row are answered already"
+            raise BadRequest("step_id", message.step_id, rule)
+        await asyncio.sleep(0)
 
     async def _step(self, session: Session, structure: object, message: StepMessage) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import torch
@@ -51,7 +52,10 @@ class PassCalls:
                 raise BadRequest(
                     "uid", part.uid, f"all parts of a request name the same blocks, {first.uid[:60]!r}"
                 )
+            if not part.tensors:
+                raise BadRequest("tensors", "0 of them", "each part of a request brings some")
             stream.keep(max(part.ByteSize(), sum(map(assembler.add, part.tensors))))
+            await asyncio.sleep(0)  # others have their turn, also while one part after the other has arrived
         if first is None:
             raise BadRequest("tensors", "0 messages", "the request is empty")
         first.tensors.extend(assembler.finish())

@@ -23,6 +23,7 @@ PRIVATE_PREFIX = "_"
 MIB = 1024 * 1024
 MAX_UNARY_BYTES = 4 * MIB  # p2pd's limit for one unary message, envelope included
 UNARY_ENVELOPE_BYTES = 4096  # what peer id, protocol id, uid framing and call id may take of it
+MAX_TENSORS = 64  # in one message, and in one request of several
 MAX_PART_BYTES = 4 * MIB  # one part of a tensor in a *_stream call
 STREAM_ABOVE_BYTES = MIB  # a client sends larger input through the *_stream call
 MAX_METADATA_BYTES = 256 * 1024

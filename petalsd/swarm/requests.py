@@ -26,12 +26,11 @@ from petalsd.swarm.codec import (
     outline,
     unpacked_bytes,
 )
-from petalsd.swarm.protocol import parse_span
+from petalsd.swarm.protocol import MAX_TENSORS, parse_span
 from petalsd.types import BlockSpan
 
 _MAX_ID = 256
 _MAX_NEXT_SERVERS = 256
-_MAX_TENSORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,8 @@ class StepMessage(NamedTuple):
     def parse(
         cls, request: runtime_pb2.ExpertRequest, is_pushed: bool = False, kept_bytes: int = 0
     ) -> StepMessage:
-        if len(request.tensors) > _MAX_TENSORS:
-            raise BadRequest(
-                "tensors", f"{len(request.tensors)} of them", f"at most {_MAX_TENSORS} in a step"
-            )
+        if len(request.tensors) > MAX_TENSORS:
+            raise BadRequest("tensors", f"{len(request.tensors)} of them", f"at most {MAX_TENSORS} in a step")
         metadata = decode_metadata(request.metadata)
         return cls(
             tensors=request.tensors,

@@ -22,12 +22,14 @@ from hivemind.proto.p2pd_pb2 import RPCError
 
 from petalsd.alarm import Alarm
 from petalsd.errors import BadRequest, DeadlineExceeded, RemoteFailure, SessionMoved
-from petalsd.swarm.frames import ERROR, HEADER_BYTES, LARGE_BYTES, MESSAGE, FrameProtocol
+from petalsd.swarm.frames import ERROR, HEADER_BYTES, MESSAGE, FrameProtocol
 from petalsd.swarm.observer import NullObserver, SwarmObserver
+from petalsd.swarm.protocol import MAX_TENSORS
 from petalsd.swarm.wire_fields import has_more_fields
 
 _LINGER_S = 1.0
-_MAX_FIELDS = 1024  # of a large message; a step has five
+_MAX_FIELDS = 1024  # of a message that is not small; a step has five
+_LOOKED_THROUGH_BYTES = 32 * 1024  # a smaller one is parsed at once in any case
 _ON_THE_WAY_BYTES = 4 * 2**20  # sockets and p2pd may hold so much that the peer has not got yet
 
 M = TypeVar("M", bound=Message)
@@ -197,10 +199,14 @@ class MessageStream:
 
 def parse_message(message_type: type[M], payload: bytes | memoryview) -> M:
     """BadRequest when it is damaged, or would become far more than it is."""
-    if len(payload) > LARGE_BYTES and has_more_fields(payload, _MAX_FIELDS):
+    if len(payload) > _LOOKED_THROUGH_BYTES and has_more_fields(payload, _MAX_FIELDS):
         raise BadRequest("message", f"{len(payload)} bytes", f"at most {_MAX_FIELDS} fields in one")
     try:
         message: M = message_type.FromString(payload)
     except DecodeError:
         raise BadRequest("message", f"{len(payload)} bytes", f"not a {message_type.__name__}") from None
+    if (
+        len(getattr(message, "tensors", ())) > MAX_TENSORS
+    ):  # an empty one takes two bytes, and time in each loop
+        raise BadRequest("tensors", len(message.tensors), f"at most {MAX_TENSORS} in a message")
     return message
