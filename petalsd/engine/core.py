@@ -265,11 +265,13 @@ class EngineCore:
         """As many as go in little time: one for each iteration would have small ones wait for many of them."""
         until_s = time.monotonic() + _TRANSFERS_S
         while self._transfers:
-            self._transfer(self._transfers.popleft())
+            self._transfer(self._transfers[0])
+            self._transfers.popleft()
             if time.monotonic() >= until_s:
                 return
 
     def _transfer(self, transfer: Transfer) -> None:
+        """What it raises ends everything: pages were on their way, or copies between them."""
         self._progress.begin(0)
         try:
             result = transfer.run(self._pool)
@@ -278,8 +280,6 @@ class EngineCore:
             self._fail(transfer.session, error)
         except PetalsdError as error:
             self._outbox.put(transfer.answer, error)
-        except Exception as error:
-            self._fail_transfer(transfer, error)
         else:
             self._outbox.put(transfer.answer, result)
         self._progress.end()

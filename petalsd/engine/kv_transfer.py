@@ -7,20 +7,25 @@ token, in the model's dtype on the CPU, whatever the order and precision of the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
+import structlog
 import torch
 
+from petalsd.device_faults import device_loss
 from petalsd.engine.session import EngineSession
 from petalsd.engine.step import Step
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVSession
 from petalsd.types import BlockSpan
+
+log = structlog.get_logger(__name__)
 
 KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
@@ -38,7 +43,7 @@ class Place:
 class Transfer:
     """One chunk on its way; ``run`` belongs to the engine thread, between two batches.
 
-    After a SpillError of it the session's pages may hold anything.
+    After a SpillError of it the session's pages may hold anything, after one that is no PetalsdError anybody's.
     """
 
     session: EngineSession
@@ -60,6 +65,18 @@ class Transfer:
 
 class RolledBack(EngineError):
     """The session was rolled back, by a step that came meanwhile, to before the end of what was to be read."""
+
+
+@contextlib.contextmanager
+def _harmless() -> Iterator[None]:
+    """What fails here has changed no pages: EngineError, unless the device is lost."""
+    try:
+        yield
+    except Exception as error:
+        if device_loss(error) is not None:
+            raise
+        log.error("transfer_failed", exc_info=error)
+        raise EngineError(f"moving keys and values failed: {type(error).__name__}") from error
 
 
 class CopyMark:
@@ -98,9 +115,10 @@ def _read(kv: KVSession, place: Place, pool: KVPool) -> KeysValues:
     if kv.length < place.end:
         raise RolledBack(f"tokens {place.start} to {place.end} of a session that holds {kv.length}")
     slots = _slots(kv, place, kv.length, pool)
-    keys, values = pool.kv.gather(slots)
-    shape = len(place.blocks), kv.batch, place.end - place.start, *keys.shape[1:]
-    return keys.view(shape).cpu(), values.view(shape).cpu()
+    with _harmless():
+        keys, values = pool.kv.gather(slots)
+        shape = len(place.blocks), kv.batch, place.end - place.start, *keys.shape[1:]
+        return keys.view(shape).cpu(), values.view(shape).cpu()
 
 
 def _write(kv: KVSession, place: Place, chunk: KeysValues, pool: KVPool) -> None:

@@ -15,7 +15,7 @@ from petalsd.engine.handle import Session
 from petalsd.engine.kv_transfer import Place
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import Step
-from petalsd.errors import OutOfPages, SessionClosed, SpillError
+from petalsd.errors import EngineError, OutOfPages, SessionClosed, SpillError
 from petalsd.kvcache.spill import Spill, SpillArea
 from petalsd.types import BlockSpan
 from tests.engine.rig import Gate, TinyModel, feed, opened, serving, states, with_hook
@@ -308,3 +308,48 @@ async def test_a_step_beside_a_hand_over_that_could_not_be_read_fails_with_it(
         )
         disk.is_broken = False
         assert all(isinstance(outcome, SpillError) for outcome in outcomes), outcomes
+
+
+async def test_a_transfer_that_fails_on_the_way_leaves_nobody_with_wrong_states(
+    llama: TinyModel, area: SpillArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages whose way back was cut short by another error than the disk's hold what was there before."""
+    hidden, is_broken, working = inputs(3), False, Spill.read
+
+    def read(spill: Spill, transfers: bytearray) -> None:
+        if is_broken:
+            raise RuntimeError("not enough memory")
+        working(spill, transfers)
+
+    monkeypatch.setattr(Spill, "read", read)
+    async with serving(llama, kv_tokens=KV_TOKENS, spill=area) as engine, crowd(engine, 3) as sessions:
+        for session, states_of_one in zip(sessions, hidden, strict=True):
+            await session.step(Step(states_of_one[:, :-1], 0))
+        is_broken = True
+        with pytest.raises(EngineError, match="moving keys and values failed"):
+            await sessions[0].read_kv(Place(BlockSpan(0, 4), 0, TOKENS - 1))
+        is_broken = False
+        with pytest.raises((EngineError, SessionClosed)):
+            await sessions[0].step(Step(hidden[0][:, -1:], TOKENS - 1))
+        async with opened(engine) as another:
+            await another.step(Step(states(1, 4), 0))
+
+
+async def test_a_chunk_that_cannot_be_copied_costs_nobody_a_session(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages are as they were; also its own session goes on."""
+    hidden = inputs(1)[0]
+    async with serving(llama) as engine, opened(engine) as session:
+        await session.step(Step(hidden[:, :-1], 0))
+
+        def gather(*_: object) -> None:
+            raise RuntimeError("not enough memory")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(type(engine.pool.kv), "gather", gather)
+            with pytest.raises(EngineError, match="moving keys and values failed: RuntimeError"):
+                await session.read_kv(Place(BlockSpan(0, 4), 0, TOKENS - 1))
+        actual = await session.step(Step(hidden[:, -1:], TOKENS - 1))
+    expected = llama.expected(hidden).detach()[:, -1:]
+    assert_close(actual, expected, atol=1e-4, rtol=1e-4, what="a session that could not be read")
