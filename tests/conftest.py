@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
+
+from petalsd.cli.imports import heavy_imports
 
 # Read when torch is imported, here and in the processes that tests start. The models of the tests are tiny: more
 # threads only wait for each other, and take the cores from the tests beside.
@@ -38,6 +40,13 @@ LONG_FILES = (
 
 # A property of tests that measure: a line for the end of the run. It travels with the report, from workers too.
 FIGURE = "figure"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """To collect is to import everything."""
+    with heavy_imports():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
