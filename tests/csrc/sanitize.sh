@@ -11,30 +11,34 @@ mkdir -p "$build"
 admission="fuzz_admission.cpp admission.cpp"
 pool="fuzz_page_pool.cpp page_pool.cpp page_pool_books.cpp page_pool_residency.cpp admission.cpp residency.cpp
     spill_space.cpp run_store.cpp copy_log.cpp free_space.cpp"
-span="run_span.cpp span.cpp span_block.cpp attention_plan.cpp packed_linear.cpp layer_team.cpp layer_experts.cpp tiers.cpp amx_check.cpp thread_team.cpp
-    kernels_baseline.cpp"
+span="run_span.cpp span.cpp span_block.cpp attention_plan.cpp packed_linear.cpp layer_team.cpp layer_experts.cpp tiers.cpp
+    amx_check.cpp thread_team.cpp"
+kernels=kernels_baseline.cpp
 
 # A tier that this processor cannot run is only linked, for instrumenting each takes a good part of a minute.
 processor=$("$cxx" -march=native -dM -E -x c++ /dev/null)
 for tier in avx2:__AVX2__ avx512:__AVX512F__ avx512vnni:__AVX512VNNI__ avx512bf16:__AVX512BF16__ amx:__AVX512BF16__; do
     source=kernels_${tier%:*}.cpp
     case $processor in
-    *" ${tier#*:} "*) span="$span $source" ;;
+    *" ${tier#*:} "*) kernels="$kernels $source" ;;
     *)
         object=$build/${source%.cpp}.o
         (cd "$root/csrc" && "$cxx" -std=c++17 -O0 -Wno-psabi -I. -c -o "$object" "$source")
-        span="$span $object"
+        kernels="$kernels $object"
         ;;
     esac
 done
 
-compile() { # NAME SANITIZERS OPTIMISATION TEST SOURCE...
-    name=$1 sanitizers=$2 optimisation=$3 test=$4
+# The sources go to the compiler as one: they share most of what they include and instantiate. Tiers each are their own.
+compile() { # NAME SANITIZERS OPTIMISATION SOURCES [KERNELS...]
+    name=$1 sanitizers=$2 optimisation=$3
+    # shellcheck disable=SC2086 # a list of files
+    printf '#include "%s"\n' $4 >"$build/$name.cpp"
     shift 4
     echo "building $name"
     (cd "$root/csrc" && "$cxx" -std=c++17 "$optimisation" -g1 -Wall -Wextra -Wshadow -Werror -D_GLIBCXX_ASSERTIONS -fno-omit-frame-pointer \
-        -Wno-psabi -fsanitize="$sanitizers" -fno-sanitize=null,object-size -fno-sanitize-recover=all -I. -pthread -o "$build/$name" \
-        "$root/tests/csrc/$test" "$@")
+        -Wno-psabi -fsanitize="$sanitizers" -fno-sanitize=null,object-size -fno-sanitize-recover=all -I. -I"$root/tests/csrc" -pthread \
+        -o "$build/$name" "$build/$name.cpp" "$@")
 }
 
 # ThreadSanitizer of older compilers cannot work with the address randomisation of newer kernels.
@@ -46,11 +50,11 @@ if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses="setarch $(un
 # look for them twice takes a quarter longer. Bounds depend on tier, format and shape at once, how threads share on less.
 # shellcheck disable=SC2086 # lists of files
 {
-    { compile fuzz_address address,undefined -Og $pool; compile admission_address address,undefined -Og $admission
-        compile span_address address,undefined -Og $span; } &
+    { compile fuzz_address address,undefined -Og "$pool"; compile admission_address address,undefined -Og "$admission"
+        compile span_address address,undefined -Og "$span" $kernels; } &
     address_builds=$!
-    compile fuzz_thread thread -O1 $pool
-    compile span_thread thread -O1 $span
+    compile fuzz_thread thread -O1 "$pool"
+    compile span_thread thread -O1 "$span" $kernels
     wait $address_builds
 }
 echo "address, undefined: steps of blocks"
