@@ -22,20 +22,21 @@ if os.environ.get("PETALSD_TEST_DEVICE", "cpu") == "cpu":
 
 TESTS = Path(__file__).resolve().parent
 
-# Longest first, those that mostly compute beside those that mostly wait for daemons. Files are handed to processes
-# in this order: a long one that begins last would keep a single core busy at the end.
+# Longest first. Files are handed to processes in this order: a long one that begins last would keep a single core
+# busy at the end.
 LONG_FILES = (
-    "csrc/test_sanitizers.py", "daemon/test_serving.py", "kernels/test_compilation.py", "systemd/test_faults.py",
-    "models/test_weight_formats.py", "systemd/test_package.py", "models/test_native_numerics.py",
-    "interop/test_stock_client.py", "e2e/test_real_model.py", "e2e/test_demo.py", "systemd/test_service.py",
-    "interop/test_families.py", "daemon/test_swarm_live.py", "interop/test_mixed_balance.py",
-    "client/test_live_generation.py", "interop/test_benchmarks.py", "interop/test_stock_server.py",
-    "interop/test_mixed_chain.py", "engine/test_graphed_span.py", "systemd/test_surroundings.py",
-    "benchmarks/test_smoke_served.py", "engine/test_kernel_engine.py", "systemd/test_reload.py",
-    "models/test_layer_block.py", "kernels/test_prefill_attention.py", "daemon/test_control_live.py",
-    "engine/test_float8_cache.py", "swarm/test_node.py", "engine/test_capturing.py", "daemon/test_draining.py",
-    "client/test_live_recovery.py", "models/test_kernel_span.py", "systemd/test_control.py",
-    "models/test_native_parts.py", "systemd/test_drain.py", "engine/test_device_loss.py", "layout/test_linters.py",
+    "csrc/test_sanitizers.py", "systemd/test_faults.py", "interop/test_benchmarks.py",
+    "models/test_weight_formats.py", "client/test_live_generation.py", "systemd/test_package.py",
+    "interop/test_stock_server.py", "e2e/test_real_model.py", "engine/test_kernel_engine.py", "e2e/test_demo.py",
+    "systemd/test_service.py", "daemon/test_serving.py", "interop/test_stock_client.py",
+    "models/test_layer_block.py", "models/test_native_numerics.py", "interop/test_mixed_balance.py",
+    "engine/test_graphed_span.py", "interop/test_mixed_chain.py", "daemon/test_swarm_live.py",
+    "engine/test_device_loss.py", "models/test_layer_span.py", "benchmarks/test_smoke_served.py",
+    "kernels/test_expert_layers.py", "engine/test_layer_graphs.py", "client/test_live_recovery.py",
+    "kernels/test_prefill_attention.py", "models/test_kernel_span.py", "kernels/test_quantized_linear.py",
+    "engine/test_capturing.py", "kernels/test_expert_linear.py", "engine/test_float8_cache.py",
+    "systemd/test_control.py", "benchmarks/test_smoke_process.py", "systemd/test_surroundings.py",
+    "swarm/test_node.py", "engine/test_adapters.py",
 )  # fmt: skip
 
 # A property of tests that measure: a line for the end of the run. It travels with the report, from workers too.
