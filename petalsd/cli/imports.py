@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
@@ -14,12 +17,37 @@ def heavy_imports() -> Iterator[None]:
     To search again and again while it grows takes a quarter of the time, and once more at the end of a short
     command. In a daemon each search would stop the loop and the engine for tenths of a second, in the middle of
     somebody's steps.
+
+    KeyboardInterrupt for an interrupt meanwhile, whatever the modules made of it.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with _interrupts_kept():
+            yield
     finally:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """The import of a module of C can make an ImportError of an interrupt, and many imports may fail unnoticed."""
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupts:
+            raise KeyboardInterrupt

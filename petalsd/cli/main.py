@@ -34,16 +34,8 @@ VERBS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     open_closed_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
-    verb = next((verb for verb in VERBS if words and words[0] == verb.name), None)
-    parser = _make_parser(verb)
-    arguments = parser.parse_args(words)
-    if verb is None:
-        parser.print_help()
-        return EXIT_OK
     try:
-        with watched_output():
-            return int(importlib.import_module(verb.module).run(arguments))
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
     except OutputFailed as error:
@@ -51,8 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except PetalsdError as error:
         return _fail(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # also while modules are imported, which takes seconds
         return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    verb = next((verb for verb in VERBS if words and words[0] == verb.name), None)
+    parser = _make_parser(verb)
+    arguments = parser.parse_args(words)
+    if verb is None:
+        parser.print_help()
+        return EXIT_OK
+    with watched_output():
+        return int(importlib.import_module(verb.module).run(arguments))
 
 
 def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ import faulthandler
 import os
 import resource
 import signal
-import sys
 from types import FrameType
 
 import structlog
@@ -64,8 +63,11 @@ def _serve(choice: ConfigChoice, config: Config, notifier: Notifier) -> None:
 
 
 def _exit_before_start(number: int, frame: FrameType | None) -> None:
-    """A stop that comes while libraries are being imported: nothing has been started yet."""
-    sys.exit(EXIT_OK)
+    """A stop that comes while libraries are being imported: nothing has been started yet.
+
+    Not by an exception: the import of a module of C can make another one of it.
+    """
+    os._exit(EXIT_OK)
 
 
 def _dump_stacks_on_fatal_signals() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -37,3 +39,16 @@ def test_a_collector_that_was_off_stays_off() -> None:
     with heavy_imports():
         pass
     assert not gc.isenabled()
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_an_interrupt_stays_one(is_told: bool) -> None:
+    """What is imported may fail otherwise for it, or go on without what failed; later ones are as before."""
+    with pytest.raises(KeyboardInterrupt), heavy_imports():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            if is_told:
+                raise ImportError("numpy.core.multiarray failed to import") from None
+    assert gc.isenabled()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from petalsd.cli import main as cli
 from petalsd.cli import show
-from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_OK
+from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.output import OutputFailed
 
 
@@ -178,3 +179,27 @@ def test_a_file_in_a_closed_directory_is_no_traceback(
     named = words if len(words) == 2 else [*words, str(config_file)]
     assert cli.main(["show", *named]) == EXIT_BAD_CONFIG
     assert capsys.readouterr().err.startswith(f"petalsd: {config_file}: Permission denied\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_libraries_are_imported_exits_0(
+    number: signal.Signals, config_file: Path, tmp_path: Path
+) -> None:
+    """Also where a module makes an error of its own of whatever ends its import, as some of C do."""
+    (tmp_path / "uvloop.py").write_text(
+        "import os\ntry:\n    os.kill(os.getpid(), NUMBER)\nexcept BaseException:\n"
+        "    raise ImportError('it failed') from None\n".replace("NUMBER", str(int(number)))
+    )
+    started = subprocess.run(
+        [sys.executable, "-m", "petalsd", "run", "-c", str(config_file)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (started.returncode, "failed" in started.stderr) == (EXIT_OK, False), started.stderr
+
+
+def test_ctrl_c_while_a_verb_is_imported_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["check"]) == EXIT_INTERRUPTED
