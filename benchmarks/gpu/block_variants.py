@@ -9,10 +9,11 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.variants import FLOAT8_TARGETS, MODELS, TARGETS, Limits, Shape, Variant, meta
-from petalsd.ops.add_norm import Norm, add_norm
+from petalsd.ops.add_norm import add_norm
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.expert_gate import ClampedGate
 from petalsd.ops.gated_activation import ACTIVATIONS, clamped_activation, gated_activation
+from petalsd.ops.norm import Norm
 from petalsd.ops.ragged import PagedKV
 from petalsd.ops.rope_kv import HeadNorms, Rotation, rope_and_write
 

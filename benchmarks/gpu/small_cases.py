@@ -12,9 +12,10 @@ from benchmarks.gpu.case import Case, Site, relative_error
 from benchmarks.gpu.pages import Rows
 from benchmarks.gpu.roofline import BATCHES
 from benchmarks.report import TORCH
-from petalsd.ops.add_norm import Norm, add_norm, reference_add_norm
+from petalsd.ops.add_norm import add_norm, reference_add_norm
 from petalsd.ops.dense_linear import dense_linear
 from petalsd.ops.gated_activation import gated_activation, reference_gated_activation
+from petalsd.ops.norm import Norm
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.page_copies import copy_pages
 from petalsd.ops.quantized_linear import quantized_linear, reference_quantized_linear

@@ -11,11 +11,11 @@ from torch import nn
 from petalsd import _C
 from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
-from petalsd.models.hf.norms import NormRule
 from petalsd.models.hf.packing import PackedExperts, biases_of, gate_of
 from petalsd.ops.expert_gate import ClampedGate
 from petalsd.ops.native_experts import NativeExperts
 from petalsd.ops.native_norm import NativeNorm
+from petalsd.ops.norm import Norm
 from petalsd.ops.packed_product import PackedProduct
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.weight_packing import pack_weight
@@ -34,11 +34,11 @@ class CpuProducts:
     def product(self, weight: PackedWeight) -> PackedProduct:
         return PackedProduct(weight, self.team)
 
-    def norm(self, rule: NormRule) -> NativeNorm | None:
+    def norm(self, norm: Norm) -> NativeNorm | None:
         """None: of a dtype that these kernels lack."""
-        if rule.weight.dtype not in (torch.float32, torch.bfloat16):
+        if norm.weight.dtype not in (torch.float32, torch.bfloat16):
             return None
-        return NativeNorm(rule.weight.detach().float() + rule.offset, rule.eps, self.team)
+        return NativeNorm(norm.weight.float() + norm.offset, norm.eps, self.team)
 
     def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
         """What stands for transformers' experts, over weights in a format."""

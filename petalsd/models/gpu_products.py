@@ -9,9 +9,7 @@ from torch import nn
 
 from petalsd.models.hf.experts import KernelExperts, is_silu
 from petalsd.models.hf.family import ExpertNames
-from petalsd.models.hf.norms import NormRule
 from petalsd.models.hf.packing import ExpertByExpert, PackedExperts, biases_of, find_experts, gate_of
-from petalsd.ops.add_norm import Norm
 from petalsd.ops.expert_gate import ClampedGate, ExpertBiases, Gate
 from petalsd.ops.expert_mlp import (
     DenseExperts,
@@ -21,6 +19,7 @@ from petalsd.ops.expert_mlp import (
     fits_kernels,
     silu_gate,
 )
+from petalsd.ops.norm import Norm
 from petalsd.ops.packed_product import Product
 from petalsd.ops.packed_weight import PackedWeight, WeightFormat
 from petalsd.ops.quantized_product import QuantizedProduct
@@ -49,11 +48,9 @@ class GpuProducts:
         """Of a weight on the device."""
         return QuantizedProduct(weight, self._workspaces)
 
-    def norm(self, rule: NormRule) -> KernelNorm | None:
+    def norm(self, norm: Norm) -> KernelNorm | None:
         """None: of a width that the kernel cannot read."""
-        if not fits_kernel(len(rule.weight)):
-            return None
-        return KernelNorm(Norm(rule.weight.detach(), rule.eps, rule.offset))
+        return KernelNorm(norm) if fits_kernel(len(norm.weight)) else None
 
     def pack_experts(self, experts: Any, format: WeightFormat) -> nn.Module:
         """What stands for transformers' experts, over weights in an int8 or int4 format."""

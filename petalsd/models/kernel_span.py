@@ -15,7 +15,7 @@ import torch
 from petalsd.models.block import TransformerBlock
 from petalsd.models.block_config import BlockConfig
 from petalsd.models.paged_span import CosSin
-from petalsd.ops.add_norm import Norm, add_norm
+from petalsd.ops.add_norm import add_norm
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_attention import DecodePlan, plans_by_window
 from petalsd.ops.decode_batch import KernelRows, kernel_rows
@@ -23,6 +23,7 @@ from petalsd.ops.dense_linear import dense_linear
 from petalsd.ops.gated_activation import gated_activation
 from petalsd.ops.linear import Weight
 from petalsd.ops.low_rank import LowRankWeight
+from petalsd.ops.norm import Norm
 from petalsd.ops.packed_weight import PackedWeight
 from petalsd.ops.quantized_linear import quantized_linear
 from petalsd.ops.ragged import PagedKV, RaggedBatch

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional
 
 from petalsd.kernels.add_norm import add_norm_kernel
 from petalsd.ops.launching import Options, check_tensor, launch, next_power_of_2, strides
+from petalsd.ops.norm import Norm
 
 _VALUES_PER_WARP = 512
 _MAX_WARPS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A norm over rows of width M.
-
-    weight         ``[M]``
-    eps            what is added to the mean square, or to the variance
-    offset         what is added to the weight: 1 in Gemma's models
-    bias           ``[M]``
-    is_layer_norm  the mean is subtracted first
-    """
-
-    weight: torch.Tensor
-    eps: float
-    offset: float = 0.0
-    bias: torch.Tensor | None = None
-    is_layer_norm: bool = False
 
 
 def add_norm(x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:

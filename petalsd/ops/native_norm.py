@@ -15,7 +15,7 @@ class NativeNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, team: _C.LayerTeam) -> None:
-        self._weight = weight.detach().float().contiguous()
+        self._weight = weight.float().contiguous()
         self._norm = _C.RowNorm(self._weight.data_ptr(), len(self._weight), eps)
         self._team = team
 

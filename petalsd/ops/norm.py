@@ -1,9 +1,29 @@
-"""Root-mean-square normalization."""
+"""Normalization of rows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm over rows of width M.
+
+    weight         ``[M]``
+    eps            what is added to the mean square, or to the variance
+    offset         what is added to the weight: 1 in Gemma's models
+    bias           ``[M]``
+    is_layer_norm  the mean is subtracted first
+    """
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+    bias: torch.Tensor | None = None
+    is_layer_norm: bool = False
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

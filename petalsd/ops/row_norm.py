@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from petalsd.ops.add_norm import Norm, add_norm
+from petalsd.ops.add_norm import add_norm
 from petalsd.ops.launching import ALIGNED_ELEMENTS
+from petalsd.ops.norm import Norm
 
 
 def fits_kernel(width: int) -> bool:

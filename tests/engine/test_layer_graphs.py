@@ -14,9 +14,10 @@ from petalsd.engine.step_memory import GraphLimits, StepMemory
 from petalsd.models.gpu_products import GpuProducts
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.layer_span import LayerSpan
-from petalsd.models.hf.norms import NormRule, NormStandIn, find_rule
+from petalsd.models.hf.norms import NormStandIn, find_norm
 from petalsd.models.paged_span import CosSin
 from petalsd.ops.launching import record_launches
+from petalsd.ops.norm import Norm
 from petalsd.ops.ragged import PagedKV
 from tests.engine.graph_scene import LIMITS, PAGE_TOKENS, Scene
 from tests.engine.recorded_graphs import RecordedGraph, Recorder, recording
@@ -54,16 +55,16 @@ def meta_blocks(case: Case) -> dict[int, LayerBlock]:
             products.replace_experts(layer, names)
         for name, module in block.layer.named_modules():
             if isinstance(module, NormStandIn):
-                put_norm(layer, name, find_rule(module.whole), products)
+                put_norm(layer, name, find_norm(module.whole), products)
         blocks[index] = LayerBlock(index, case.config, layer, angles, block.angles_part)  # type: ignore[arg-type]
     return blocks
 
 
-def put_norm(layer: nn.Module, name: str, rule: NormRule | None, products: GpuProducts) -> None:
-    """Where the rule is known of a layer with values, which the layer has not."""
-    assert rule is not None
+def put_norm(layer: nn.Module, name: str, norm: Norm | None, products: GpuProducts) -> None:
+    """What is known of a layer with values into one without."""
+    assert norm is not None
     whole: Any = layer.get_submodule(name)
-    kernel = products.norm(replace(rule, weight=whole.weight))
+    kernel = products.norm(replace(norm, weight=whole.weight))
     assert kernel is not None
     layer.set_submodule(name, NormStandIn(whole, torch.float32, kernel))
 

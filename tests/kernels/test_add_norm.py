@@ -7,7 +7,8 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from petalsd.ops.add_norm import Norm, add_norm, reference_add_norm
+from petalsd.ops.add_norm import add_norm, reference_add_norm
+from petalsd.ops.norm import Norm
 from tests.numeric import assert_close
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}

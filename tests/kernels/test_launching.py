@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from petalsd.errors import EngineError
-from petalsd.ops.add_norm import Norm, add_norm
+from petalsd.ops.add_norm import add_norm
 from petalsd.ops.launching import Launch, Options, check_tensor, launch, record_launches, strides
+from petalsd.ops.norm import Norm
 from tests.device import interpreted
 
 

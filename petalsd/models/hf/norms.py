@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from petalsd.models.hf.stand_ins import StandIn
+from petalsd.ops.norm import Norm, rms_norm
 
 _SUFFIX = "RMSNorm"
 _NAMES_OF_EPS = ("variance_epsilon", "eps")
@@ -17,35 +17,20 @@ _OFFSETS = (0.0, 1.0)
 _TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True, slots=True)
-class NormRule:
-    """``(offset + weight) * x / sqrt(mean(x^2) + eps)``; weight ``[M]``."""
-
-    weight: torch.Tensor
-    eps: float
-    offset: float
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """In plain torch, float32."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide * scale * (self.weight.float() + self.offset)
-
-
-class RowNorm(Protocol):
+class NormKernel(Protocol):
     """``ops.native_norm.NativeNorm``, or ``ops.row_norm.KernelNorm``, which machines with a GPU import."""
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
-MakeNorm: TypeAlias = Callable[[NormRule], RowNorm | None]
+MakeNorm: TypeAlias = Callable[[Norm], NormKernel | None]
 """None where no kernel computes it."""
 
 
 class NormStandIn(StandIn):
     """A norm by a kernel; one with a gradient, or of another dtype than its weight, by transformers."""
 
-    def __init__(self, whole: nn.Module, dtype: torch.dtype, kernel: RowNorm) -> None:
+    def __init__(self, whole: nn.Module, dtype: torch.dtype, kernel: NormKernel) -> None:
         super().__init__(whole)
         self._dtype = dtype
         self._kernel = kernel
@@ -61,12 +46,12 @@ class NormStandIn(StandIn):
 def replace_norms(layer: nn.Module, make_norm: MakeNorm) -> None:
     """Put stand-ins for the norms of a layer into it, in place."""
     for name, module in list(layer.named_modules()):
-        rule = find_rule(module)
-        if rule is not None and (kernel := make_norm(rule)) is not None:
-            layer.set_submodule(name, NormStandIn(module, rule.weight.dtype, kernel))
+        norm = find_norm(module)
+        if norm is not None and (kernel := make_norm(norm)) is not None:
+            layer.set_submodule(name, NormStandIn(module, norm.weight.dtype, kernel))
 
 
-def find_rule(module: nn.Module) -> NormRule | None:
+def find_norm(module: nn.Module) -> Norm | None:
     """What a module computes, if it is such a norm: seen in what it makes of one row."""
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in _NAMES_OF_EPS if hasattr(module, name)), None)
@@ -76,7 +61,7 @@ def find_rule(module: nn.Module) -> NormRule | None:
     with torch.no_grad():
         expected = module(row).float()
         for offset in _OFFSETS:
-            rule = NormRule(weight, eps, offset)
-            if torch.allclose(rule.apply(row), expected, _TOLERANCE, _TOLERANCE):
-                return rule
+            normed = rms_norm(row, weight.float() + offset, eps)
+            if torch.allclose(normed, expected, _TOLERANCE, _TOLERANCE):
+                return Norm(weight.detach(), eps, offset)
     return None
