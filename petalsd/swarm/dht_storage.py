@@ -1,7 +1,6 @@
 """What our node of the DHT keeps for others, within bounds: hivemind's own storage takes whatever peers send.
 
-What is full refuses: nothing that is kept goes before its time, so that no peer can push out what others wrote. So
-that none can fill it either, one adds less than it holds in all the time that entries live.
+What is full refuses: nothing that is kept goes before its time, so that no peer can push out what others wrote.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration, get_dht_time
 
-from petalsd.swarm.peer_allowance import PeerAllowance
 from petalsd.swarm.protocol import MIB
 
 log = structlog.get_logger(__name__)
@@ -53,24 +51,7 @@ class StorageLimits:
     max_lifetime_s: float = 6 * 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class WriterLimits:
-    """What one peer may add: at once, and an hour from then on. What it writes anew adds nothing.
-
-    A neighbour that we are new to sends us what we should keep, of a swarm of some thousand entries; the rest is
-    announced again soon. A server of 80 blocks that is gone and back four times an hour adds 320.
-    """
-
-    num_keys: int = 1024
-    keys_per_hour: int = 512
-    num_entries: int = 4096
-    entries_per_hour: int = 2048
-    num_bytes: int = 64 * MIB
-    bytes_per_hour: int = 4 * MIB
-
-
 LIMITS = StorageLimits()
-WRITER_LIMITS = WriterLimits()
 CACHE_LIMITS = StorageLimits(max_total_bytes=128 * MIB)
 
 
@@ -151,50 +132,14 @@ class _Entries(_Thrifty, DictionaryDHTValue):  # type: ignore[misc]
                 del self.data[entry.key], self.key_to_heap[entry.key]
 
 
-class _Written:
-    """What peers have added lately."""
-
-    def __init__(self, limits: WriterLimits, clock: Callable[[], float]) -> None:
-        self._allowances = [
-            PeerAllowance(burst, per_hour / 3600.0, clock)
-            for burst, per_hour in (
-                (limits.num_keys, limits.keys_per_hour),
-                (limits.num_entries, limits.entries_per_hour),
-                (limits.num_bytes, limits.bytes_per_hour),
-            )
-        ]
-
-    def add(self, writer: str, *amounts: int) -> bool:
-        """Keys, entries and bytes; whether it may."""
-        more = [
-            (allowance, amount)
-            for allowance, amount in zip(self._allowances, amounts, strict=True)
-            if amount > 0
-        ]
-        if not all(allowance.has(writer, amount) for allowance, amount in more):
-            return False
-        for allowance, amount in more:
-            allowance.charge(writer, amount)
-        return True
-
-
 class BoundedStorage:
     """In the place of hivemind's ``DHTLocalStorage``: the methods that hivemind calls, and their meaning.
 
     But for this: whatever lives longer, entries (subkey -> value) take the place of a plain value under their key,
     and none takes theirs. One write would end the records of all servers of a block, or keep them out.
-
-    ``writer``: the peer whose request is being answered; None: we write ourselves.
     """
 
-    def __init__(
-        self,
-        limits: StorageLimits = LIMITS,
-        clock: Callable[[], float] = time.monotonic,
-        writer_limits: WriterLimits = WRITER_LIMITS,
-    ) -> None:
-        self.writer: str | None = None
-        self._written = _Written(writer_limits, clock)
+    def __init__(self, limits: StorageLimits = LIMITS, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
         self._keys = _Thrifty()
@@ -210,9 +155,7 @@ class BoundedStorage:
         if isinstance(known, _Entries) or not self._is_sound(value, expiration_time):
             return False
         more = _memory_bytes(value) - _memory_bytes(known)
-        if more > 0 and not self._has_room(key, more):
-            return False
-        if not self._may_add(key, 0, more) or not self._keys.store(key, value, expiration_time):
+        if (more > 0 and not self._has_room(key, more)) or not self._keys.store(key, value, expiration_time):
             return False
         self._num_bytes += more
         return True
@@ -225,9 +168,10 @@ class BoundedStorage:
         entries = known if isinstance(known, _Entries) else _Entries()
         if not entries.would_take(subkey, expiration_time) or not self._fits(entries, subkey, value):
             return False
-        is_new = subkey not in entries.data
-        more = entries.growth(subkey, value) + (_OVERHEAD_BYTES if is_new else 0)
-        if (more > 0 and not self._has_room(key, more)) or not self._may_add(key, int(is_new), more):
+        more = entries.growth(subkey, value)
+        if subkey not in entries.data:
+            more += _OVERHEAD_BYTES
+        if more > 0 and not self._has_room(key, more):
             return False
         entries.store(subkey, value, expiration_time)
         self._put(key, entries, more)
@@ -298,13 +242,6 @@ class BoundedStorage:
         if self._num_bytes + more_bytes > self._limits.max_total_bytes:
             self._purge()
         return self._num_bytes + more_bytes <= self._limits.max_total_bytes or self._refuse("total_bytes")
-
-    def _may_add(self, key: DHTID, num_entries: int, more_bytes: int) -> bool:
-        """Count to the writer what is added."""
-        if self.writer is None:
-            return True
-        num_keys = int(key not in self)
-        return self._written.add(self.writer, num_keys, num_entries, more_bytes) or self._refuse("writer")
 
     def _purge(self) -> None:
         """Count anew, without what has expired; now and then, as it takes a while."""

@@ -45,13 +45,13 @@ def test_sizes_are_those_of_the_model(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("variant", ["granitemoe", "mixtral", "gpt_oss"])
 def test_experts_take_what_is_counted(variant: str, quantization: Quantization, tmp_path: Path) -> None:
-    """In every format, whether files hold them one by one or all in one tensor."""
+    """In every format, whether files hold them one by one or all in one tensor; biases are kept in float32."""
     family, overrides = LAYER_VARIANTS[variant]
     make_tiny(family, tmp_path, **overrides)
     source, storage = ModelSource(str(tmp_path)), WeightStorage.choose(torch.bfloat16, CPU, quantization)
     architecture = Architecture.read(source.config())
     block = Ladder(architecture, source, storage, num_threads=1).build(Rung.PACKED, 0)
-    assert block.nbytes == pytest.approx(storage.nbytes(architecture.largest_block()), rel=0.02)
+    assert block.nbytes == pytest.approx(storage.nbytes(architecture.largest_block()), rel=0.05)
 
 
 @pytest.mark.parametrize(

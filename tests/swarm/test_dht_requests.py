@@ -38,16 +38,6 @@ async def call(pair: tuple[Node, Node], method: str, request: bytes) -> bytes:
     return answer
 
 
-async def test_lookups_and_entries_of_others_are_answered(pair: tuple[Node, Node]) -> None:
-    """As many as nodes of hivemind send, from one that has not had its share by what comes below."""
-    asked, asking = pair
-    uids = [f"n.{number}" for number in range(200)]
-    assert await asking.store(uids, asking.peer_id, 1, time.time() + 60, 10) == []
-    found = await asking.get(uids, 10)
-    assert all(asking.peer_id in found[uid] for uid in uids)
-    assert DHTID.generate("n.0") in asked.dht.protocol.storage
-
-
 @pytest.mark.parametrize(
     ("method", "num_fields", "rule"),
     [
@@ -105,3 +95,13 @@ async def test_what_is_no_lookup_is_refused(pair: tuple[Node, Node]) -> None:
     for request in (b"\xff\xff", dht_pb2.FindRequest(keys=[b"\1" * 40]).SerializeToString()):
         with pytest.raises(P2PHandlerError):
             await call(pair, "rpc_find", request)
+
+
+async def test_lookups_and_entries_of_others_are_answered(pair: tuple[Node, Node]) -> None:
+    """As many as nodes of hivemind send."""
+    asked, asking = pair
+    uids = [f"n.{number}" for number in range(200)]
+    assert await asking.store(uids, asking.peer_id, 1, time.time() + 60, 10) == []
+    found = await asking.get(uids, 10)
+    assert all(asking.peer_id in found[uid] for uid in uids)
+    assert DHTID.generate("n.0") in asked.dht.protocol.storage

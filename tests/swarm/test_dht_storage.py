@@ -19,7 +19,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from petalsd.config_loading import load_config
 from petalsd.swarm import dht_storage
 from petalsd.swarm.announcer import AnnouncerOptions
-from petalsd.swarm.dht_storage import LIMITS, BoundedStorage, LookupCache, StorageLimits, WriterLimits
+from petalsd.swarm.dht_storage import LIMITS, BoundedStorage, LookupCache, StorageLimits
 from petalsd.swarm.directory import read_view
 from petalsd.swarm.node import Node
 from petalsd.swarm.protocol import ServerState, make_uid
@@ -264,34 +264,3 @@ def test_records_of_the_longest_period_are_kept() -> None:
     config = load_config(None, {}, ["model.source=a/b", "swarm.update_period_s=7200"]).config
     lifetime_s = AnnouncerOptions("m", 1, update_period_s=config.swarm.update_period_s).lifetime_s
     assert lifetime_s + 3600 <= LIMITS.max_lifetime_s
-
-
-def test_one_writer_adds_so_much_and_others_still_may() -> None:
-    """Keys, entries and bytes count to who adds them, for hours; what we write, or others anew, does not."""
-    now, hour = time.time(), Clock()
-    limits = WriterLimits(3, 1, 6, 2, 10_000, 10)
-    storage = BoundedStorage(clock=hour, writer_limits=limits)
-
-    def add(writer: str | None, number: int, name: str = "a", num_bytes: int = 10, later: int = 0) -> bool:
-        storage.writer = writer
-        key = DHTID.generate(f"w.{number}")
-        return storage.store_subkey(key, name, bytes(num_bytes), now + 60 + later)
-
-    assert [add("greedy", number) for number in range(5)] == [True, True, True, False, False]
-    assert add("modest", 3)
-    assert add(None, 4)
-    assert [add("greedy", 0, name) for name in "bcde"] == [True, True, True, False]
-    assert add("greedy", 0, "a", later=1)
-    assert not add("modest", 3, "b", num_bytes=20_000)
-    hour.now += 3600.0
-    assert add("greedy", 5)
-    assert not add("greedy", 6)
-
-
-def test_plain_values_count_to_their_writer_too() -> None:
-    storage = BoundedStorage(writer_limits=WriterLimits(1, 1, 1, 1, 10_000, 1))
-    storage.writer = "greedy"
-    soon = time.time() + 60
-    assert storage.store(KEY, b"x", soon)
-    assert not storage.store(DHTID.generate("m.1"), b"x", soon)
-    assert storage.store(KEY, b"xy", soon + 1)
