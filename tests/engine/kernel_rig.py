@@ -19,8 +19,11 @@ from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import KVGeometry
 from petalsd.models.block import TransformerBlock
 from petalsd.models.contract import Block
+from petalsd.models.gpu_products import GpuProducts
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.hf.layer_span import LayerSpan
+from petalsd.models.hf.norms import replace_norms
+from petalsd.models.hf.stand_ins import leave_kernels
 from petalsd.models.kernel_span import KernelSpan
 from petalsd.models.paged_span import PagedSpan
 from petalsd.types import BlockSpan
@@ -62,10 +65,14 @@ class StagedRunners(RunnerFactory):
 
 
 class LayerRunners(StagedRunners):
-    """The same for layers of transformers, with attention by kernels."""
+    """The same for layers of transformers, with attention and norms by kernels; those of a CPU no tape records."""
 
     def make_span(self, blocks: Mapping[int, Block]) -> PagedSpan:
-        return LayerSpan({i: block for i, block in blocks.items() if isinstance(block, LayerBlock)}, NUM_SMS)
+        layers = {i: block for i, block in blocks.items() if isinstance(block, LayerBlock)}
+        for block in layers.values():
+            leave_kernels(block.layer)
+            replace_norms(block.layer, GpuProducts(CPU, NUM_SMS).norm)
+        return LayerSpan(layers, NUM_SMS)
 
 
 class Counter(NullObserver):
