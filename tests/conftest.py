@@ -25,7 +25,8 @@ TESTS = Path(__file__).resolve().parent
 # Longest first. Files are handed to processes in this order: a long one that begins last would keep a single core
 # busy at the end.
 LONG_FILES = (
-    "csrc/test_sanitizers.py", "systemd/test_faults.py", "interop/test_benchmarks.py",
+    "csrc/test_sanitizers.py", "kernels/test_compilation.py", "systemd/test_faults.py",
+    "interop/test_benchmarks.py",
     "models/test_weight_formats.py", "client/test_live_generation.py", "systemd/test_package.py",
     "interop/test_stock_server.py", "e2e/test_real_model.py", "engine/test_kernel_engine.py", "e2e/test_demo.py",
     "systemd/test_service.py", "daemon/test_serving.py", "interop/test_stock_client.py",
