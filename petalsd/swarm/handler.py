@@ -260,7 +260,7 @@ class TransformerConnectionHandler:
         """Serve the stream if its peer may have it here."""
         self._observer.call_began(method)
         is_giver = method == HAND_OVER_METHOD
-        async with contextlib.AsyncExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             try:
                 if self._ending is not None:
                     raise self._ending
