@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import LONG_FILES, TESTS
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("py", "pyi", "cpp", "hpp", "inc")
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 7
@@ -18,7 +19,7 @@ MAX_PARAMETERS = 7
 
 def source_files() -> list[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.cpp", "*.hpp", "*.pyi"],
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *(f"*.{end}" for end in SOURCES)],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=30,
     )  # fmt: skip
     return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
