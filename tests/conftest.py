@@ -19,6 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # takes a process without it. ``tests.device`` tells of the other way.
 if os.environ.get("PETALSD_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    # Only now: it imports Triton, which defines functions of its own.
+    from tests.interpreter import patch_the_language_once
+
+    patch_the_language_once()
 
 TESTS = Path(__file__).resolve().parent
 
