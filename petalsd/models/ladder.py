@@ -30,7 +30,7 @@ from petalsd.models.paged_span import BlockByBlock
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.spans import has_kernels, paged_span
-from petalsd.models.trial import Reference, Tokens
+from petalsd.models.trial import MANY_ROWS, STEPS, Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
 from petalsd.models.weights import load_block
 from petalsd.ops.packed_product import Product
@@ -211,7 +211,9 @@ class Ladder:
             block.team = self._products.team
 
     def _climb(self, kind: str, index: int) -> tuple[Choice, Block]:
-        tokens = Tokens.draw(self.architecture.config.hidden_size, self.storage.device)
+        device = self.storage.device
+        steps = STEPS if device.type == "cpu" else (*STEPS, MANY_ROWS)
+        tokens = Tokens.draw(self.architecture.config.hidden_size, steps, device)
         reference = self._reference(tokens, index)
         _check_finite(reference, f"block {index} ({kind})", self.storage.dtype)
         trials: list[Trial] = []

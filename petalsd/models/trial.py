@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -24,10 +25,14 @@ from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.types import BlockSpan
 
-PREFILLS = (14, 30)
-"""Tokens of the first step of each row; the last page is not full, and two decode steps later the first one is."""
+Steps: TypeAlias = tuple[tuple[int, ...], ...]
+"""How many tokens each row gets in each step."""
 
-NUM_DECODES = 3
+STEPS: Steps = ((14, 30), (1, 1), (1, 1), (1, 1))
+"""A prefill, whose last page is not full, and decode steps, the second of which fills a first page."""
+
+MANY_ROWS = (70, 5)
+"""A later chunk, on a GPU: more than 64 rows have kernels of their own there, and attend to what was written."""
 
 _PAGE_TOKENS = 16
 _SEED = 4
@@ -39,16 +44,21 @@ _SPARSE_QUANTILE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of a trial: ``[n, M]`` float32 for each row, the same for every block of a model."""
+    """The tokens of a trial, the same for every block of a model.
+
+    rows   ``[n, M]`` float32 each
+    steps  in which they are sent
+    """
 
     rows: tuple[torch.Tensor, ...]
+    steps: Steps
 
     @classmethod
-    def draw(cls, hidden_size: int, device: torch.device) -> Tokens:
+    def draw(cls, hidden_size: int, steps: Steps, device: torch.device) -> Tokens:
         generator = torch.Generator().manual_seed(_SEED)
-        lengths = [prefill + NUM_DECODES for prefill in PREFILLS]
+        lengths = [sum(counts) for counts in zip(*steps, strict=True)]
         drawn = [torch.randn(length, hidden_size, generator=generator) for length in lengths]
-        return cls(tuple(row.to(device) for row in drawn))
+        return cls(tuple(row.to(device) for row in drawn), steps)
 
     def through_layer(
         self, layer: nn.Module, layers: Layers, config: ModelConfig, index: int, dtype: torch.dtype
@@ -77,14 +87,14 @@ class Tokens:
         return torch.cat(outputs)
 
     def through_pages(self, block: Block, angles: Angles, num_threads: int) -> torch.Tensor:
-        """What a block makes of the rows with a cache, all in one prefill and then token by token; as above."""
+        """What a block makes of the rows with a cache, step by step; as above."""
         served, span = BlockSpan(block.index, block.index + 1), paged_span({block.index: block}, num_threads)
-        kv = _empty_pages(block, len(self.rows))
+        runs_per_row = _runs(max(len(row) for row in self.rows))
+        kv = _empty_pages(block, len(self.rows) * runs_per_row)
         outputs: list[list[torch.Tensor]] = [[] for _ in self.rows]
         starts = [0] * len(self.rows)
-        for step in range(1 + NUM_DECODES):
-            counts = list(PREFILLS) if step == 0 else [1] * len(self.rows)
-            batch = _batch(starts, counts, block.index, block.device)
+        for counts in self.steps:
+            batch = _batch(starts, counts, runs_per_row, block)
             ends = batch.context_lens
             new = [row[start:end] for row, start, end in zip(self.rows, starts, ends, strict=True)]
             # As chunks of one long step, so that angles that depend on a row's length are those of the whole row.
@@ -94,7 +104,7 @@ class Tokens:
                 cos_sin = angles.cos_sin(batch.positions, seq_lens)
                 hidden = torch.cat(new).to(block.dtype)
                 states = span.forward_paged(served, hidden, kv, batch, cos_sin)
-            for row, part in enumerate(torch.split(states.float(), counts)):
+            for row, part in enumerate(torch.split(states.float(), list(counts))):
                 outputs[row].append(part)
             starts = list(ends)
         return torch.cat([torch.cat(parts) for parts in outputs])
@@ -160,13 +170,10 @@ def _runs(num_tokens: int) -> int:
     return -(-num_tokens // _PAGE_TOKENS)
 
 
-_RUNS_PER_ROW = _runs(max(PREFILLS) + NUM_DECODES)
-
-
-def _empty_pages(block: Block, num_rows: int) -> PagedKV:
+def _empty_pages(block: Block, num_pages: int) -> PagedKV:
     """In the kernels' order where these compute the block."""
     config, dtype, device = block.config, block.dtype, block.device
-    shape = (1 + num_rows * _RUNS_PER_ROW, _PAGE_TOKENS, config.num_kv_heads, config.head_dim)
+    shape = (1 + num_pages, _PAGE_TOKENS, config.num_kv_heads, config.head_dim)
     if can_attend_natively(block):
         kv: PagedKV = HeadMajorKV.allocate(shape, dtype)
     else:
@@ -176,9 +183,10 @@ def _empty_pages(block: Block, num_rows: int) -> PagedKV:
     return kv
 
 
-def _batch(starts: list[int], counts: list[int], block: int, device: torch.device) -> RaggedBatch:
+def _batch(starts: list[int], counts: tuple[int, ...], runs_per_row: int, block: Block) -> RaggedBatch:
     """The next ``counts`` tokens of rows that are at ``starts``; a row's pages for the block lie side by side."""
-    first_pages = torch.arange(len(starts) * _RUNS_PER_ROW).view(len(starts), -1) + 1 - block
+    device = block.device
+    first_pages = torch.arange(len(starts) * runs_per_row).view(len(starts), -1) + 1 - block.index
     rows = torch.arange(len(starts)).repeat_interleave(torch.tensor(counts))
     ends = [start + count for start, count in zip(starts, counts, strict=True)]
     positions = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])

@@ -18,6 +18,7 @@ from petalsd.models import ladder as ladder_module
 from petalsd.models import trial as trial_module
 from petalsd.models.architecture import Architecture
 from petalsd.models.block import TransformerBlock
+from petalsd.models.gpu_products import GpuProducts
 from petalsd.models.hf.attention import NativeCall
 from petalsd.models.hf.block import LayerBlock
 from petalsd.models.ladder import Ladder, Rung
@@ -26,6 +27,8 @@ from petalsd.models.source import ModelSource
 from petalsd.models.spans import has_kernels
 from petalsd.models.trial import Reference, Tokens
 from petalsd.models.weight_storage import WeightStorage
+from petalsd.ops import quantized_linear as quantized
+from petalsd.ops.packed_weight import PackedWeight
 from tests.tiny_models import LAYER_VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -108,7 +111,7 @@ def test_a_kernel_that_is_wrong_for_decode_steps_alone_is_noticed(
 
     def forward_wrong(self: NativeSpan, blocks: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
         out = original(self, blocks, hidden, *args)
-        if args[1].num_tokens == args[1].num_rows and args[1].context_lens[0] == trial_module.PREFILLS[0] + 3:
+        if args[1].num_tokens == args[1].num_rows and args[1].context_lens[0] == trial_module.STEPS[0][0] + 3:
             out[0] += 0.01 * out[0]
         return out
 
@@ -116,6 +119,26 @@ def test_a_kernel_that_is_wrong_for_decode_steps_alone_is_noticed(
     ladder = make_ladder(tmp_path, "llama")
     ladder.load(0)
     assert rungs(ladder) == [(Rung.FUSED, False), (Rung.PACKED, True)]
+
+
+def test_a_gpus_products_of_many_rows_that_are_wrong_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no part of the steps that are enough on a CPU."""
+    original = quantized.unpacked_linear
+
+    def multiply_wrong(x: torch.Tensor, weight: PackedWeight, bias: Any, out: torch.Tensor) -> None:
+        original(x, weight, bias, out)
+        out.mul_(1.2)
+
+    monkeypatch.setattr(quantized, "unpacked_linear", multiply_wrong)
+    monkeypatch.setattr(Ladder, "_products", GpuProducts(CPU, 8))
+    architecture = make_ladder(tmp_path, "phi").architecture
+    storage = WeightStorage.choose(torch.float32, CPU, "int8")
+    Ladder(architecture, ModelSource(str(tmp_path)), storage, num_threads=1).load(0)
+    monkeypatch.setattr(ladder_module, "STEPS", (*trial_module.STEPS, trial_module.MANY_ROWS))
+    with pytest.raises(ModelError, match="does not compute what transformers' layer does"):
+        Ladder(architecture, ModelSource(str(tmp_path)), storage, num_threads=1).load(0)
 
 
 def test_attention_by_kernels_that_is_wrong_leaves_it_to_torch(
@@ -195,7 +218,7 @@ def test_what_is_tolerated_follows_transformers_own_error(
     dtype: torch.dtype, layer_error: float, expected: float
 ) -> None:
     """Three times what its layer shows in the dtype, and never less than the dtype's floor."""
-    tokens = Tokens((torch.zeros(4, 8),))
+    tokens = Tokens((torch.zeros(4, 8),), steps=())
     wide = torch.ones(4, 8)
     reference = Reference.of(tokens, wide, wide + layer_error, dtype, is_sparse=False, is_quantized=False)
     assert reference.tolerance == pytest.approx(expected, rel=1e-3)
