@@ -29,19 +29,20 @@ TESTS = Path(__file__).resolve().parent
 # Longest first. Files are handed to processes in this order: a long one that begins last would keep a single core
 # busy at the end.
 LONG_FILES = (
-    "csrc/test_sanitizers.py", "kernels/test_compilation.py", "systemd/test_faults.py",
-    "interop/test_benchmarks.py",
-    "models/test_weight_formats.py", "client/test_live_generation.py", "systemd/test_package.py",
-    "interop/test_stock_server.py", "e2e/test_real_model.py", "engine/test_kernel_engine.py", "e2e/test_demo.py",
-    "systemd/test_service.py", "daemon/test_serving.py", "interop/test_stock_client.py",
-    "models/test_layer_block.py", "models/test_native_numerics.py", "interop/test_mixed_balance.py",
-    "engine/test_graphed_span.py", "interop/test_mixed_chain.py", "daemon/test_swarm_live.py",
-    "engine/test_device_loss.py", "models/test_layer_span.py", "benchmarks/test_smoke_served.py",
-    "kernels/test_expert_layers.py", "engine/test_layer_graphs.py", "client/test_live_recovery.py",
-    "kernels/test_prefill_attention.py", "models/test_kernel_span.py", "kernels/test_quantized_linear.py",
-    "engine/test_capturing.py", "kernels/test_expert_linear.py", "engine/test_float8_cache.py",
-    "systemd/test_control.py", "benchmarks/test_smoke_process.py", "systemd/test_surroundings.py",
-    "swarm/test_node.py", "engine/test_adapters.py",
+    "csrc/test_sanitizers.py", "interop/test_benchmarks.py", "models/test_weight_formats.py",
+    "client/test_live_generation.py", "systemd/test_faults.py", "interop/test_stock_server.py",
+    "e2e/test_demo.py", "kernels/test_expert_layers.py", "engine/test_kernel_engine.py",
+    "models/test_layer_block.py", "models/test_native_numerics.py", "systemd/test_package.py",
+    "daemon/test_serving.py", "systemd/test_service.py", "engine/test_graphed_span.py",
+    "e2e/test_real_model.py", "interop/test_stock_client.py", "interop/test_mixed_chain.py",
+    "interop/test_mixed_balance.py", "engine/test_layer_graphs.py", "models/test_layer_span.py",
+    "systemd/test_drain.py", "benchmarks/test_smoke_served.py", "kernels/test_expert_linear.py",
+    "client/test_live_recovery.py", "models/test_kernel_span.py", "kernels/test_quantized_linear.py",
+    "benchmarks/test_smoke_process.py", "layout/test_linters.py", "engine/test_capturing.py",
+    "kernels/test_prefill_attention.py", "systemd/test_control.py", "daemon/test_swarm_live.py",
+    "kernels/test_compilation.py", "systemd/test_surroundings.py", "systemd/test_reload.py",
+    "engine/test_float8_cache.py", "swarm/test_node.py", "client/test_live_cli.py", "engine/test_adapters.py",
+    "cli/test_main.py", "engine/test_device_loss.py",
 )  # fmt: skip
 
 # A property of tests that measure: a line for the end of the run. It travels with the report, from workers too.
