@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 
@@ -10,14 +12,15 @@ from transformers import Cache
 
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.session import InferenceSession
-from petalsd.errors import BadRequest
+from petalsd.errors import BadRequest, SessionClosed
 
 
 class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types here
     """The servers hold the keys and values; this is their length, their rollback and the order of their rows.
 
     The session opens with the first step. ``max_tokens`` may stay open until then: ``generate`` reserves what it
-    needs. Use as a context manager, or ``close`` it: the servers hold memory for it until then.
+    needs. Use as a context manager, or ``close`` it: the servers hold memory for it until then, or until it is
+    collected as garbage.
     """
 
     def __init__(
@@ -30,6 +33,8 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
         self._runtime = runtime
         self._make_session = make_session
         self._max_tokens = max_tokens
+        self._is_fixed = max_tokens is not None
+        self._is_closed = False
         self._session: InferenceSession | None = None
         self._hypo_ids: torch.Tensor | None = None
 
@@ -52,9 +57,10 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
 
     def reserve(self, max_tokens: int) -> None:
         """Make sure that ``max_tokens`` positions fit; BadRequest when not, for servers fix this at the start."""
-        if self._max_tokens is None:
+        self._check_open()
+        if not self._is_fixed and self._session is None:
             self._max_tokens = max_tokens
-        elif max_tokens > self._max_tokens:
+        elif self._max_tokens is not None and max_tokens > self._max_tokens:
             raise BadRequest(
                 "max_length",
                 max_tokens,
@@ -63,17 +69,25 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
 
     def step(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run ``[B, n, M]`` through the remote blocks; same shape, dtype and device."""
+        self._check_open()
         if self._session is None:
             self._session = self._make_session(self._max_tokens or hidden.shape[1])
+            weakref.finalize(self, self._runtime.start_soon, self._session.close).atexit = False
         hypo_ids = None if self._hypo_ids is None else tuple(self._hypo_ids.tolist())
         output = self._runtime.run(self._session.step(hidden.cpu(), hypo_ids=hypo_ids))
         self._hypo_ids = None
         return output.to(hidden.device)
 
     def close(self) -> None:
-        """End the session; idempotent."""
+        """End the session; idempotent. The end of the client was that of its sessions."""
+        self._is_closed = True
         if self._session is not None:
-            self._runtime.run(self._session.close())
+            with contextlib.suppress(SessionClosed):
+                self._runtime.run(self._session.close())
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionClosed("the session is closed: model.inference_session() makes another")
 
     def __enter__(self) -> RemoteCache:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ _GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers ships no types here
-    """Build it with ``from_pretrained``; ``close`` it, or use it as a context manager.
+    """Build it with ``from_pretrained``; ``close`` it, or use it as a context manager; when collected, it leaves.
 
     ``generate`` works as everywhere in transformers (greedy, sampling, beams, assistants, streamers); it may be
     called from several threads. Calling the model without a cache runs a pass through the swarm, which is
@@ -93,6 +94,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             runtime.stop()
             raise
         model.generation_config = read_generation_config(files, config)
+        weakref.finalize(model, runtime.stop_soon, client.stop).atexit = False
         return model
 
     def close(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,10 +29,13 @@ class ClientRuntime:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="petalsd-client", daemon=True)
         self._is_running = False
+        self._process = os.getpid()
+        self._last: Future[None] | None = None
 
     @property
     def is_running(self) -> bool:
-        return self._is_running
+        """Never in a process that was forked from ours: threads stay behind."""
+        return self._is_running and os.getpid() == self._process
 
     def start(self) -> None:
         """Start the thread."""
@@ -40,21 +45,34 @@ class ClientRuntime:
 
     def run(self, job: Coroutine[Any, Any, T]) -> T:
         """Run ``job`` on the loop and wait for it. An interrupt (Ctrl-C) cancels it first."""
-        if not self._is_running or threading.current_thread() is self._thread:
+        if not self.is_running or threading.current_thread() is self._thread:
             job.close()
-            raise SessionClosed(
-                "the client is not running" if not self._is_running else "called from its own loop"
-            )
+            raise SessionClosed(self._why_not())
         future = asyncio.run_coroutine_threadsafe(job, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            if self._is_running:
+                raise
+            raise SessionClosed("the client was closed meanwhile") from None
         except BaseException:
             future.cancel()
             raise
 
+    def start_soon(self, job: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run ``job()`` on the loop, if that still runs, without waiting. For finalizers: any thread may."""
+        if self.is_running:
+            asyncio.run_coroutine_threadsafe(job(), self._loop)
+
+    def stop_soon(self, job: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """``start_soon``, and then ``stop``."""
+        if self.is_running:
+            self._is_running = False
+            self._last = asyncio.run_coroutine_threadsafe(self._stop_after(job()), self._loop)
+
     def stop(self) -> None:
         """Cancel what runs, end the loop and the thread; idempotent."""
-        if not self._is_running:
+        if not self.is_running:
             return
         self._is_running = False
         asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result(_STOP_TIMEOUT_S)
@@ -70,6 +88,11 @@ class ClientRuntime:
     ) -> None:
         self.stop()
 
+    def _why_not(self) -> str:
+        if os.getpid() != self._process:
+            return "the client belongs to the process that this one was forked from: make one here"
+        return "called from its own loop" if self._is_running else "the client is not running"
+
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
@@ -77,6 +100,13 @@ class ClientRuntime:
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+
+    async def _stop_after(self, job: Coroutine[Any, Any, object]) -> None:
+        try:
+            await job
+        finally:
+            await self._cancel_all()
+            self._loop.stop()
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -196,6 +198,25 @@ def test_hidden_states_after_the_blocks(llama: Llama) -> None:
         actual = llama.model(ids, past_key_values=cache).logits
         expected = llama.reference(ids).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_is_dropped_leaves(tmp_path: Path) -> None:
+    """Its thread and its libp2p daemon end, as in ``close``, and a fork of the process ends neither before."""
+    make_tiny("llama", tmp_path)
+    with in_threads(tmp_path, "0:4") as servers:
+        model = connect(tmp_path, servers)
+        if (child := os.fork()) == 0:
+            model.close()
+            del model
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert model.generate(prompt(1), max_new_tokens=2).shape == (1, 11)
+        thread, daemon = model.runtime._thread, model.client.node._daemon
+        del model
+        gc.collect()
+        thread.join(20)
+        assert not thread.is_alive() and not daemon.is_alive
 
 
 def test_a_client_that_keeps_its_key_keeps_its_peer_id(tmp_path: Path) -> None:

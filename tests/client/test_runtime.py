@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,7 +50,7 @@ async def set_event(event: asyncio.Event) -> None:
 
 
 def test_stop_cancels_what_runs() -> None:
-    """A caller that waits is released, and later calls are refused."""
+    """A caller that waits is told so, and later calls are refused."""
     runtime = ClientRuntime()
     runtime.start()
     started, outcome = threading.Event(), []
@@ -62,14 +63,14 @@ def test_stop_cancels_what_runs() -> None:
         try:
             runtime.run(wait_for_ever())
         except BaseException as error:
-            outcome.append(type(error).__name__)
+            outcome.append(f"{type(error).__name__}: {error}")
 
     caller = threading.Thread(target=call)
     caller.start()
     started.wait(10)
     runtime.stop()
     caller.join(10)
-    assert outcome == ["CancelledError"]
+    assert outcome == ["SessionClosed: session_closed: the client was closed meanwhile"]
     runtime.stop()
     with pytest.raises(SessionClosed):
         runtime.run(answer(1))
@@ -84,6 +85,45 @@ def test_the_loop_does_not_wait_for_itself() -> None:
 
         with pytest.raises(SessionClosed, match="own loop"):
             runtime.run(nested())
+
+
+def test_finalizers_do_not_wait() -> None:
+    """They may run on the loop's own thread: jobs are started, the last of them before the loop ends."""
+    runtime, done = ClientRuntime(), threading.Event()
+    runtime.start()
+
+    async def last() -> None:
+        done.set()
+
+    async def finalize() -> None:
+        runtime.start_soon(fail)
+        runtime.stop_soon(last)
+
+    runtime.run(finalize())
+    assert done.wait(10)
+    runtime._thread.join(10)
+    assert not runtime._thread.is_alive() and not runtime.is_running
+    runtime.start_soon(last)
+    runtime.stop_soon(last)
+
+
+def test_a_forked_process_has_no_loop() -> None:
+    """Its threads stayed behind: a call says so instead of waiting, and nothing there ends the parent's."""
+    with ClientRuntime() as runtime:
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                runtime.run(answer(1))
+            except SessionClosed as error:
+                os.write(writer, str(error).encode())
+            runtime.stop_soon(fail)
+            runtime.stop()
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            assert "make one here" in pipe.read()
+        assert os.waitpid(child, 0)[1] == 0
+        assert runtime.run(answer(7)) == 7
 
 
 def test_clients_of_one_process_may_start_processes_at_the_same_time() -> None:

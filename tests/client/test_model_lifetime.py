@@ -1,0 +1,102 @@
+"""What ends when: sessions, models and what they hold, also when nobody closes them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from petalsd.client.model import RemoteCausalLM
+from petalsd.client.runtime import ClientRuntime
+from petalsd.errors import BadRequest, SessionClosed
+from tests.client.fake_swarm import FakeServer, FakeSwarm, make_span
+from tests.client.test_model import PROMPT, FakeClient, make_config, make_head
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture
+def swarm() -> FakeSwarm:
+    return FakeSwarm(FakeServer(make_span("a", 0, 3)), FakeServer(make_span("b", 3, 6)))
+
+
+@pytest.fixture
+def model(swarm: FakeSwarm) -> Iterator[RemoteCausalLM]:
+    runtime = ClientRuntime()
+    runtime.start()
+    with RemoteCausalLM(make_config(), make_head(), runtime, FakeClient(swarm)) as model:
+        yield model
+
+
+async def nothing() -> None:
+    """Comes behind whatever the loop was asked for before."""
+
+
+def test_a_session_that_is_dropped_ends(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
+    """Servers would hold memory for it for minutes."""
+    cache = model.inference_session(max_tokens=40)
+    model.generate(PROMPT, past_key_values=cache, **GREEDY)
+    assert swarm.open_streams == 2
+    del cache
+    gc.collect()
+    model.runtime.run(nothing())
+    assert swarm.open_streams == 0
+
+
+def test_a_closed_session_does_not_open(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
+    """Used or not, for nobody would close it again; the error says what to do."""
+    unused, used = model.inference_session(max_tokens=40), model.inference_session()
+    model.generate(PROMPT, past_key_values=used, **GREEDY)
+    for cache in (unused, used):
+        cache.close()
+        with pytest.raises(SessionClosed, match=r"model\.inference_session\(\) makes another"):
+            model.generate(torch.cat([PROMPT, PROMPT], dim=1), past_key_values=cache, **GREEDY)
+        with pytest.raises(SessionClosed):
+            model(PROMPT, past_key_values=cache)
+    assert swarm.open_streams == 0
+
+
+def test_a_session_outlives_its_client_without_a_word(model: RemoteCausalLM) -> None:
+    """Its end must not hide why the block around it is left."""
+    with pytest.raises(ValueError, match="mine"), model.inference_session() as cache:
+        model.generate(PROMPT, past_key_values=cache, **GREEDY)
+        model.close()
+        raise ValueError("mine")
+
+
+def test_closing_ends_a_generation(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
+    """It is told why."""
+    begun, errors = threading.Event(), []
+    swarm.servers["b"].hangs_at = 2
+
+    class Starter(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            begun.set()
+
+        def end(self) -> None: ...
+
+    def generate() -> None:
+        try:
+            model.generate(PROMPT, streamer=Starter(), **GREEDY)
+        except SessionClosed as error:
+            errors.append(error.message)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    begun.wait(10)
+    model.close()
+    thread.join(10)
+    assert errors in (["the client was closed meanwhile"], ["the client is not running"])
+
+
+def test_a_length_counts_once_the_session_is_open(model: RemoteCausalLM) -> None:
+    """A generation that failed before leaves the next one its own."""
+    with model.inference_session() as cache:
+        with pytest.raises(BadRequest, match="padding"):
+            model.generate(PROMPT, attention_mask=PROMPT - 1, past_key_values=cache, **GREEDY)
+        assert model.generate(PROMPT, past_key_values=cache, max_new_tokens=9).shape == (1, 14)
