@@ -14,13 +14,21 @@ from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreT
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from petalsd.client.arguments import (
+    check_generation,
+    check_inputs,
+    check_settings,
+    check_text,
+    check_tokens,
+    is_without_cache,
+)
 from petalsd.client.autograd import remote_blocks
 from petalsd.client.cache import RemoteCache
 from petalsd.client.head import LocalHead
 from petalsd.client.options import ClientOptions
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
-from petalsd.errors import BadRequest, WeightsError
+from petalsd.errors import WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.head_weights import HeadWeights, PackedHeadWeights, load_packed_head
@@ -112,12 +120,14 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Without ``past_key_values`` a session is opened for this call and closed after."""
-        text = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        _check_text(text, kwargs.get("past_key_values"))
-        if kwargs.get("past_key_values") is not None or _is_without_cache(*args, **kwargs):
+        given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        configs = given.get("generation_config"), self.generation_config
+        check_text(given)
+        check_settings(given, configs)
+        if kwargs.get("past_key_values") is not None or is_without_cache(given, configs):
             return super().generate(*args, **kwargs)
         with self.inference_session() as cache:
-            return super().generate(*args, past_key_values=cache, **kwargs)
+            return super().generate(*args, **{**kwargs, "past_key_values": cache})
 
     def forward(
         self,
@@ -134,10 +144,9 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         Rows are of equal length: no padding, positions count from the cache's. BadRequest names what the remote
         blocks cannot do.
         """
-        _check_inputs(attention_mask, past_key_values, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise BadRequest("input_ids", input_ids, "exactly one of input_ids and inputs_embeds is needed")
+        check_tokens(input_ids, inputs_embeds)
         embeds = self.head.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        check_inputs(embeds, attention_mask, past_key_values, kwargs)
         hidden = self.head.entering(embeds, 0 if past_key_values is None else past_key_values.position)
         if past_key_values is not None:
             hidden = past_key_values.step(hidden)
@@ -185,47 +194,11 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """transformers' hook between the length of a generation being known and its first step."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
-            _check_guidance(generation_config)
+            check_generation(generation_config, generation_mode, cache)
             cache.reserve(max_cache_length + 1 + _candidate_tokens(generation_config, generation_mode))
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-
-
-def _check_text(text: Any, cache: object) -> None:
-    """transformers counts what is new from the end, and would feed any tokens of a text that ends too early."""
-    if not isinstance(text, torch.Tensor) or not isinstance(cache, RemoteCache):
-        return
-    if text.shape[-1] <= cache.position:
-        rule = f"give the whole text, what the session holds ({cache.position} tokens) and at least one token more"
-        raise BadRequest("input_ids", tuple(text.shape), rule)
-
-
-def _is_without_cache(
-    inputs: object = None, generation_config: GenerationConfig | None = None, **others: Any
-) -> bool:
-    """Whether a call of ``generate`` with these arguments asks for none."""
-    return others.get("use_cache", getattr(generation_config, "use_cache", None)) is False
-
-
-def _check_guidance(generation_config: GenerationConfig) -> None:
-    """transformers runs the model once more for it, over a cache that it expects the model to make."""
-    scale = generation_config.guidance_scale
-    if scale is not None and scale != 1:
-        raise BadRequest("guidance_scale", scale, "it is computed without a session only: use_cache=False")
-
-
-def _check_inputs(attention_mask: torch.Tensor | None, cache: object, others: dict[str, Any]) -> None:
-    """Refuse what would be computed differently from what was asked."""
-    if attention_mask is not None and not bool((attention_mask == 1).all()):
-        raise BadRequest(
-            "attention_mask", tuple(attention_mask.shape), "rows must be of equal length, without padding"
-        )
-    if cache is not None and not isinstance(cache, RemoteCache):
-        raise BadRequest("past_key_values", type(cache).__name__, "use model.inference_session()")
-    for name in ("position_ids", "output_attentions", "output_hidden_states"):
-        if others.get(name) not in (None, False):
-            raise BadRequest(name, others[name], "the remote blocks do not support it")
 
 
 def _candidate_tokens(generation_config: GenerationConfig, mode: GenerationMode) -> int:
