@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from petalsd.client.arguments import (
     check_generation,
@@ -129,6 +130,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         with self.inference_session() as cache:
             return super().generate(*args, **{**kwargs, "past_key_values": cache})
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -141,8 +143,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, n, V]`` for ``input_ids`` ``[B, n]`` or ``inputs_embeds`` ``[B, n, M]``.
 
-        Rows are of equal length: no padding, positions count from the cache's. BadRequest names what the remote
-        blocks cannot do.
+        Rows are of equal length: no padding, positions count from the cache's. The loss takes its settings from
+        ``kwargs``. BadRequest names what the remote blocks cannot do.
         """
         check_tokens(input_ids, inputs_embeds)
         embeds = self.head.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -156,7 +158,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         logits = self.head.logits(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            vocab_size = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     @property

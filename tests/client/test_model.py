@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petalsd.client.cache import RemoteCache
@@ -253,6 +254,24 @@ def test_a_call_without_cache_is_differentiable(model: RemoteCausalLM, local: Lo
     torch.testing.assert_close(result.loss, loss)
     torch.testing.assert_close(embeds.grad, here.grad)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_items_in_batch": 100}, {"shift_labels": PROMPT}, {"ignore_index": 4}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_the_loss(model: RemoteCausalLM, local: LocalModel, settings: dict[str, Any]) -> None:
+    """Trainers that add up several batches count on them."""
+    logits = local(PROMPT).logits
+    expected = ForCausalLMLoss(logits, PROMPT, VOCAB, **settings)
+    torch.testing.assert_close(model(PROMPT, labels=PROMPT, **settings).loss, expected)
+
+
+def test_outputs_as_a_tuple(model: RemoteCausalLM) -> None:
+    """In transformers' order."""
+    loss, logits = model(PROMPT, labels=PROMPT, return_dict=False)
+    assert loss.shape == () and logits.shape == (1, 5, VOCAB)
 
 
 def test_threads_share_a_model(model: RemoteCausalLM, local: LocalModel) -> None:
