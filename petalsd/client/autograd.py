@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from petalsd.client.passes import ForwardTrace, SwarmPasses
 from petalsd.client.runtime import ClientRuntime
@@ -23,12 +24,13 @@ class _RemotePass(torch.autograd.Function):
     ) -> torch.Tensor:
         trace: ForwardTrace = runtime.run(passes.forward(hidden, prompts))
         ctx.runtime, ctx.passes, ctx.pieces = runtime, passes, trace.pieces
-        ctx.save_for_backward(prompts)
+        ctx.save_for_backward(hidden, prompts)  # what is changed in between is noticed
         return trace.output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, torch.Tensor, torch.Tensor | None]:
-        (prompts,) = ctx.saved_tensors
+        _, prompts = ctx.saved_tensors
         trace = ForwardTrace(grads[0], ctx.pieces)
         grad_inputs, grad_prompts = ctx.runtime.run(ctx.passes.backward(trace, grads[0], prompts))
         return None, None, grad_inputs, grad_prompts

@@ -256,6 +256,20 @@ def test_a_call_without_cache_is_differentiable(model: RemoteCausalLM, local: Lo
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_gradients_that_would_be_wrong_are_refused(model: RemoteCausalLM) -> None:
+    """As by torch's own operations: the servers are sent the inputs once more for them."""
+    leaf = model.get_input_embeddings()(PROMPT).clone().requires_grad_()
+    embeds = leaf * 1.0
+    loss = model(inputs_embeds=embeds, labels=PROMPT).loss
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+    with torch.no_grad():
+        embeds.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"num_items_in_batch": 100}, {"shift_labels": PROMPT}, {"ignore_index": 4}],
