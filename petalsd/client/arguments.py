@@ -10,9 +10,33 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from petalsd.client.cache import RemoteCache
+from petalsd.config_addresses import check_maddr
 from petalsd.errors import BadRequest
 
 _NOT_REMOTE = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+def check_peers(initial_peers: Sequence[str]) -> None:
+    """Addresses of peers, one at least: alone a client would wait for servers in vain."""
+    if isinstance(initial_peers, str) or not initial_peers:
+        raise BadRequest(
+            "initial_peers", initial_peers, "a list of multiaddrs of members of the swarm is needed"
+        )
+    for peer in initial_peers:
+        try:
+            check_maddr(peer, needs_peer=True)
+        except ValueError as error:
+            raise BadRequest("initial_peers", peer, str(error)) from error
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """As in transformers; None for ``auto``."""
+    if dtype is None or dtype == "auto":
+        return None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise BadRequest("dtype", dtype, 'a floating-point dtype of torch, its name, or "auto" is needed')
+    return named
 
 
 def setting(name: str, given: Mapping[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:

@@ -18,10 +18,12 @@ from transformers.utils.generic import can_return_tuple
 from petalsd.client.arguments import (
     check_generation,
     check_inputs,
+    check_peers,
     check_settings,
     check_text,
     check_tokens,
     is_without_cache,
+    named_dtype,
 )
 from petalsd.client.autograd import remote_blocks
 from petalsd.client.cache import RemoteCache
@@ -29,7 +31,7 @@ from petalsd.client.head import LocalHead
 from petalsd.client.options import ClientOptions
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
-from petalsd.errors import WeightsError
+from petalsd.errors import BadRequest, WeightsError
 from petalsd.models.architecture import Architecture
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.head_weights import HeadWeights, PackedHeadWeights, load_packed_head
@@ -74,7 +76,7 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         *,
         initial_peers: Sequence[str],
         dht_prefix: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         options: ClientOptions | None = None,
     ) -> RemoteCausalLM:
         """Load the local parts of a model and join the swarm that serves its blocks.
@@ -82,27 +84,29 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         source         directory or Hub repository; a ModelSource for a revision, a token or offline work
         initial_peers  multiaddrs of members of the swarm
         dht_prefix     what its servers were started with, if not derived from the name
-        dtype          of the local parts; None: the checkpoint's
+        dtype          of the local parts, or its name; None and "auto": the checkpoint's
 
-        Raises WeightsError, ModelError, or SwarmError when no peer answers.
+        Raises BadRequest, WeightsError, ModelError, or SwarmError when no peer answers.
         """
+        check_peers(initial_peers)
         files = source if isinstance(source, ModelSource) else ModelSource(str(source))
         raw = files.config()
         architecture = Architecture.read(raw)
         blocks, rule = architecture.config, architecture.head_rule()
         prefix = derive_prefix(blocks.model_type, files.source, files.is_directory, dht_prefix)
-        head = load_packed_head(files, blocks, rule, dtype or blocks.dtype or torch.float32)
+        head = load_packed_head(files, blocks, rule, named_dtype(dtype) or blocks.dtype or torch.float32)
         config = CONFIG_MAPPING[blocks.model_type].from_dict(dict(text_part(raw)))
+        settings = read_generation_config(files, config)
         client = SwarmClient(prefix, blocks.num_blocks, initial_peers, options, _whole_from(blocks))
         runtime = ClientRuntime()
+        model = cls(config, head, runtime, client, rule)
+        model.generation_config = settings
         runtime.start()
         try:
             runtime.run(client.start())
-            model = cls(config, head, runtime, client, rule)
         except BaseException:
             runtime.stop()
             raise
-        model.generation_config = read_generation_config(files, config)
         weakref.finalize(model, runtime.stop_soon, client.stop).atexit = False
         return model
 
@@ -117,6 +121,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
         ``max_tokens`` is what its rows may reach, prompts included; None: what the first ``generate`` needs.
         """
+        if max_tokens is not None and max_tokens < 1:
+            raise BadRequest("max_tokens", max_tokens, "a session has room for one token or more")
         return RemoteCache(self.runtime, self.client.session, max_tokens)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,10 +224,17 @@ def _whole_from(config: ModelConfig) -> int | None:
 
 
 def read_generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
-    """The checkpoint's, but for what it says of the cache: that means memory here, and ours is the servers'."""
-    try:
-        settings = GenerationConfig.from_dict(source.read_json(_GENERATION_CONFIG_FILE))
-    except WeightsError:  # most models have one, none needs it
+    """The checkpoint's, but for what it says of the cache: that means memory here, and ours is the servers'.
+
+    Raises WeightsError for one that cannot be used; a model needs none.
+    """
+    cache = {"use_cache": True, "cache_implementation": None}
+    if not source.has(_GENERATION_CONFIG_FILE):
         settings = GenerationConfig.from_model_config(config)
-    settings.use_cache, settings.cache_implementation = True, None
-    return settings
+        settings.update(**cache)
+        return settings
+    try:
+        return GenerationConfig.from_dict(source.read_json(_GENERATION_CONFIG_FILE) | cache)
+    except (TypeError, ValueError) as error:
+        text = f"{_GENERATION_CONFIG_FILE} of {source.name} cannot be used: {error}"
+        raise WeightsError(text) from error

@@ -69,6 +69,10 @@ class ModelSource:
         """``config.json``, parsed; code that a repository brings is never run. Raises WeightsError."""
         return self.read_json(CONFIG_FILE)
 
+    def has(self, file: str) -> bool:
+        """Whether there is a file of this name. Raises WeightsError."""
+        return file in self._files.list_files()
+
     def index(self) -> dict[str, str]:
         """Tensor name to file name, read once. Raises WeightsError, also for a model without safetensors.
 

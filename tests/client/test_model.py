@@ -23,12 +23,13 @@ from petalsd.client.passes import SwarmPasses
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.session import InferenceSession
 from petalsd.client.span_session import StreamTerms
-from petalsd.errors import BadRequest
+from petalsd.errors import BadRequest, WeightsError
 from petalsd.models.head_weights import HeadVectors, HeadWeights
 from petalsd.models.source import ModelSource
 from petalsd.ops.norm import rms_norm
 from petalsd.types import BlockSpan
 from tests.client.fake_swarm import HIDDEN, FakeServer, FakeSwarm, dies_at, make_span, run_blocks
+from tests.tiny_models import make_tiny
 
 BLOCKS = BlockSpan(0, 6)
 VOCAB = 40
@@ -231,6 +232,16 @@ def test_what_a_checkpoint_says_of_a_cache_is_not_meant_for_servers(tmp_path: Pa
     settings = read_generation_config(source, config)
     assert (settings.use_cache, settings.cache_implementation) == (True, None)
     assert settings.eos_token_id == [7, 9]
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": 7', "[]", '{"watermarking_config": {"x": 1}}'])
+def test_a_damaged_generation_config_is_not_passed_over(tmp_path: Path, text: str) -> None:
+    """Without it texts would end elsewhere, or never. It is told before the swarm is joined."""
+    make_tiny("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ8GupPYnpoYmfvs2wbo1hc8w3WN8DEtgu1we2H79dAtE"
+    with pytest.raises(WeightsError, match=r"generation_config\.json"):
+        RemoteCausalLM.from_pretrained(tmp_path, initial_peers=[nobody], dht_prefix="tiny")
 
 
 def test_guidance_is_for_calls_without_a_session(model: RemoteCausalLM, local: LocalModel) -> None:

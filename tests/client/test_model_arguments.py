@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from petalsd.client.arguments import named_dtype
 from petalsd.client.model import RemoteCausalLM
 from petalsd.client.runtime import ClientRuntime
 from petalsd.errors import BadRequest
@@ -160,3 +161,26 @@ def test_a_session_gives_no_gradients(model: RemoteCausalLM) -> None:
             model(inputs_embeds=embeds, past_key_values=cache)
         with torch.no_grad():
             assert model(inputs_embeds=embeds, past_key_values=cache).logits.shape == (1, 5, 40)
+
+
+@pytest.mark.parametrize("peers", [[], "/ip4/1.2.3.4/tcp/1/p2p/Qm", ["1.2.3.4"], ["/ip4/1.2.3.4/tcp/1"]])
+def test_a_client_needs_addresses_of_peers(peers: Any) -> None:
+    """Without any it would wait for servers in vain."""
+    with pytest.raises(BadRequest, match="initial_peers = "):
+        RemoteCausalLM.from_pretrained("/nowhere", initial_peers=peers)
+
+
+def test_dtypes_by_name() -> None:
+    """As in transformers."""
+    assert named_dtype("bfloat16") is named_dtype(torch.bfloat16) is torch.bfloat16
+    assert named_dtype("auto") is named_dtype(None) is None
+    for dtype in ("bf16", "int8", torch.int8, "nn"):
+        with pytest.raises(BadRequest, match="dtype = "):
+            named_dtype(dtype)
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_a_session_has_room_for_something(model: RemoteCausalLM, tokens: int) -> None:
+    """Zero is not taken for unset."""
+    with pytest.raises(BadRequest, match=f"max_tokens = {tokens}"):
+        model.inference_session(tokens)
