@@ -111,8 +111,16 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
         self._hypo_ids = beam_idx if self._hypo_ids is None else self._hypo_ids[beam_idx]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens (transformers passes them negative)."""
-        self.position = self.position - abs(tokens_to_remove)
+        """Forget the last ``-tokens_to_remove`` tokens, or all; transformers passes them negative."""
+        if tokens_to_remove > 0:
+            raise BadRequest("crop", tokens_to_remove, "a negative number, of tokens to remove, is needed")
+        self.position = max(self.position + tokens_to_remove, 0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise BadRequest("batch_repeat_interleave", repeats, "the rows of a session stay as many as they are")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise BadRequest("batch_select_indices", tuple(indices.shape), "only reorder_cache moves rows")
 
     def reset(self) -> None:
         self.position = 0

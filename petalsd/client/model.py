@@ -178,6 +178,14 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """Of the local parts."""
         return self.head.anchor.dtype
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not for a part of a model: what came out would load as one with random blocks."""
+        raise NotImplementedError("only a part of the model is here: copy what it was loaded from")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: transformers' own engine computes over a cache of its own."""
+        raise NotImplementedError("servers batch what comes at once: call generate, from several threads")
+
     def get_input_embeddings(self) -> nn.Module:
         return self.head.embed_tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,3 +185,30 @@ def test_a_session_has_room_for_something(model: RemoteCausalLM, tokens: int) ->
     """Zero is not taken for unset."""
     with pytest.raises(BadRequest, match=f"max_tokens = {tokens}"):
         model.inference_session(tokens)
+
+
+def test_rows_of_a_session_stay(model: RemoteCausalLM) -> None:
+    """What transformers does with rows of its own caches would do nothing here; more than all may be forgotten."""
+    with model.inference_session(max_tokens=20) as cache:
+        with torch.no_grad():
+            model(torch.cat([PROMPT, PROMPT + 1]), past_key_values=cache)
+        for change in (
+            lambda: cache.batch_repeat_interleave(2),
+            lambda: cache.batch_select_indices(torch.tensor([1, 0])),
+            lambda: cache.crop(3),
+        ):
+            with pytest.raises(BadRequest):
+                change()
+        cache.crop(-2)
+        assert cache.position == 3
+        cache.crop(-9)
+        assert cache.position == 0
+
+
+def test_what_needs_the_whole_model_is_refused(model: RemoteCausalLM, tmp_path: Path) -> None:
+    """A checkpoint of one norm, or an engine over a cache that nobody fills, is of no use."""
+    with pytest.raises(NotImplementedError, match="copy what it was loaded from"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(NotImplementedError, match="call generate"):
+        model.generate_batch([[1, 2]])
+    assert not (tmp_path / "saved").exists()
