@@ -29,6 +29,9 @@ _PERMANENT = re.compile(
     r"|adapter \S+ not found"
 )
 
+# What time does not mend at the server that says so, though another may have more memory.
+_TOO_SMALL = re.compile(r"\bout_of_pages: .* needs more than all \d+ pages")
+
 # What a call through the swarm may fail with and another server may mend.
 REMOTE_ERRORS = (SwarmError, DeadlineExceeded)
 
@@ -41,13 +44,15 @@ def is_permanent(error: Exception) -> bool:
 class RetryBudget:
     """The failures of one call: says how long to wait before the next attempt, or raises the error.
 
-    Missing blocks are not a server's failure: they are waited for until the deadline, however often.
+    Missing blocks are not a server's failure: they are waited for until the deadline, however often. A call that
+    comes back to a server that is too small for it, after no others than such, finds no larger one.
     """
 
     def __init__(self, options: ClientOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._options = options
         self._clock = clock
         self._failures = 0
+        self._too_small: list[str] = []
         self._waits = 0
         self._deadline: float | None = None
 
@@ -67,9 +72,16 @@ class RetryBudget:
             self._failures += 1
             delay_s = 0.0 if self._failures == 1 else self._backoff(self._failures - 1)
         spent = self._failures > self._options.max_failures or now + delay_s >= self._deadline
-        if spent or is_permanent(error):
+        if spent or is_permanent(error) or self._finds_none_larger(error):
             raise error
         return delay_s
+
+    def _finds_none_larger(self, error: Exception) -> bool:
+        if not isinstance(error, RemoteFailure) or not _TOO_SMALL.search(error.message):
+            return False
+        self._too_small.append(error.peer)
+        is_again = self._too_small.count(error.peer) > 1
+        return is_again and len(self._too_small) == self._failures
 
     def _backoff(self, attempt: int) -> float:
         return min(self._options.min_backoff_s * 2.0 ** (attempt - 1), self._options.max_backoff_s)

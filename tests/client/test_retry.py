@@ -95,6 +95,20 @@ def test_a_permanent_error_is_raised_at_once() -> None:
         RetryBudget(OPTIONS, Clock()).next_delay(RemoteError("peer", "bad_request: hidden = 1: no"))
 
 
+def test_servers_that_are_too_small_are_asked_once() -> None:
+    """Routes come back to one when no other is left. What failed for another reason may serve the call later."""
+    text = "out_of_pages: the session (1 row(s) of 9 tokens) needs more than all 4 pages in memory (ask for less)"
+    first, second = RemoteError("a", text), RemoteError("b", text)
+    budget = RetryBudget(OPTIONS, Clock())
+    budget.next_delay(first)
+    budget.next_delay(second)
+    with pytest.raises(RemoteError, match="needs more than all 4 pages"):
+        budget.next_delay(first)
+    budget = RetryBudget(OPTIONS, Clock())
+    for error in (first, RemoteError("b", "out_of_pages: 3 pages free"), first, first):
+        budget.next_delay(error)
+
+
 def test_missing_blocks_are_told_once() -> None:
     """Somebody waits minutes for them, perhaps because of a name that is wrong: the log says how long it may take,
     of which a failure before has used some.
