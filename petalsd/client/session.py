@@ -98,20 +98,27 @@ class InferenceSession:
                 hypo_ids = None
             try:
                 output = await self._advance(hidden.detach(), prompts, hypo_ids)
-            except BaseException:
+            except BaseException as error:
+                was_closed = self._is_closed
                 for link in self._links:
                     link.forget()
-                if hypo_ids is not None:  # some rows have changed places already, others have not
+                if (
+                    was_closed or hypo_ids is not None
+                ):  # some rows have changed places already, others have not
                     await self.close()
+                    self._links = []
+                if was_closed and isinstance(error, Exception):
+                    raise SessionClosed("the session was closed meanwhile") from None
                 raise
             self._position += hidden.shape[1]
             return output.to(hidden.dtype)
 
     async def close(self) -> None:
-        """End the streams; idempotent."""
+        """End the streams; idempotent. A step that is under way fails, and ends what it has opened since."""
         self._is_closed = True
-        links, self._links = self._links, []
-        await asyncio.gather(*(link.close() for link in links))
+        await asyncio.gather(*(link.close() for link in self._links))
+        if not self._turn.locked():
+            self._links = []
 
     async def __aenter__(self) -> InferenceSession:
         return self
@@ -135,6 +142,7 @@ class InferenceSession:
             self._links[index].history.append(flow)
             flow = await self._pass_through(index, budget, hypo_ids)
             index += 1
+        self._check_open()
         return flow
 
     def _note_inputs(self, prompts: torch.Tensor | None, hypo_ids: tuple[int, ...] | None) -> None:
@@ -163,6 +171,7 @@ class InferenceSession:
     ) -> torch.Tensor:
         """Feed the link at ``index``, or whatever replaces it; returns what the next link has not seen yet."""
         while True:
+            self._check_open()
             link = self._links[index]
             is_last = index + 1 == len(self._links)
             keep_from = self._position if is_last else self._links[index + 1].history.length
@@ -170,6 +179,7 @@ class InferenceSession:
             try:
                 output = await link.feed(self._prompts, self._steps, keep_from, hypo_ids, relay)
             except REMOTE_ERRORS as error:
+                self._check_open()
                 if await link.follow():
                     continue
                 for peer in link.suspects:
@@ -198,11 +208,14 @@ class InferenceSession:
             else:
                 return [ChainLink(hop, self._connector, self._terms) for hop in hops]
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionClosed("the session is closed")
+
     def _check(
         self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: tuple[int, ...] | None
     ) -> None:
-        if self._is_closed:
-            raise SessionClosed("the session is closed")
+        self._check_open()
         shape = tuple(hidden.shape)
         if hidden.ndim != 3 or shape[0] < 1 or (self._batch is not None and shape[0] != self._batch):
             rows = self._batch or "B"
