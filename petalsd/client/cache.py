@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -37,6 +38,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
         self._is_closed = False
         self._session: InferenceSession | None = None
         self._hypo_ids: torch.Tensor | None = None
+        self._user = threading.RLock()
 
     @property
     def position(self) -> int:
@@ -54,6 +56,16 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
     def session(self) -> InferenceSession | None:
         """The session below; None before the first step."""
         return self._session
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For one generation: another thread's would continue this one's text. BadRequest when there is one."""
+        if not self._user.acquire(blocking=False):
+            raise BadRequest("past_key_values", "a session", "another thread is generating with it")
+        try:
+            yield
+        finally:
+            self._user.release()
 
     def reserve(self, max_tokens: int) -> None:
         """Make sure that ``max_tokens`` positions fit; BadRequest when not, for servers fix this at the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,10 +130,12 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """As in transformers. Without ``past_key_values`` a session is opened for this call and closed after."""
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
         configs = given.get("generation_config"), self.generation_config
-        check_text(given)
         check_settings(given, configs)
-        if kwargs.get("past_key_values") is not None or is_without_cache(given, configs):
-            return super().generate(*args, **kwargs)
+        check_text(given)
+        cache = kwargs.get("past_key_values")
+        if cache is not None or is_without_cache(given, configs):
+            with cache.in_use() if isinstance(cache, RemoteCache) else contextlib.nullcontext():
+                return super().generate(*args, **kwargs)
         with self.inference_session() as cache:
             return super().generate(*args, **{**kwargs, "past_key_values": cache})
 

@@ -17,6 +17,7 @@ from petalsd.errors import BadRequest, SessionClosed
 from tests.client.fake_swarm import FakeServer, FakeSwarm, make_span
 from tests.client.test_model import PROMPT, FakeClient, make_config, make_head
 
+LONG = PROMPT.repeat(1, 4)
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 
@@ -92,6 +93,31 @@ def test_closing_ends_a_generation(model: RemoteCausalLM, swarm: FakeSwarm) -> N
     model.close()
     thread.join(10)
     assert errors in (["the client was closed meanwhile"], ["the client is not running"])
+
+
+def test_one_thread_at_a_time_generates_with_a_session(model: RemoteCausalLM) -> None:
+    """Each would continue the other's text."""
+    errors = []
+
+    class Meddler(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            thread = threading.Thread(target=meddle)
+            thread.start()
+            thread.join(10)
+
+        def end(self) -> None: ...
+
+    def meddle() -> None:
+        try:
+            model.generate(LONG, past_key_values=cache, **GREEDY)
+        except BadRequest as error:
+            errors.append(error.message)
+
+    with model.inference_session(max_tokens=40) as cache:
+        output = model.generate(PROMPT, past_key_values=cache, streamer=Meddler(), **GREEDY)
+        assert output.tolist() == model.generate(PROMPT, **GREEDY).tolist()
+        assert model.generate(LONG, past_key_values=cache, **GREEDY).shape == (1, 24)
+    assert len(errors) == 5 and all("another thread is generating with it" in error for error in errors)
 
 
 def test_a_length_counts_once_the_session_is_open(model: RemoteCausalLM) -> None:
