@@ -87,7 +87,8 @@ def read_hf_config(model_type: str, raw: Mapping[str, Any], quantized: Collectio
 
     quantized  values of ``quant_method`` that are read
 
-    UnsupportedModel for another quantized checkpoint; ModelError when the content makes no sense.
+    UnsupportedModel for another quantized checkpoint, or attention that is not causal; ModelError when the content
+    makes no sense.
     """
     _refuse_quantized(raw, quantized)
     _check_finite(raw)
@@ -105,12 +106,21 @@ def read_hf_config(model_type: str, raw: Mapping[str, Any], quantized: Collectio
         raise ModelError(
             f"config.json is not a valid {model_type} configuration: {_one_line(error)}"
         ) from error
+    if not getattr(hf, "is_causal", True):  # masks of every family heed it
+        raise sees_ahead("is_causal", hf.is_causal)
     for key, value in vars(hf).items():
         if "experts" in key:
             _check_limit(key, value, _MAX_EXPERTS)
         elif key.endswith("_size"):
             _check_limit(key, value, _MAX_SIZE)
     return hf
+
+
+def sees_ahead(key: str, value: object) -> UnsupportedModel:
+    """For a key of ``config.json`` that lets tokens see those after them."""
+    return UnsupportedModel(
+        f"{key} = {shortened(value)}: tokens that see those after them have no cache, and generate nothing"
+    )
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -124,6 +124,10 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
             )
             for family in ("gemma", "gemma2", "gemma3_text")
         ),
+        *(
+            ({**GEMMA, "model_type": family, "is_causal": False}, "is_causal = False")
+            for family in ("gemma", "mixtral", "qwen2")
+        ),
         ({**GEMMA, "model_type": "olmo3", "layer_types": ["linear_attention"] * 2}, "linear_attention"),
     ],
 )

@@ -15,6 +15,7 @@ from petalsd.models.hf.family import ExpertNames, Family, same_kind
 from petalsd.models.hf.fp8 import FP8
 from petalsd.models.hf.gpt_oss import MXFP4, GptOssExpertNames
 from petalsd.models.hf.linear_biases import bloom_arguments, falcon_arguments
+from petalsd.models.model_config import sees_ahead
 
 _OPT_PREFIXES = ("model.decoder.layers.", "decoder.layers.")
 _NEOX_PREFIXES = ("gpt_neox.layers.", "layers.")
@@ -90,10 +91,7 @@ def _ungrouped(hf: Any) -> Mapping[str, Any]:
 
 def _gemma_facts(hf: Any) -> Mapping[str, Any]:
     if hf.use_bidirectional_attention:
-        raise UnsupportedModel(
-            f"use_bidirectional_attention = {hf.use_bidirectional_attention}: tokens that see those after them "
-            "have no cache, and generate nothing"
-        )
+        raise sees_ahead("use_bidirectional_attention", hf.use_bidirectional_attention)
     return {}
 
 
