@@ -26,6 +26,7 @@ from tests.tiny_models import LAYER_VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
 GEMMA: dict[str, Any] = {"model_type": "gemma", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
+MSCALES: dict[str, Any] = {"short_mscale": 1.2, "long_mscale": 1.5, "original_max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS)
@@ -129,6 +130,10 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
             for family in ("gemma", "mixtral", "qwen2")
         ),
         ({**GEMMA, "model_type": "olmo3", "layer_types": ["linear_attention"] * 2}, "linear_attention"),
+        (
+            {**GEMMA, "model_type": "phimoe", "rope_scaling": {"type": "linear", "factor": 2.0, **MSCALES}},
+            "rope_parameters.rope_type = 'linear'",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_with_the_reason(raw: dict[str, Any], named: str) -> None:

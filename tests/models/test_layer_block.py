@@ -20,7 +20,7 @@ from tests.numeric import assert_close
 from tests.paged_rows import PagedRows
 from tests.reference_layers import through_layers
 from tests.tiny_models import FAMILIES as FUSED
-from tests.tiny_models import LAYER_VARIANTS, make_tiny
+from tests.tiny_models import LAYER_VARIANTS, ROPE_VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 50
@@ -28,8 +28,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **LAYER_VARIANTS,
     **{family: (family, {}) for family in FUSED},
     "llama-dynamic": ("llama", {"rope": "dynamic", "max_position_embeddings": 32}),
+    "phimoe-longrope": (
+        "phimoe",
+        {
+            **LAYER_VARIANTS["phimoe"][1],
+            "rope": None,
+            "rope_parameters": {
+                "rope_theta": 10000.0,
+                **ROPE_VARIANTS["longrope"],
+                "short_mscale": 1.2,
+                "long_mscale": 1.5,
+            },
+        },
+    ),
 }
-LENGTH_DEPENDENT = ("phi3-longrope", "llama-dynamic")
+LENGTH_DEPENDENT = ("phi3-longrope", "llama-dynamic", "phimoe-longrope")
 CASES = [(variant, rung) for variant in sorted(VARIANTS) for rung in (Rung.PACKED, Rung.PLAIN)]
 
 

@@ -103,6 +103,16 @@ def _hunyuan_facts(hf: Any) -> Mapping[str, Any]:
     return {"rope": rope}
 
 
+def _phimoe_facts(hf: Any) -> Mapping[str, Any]:
+    # transformers scales its angles by the length of the row, whatever their type; published models have longrope.
+    rope_type = hf.rope_parameters["rope_type"]
+    if rope_type not in ("default", "longrope"):
+        raise UnsupportedModel(
+            f"rope_parameters.rope_type = {rope_type!r}: default or longrope in this family"
+        )
+    return {}
+
+
 def _bloom_facts(hf: Any) -> Mapping[str, Any]:
     # Linear biases have no end; this is the length that the models were trained with.
     return {**_ungrouped(hf), "max_positions": getattr(hf, "seq_length", None) or 2048}
@@ -225,7 +235,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "phi": _usual("phi", "Phi", heads.phi_head, windows=_no_windows),
         "phi3": _usual("phi3", "Phi3", windows=_one_window),
         "phimoe": _usual(
-            "phimoe", "Phimoe", heads.phimoe_head, windows=_one_window,
+            "phimoe", "Phimoe", heads.phimoe_head, windows=_one_window, facts=_phimoe_facts,
             renames={"mlp.router.": "block_sparse_moe.gate."},
             experts=ExpertNames(
                 in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2", router="mlp.router"
