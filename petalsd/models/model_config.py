@@ -166,13 +166,18 @@ def common_facts(hf: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def windows_by_layer(hf: Any) -> tuple[int | None, ...]:
-    """Each block's window by ``layer_types``; UnsupportedModel for layers that are no softmax attention."""
+    """Each block's window by ``layer_types``.
+
+    UnsupportedModel for layers that are no softmax attention, ModelError for sliding ones without a window.
+    """
     layer_types = list(hf.layer_types)
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown or len(layer_types) != hf.num_hidden_layers:
         raise UnsupportedModel(
             f"layer_types = {shortened(layer_types)}: one full_attention or sliding_attention per block"
         )
+    if hf.sliding_window is None and "sliding_attention" in layer_types:
+        raise ModelError("layer_types in config.json has sliding_attention, but sliding_window has no value")
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in layer_types)
 
 

@@ -151,6 +151,7 @@ def test_what_is_not_served_is_refused_with_the_reason(raw: dict[str, Any], name
         ({"dtype": []}, "gemma configuration"),
         ({"num_hidden_layers": 0}, "num_blocks = 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"model_type": "gemma2", "sliding_window": None}, "sliding_window has no value"),
     ],
 )
 def test_nonsense_is_refused(change: dict[str, Any], named: str) -> None:

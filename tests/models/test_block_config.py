@@ -114,6 +114,10 @@ def test_what_is_not_computed_here_is_refused(change: dict[str, Any], named: str
         ({"head_dim": 15}, "head_dim"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters"),
         ({"model_type": "mistral", "sliding_window": -1}, "sliding_window = -1"),
+        (
+            {"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "sliding_window has no value",
+        ),
     ],
 )
 def test_nonsense_is_refused(change: dict[str, Any], named: str) -> None:
