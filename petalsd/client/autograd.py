@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from petalsd.client.history import check_prompts
 from petalsd.client.passes import ForwardTrace, SwarmPasses
 from petalsd.client.runtime import ClientRuntime
 
@@ -42,7 +43,10 @@ def remote_blocks(
     """All remote blocks over ``hidden`` ``[B, n, M]``, causal from position 0; differentiable.
 
     ``prompts`` ``[num_blocks, B or 1, prefix, M]`` are added to the first positions of each block's input, and get
-    gradients too.
+    gradients too. BadRequest for others.
     """
+    if prompts is not None:
+        check_prompts(prompts, hidden, len(passes.blocks))
+        prompts = prompts if prompts.numel() else None  # on the wire that says the same
     output: torch.Tensor = _RemotePass.apply(runtime, passes, hidden, prompts)  # type: ignore[no-untyped-call]
     return output

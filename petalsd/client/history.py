@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from petalsd.errors import BadRequest
 from petalsd.types import BlockSpan
 
 _FIRST_CAPACITY_TOKENS = 64
@@ -156,3 +157,13 @@ class StepLog:
     def _step_end(self, start: int, end: int) -> int:
         following = bisect_right(self._starts, start)
         return self._starts[following] if following < len(self._starts) else end
+
+
+def check_prompts(prompts: torch.Tensor, hidden: torch.Tensor, num_blocks: int) -> None:
+    """BadRequest unless ``prompts`` fit a step or pass over ``hidden`` ``[B, n, M]``."""
+    batch, tokens, hidden_size = hidden.shape
+    shape = tuple(prompts.shape)
+    fits = len(shape) == 4 and shape[0] == num_blocks and shape[1] in (1, batch) and shape[3] == hidden_size
+    if not fits or shape[2] > tokens:
+        rule = f"prompts are [{num_blocks}, {batch} or 1, at most {tokens}, {hidden_size}]"
+        raise BadRequest("prompts", shape, rule)

@@ -11,7 +11,7 @@ import torch
 
 from petalsd.client.chain import ChainLink
 from petalsd.client.connection import Connector
-from petalsd.client.history import PromptHistory, StepLog
+from petalsd.client.history import PromptHistory, StepLog, check_prompts
 from petalsd.client.relay import RelayPlan
 from petalsd.client.retry import REMOTE_ERRORS, RetryBudget
 from petalsd.client.routing import Hop
@@ -224,17 +224,8 @@ class InferenceSession:
             rule = f"position {self._position} + {shape[1]} exceeds the session's {self.max_tokens} tokens"
             raise BadRequest("hidden", shape, rule)
         if prompts is not None:
-            _check_prompts(prompts, hidden, len(self.blocks))
+            check_prompts(prompts, hidden, len(self.blocks))
         if hypo_ids is not None and not (
             len(hypo_ids) == shape[0] and all(0 <= row < shape[0] for row in hypo_ids)
         ):
             raise BadRequest("hypo_ids", hypo_ids, f"{shape[0]} row numbers below {shape[0]} are needed")
-
-
-def _check_prompts(prompts: torch.Tensor, hidden: torch.Tensor, num_blocks: int) -> None:
-    batch, tokens, hidden_size = hidden.shape
-    shape = tuple(prompts.shape)
-    fits = len(shape) == 4 and shape[0] == num_blocks and shape[1] in (1, batch) and shape[3] == hidden_size
-    if not fits or shape[2] > tokens:
-        rule = f"prompts are [{num_blocks}, {batch} or 1, at most {tokens}, {hidden_size}]"
-        raise BadRequest("prompts", shape, rule)

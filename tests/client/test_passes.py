@@ -9,7 +9,7 @@ from petalsd.client.autograd import remote_blocks
 from petalsd.client.options import ClientOptions
 from petalsd.client.passes import SwarmPasses
 from petalsd.client.runtime import ClientRuntime
-from petalsd.errors import RemoteFailure
+from petalsd.errors import BadRequest, RemoteFailure
 from petalsd.types import BlockSpan
 from tests.client.fake_swarm import (
     HIDDEN,
@@ -130,3 +130,29 @@ def test_remote_blocks_are_differentiable(inputs: dict[str, torch.Tensor]) -> No
     expected = expected_gradients(inputs["hidden"], inputs["grad"], inputs["shared"])
     assert_same(hidden.grad, expected[0])
     assert_same(prompts.grad, expected[1])
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 5, 2, 8), (7, 5, 2, 8), (6, 4, 2, 8), (6, 5, 5, 8), (6, 5, 2, 4), (5, 2, 8)]
+)
+def test_prompts_that_do_not_fit_are_refused(inputs: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+    """Before a server is asked, and avoided for its answer; one block too many would be dropped."""
+    swarm = FakeSwarm(*two_halves())
+    with (
+        ClientRuntime() as runtime,
+        pytest.raises(BadRequest, match=r"prompts are \[6, 5 or 1, at most 4, 8\]"),
+    ):
+        remote_blocks(runtime, make_passes(swarm), inputs["hidden"], torch.zeros(shape))
+    assert not swarm.servers["a"].passes
+
+
+def test_prompts_of_no_length(inputs: dict[str, torch.Tensor]) -> None:
+    """They add nothing; a server has no gradient for them, which was waited for."""
+    hidden, prompts = (
+        inputs["hidden"].clone().requires_grad_(),
+        torch.zeros(6, 5, 0, HIDDEN, requires_grad=True),
+    )
+    with ClientRuntime() as runtime:
+        passes = make_passes(FakeSwarm(*two_halves()))
+        remote_blocks(runtime, passes, hidden, prompts).backward(inputs["grad"])
+    assert_same(hidden.grad, expected_gradients(inputs["hidden"], inputs["grad"], None)[0])
