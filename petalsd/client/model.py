@@ -105,8 +105,8 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         runtime.start()
         try:
             runtime.run(client.start())
-        except BaseException:
-            runtime.stop()
+        except BaseException:  # Ctrl-C may come when it is done
+            model.close()
             raise
         weakref.finalize(model, runtime.stop_soon, client.stop).atexit = False
         return model

@@ -109,7 +109,10 @@ class ClientRuntime:
             self._loop.stop()
 
     async def _cancel_all(self) -> None:
+        """First what was interrupted ends, for which it may need the others."""
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        if interrupted := [task for task in tasks if task.cancelling()]:
+            await asyncio.wait(interrupted, timeout=_STOP_TIMEOUT_S / 2)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,8 +6,9 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 from petalsd.client.model import RemoteCausalLM
 from petalsd.client.options import ClientOptions
+from petalsd.client.runtime import ClientRuntime
+from petalsd.client.swarm_client import SwarmClient
 from petalsd.swarm.identity import ensure_identity
 from tests.client.live_server import PREFIX, LiveServer, in_threads
 from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
@@ -198,6 +201,32 @@ def test_hidden_states_after_the_blocks(llama: Llama) -> None:
         actual = llama.model(ids, past_key_values=cache).logits
         expected = llama.reference(ids).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupt_at_the_end_of_joining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun until then ends, the libp2p daemon included."""
+    make_tiny("llama", tmp_path)
+    run, runtimes, clients = ClientRuntime.run, [], []
+
+    def interrupted(self: ClientRuntime, job: Coroutine[Any, Any, Any]) -> None:
+        run(self, job)
+        if self not in runtimes:
+            runtimes.append(self)
+            raise KeyboardInterrupt
+
+    class NotedClient(SwarmClient):
+        async def start(self) -> None:
+            clients.append(self)
+            await super().start()
+
+    with in_threads(tmp_path, "0:4") as servers:
+        monkeypatch.setattr("petalsd.client.model.SwarmClient", NotedClient)
+        monkeypatch.setattr(ClientRuntime, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            connect(tmp_path, servers)
+        monkeypatch.undo()
+    assert not runtimes[0].is_running and not clients[0].node._daemon.is_alive
+    assert clients[0].node._daemon._child is None
 
 
 def test_a_model_that_is_dropped_leaves(tmp_path: Path) -> None:

@@ -87,6 +87,29 @@ def test_the_loop_does_not_wait_for_itself() -> None:
             runtime.run(nested())
 
 
+def test_stop_lets_what_was_interrupted_end() -> None:
+    """And keeps what that needs for it: or else processes that it had begun would be left behind."""
+    runtime, begun, tidied = ClientRuntime(), threading.Event(), []
+    runtime.start()
+
+    async def tidy() -> None:
+        await asyncio.sleep(0.01)
+        tidied.append(True)
+
+    async def start() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.create_task(tidy())
+
+    future = asyncio.run_coroutine_threadsafe(start(), runtime._loop)
+    begun.wait(10)
+    future.cancel()
+    runtime.stop()
+    assert tidied == [True]
+
+
 def test_finalizers_do_not_wait() -> None:
     """They may run on the loop's own thread: jobs are started, the last of them before the loop ends."""
     runtime, done = ClientRuntime(), threading.Event()
