@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from petalsd.device_faults import raise_if_lost
-from petalsd.errors import ModelError
+from petalsd.errors import ModelError, PetalsdError
 from petalsd.models.adapters import Adapter
 from petalsd.models.architecture import Architecture
 from petalsd.models.block import TransformerBlock
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from petalsd.models.gpu_products import GpuProducts
 
 log = structlog.get_logger(__name__)
+
+_MAX_REASON = 160
 
 
 class Rung(StrEnum):
@@ -255,7 +258,8 @@ class Ladder:
         if storage.format is not None and self._is_quantized:
             round_layer(layer, layers.family.experts, storage.format)
         dtype, is_sparse = storage.dtype, layers.family.experts is not None
-        wide = tokens.through_layer(layer, layers, config, index, torch.float32)
+        with _named(f"block {index} ({self.architecture.kind(index)})"):
+            wide = tokens.through_layer(layer, layers, config, index, torch.float32)
         narrow = wide
         if dtype != torch.float32:
             narrow = tokens.through_layer(layers.cast(layer, dtype), layers, config, index, dtype)
@@ -287,6 +291,22 @@ class Ladder:
         if isinstance(span, NativeSpan):
             return span.tier
         return "torch" if isinstance(span, BlockByBlock) else "triton"
+
+
+@contextlib.contextmanager
+def _named(block: str) -> Iterator[None]:
+    """ModelError, about ``block``, for what its layer raises over sizes and options that do not fit together."""
+    try:
+        yield
+    except (PetalsdError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise_if_lost(error)
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:_MAX_REASON]
+        raise ModelError(
+            f"{block} cannot be computed by transformers' own layer: {reason}",
+            hint="its config.json is damaged: correct the file, or use another revision of the model",
+        ) from error
 
 
 def _check_finite(reference: Reference, block: str, dtype: torch.dtype) -> None:

@@ -262,3 +262,24 @@ def test_a_dtype_that_is_too_narrow_for_a_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"block 0 \(uniform\) .* not finite in float16") as caught:
         ladder.load(0)
     assert "bfloat16" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "reason"),
+    [
+        ("ministral3", {"rope": "yarn"}, r"TypeError .*'NoneType'"),
+        (
+            "dots1",
+            {**LAYER_VARIANTS["dots1"][1], "n_group": 2, "topk_group": 3},
+            "RuntimeError .*out of range",
+        ),
+    ],
+)
+def test_what_transformers_own_layer_cannot_compute_is_told(
+    family: str, overrides: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """Options that do not fit together, which only the layer's code meets."""
+    ladder = make_ladder(tmp_path, family, **overrides)
+    with pytest.raises(ModelError, match=rf"block 2 \(.*\) cannot be computed by transformers.*: {reason}"):
+        ladder.load(2)
+    assert not ladder.choices
