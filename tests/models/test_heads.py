@@ -22,6 +22,7 @@ from tests.tiny_models import FAMILIES, LAYER_VARIANTS, make_tiny
 
 IDS = torch.arange(3, 23)[None]
 VARIANTS = {family: (family, {}) for family in FAMILIES} | LAYER_VARIANTS
+VARIANTS["opt-plain-norms"] = ("opt", {**LAYER_VARIANTS["opt"][1], "layer_norm_elementwise_affine": False})
 
 
 def load(path: Path) -> LocalHead:

@@ -102,11 +102,12 @@ def opt_head(hf: Any) -> HeadRule:
             hint="its blocks are served all the same",
         )
     has_norm = hf.do_layer_norm_before and not hf._remove_final_layer_norm
+    has_weight = has_norm and hf.layer_norm_elementwise_affine
     names = HeadNames(
         prefixes=("model.decoder.", "decoder."),
         positions="embed_positions.weight",
-        norm="final_layer_norm.weight" if has_norm else None,
-        norm_bias="final_layer_norm.bias" if has_norm and hf.layer_norm_elementwise_affine else None,
+        norm="final_layer_norm.weight" if has_weight else None,
+        norm_bias="final_layer_norm.bias" if has_weight else None,
     )
     return HeadRule(
         names,
