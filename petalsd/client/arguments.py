@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from petalsd.client.cache import RemoteCache
+from petalsd.client.padding import check_positions, read_padding
 from petalsd.config_addresses import check_maddr
 from petalsd.errors import BadRequest
 
@@ -102,8 +103,11 @@ def check_generation(config: GenerationConfig, mode: GenerationMode, cache: Remo
 
 def check_inputs(
     embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: object, others: Mapping[str, Any]
-) -> None:
-    """``embeds`` ``[B, n, M]`` are the step's; ``others`` are forward's arguments without names."""
+) -> tuple[int, ...] | None:
+    """``embeds`` ``[B, n, M]`` are the step's; ``others`` are forward's arguments without names.
+
+    Returns how many tokens of padding each row begins with; None where none does.
+    """
     if cache is not None and not isinstance(cache, RemoteCache):
         raise BadRequest("past_key_values", type(cache).__name__, "use model.inference_session()")
     if cache is None and others.get("use_cache"):
@@ -115,8 +119,11 @@ def check_inputs(
         if others.get(name):
             raise BadRequest(name, others[name], "the remote blocks do not support it")
     position, length = 0 if cache is None else cache.position, embeds.shape[1]
-    _check_mask(attention_mask, position, length)
-    _check_positions(others.get("position_ids"), position, length)
+    padding = read_padding(attention_mask, position, length, ends=cache is None)
+    if cache is not None:
+        padding = cache.check_padding(padding)
+    check_positions(others.get("position_ids"), position, length, padding)
+    return padding if padding and any(padding) else None
 
 
 def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
@@ -134,24 +141,3 @@ def _check_form(name: str, text: torch.Tensor) -> None:
     if text.ndim != (2 if is_ids else 3) or text.shape[0] < 1 or text.shape[1] < 1:
         rule = "its shape is [rows, tokens], one or more" if is_ids else "its shape is [rows, tokens, hidden]"
         raise BadRequest(name, tuple(text.shape), rule)
-
-
-def _check_mask(mask: torch.Tensor | None, position: int, length: int) -> None:
-    if mask is None:
-        return
-    if mask.ndim != 2 or mask.shape[1] not in (length, position + length):
-        rule = f"its shape is [rows, tokens], of a step of {length} tokens from position {position} on"
-        raise BadRequest("attention_mask", tuple(mask.shape), rule)
-    if not bool((mask == 1).all()):
-        rule = "rows must be of equal length, without padding: give others in calls of their own"
-        raise BadRequest("attention_mask", tuple(mask.shape), rule)
-
-
-def _check_positions(ids: torch.Tensor | None, position: int, length: int) -> None:
-    """They may be given, if they say what is so."""
-    if ids is None:
-        return
-    counted = torch.arange(position, position + length, device=ids.device)
-    if ids.shape[-1] != length or not bool((ids == counted).all()):
-        rule = f"rows have no positions of their own: they count up from {position}"
-        raise BadRequest("position_ids", tuple(ids.shape), rule)

@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 from transformers import Cache
 
+from petalsd.client.ragged_session import RaggedSession
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.session import InferenceSession
 from petalsd.errors import BadRequest, SessionClosed
@@ -36,7 +37,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
         self._max_tokens = max_tokens
         self._is_fixed = max_tokens is not None
         self._is_closed = False
-        self._session: InferenceSession | None = None
+        self._session: InferenceSession | RaggedSession | None = None
         self._hypo_ids: torch.Tensor | None = None
         self._user = threading.RLock()
 
@@ -53,7 +54,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
             raise BadRequest("position", value, "nothing was generated yet")
 
     @property
-    def session(self) -> InferenceSession | None:
+    def session(self) -> InferenceSession | RaggedSession | None:
         """The session below; None before the first step."""
         return self._session
 
@@ -79,11 +80,29 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers ships no types h
                 f"the session was opened for {self._max_tokens} tokens and cannot grow",
             )
 
-    def step(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run ``[B, n, M]`` through the remote blocks; same shape, dtype and device."""
+    def check_padding(self, padding: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """What the session's rows begin with, or will, when its first step is told so; BadRequest for a change."""
+        if self._session is None:
+            return padding
+        held = self._session.padding if isinstance(self._session, RaggedSession) else None
+        if padding is not None and padding != (held or (0,) * len(padding)):
+            rule = f"rows of the session begin with {held or 'no'} tokens of padding, and stay so"
+            raise BadRequest("attention_mask", padding, rule)
+        return held
+
+    def step(self, hidden: torch.Tensor, padding: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Run ``[B, n, M]`` through the remote blocks; same shape, dtype and device.
+
+        ``padding`` is what the rows of the session begin with, if any do, which counts in the first step.
+        """
         self._check_open()
         if self._session is None:
-            self._session = self._make_session(self._max_tokens or hidden.shape[1])
+            max_tokens = self._max_tokens or hidden.shape[1]
+            self._session = (
+                self._make_session(max_tokens)
+                if padding is None
+                else RaggedSession(self._make_session, padding, max_tokens)
+            )
             weakref.finalize(self, self._runtime.start_soon, self._session.close).atexit = False
         hypo_ids = None if self._hypo_ids is None else tuple(self._hypo_ids.tolist())
         output = self._runtime.run(self._session.step(hidden.cpu(), hypo_ids=hypo_ids))

@@ -92,13 +92,18 @@ class LocalHead(nn.Module):
             anchor = weights.embed_tokens.new_empty(0)
         self.register_buffer("anchor", anchor, persistent=False)
 
-    def entering(self, embeds: torch.Tensor, position: int) -> torch.Tensor:
-        """What enters the first block, from embeddings ``[B, n, M]`` of the tokens from ``position`` on."""
+    def entering(
+        self, embeds: torch.Tensor, position: int, padding: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """What enters the first block, from embeddings ``[B, n, M]`` of the tokens from ``position`` on.
+
+        ``padding`` counts what each row begins with, and is no part of its positions.
+        """
         if self.embedding_norm is not None:
             weight, bias = self.embedding_norm, self.embedding_norm_bias
             embeds = functional.layer_norm(embeds, embeds.shape[-1:], weight, bias, self.rule.norm_eps)
         if self.positions is not None:
-            embeds = embeds + self._rows_of_positions(position, embeds.shape[1])
+            embeds = embeds + self._rows_of_positions(position, embeds.shape[1], padding or (0,))
         return embeds if self.rule.input_scale == 1.0 else embeds * self.rule.input_scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -108,12 +113,15 @@ class LocalHead(nn.Module):
             product = product + self.output_bias
         return self.rule.logits(product)
 
-    def _rows_of_positions(self, position: int, count: int) -> torch.Tensor:
+    def _rows_of_positions(self, position: int, count: int, padding: tuple[int, ...]) -> torch.Tensor:
+        """``[1 or B, n, M]``; padding has the first position's."""
         assert self.positions is not None
         first, room = self.rule.first_position, len(self.positions) - self.rule.first_position
-        if position + count > room:
-            raise BadRequest("position", position + count, f"this model has {room} positions")
-        return self.positions[first + position : first + position + count]
+        if position + count - min(padding) > room:
+            raise BadRequest("position", position + count - min(padding), f"this model has {room} positions")
+        columns = torch.arange(position, position + count, device=self.positions.device)
+        places = columns - torch.tensor(padding, device=columns.device)[:, None]
+        return self.positions[first + places.clamp_min(0)]
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.rule.norm == "none":

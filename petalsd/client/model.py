@@ -30,6 +30,7 @@ from petalsd.client.autograd import remote_blocks
 from petalsd.client.cache import RemoteCache
 from petalsd.client.head import LocalHead
 from petalsd.client.options import ClientOptions
+from petalsd.client.padding import moved_back, moved_left
 from petalsd.client.runtime import ClientRuntime
 from petalsd.client.swarm_client import SwarmClient
 from petalsd.errors import BadRequest, WeightsError
@@ -152,17 +153,22 @@ class RemoteCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, n, V]`` for ``input_ids`` ``[B, n]`` or ``inputs_embeds`` ``[B, n, M]``.
 
-        Rows are of equal length: no padding, positions count from the cache's. The loss takes its settings from
+        Shorter rows begin with padding, or end with it where there is no cache, as ``attention_mask`` says;
+        positions count from the cache's, without it. The loss takes its settings from
         ``kwargs``. BadRequest names what the remote blocks cannot do.
         """
         check_tokens(input_ids, inputs_embeds)
         embeds = self.head.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        check_inputs(embeds, attention_mask, past_key_values, kwargs)
-        hidden = self.head.entering(embeds, 0 if past_key_values is None else past_key_values.position)
+        padding = check_inputs(embeds, attention_mask, past_key_values, kwargs)
+        position = 0 if past_key_values is None else past_key_values.position
+        hidden = self.head.entering(embeds, position, padding)
         if past_key_values is not None:
-            hidden = past_key_values.step(hidden)
-        else:
+            hidden = past_key_values.step(hidden, padding)
+        elif padding is None:
             hidden = remote_blocks(self.runtime, self.client.passes, hidden)
+        else:
+            hidden = remote_blocks(self.runtime, self.client.passes, moved_left(hidden, padding))
+            hidden = moved_back(hidden, padding)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head.logits(hidden[:, kept])
         loss = None

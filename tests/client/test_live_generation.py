@@ -71,6 +71,21 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert output.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "gemma3_text"])
+def test_texts_of_different_lengths(family: str, tmp_path: Path) -> None:
+    """Rotated, learned and biased positions count without padding; greedy and beams are transformers' own."""
+    reference = make_tiny(family, tmp_path, **dict(LAYER_VARIANTS.get(family, (family, {}))[1]))
+    ids, mask = prompt(6, tokens=20, rows=3), torch.ones(3, 20, dtype=torch.int64)
+    mask[0, :13], mask[2, :5] = 0, 0
+    with in_threads(tmp_path, "0:2", "2:4") as servers:
+        with connect(tmp_path, servers) as model:
+            for beams in (1, 2):
+                settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": beams}
+                output = model.generate(ids, attention_mask=mask, **settings)
+                assert output.tolist() == reference.generate(ids, attention_mask=mask, **settings).tolist()
+        check_idle(servers)
+
+
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_rotations_that_depend_on_length(rope: str, tmp_path: Path) -> None:
     """Past the original length too, where cut or merged steps would give other numbers."""

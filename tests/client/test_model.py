@@ -320,7 +320,7 @@ def test_threads_share_a_model(model: RemoteCausalLM, local: LocalModel) -> None
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, "attention_mask"),
         ({"past_key_values": object()}, "past_key_values"),
         ({"output_attentions": True}, "output_attentions"),
         ({"input_ids": None}, "input_ids"),
