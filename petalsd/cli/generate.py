@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 PUBLIC = "public"
+_MAX_TOKENS = 1 << 31  # far above any session
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
         "--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default): the likeliest token"
     )
     parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument(
         "--dtype",
@@ -100,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     streamer = MeteredStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     with model:
-        model.generate(input_ids, streamer=streamer, **_generation_settings(arguments))
+        # Stop strings that the model's settings have are told by the tokenizer.
+        model.generate(input_ids, streamer=streamer, tokenizer=tokenizer, **_generation_settings(arguments))
     print(streamer.summary(), file=sys.stderr)
     return EXIT_OK
 
@@ -211,15 +213,26 @@ def _one_line(error: Exception) -> str:
 
 def _generation_settings(arguments: argparse.Namespace) -> dict[str, object]:
     settings: dict[str, object] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    settings["num_beams"] = 1  # beams are not known before the end
     if arguments.temperature > 0:
         settings |= {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
     return settings
 
 
 def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not 1 <= int(text) <= _MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, 1 or more")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 1 << 64
+    if not -(1 << 63) <= number < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 64 bits")
+    return number
 
 
 def _not_negative(text: str) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_a_bad_address_is_bad_usage(peer: str, text: str, capsys: pytest.Capture
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--max-new-tokens", "--temperature", "--top-p"])
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--temperature", "--top-p", "--seed"])
 def test_what_is_no_number_is_told_in_words(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     """argparse would name the function that reads it."""
     with pytest.raises(SystemExit):
@@ -100,19 +102,43 @@ def test_what_is_no_number_is_told_in_words(option: str, capsys: pytest.CaptureF
     assert f"argument {option}: 'many' is no" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "number"), [("--max-new-tokens", 1 << 64), ("--seed", 1 << 64)])
+def test_numbers_beyond_all_measure(option: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would fail where they are packed, with a traceback."""
+    with pytest.raises(SystemExit):
+        parse("hello", *BASE, option, str(number))
+    assert f"argument {option}: '{number}' is no" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ((), {"max_new_tokens": 128, "do_sample": False}),
+        ((), {"max_new_tokens": 128, "do_sample": False, "num_beams": 1}),
         (
             ("--temperature", "0.5", "--top-p", "0.9", "--max-new-tokens", "3"),
-            {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5, "top_p": 0.9},
+            {"max_new_tokens": 3, "do_sample": True, "num_beams": 1, "temperature": 0.5, "top_p": 0.9},
         ),
     ],
 )
 def test_a_temperature_means_sampling(words: tuple[str, ...], expected: dict[str, object]) -> None:
     """Without one the likeliest token is taken, whatever the model's own settings say."""
     assert generate._generation_settings(parse("x", *BASE, *words)) == expected
+
+
+def test_generation_gets_the_tokenizer(tokenizer_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for it where the model's settings have stop strings."""
+    seen: dict[str, Any] = {}
+
+    class Model(contextlib.nullcontext[None]):
+        def generate(self, input_ids: torch.Tensor, **settings: Any) -> None:
+            seen.update(settings)
+
+    (tokenizer_files / "config.json").write_text("{}")
+    monkeypatch.setattr("petalsd.client.model.RemoteCausalLM.from_pretrained", lambda *_, **__: Model())
+    monkeypatch.setattr(generate, "configure_logging", lambda *_: None)
+    peer = "/ip4/1.2.3.4/tcp/1/p2p/12D3KooWM6STGwUcjCfYU3aPqW4LbDGheDM8oi95bAxwj2rY1A6M"
+    generate.run(parse("w1 w2", "--model", str(tokenizer_files), "--peers", peer))
+    assert seen["tokenizer"].decode([1]) == "w1"
 
 
 def test_the_meter_counts_tokens_and_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:

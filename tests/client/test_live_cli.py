@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,26 @@ def test_it_prints_the_continuation_and_the_rate(
         expected = reference.generate(ids, max_new_tokens=12, do_sample=False)[0, 3:]
     assert out.split() == tokenizer.decode(expected).split()
     assert "12 tokens in" in err and "tokens/s" in err
+
+
+def test_settings_that_the_model_brings(
+    tiny: tuple[Path, PreTrainedModel, PreTrainedTokenizerFast], servers: list[LiveServer]
+) -> None:
+    """Its beams cannot be printed as they come, and do not count."""
+    path, reference, tokenizer = tiny
+    ids = tokenizer("w7 w99 w3", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = tokenizer.decode(
+            reference.generate(ids, max_new_tokens=12, do_sample=False)[0, 3:]
+        ).split()
+    settings = path / "generation_config.json"
+    before = settings.read_bytes()
+    settings.write_text(json.dumps({"num_beams": 2}))
+    try:
+        out, err = start(path, servers, "w7 w99 w3", "--max-new-tokens", "12").communicate(timeout=110)
+    finally:
+        settings.write_bytes(before)
+    assert out.split() == expected, err
 
 
 def test_ctrl_c_stops_at_once_and_leaves_no_process(
