@@ -87,10 +87,11 @@ def read_hf_config(model_type: str, raw: Mapping[str, Any], quantized: Collectio
 
     quantized  values of ``quant_method`` that are read
 
-    UnsupportedModel for another quantized checkpoint, or attention that is not causal; ModelError when the content
-    makes no sense.
+    UnsupportedModel for another quantized checkpoint, layers with options of their own, or attention that is not
+    causal; ModelError when the content makes no sense.
     """
     _refuse_quantized(raw, quantized)
+    _refuse_uneven(raw)
     _check_finite(raw)
     config_class = CONFIG_MAPPING[model_type]
     # Before transformers makes lists of that length.
@@ -239,6 +240,14 @@ def _refuse_quantized(raw: Mapping[str, Any], quantized: Collection[str]) -> Non
         raise UnsupportedModel(
             f"quantization_config.quant_method = {method!r}: quantized checkpoints are not read",
             hint="use the checkpoint that it was made from",
+        )
+
+
+def _refuse_uneven(raw: Mapping[str, Any]) -> None:
+    per_layer = raw.get("per_layer_config")
+    if per_layer:
+        raise UnsupportedModel(
+            f"per_layer_config = {shortened(per_layer)}: layers with options of their own are not served"
         )
 
 

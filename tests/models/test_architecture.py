@@ -120,6 +120,13 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
         ({**GEMMA, "dtype": "float64"}, "dtype = 'float64'"),
         *(
             (
+                {**GEMMA, "model_type": family, "per_layer_config": {"1": {"rms_norm_eps": 0.5}}},
+                "per_layer_config = ",
+            )
+            for family in ("gemma", "qwen2")
+        ),
+        *(
+            (
                 {**GEMMA, "model_type": family, "use_bidirectional_attention": True},
                 "use_bidirectional_attention = True",
             )
