@@ -24,8 +24,8 @@ def read_padding(
         rule = f"its shape is [rows, tokens], of a step of {length} tokens from position {position} on"
         raise BadRequest("attention_mask", tuple(mask.shape), rule)
     is_text = mask == 1
-    if position and mask.shape[1] == length and bool(is_text.all()):
-        return None
+    if bool(is_text.all()):
+        return None if position and mask.shape[1] == length else (0,) * len(mask)
     first, count = is_text.int().argmax(dim=1), is_text.sum(dim=1)
     columns = torch.arange(mask.shape[1], device=mask.device)
     within = (columns >= first[:, None]) & (columns < (first + count)[:, None])
