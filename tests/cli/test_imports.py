@@ -41,6 +41,15 @@ def test_a_collector_that_was_off_stays_off() -> None:
     assert not gc.isenabled()
 
 
+@pytest.fixture
+def usual_interrupts() -> Iterator[None]:
+    """Whatever started the tests, or ran before, may have left others: a job in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+
+
+@pytest.mark.usefixtures("usual_interrupts")
 @pytest.mark.parametrize("is_told", [True, False])
 def test_an_interrupt_stays_one(is_told: bool) -> None:
     """What is imported may fail otherwise for it, or go on without what failed; later ones are as before."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,12 +171,12 @@ def test_a_server_killed_during_beam_search(
         steps = 0
         step = RemoteCache.step
 
-        def kill_before_step_six(cache: RemoteCache, hidden: torch.Tensor) -> torch.Tensor:
+        def kill_before_step_six(cache: RemoteCache, *step_arguments: Any) -> torch.Tensor:
             nonlocal steps
             steps += 1
             if steps == 6:
                 server.kill()
-            return step(cache, hidden)
+            return step(cache, *step_arguments)
 
         monkeypatch.setattr(RemoteCache, "step", kill_before_step_six)
         output = model.generate(ids, **settings)
