@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,12 @@ from transformers import GenerationConfig
 
 from petalsd.client.arguments import named_dtype
 from petalsd.client.model import RemoteCausalLM
-from petalsd.client.runtime import ClientRuntime
 from petalsd.errors import BadRequest
-from tests.client.fake_swarm import FakeServer, FakeSwarm, make_span
-from tests.client.test_model import PROMPT, FakeClient, LocalModel, make_config, make_head
+from tests.client.fake_model import PROMPT, LocalModel
+from tests.client.fake_swarm import FakeSwarm
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 LONGER = torch.cat([PROMPT, PROMPT, PROMPT], dim=1)
-
-
-@pytest.fixture
-def swarm() -> FakeSwarm:
-    return FakeSwarm(FakeServer(make_span("a", 0, 3)), FakeServer(make_span("b", 3, 6)))
-
-
-@pytest.fixture
-def model(swarm: FakeSwarm) -> Iterator[RemoteCausalLM]:
-    runtime = ClientRuntime()
-    runtime.start()
-    with RemoteCausalLM(make_config(), make_head(), runtime, FakeClient(swarm)) as model:
-        yield model
-
-
-@pytest.fixture
-def local() -> LocalModel:
-    return LocalModel().eval()
 
 
 def test_embeddings_always_take_a_session(model: RemoteCausalLM, local: LocalModel) -> None:

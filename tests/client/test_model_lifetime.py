@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,26 +11,12 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from petalsd.client.model import RemoteCausalLM
-from petalsd.client.runtime import ClientRuntime
 from petalsd.errors import BadRequest, SessionClosed
-from tests.client.fake_swarm import FakeServer, FakeSwarm, make_span
-from tests.client.test_model import PROMPT, FakeClient, make_config, make_head
+from tests.client.fake_model import PROMPT
+from tests.client.fake_swarm import FakeSwarm
 
 LONG = PROMPT.repeat(1, 4)
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture
-def swarm() -> FakeSwarm:
-    return FakeSwarm(FakeServer(make_span("a", 0, 3)), FakeServer(make_span("b", 3, 6)))
-
-
-@pytest.fixture
-def model(swarm: FakeSwarm) -> Iterator[RemoteCausalLM]:
-    runtime = ClientRuntime()
-    runtime.start()
-    with RemoteCausalLM(make_config(), make_head(), runtime, FakeClient(swarm)) as model:
-        yield model
 
 
 async def nothing() -> None:
@@ -62,12 +47,19 @@ def test_a_closed_session_does_not_open(model: RemoteCausalLM, swarm: FakeSwarm)
     assert swarm.open_streams == 0
 
 
-def test_a_session_outlives_its_client_without_a_word(model: RemoteCausalLM) -> None:
+def leave(swarm: FakeSwarm) -> None:
+    """Streams end with their client's libp2p daemon, which is none here."""
+    for server in swarm.servers.values():
+        server.open_streams = 0
+
+
+def test_a_session_outlives_its_client_without_a_word(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
     """Its end must not hide why the block around it is left."""
     with pytest.raises(ValueError, match="mine"), model.inference_session() as cache:
         model.generate(PROMPT, past_key_values=cache, **GREEDY)
         model.close()
         raise ValueError("mine")
+    leave(swarm)
 
 
 def test_closing_ends_a_generation(model: RemoteCausalLM, swarm: FakeSwarm) -> None:
@@ -93,6 +85,7 @@ def test_closing_ends_a_generation(model: RemoteCausalLM, swarm: FakeSwarm) -> N
     model.close()
     thread.join(10)
     assert errors in (["the client was closed meanwhile"], ["the client is not running"])
+    leave(swarm)
 
 
 def test_one_thread_at_a_time_generates_with_a_session(model: RemoteCausalLM) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,29 +9,14 @@ import torch
 
 from petalsd.client.model import RemoteCausalLM
 from petalsd.client.padding import check_positions, moved_back, moved_left, read_padding
-from petalsd.client.runtime import ClientRuntime
 from petalsd.errors import BadRequest, RemoteFailure
+from tests.client.fake_model import LocalModel
 from tests.client.fake_swarm import FakeServer, FakeSwarm, dies_at, make_span
-from tests.client.test_model import FakeClient, LocalModel, make_config, make_head
 
 TEXTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8], [7]]
 IDS = torch.tensor([[0] * (5 - len(text)) + text for text in TEXTS])
 MASK = torch.tensor([[0] * (5 - len(text)) + [1] * len(text) for text in TEXTS])
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-
-
-@pytest.fixture
-def swarm() -> FakeSwarm:
-    return FakeSwarm(FakeServer(make_span("a", 0, 3)), FakeServer(make_span("b", 3, 6)))
-
-
-@pytest.fixture
-def model(swarm: FakeSwarm) -> Iterator[RemoteCausalLM]:
-    runtime = ClientRuntime()
-    runtime.start()
-    with RemoteCausalLM(make_config(), make_head(), runtime, FakeClient(swarm)) as model:
-        yield model
-    assert swarm.open_streams == 0
 
 
 def alone(texts: list[list[int]], **settings: Any) -> list[list[int]]:
