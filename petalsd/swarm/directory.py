@@ -80,9 +80,20 @@ class SwarmView:
 
 async def read_view(node: Node, prefix: str, num_blocks: int, timeout_s: float = READ_TIMEOUT_S) -> SwarmView:
     """Read all blocks' latest records. A bad entry is left out; DeadlineExceeded when the DHT does not answer."""
-    uids = [make_uid(prefix, block) for block in range(num_blocks)]
-    found = await node.get(uids, timeout_s)
-    return SwarmView(prefix, num_blocks, [parse_entries(uid, found[uid]) for uid in uids])
+    (view,) = await read_views(node, {prefix: num_blocks}, timeout_s)
+    return view
+
+
+async def read_views(
+    node: Node, num_blocks: Mapping[str, int], timeout_s: float = READ_TIMEOUT_S
+) -> list[SwarmView]:
+    """As ``read_view``, of several models in one reading; ``num_blocks`` by prefix."""
+    uids = {prefix: [make_uid(prefix, block) for block in range(num)] for prefix, num in num_blocks.items()}
+    found = await node.get([uid for group in uids.values() for uid in group], timeout_s)
+    return [
+        SwarmView(prefix, len(group), [parse_entries(uid, found[uid]) for uid in group])
+        for prefix, group in uids.items()
+    ]
 
 
 def parse_entries(uid: str, entries: Mapping[object, DHTEntry]) -> dict[str, ServerRecord]:

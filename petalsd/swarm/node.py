@@ -164,6 +164,11 @@ class Node:
         """Peers in our DHT routing table."""
         return [peer.to_base58() for peer in self.dht.protocol.routing_table.peer_id_to_uid]
 
+    @property
+    def num_stored_keys(self) -> int:
+        """Of the directory, that this node keeps for everybody."""
+        return len(self.dht.protocol.storage)
+
     async def store(
         self, keys: Sequence[str], subkey: str, value: object, expiration: float, timeout_s: float
     ) -> list[str]:
@@ -213,13 +218,26 @@ class Node:
             return True
         return await self._redial_all()
 
+    async def acquaint(self, maddrs: Sequence[str]) -> int:
+        """Dial those of the peers at ``maddrs`` that our routing table lacks; how many of all are in it then.
+
+        Whoever is new there is asked for others near us, as in a start through it.
+        """
+        before = set(self.known_peers())
+        peers = {peer_of(maddr) for maddr in maddrs}
+        await asyncio.gather(*(self._redial(maddr) for maddr in maddrs if peer_of(maddr) not in before))
+        found = peers & set(self.known_peers())
+        if found - before:
+            await self.dht.find_nearest_nodes([self.dht.node_id])
+        return len(found)
+
     async def _redial_all(self) -> bool:
         """Whether any of the initial peers answers."""
         return any(await asyncio.gather(*map(self._redial, self.options.initial_peers)))
 
     async def _redial(self, maddr: str) -> bool:
         """Whether the peer answers; then it is in our routing table, too."""
-        protocol, peer = self.dht.protocol, maddr.rpartition("/p2p/")[2]
+        protocol, peer = self.dht.protocol, peer_of(maddr)
         try:
             peer_id = PeerID.from_base58(peer)
             async with asyncio.timeout(_PING_TIMEOUT_S):
@@ -272,6 +290,11 @@ class Node:
             raise DeadlineExceeded(f"{what} in the DHT took longer than {timeout_s:g} s") from None
         finally:
             work.close()  # where it has not begun
+
+
+def peer_of(maddr: str) -> str:
+    """The base58 PeerID at the end of a multiaddr; a relay's own stands further in front."""
+    return maddr.rpartition("/p2p/")[2]
 
 
 def dialable(maddr: str) -> Multiaddr:

@@ -143,7 +143,7 @@ async def is_directly_reachable(options: NodeOptions) -> bool:
         await node.start()
         service = ReachabilityService(node)
         await service.start()
-        return await _vote(node)
+        return await is_reached_by_others(node) is not False
     except PetalsdError as error:
         log.warning("reachability_check_failed", error=str(error))
         return True
@@ -151,7 +151,8 @@ async def is_directly_reachable(options: NodeOptions) -> bool:
         await node.stop()
 
 
-async def _vote(node: Node) -> bool:
+async def is_reached_by_others(node: Node) -> bool | None:
+    """Whether the peers that ``node`` knows can dial it; None when nobody answers."""
     own = node.p2p.peer_id
     answers: list[bool] = []
     for peer in node.known_peers():
@@ -160,6 +161,5 @@ async def _vote(node: Node) -> bool:
             answers.append(answer)
         if len(answers) >= _ENOUGH_ANSWERS:
             break
-    share = sum(answers) / len(answers) if answers else 1.0
     log.info("reachability_checked", answers=len(answers), reached=sum(answers))
-    return share >= _THRESHOLD
+    return sum(answers) / len(answers) >= _THRESHOLD if answers else None

@@ -14,6 +14,7 @@ from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 
 _MAX_BLOCKS = 1_000_000_000
+_MAX_MODEL_BLOCKS = 1024  # each is looked up
 _MAX_TEXT = 256
 
 
@@ -121,6 +122,16 @@ class ModelRecord:
 
     def to_wire(self) -> dict[str, object]:
         return {"num_blocks": int(self.num_blocks), "repository": self.repository}
+
+    @classmethod
+    def from_wire(cls, value: object) -> ModelRecord:
+        """ValueError names the field of what is no such entry."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the entry must be a map, got {type(value).__name__}")
+        num_blocks = _index("num_blocks", value, limit=_MAX_MODEL_BLOCKS)
+        if not num_blocks:
+            raise ValueError("num_blocks must be at least 1")
+        return cls(num_blocks, _text(value.get("repository")))
 
 
 def _rate(name: str, value: float | None) -> float | None:
