@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import sdnotify
 
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+_UNWATCHED_INTERVAL_S = 60.0
 _MAX_STATUS_CHARS = 200  # a longer line only makes `systemctl status` hard to read
 
 
@@ -24,6 +25,11 @@ class Notifier:
         self._channel = channel
         self.watchdog_interval_s = watchdog_interval_s
         self.last_ping_monotonic_s: float | None = None
+
+    @property
+    def proof_interval_s(self) -> float:
+        """How often we prove that we work: as systemd wants it, or all the same where it does not watch."""
+        return self.watchdog_interval_s or _UNWATCHED_INTERVAL_S
 
     @classmethod
     def take(cls) -> Notifier:

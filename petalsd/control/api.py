@@ -11,14 +11,28 @@ Operation = Literal["drain", "resume", "rebalance"]
 
 
 class DaemonApi(Protocol):
-    """Everything raises PetalsdError for what cannot be done now; the code decides the HTTP status."""
+    """Of every daemon. PetalsdError for what cannot be done now; its code decides the HTTP status."""
 
     def status(self) -> Status: ...
 
-    def sessions(self) -> Sessions: ...
-
     async def peers(self) -> Peers:
         """Reads the directory of the swarm."""
+
+    async def reload(self) -> Reloaded: ...
+
+    @property
+    def problem(self) -> str | None:
+        """Why the process should be restarted; None while it is well."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it does what it is there for: of a server, whether new sessions are taken."""
+
+
+class ServerApi(DaemonApi, Protocol):
+    """Of a daemon that serves blocks."""
+
+    def sessions(self) -> Sessions: ...
 
     async def plan(self, to: BlockSpan | None) -> Plan:
         """What ``rebalance`` would do now; nothing changes."""
@@ -32,15 +46,5 @@ class DaemonApi(Protocol):
     async def resume(self) -> None:
         """Returns when ONLINE is announced."""
 
-    async def reload(self) -> Reloaded: ...
-
     def progress(self, operation: Operation) -> Progress:
         """How far an operation that has begun is."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why the process should be restarted; None while it is well."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether new sessions are taken."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from http import HTTPStatus
 
 from aiohttp import web
 from pydantic import BaseModel
 
 from petalsd import __version__
-from petalsd.control.api import DaemonApi, Operation
+from petalsd.control.api import DaemonApi, Operation, ServerApi
 from petalsd.control.connection import Connection, error_response
-from petalsd.control.routes import Route, parse_request
+from petalsd.control.routes import Action, Route, parse_request
 from petalsd.status import DrainRequest, NoFields, Progress, RebalanceRequest, Version
 
 _PERIOD_S = 0.5
@@ -23,24 +23,21 @@ Exposition = Callable[[], tuple[bytes, str]]
 
 
 class Operations:
-    """``routes`` for the control socket, ``public_routes`` for listeners that everybody may reach.
+    """``routes`` for the control socket, ``public_routes`` for listeners that everybody may reach: those of every
+    daemon.
 
     ``exposition`` makes the metrics' text and its content type.
     """
 
     def __init__(self, api: DaemonApi, exposition: Exposition) -> None:
-        self._api = api
+        self._daemon = api
         self._exposition = exposition
 
     def routes(self) -> dict[tuple[str, str], Route]:
         return self.public_routes() | {
-            ("GET", "/v1/status"): Route(self._get(self._api.status)),
-            ("GET", "/v1/sessions"): Route(self._get(self._api.sessions)),
-            ("GET", "/v1/version"): Route(self._get(lambda: Version(version=__version__))),
+            ("GET", "/v1/status"): Route(_get(self._daemon.status)),
+            ("GET", "/v1/version"): Route(_get(lambda: Version(version=__version__))),
             ("GET", "/v1/peers"): Route(self._peers),
-            ("POST", "/v1/drain"): Route(self._drain, is_act=True),
-            ("POST", "/v1/resume"): Route(self._resume, is_act=True),
-            ("POST", "/v1/rebalance"): Route(self._rebalance, is_act=True),
             ("POST", "/v1/reload"): Route(self._reload, is_act=True),
         }
 
@@ -51,16 +48,8 @@ class Operations:
             ("GET", "/readyz"): Route(self._readyz),
         }
 
-    def _get(
-        self, make: Callable[[], BaseModel]
-    ) -> Callable[[web.BaseRequest, bytes], Awaitable[web.Response]]:
-        async def answer(request: web.BaseRequest, body: bytes) -> web.Response:
-            return _json(make())
-
-        return answer
-
     async def _peers(self, request: web.BaseRequest, body: bytes) -> web.Response:
-        return _json(await self._api.peers())
+        return _json(await self._daemon.peers())
 
     async def _metrics(self, request: web.BaseRequest, body: bytes) -> web.Response:
         text, content_type = self._exposition()
@@ -68,17 +57,37 @@ class Operations:
 
     async def _livez(self, request: web.BaseRequest, body: bytes) -> web.Response:
         """Whether a restart would help; not whether anything is served."""
-        problem = self._api.problem
+        problem = self._daemon.problem
         if problem is None:
             return web.Response(text="ok\n")
         return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "not_alive", problem, "restart the daemon")
 
     async def _readyz(self, request: web.BaseRequest, body: bytes) -> web.Response:
-        if self._api.is_ready:
+        if self._daemon.is_ready:
             return web.Response(text="ok\n")
-        status = self._api.status()
+        status = self._daemon.status()
         text, hint = f"the daemon is {status.state}", f"petalsctl -i {status.instance} wait --ready"
         return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", text, hint)
+
+    async def _reload(self, request: web.BaseRequest, body: bytes) -> web.Response:
+        parse_request(NoFields, body)
+        return _json(await self._daemon.reload())
+
+
+class ServerOperations(Operations):
+    """Also those of a daemon that serves blocks."""
+
+    def __init__(self, api: ServerApi, exposition: Exposition) -> None:
+        super().__init__(api, exposition)
+        self._api = api
+
+    def routes(self) -> dict[tuple[str, str], Route]:
+        return super().routes() | {
+            ("GET", "/v1/sessions"): Route(_get(self._api.sessions)),
+            ("POST", "/v1/drain"): Route(self._drain, is_act=True),
+            ("POST", "/v1/resume"): Route(self._resume, is_act=True),
+            ("POST", "/v1/rebalance"): Route(self._rebalance, is_act=True),
+        }
 
     async def _drain(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
         asked = parse_request(DrainRequest, body)
@@ -101,10 +110,6 @@ class Operations:
             return await self._follow(request, "rebalance")
         return _ndjson(self._api.progress("rebalance").model_copy(update={"outcome": plan.explanation}))
 
-    async def _reload(self, request: web.BaseRequest, body: bytes) -> web.Response:
-        parse_request(NoFields, body)
-        return _json(await self._api.reload())
-
     async def _follow(self, request: web.BaseRequest, operation: Operation) -> web.StreamResponse:
         """A line every half second; the last one has ``done``. Returns when it is written.
 
@@ -124,6 +129,13 @@ class Operations:
             await asyncio.sleep(_PERIOD_S)
         await response.write_eof()
         return response
+
+
+def _get(make: Callable[[], BaseModel]) -> Action:
+    async def answer(request: web.BaseRequest, body: bytes) -> web.Response:
+        return _json(make())
+
+    return answer
 
 
 async def _write(response: web.StreamResponse, line: bytes) -> None:

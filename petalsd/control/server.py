@@ -10,9 +10,8 @@ import socket
 import structlog
 
 from petalsd.control.access import Access
-from petalsd.control.api import DaemonApi
 from petalsd.control.connection import ConnectionLimits, Server
-from petalsd.control.operations import Exposition, Operations
+from petalsd.control.operations import Operations
 from petalsd.control.routes import Router
 from petalsd.control.socket_file import SocketFile
 from petalsd.errors import AddressUnavailable, ConfigError, PetalsdError
@@ -25,17 +24,18 @@ _STOP_TIMEOUT_S = 2.0
 
 
 class ControlServer:
-    """``start`` serves ``api`` on ``socket_file``, and its metrics on ``metrics_address`` unless that is None."""
+    """``start`` serves ``operations`` on ``socket_file``, and what is public of them on ``metrics_address`` unless
+    that is None.
+    """
 
     def __init__(
         self,
-        api: DaemonApi,
-        exposition: Exposition,
+        operations: Operations,
         socket_file: SocketFile,
         access: Access,
         metrics_address: HostPort | None,
     ) -> None:
-        self._operations = Operations(api, exposition)
+        self._operations = operations
         self._socket_file = socket_file
         self._access = access
         self._metrics_address = metrics_address

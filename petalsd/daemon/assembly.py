@@ -17,9 +17,11 @@ from petalsd.daemon.attendants import Attendants
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.detached import run_detached
+from petalsd.daemon.directories import make_directories
 from petalsd.daemon.installation import Installation
-from petalsd.daemon.membership import Membership, node_options
+from petalsd.daemon.membership import Membership
 from petalsd.daemon.memory import device_memory_bytes
+from petalsd.daemon.node_options import node_options
 from petalsd.daemon.placement_record import PlacementRecord
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, make_plan, size_text
 from petalsd.daemon.rebalancer import Rebalancer
@@ -80,7 +82,7 @@ async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]
 
 async def _plan_unless_stopped(config: Config, paths: InstancePaths, signals: Signals) -> ServingPlan | None:
     """The model's config may come slowly from the Hub; a stop does not wait for it."""
-    _make_directories(paths)
+    make_directories(paths)
     planning = asyncio.create_task(run_detached(lambda _: make_plan(config, paths), "petalsd-plan"))
     stop = asyncio.create_task(signals.stop.wait())
     await asyncio.wait({planning, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -232,15 +234,3 @@ def _serving(engine: Engine, plan: ServingPlan, config: Config, recorder: SwarmR
         session_timeout_s=config.engine.session_timeout_s,
     )
     return Serving(engine, model, limits, recorder, config.swarm.allowed_peers)
-
-
-def _make_directories(paths: InstancePaths) -> None:
-    """Outside systemd nobody else makes them; the state is for our eyes only."""
-    try:
-        paths.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        paths.cache_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename} cannot be made: {error.strerror}",
-            hint="set STATE_DIRECTORY and CACHE_DIRECTORY to directories of this user",
-        ) from error

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import shutil
-import time
 from collections.abc import Iterator
 from typing import get_args
 
-import torch
-
-from petalsd import __version__
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.speed import Rates
-from petalsd.daemon.warnings import KINDS
-from petalsd.daemon.watchdog import DEFAULT_INTERVAL_S
+from petalsd.daemon.state_figures import (
+    age_s,
+    build_reading,
+    disk_readings,
+    state_readings,
+    watchdog_readings,
+)
 from petalsd.metrics import Reading
 from petalsd.paths import InstancePaths
 from petalsd.status import NetworkSource, RateSource
 from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
-from petalsd.types import DaemonState
 
 _POOL_GAUGES = {
     "kv_capacity_pages": "pages_total",
@@ -54,7 +51,9 @@ class Figures:
 
     def read(self) -> Iterator[Reading]:
         yield from self._identity()
-        yield from self._state()
+        yield from state_readings(self._daemon.lifecycle, self._parts.board)
+        yield from watchdog_readings(self._notifier)
+        yield from disk_readings(self._disks)
         yield from self._health()
         yield from self._load()
         yield from self._cache()
@@ -63,31 +62,16 @@ class Figures:
 
     def _identity(self) -> Iterator[Reading]:
         plan, quantization = self._plan, self._plan.storage.quantization
-        yield Reading("build_info", 1, (__version__, platform.python_version(), torch.__version__))
+        yield build_reading()
         what = (plan.prefix, plan.model.model_type, plan.dtype_name, quantization, str(plan.device))
         yield Reading("model_info", 1, what)
 
-    def _state(self) -> Iterator[Reading]:
-        lifecycle = self._daemon.lifecycle
-        for state in DaemonState:
-            yield Reading("state", state is lifecycle.state, (state.value,))
-        yield Reading("state_age_seconds", _age_s(lifecycle.since_s))
-        raised = {warning.code for warning in self._parts.board.active()}
-        for code, kind in KINDS.items():
-            yield Reading("warning_active", code in raised, (code, kind.severity))
-
     def _health(self) -> Iterator[Reading]:
-        notifier, stats = self._notifier, self._parts.engine.stats()
-        yield Reading("watchdog_interval_seconds", notifier.watchdog_interval_s or DEFAULT_INTERVAL_S)
-        if notifier.last_ping_monotonic_s is not None:
-            yield Reading("watchdog_ping_age_seconds", _age_s(notifier.last_ping_monotonic_s))
+        stats = self._parts.engine.stats()
         if stats.last_step_monotonic_s:
-            yield Reading("engine_step_age_seconds", _age_s(stats.last_step_monotonic_s))
+            yield Reading("engine_step_age_seconds", age_s(stats.last_step_monotonic_s))
         busy_since_s = stats.busy_since_monotonic_s
-        yield Reading("engine_busy_seconds", 0.0 if busy_since_s is None else _age_s(busy_since_s))
-        for name, directory in self._disks.items():
-            with contextlib.suppress(OSError):
-                yield Reading("disk_free_bytes", shutil.disk_usage(directory).free, (name,))
+        yield Reading("engine_busy_seconds", 0.0 if busy_since_s is None else age_s(busy_since_s))
 
     def _load(self) -> Iterator[Reading]:
         stats = self._parts.engine.stats()
@@ -121,7 +105,7 @@ class Figures:
                 "dht_announced_state", told is not None and told.state is state, (state.name.lower(),)
             )
         if told is not None:
-            yield Reading("dht_announcement_age_seconds", _age_s(told.at_monotonic_s))
+            yield Reading("dht_announcement_age_seconds", age_s(told.at_monotonic_s))
         yield Reading("open_streams", member.open_streams)
         yield Reading("awaited_sessions", member.awaited.sessions)
         yield Reading("awaited_pages", member.awaited.pages)
@@ -154,7 +138,3 @@ def _rate_readings(rates: Rates) -> Iterator[Reading]:
         yield Reading("rate_source", rates.are_known and rates.source == source, ("block", source))
     for source in get_args(NetworkSource):
         yield Reading("rate_source", rates.network_source == source, ("network", source))
-
-
-def _age_s(since_monotonic_s: float) -> float:
-    return max(0.0, time.monotonic() - since_monotonic_s)

@@ -1,21 +1,20 @@
-"""Whether the parts still work, proved by something that went through them. None means that nothing is wrong."""
+"""Whether the engine still works, proved by something that went through it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
-from petalsd.daemon.parts import ServingEngine, SwarmMember
-from petalsd.errors import PetalsdError, SwarmError
+from petalsd.daemon.parts import ServingEngine
+from petalsd.errors import PetalsdError
 
 # One batch or unit of a pass takes a small part of this on any machine that is worth announcing, and so do the
 # kernels that are compiled for the first one.
 _ENGINE_STUCK_S = 120.0
-_P2PD_ANSWERS_S = 5.0
 
 
 async def engine_problem(engine: ServingEngine) -> str | None:
-    """A canary crosses the device when it is idle; when it is busy, its work must move."""
+    """A canary crosses the device when it is idle; when it is busy, its work must move. None: nothing is wrong."""
     stats = engine.stats()
     if stats.busy_since_monotonic_s is not None:
         busy_s = time.monotonic() - stats.busy_since_monotonic_s
@@ -28,16 +27,4 @@ async def engine_problem(engine: ServingEngine) -> str | None:
         return None if is_moving else f"the self-test did not come back within {_ENGINE_STUCK_S:g} s"
     except PetalsdError as error:
         return f"the self-test failed: {error}"
-    return None
-
-
-async def member_problem(member: SwarmMember) -> str | None:
-    """The libp2p daemon itself knows its addresses: one that does not tell them hangs."""
-    try:
-        async with asyncio.timeout(_P2PD_ANSWERS_S):
-            await member.maddrs()
-    except TimeoutError:
-        return f"the libp2p daemon did not answer within {_P2PD_ANSWERS_S:g} s"
-    except SwarmError as error:
-        return str(error)
     return None

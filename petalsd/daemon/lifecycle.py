@@ -1,4 +1,4 @@
-"""The daemon's life cycle as a pure state machine; what is visible outside is a consequence of its state.
+"""A server's life cycle as a pure state machine; what is visible outside is a consequence of its state.
 
     STARTING ──> LOADING ──> ONLINE <──> DRAINING ──> DRAINED ──> ONLINE
                   ^   ^        │            │            │ (a resume finds a part broken)
@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from petalsd.errors import PetalsdError
 from petalsd.types import DaemonState
 
 _S = DaemonState
-TRANSITIONS: dict[DaemonState, frozenset[DaemonState]] = {
+Transitions = Mapping[DaemonState, frozenset[DaemonState]]
+TRANSITIONS: Transitions = {
     _S.STARTING: frozenset({_S.LOADING, _S.STOPPING, _S.FAILED}),
     _S.LOADING: frozenset({_S.ONLINE, _S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
     _S.ONLINE: frozenset({_S.REBALANCING, _S.DRAINING, _S.STOPPING, _S.FAILED}),
@@ -53,8 +54,11 @@ Listener = Callable[[DaemonState, DaemonState], None]
 class Lifecycle:
     """Owns the state; ``listeners`` hear (old, new) after each move, in the order in which they subscribed."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, transitions: Transitions = TRANSITIONS
+    ) -> None:
         self._clock = clock
+        self._transitions = transitions
         self._listeners: list[Listener] = []
         self._waiting: list[tuple[DaemonState, asyncio.Future[None]]] = []
         self.state = DaemonState.STARTING
@@ -71,7 +75,7 @@ class Lifecycle:
         return future
 
     def can_move(self, state: DaemonState) -> bool:
-        return state in TRANSITIONS[self.state]
+        return state in self._transitions[self.state]
 
     def move(self, state: DaemonState, reason: str = "") -> None:
         """Go to ``state``; raises IllegalTransition naming both states, and then nothing has changed."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
 
-from petalsd.config import SwarmSection
 from petalsd.daemon.parts import MemberStats
 from petalsd.errors import SwarmError
-from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions, Part
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.ghosts import GhostFinder
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
-from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS, ServerState
+from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.reachability import ReachabilityService, is_directly_reachable
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.serving import Serving
@@ -176,20 +173,6 @@ class Membership:
         return self._describe(state, span, self.is_relayed)
 
 
-def node_options(section: SwarmSection, paths: InstancePaths, num_blocks: int) -> NodeOptions:
-    """``num_blocks`` lookups run at once: one for each block's record."""
-    peers = section.initial_peers
-    return NodeOptions(
-        initial_peers=PUBLIC_INITIAL_PEERS if isinstance(peers, str) else peers,
-        host_maddrs=section.host_maddrs,
-        announce_maddrs=section.announce_maddrs,
-        identity_path=section.identity_path or paths.identity_file,
-        use_relay=section.relay,
-        use_auto_relay=section.relay and not _is_loopback_only(section.host_maddrs),
-        num_workers=num_blocks,
-    )
-
-
 def _ghost_finder(node: Node) -> GhostFinder:
     return GhostFinder(
         lambda peer: node.ping(peer, _GHOST_PING_S),
@@ -204,9 +187,3 @@ async def _is_relay_needed(options: NodeOptions) -> bool:
     if not options.initial_peers or not options.use_auto_relay:
         return False
     return not await is_directly_reachable(options)
-
-
-def _is_loopback_only(maddrs: tuple[str, ...]) -> bool:
-    """Whether all of ``/ip4/127.0.0.1/tcp/0`` and the like stay on this machine."""
-    hosts = [maddr.split("/")[1:3] for maddr in maddrs]
-    return all(kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback for kind, host in hosts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
+from petalsd.daemon.presence import SwarmPresence
 from petalsd.engine.handle import SessionInfo
 from petalsd.engine.stats import EngineStats
 from petalsd.errors import DeviceLost
@@ -76,20 +77,11 @@ class ServingEngine(Protocol):
     def open_sessions(self) -> list[SessionInfo]: ...
 
 
-class SwarmMember(Protocol):
-    """Our presence in the swarm: node, handlers and announcements as one thing."""
+class SwarmMember(SwarmPresence, Protocol):
+    """Our presence as a server: node, handlers and announcements as one thing.
 
-    @property
-    def peer_id(self) -> str: ...
-
-    async def start(self) -> None:
-        """Join; requests are refused until ``admit``. SwarmError says why it cannot."""
-
-    async def stop(self) -> None:
-        """Leave; idempotent, bounded in time, works on a broken member too."""
-
-    async def until_failed(self) -> str:
-        """Wait until this member is broken for good; the reason. ``stop`` and ``start`` heal it."""
+    Requests are refused until ``admit``.
+    """
 
     @property
     def is_relayed(self) -> bool:
@@ -102,14 +94,8 @@ class SwarmMember(Protocol):
     def pings(self) -> dict[str, float]:
         """Round trips in seconds to the servers that were pinged lately, ``inf`` for no answer."""
 
-    async def maddrs(self) -> list[str]:
-        """Addresses under which others reach us, asked of the libp2p daemon."""
-
     async def announce(self, state: ServerState, span: BlockSpan) -> None:
         """Returns when the records of all blocks of ``span`` are stored. SwarmError or DeadlineExceeded."""
-
-    async def renew(self) -> None:
-        """Write what was announced last once more, with fresh pings. SwarmError or DeadlineExceeded."""
 
     async def announce_parts(self, parts: Sequence[Part], goal: BlockSpan | None = None) -> None:
         """The same for several spans, what is served last; blocks in none of them go OFFLINE first.
@@ -136,6 +122,3 @@ class SwarmMember(Protocol):
         """Who serves what now, ghosts left out: takes pings, so some seconds. Errors as above."""
 
     def stats(self) -> MemberStats: ...
-
-    async def is_in_touch(self) -> bool:
-        """Whether any other peer answers, dialling the first ones again; True where there is nobody else to be."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
 from petalsd.daemon.detached import run_detached
 from petalsd.daemon.service import Service
 from petalsd.daemon.settings import Reload, Settings
-from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import ConfigError
 from petalsd.log import error_fields
@@ -21,13 +21,13 @@ _MAX_SHOWN = 3
 
 
 class Reloader:
-    """Reads the configuration again, then has the placement looked at anew."""
+    """Reads the configuration again; ``on_reload`` is called when the new one is in force."""
 
     def __init__(
-        self, settings: Settings, supervisor: Supervisor, service: Service, board: WarningBoard
+        self, settings: Settings, on_reload: Callable[[], None], service: Service, board: WarningBoard
     ) -> None:
         self._settings = settings
-        self._supervisor = supervisor
+        self._on_reload = on_reload
         self._service = service
         self._board = board
         self._lock = asyncio.Lock()
@@ -50,7 +50,7 @@ class Reloader:
         self._board.clear("reload_refused", "restart_needed")
         if outcome.pending:
             self._board.set("restart_needed", ", ".join(outcome.pending))
-        self._supervisor.check_now()
+        self._on_reload()
         return outcome
 
     async def run(self, asked: asyncio.Event) -> None:

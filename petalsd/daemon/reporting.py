@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import cast
 
 from petalsd import __version__
 from petalsd._C import PoolStats
@@ -13,6 +12,7 @@ from petalsd.daemon.activity import Situation, describe
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
 from petalsd.daemon.drain import open_work
+from petalsd.daemon.peer_list import peer_entries, uncovered
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.span_loader import LoadProgress
 from petalsd.engine.stats import EngineStats
@@ -20,7 +20,6 @@ from petalsd.errors import SwarmError
 from petalsd.kvcache.pool import KVPool
 from petalsd.models.ladder import Choice, Rung
 from petalsd.status import (
-    ActiveWarning,
     Balance,
     BlockKind,
     DrainStatus,
@@ -30,9 +29,7 @@ from petalsd.status import (
     Loading,
     Model,
     PathTrial,
-    PeerEntry,
     Peers,
-    PeerState,
     SessionCounts,
     SessionEntry,
     Sessions,
@@ -42,8 +39,6 @@ from petalsd.status import (
     Throughput,
     WatchdogStatus,
 )
-from petalsd.swarm.directory import SwarmView
-from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
 from petalsd.types import DaemonState
 
@@ -111,16 +106,7 @@ class Reporter:
             balance=self._balance(),
             drain=self._drain(),
             watchdog=self._watchdog(),
-            warnings=[
-                ActiveWarning(
-                    code=one.code,
-                    title=one.title,
-                    severity=one.kind.severity,
-                    since_s=_age(one.since_monotonic_s),
-                    hint=one.hint,
-                )
-                for one in parts.board.active()
-            ],
+            warnings=parts.board.documents(),
         )
 
     def sessions(self) -> Sessions:
@@ -144,26 +130,7 @@ class Reporter:
         """SwarmError or DeadlineExceeded when the directory cannot be read."""
         view = await self._parts.member.read_view()
         pings, own_peer = self._parts.member.pings(), self._peer_id()
-        entries = [
-            PeerEntry(
-                peer_id=remote.peer,
-                state=_peer_state(remote.state),
-                span=Span.of(remote.span),
-                throughput=remote.record.throughput,
-                inference_rps=remote.record.inference_rps,
-                forward_rps=remote.record.forward_rps,
-                network_rps=remote.record.network_rps,
-                cache_tokens_left=remote.record.cache_tokens_left,
-                public_name=remote.record.public_name,
-                version=remote.record.version,
-                is_relayed=bool(remote.record.using_relay),
-                ping_ms=_finite_ms(pings.get(remote.peer)),
-                is_self=remote.peer == own_peer,
-                is_ghost=remote.peer in view.ghosts,
-            )
-            for remote in view.spans(ServerState.JOINING)
-        ]
-        return Peers(peers=entries, uncovered=_uncovered(view.without_ghosts()))
+        return Peers(peers=peer_entries(view, pings, own_peer), uncovered=uncovered(view.without_ghosts()))
 
     def loading(self) -> Loading | None:
         """None unless blocks are being loaded."""
@@ -291,10 +258,6 @@ def _age(since_monotonic_s: float) -> float:
     return round(time.monotonic() - since_monotonic_s, 3)
 
 
-def _peer_state(state: ServerState) -> PeerState:
-    return cast(PeerState, state.name.lower())
-
-
 def _block_kind(choice: Choice) -> BlockKind:
     trials = [
         PathTrial(
@@ -308,10 +271,6 @@ def _block_kind(choice: Choice) -> BlockKind:
         for trial in choice.trials
     ]
     return BlockKind(kind=choice.kind, trials=trials)
-
-
-def _finite_ms(seconds: float | None) -> float | None:
-    return None if seconds is None or not math.isfinite(seconds) else round(seconds * 1e3, 3)
 
 
 def _spill(pool: KVPool, stats: PoolStats) -> SpillStatus | None:
@@ -347,14 +306,3 @@ def _loading(progress: LoadProgress) -> Loading:
         total=progress.total,
         percent=progress.percent,
     )
-
-
-def _uncovered(view: SwarmView) -> list[Span]:
-    """Runs of blocks that no ONLINE server has."""
-    runs: list[list[int]] = []
-    for block in view.missing_blocks():
-        if runs and runs[-1][1] == block:
-            runs[-1][1] = block + 1
-        else:
-            runs.append([block, block + 1])
-    return [Span(start=start, end=end) for start, end in runs]

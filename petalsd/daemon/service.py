@@ -36,6 +36,11 @@ class Service:
         self._notifier.stopping()
         self._tell()
 
+    async def notice_stop(self, asked: asyncio.Event) -> None:
+        """``stopping`` as soon as ``asked`` is set."""
+        await asked.wait()
+        self.stopping()
+
     async def run(self) -> None:
         """Keep the line true, and ask for time while starting or stopping: both may take as long as they move."""
         while True:

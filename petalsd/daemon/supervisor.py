@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import structlog
 
 from petalsd.config import BlocksSection
-from petalsd.daemon.health import engine_problem, member_problem
+from petalsd.daemon.health import engine_problem
 from petalsd.daemon.parts import ServingEngine, SwarmMember
 from petalsd.daemon.plan import Demand
+from petalsd.daemon.presence import presence_problem
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import DeadlineExceeded, SwarmError
@@ -146,7 +147,7 @@ class Supervisor:
         return problem
 
     async def _broken_member(self, failure: asyncio.Task[str]) -> str | None:
-        return failure.result() if failure.done() else await member_problem(self._member)
+        return failure.result() if failure.done() else await presence_problem(self._member)
 
     async def _check(self, span: BlockSpan, has_pages: Callable[[int], bool]) -> Departure | None:
         problem = await engine_problem(self._engine)

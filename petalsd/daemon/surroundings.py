@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from petalsd.daemon.backoff import Backoff
-from petalsd.daemon.parts import SwarmMember
+from petalsd.daemon.presence import SwarmPresence
 from petalsd.daemon.warnings import WarningBoard
 from petalsd.errors import PetalsdError
 
@@ -25,7 +25,7 @@ _REDIAL = Backoff(attempts=2**31, first_delay_s=2.0, max_delay_s=60.0)
 class Surroundings:
     """``disks`` are directories that the daemon writes to."""
 
-    def __init__(self, member: SwarmMember, disks: Iterable[Path], board: WarningBoard) -> None:
+    def __init__(self, member: SwarmPresence, disks: Iterable[Path], board: WarningBoard) -> None:
         self._member = member
         self._disks = tuple(disks)
         self._board = board

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from petalsd.errors import PetalsdError
+from petalsd.status import ActiveWarning as WarningDocument
 from petalsd.status import Severity
 
 log = structlog.get_logger(__name__)
@@ -152,3 +153,16 @@ class WarningBoard:
         return sorted(
             self._active.values(), key=lambda one: (order.index(one.kind.severity), one.since_monotonic_s)
         )
+
+    def documents(self) -> list[WarningDocument]:
+        """``active``, as the control socket says it."""
+        return [
+            WarningDocument(
+                code=one.code,
+                title=one.title,
+                severity=one.kind.severity,
+                since_s=round(self._clock() - one.since_monotonic_s, 3),
+                hint=one.hint,
+            )
+            for one in self.active()
+        ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from petalsd.control.access import Access
+from petalsd.control.operations import ServerOperations
 from petalsd.control.server import ControlServer
 from petalsd.control.socket_file import SocketFile
 from petalsd.types import HostPort
@@ -35,7 +36,8 @@ def make(daemon: DaemonDouble, path: Path) -> Make:
     def server(metrics: HostPort | None = None, access: Access | None = None) -> ControlServer:
         who = access or Access(os.geteuid(), None, None)
         content_type = "text/plain; version=0.0.4"
-        return ControlServer(daemon, lambda: (METRICS, content_type), SocketFile(path, who), who, metrics)
+        operations = ServerOperations(daemon, lambda: (METRICS, content_type))
+        return ControlServer(operations, SocketFile(path, who), who, metrics)
 
     return server
 

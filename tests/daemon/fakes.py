@@ -322,7 +322,7 @@ class Stage:
             QUICK,
         )
         service = Service(Notifier(), lambda: "")
-        self.reloader = Reloader(self.settings, self.supervisor, service, self.board)
+        self.reloader = Reloader(self.settings, self.supervisor.check_now, service, self.board)
         self._seen: list[tuple[DaemonState, asyncio.Future[None]]] = []
         self.daemon.lifecycle.subscribe(self._on_move)
 

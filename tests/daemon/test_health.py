@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from petalsd.daemon import health
-from petalsd.daemon.health import engine_problem, member_problem
+from petalsd.daemon import health, presence
+from petalsd.daemon.health import engine_problem
+from petalsd.daemon.presence import presence_problem
 from petalsd.errors import EngineError, SwarmError
 from tests.daemon.fakes import FakeEngine, FakeMember, FakeSwarm
 
@@ -16,7 +17,7 @@ from tests.daemon.fakes import FakeEngine, FakeMember, FakeSwarm
 @pytest.fixture(autouse=True)
 def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "_ENGINE_STUCK_S", 0.05)
-    monkeypatch.setattr(health, "_P2PD_ANSWERS_S", 0.05)
+    monkeypatch.setattr(presence, "_P2PD_ANSWERS_S", 0.05)
 
 
 async def never() -> None:
@@ -45,12 +46,12 @@ async def test_a_busy_engine_is_judged_by_its_batch() -> None:
 async def test_p2pd_must_tell_its_addresses() -> None:
     """A hanging or departed libp2p daemon is a problem."""
     member = FakeMember(FakeSwarm(), [])
-    assert await member_problem(member) is None
+    assert await presence_problem(member) is None
     member.maddrs = never  # type: ignore[method-assign,assignment]
-    assert "did not answer" in str(await member_problem(member))
+    assert "did not answer" in str(await presence_problem(member))
 
     async def gone() -> list[str]:
         raise SwarmError("not started")
 
     member.maddrs = gone  # type: ignore[method-assign]
-    assert "not started" in str(await member_problem(member))
+    assert "not started" in str(await presence_problem(member))

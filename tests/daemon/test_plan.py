@@ -14,8 +14,8 @@ import torch
 from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.daemon.cache_room import cache_tokens
-from petalsd.daemon.membership import node_options
 from petalsd.daemon.memory import device_memory_bytes
+from petalsd.daemon.node_options import node_options
 from petalsd.daemon.plan import (
     Demand,
     ModelReader,

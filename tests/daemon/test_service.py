@@ -119,7 +119,7 @@ async def test_a_reload_is_announced_and_ends_ready_even_when_refused() -> None:
     service = Service(heard, lambda: "")  # type: ignore[arg-type]
     stage.daemon.lifecycle.subscribe(service.on_move)
     running = await until_online(stage)
-    reloader = Reloader(stage.settings, stage.supervisor, service, stage.board)
+    reloader = Reloader(stage.settings, stage.supervisor.check_now, service, stage.board)
     stage.overrides.append("daemon.drain_deadline_s=7")
     stage.overrides.append("engine.threads=3")
     heard.messages.clear()

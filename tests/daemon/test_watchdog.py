@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import structlog
 
-from petalsd.daemon import watchdog
+from petalsd.daemon import loop_watch
+from petalsd.daemon.loop_watch import LoopWatch, stack_of
 from petalsd.daemon.warnings import KINDS, WarningBoard
-from petalsd.daemon.watchdog import LoopWatch, Watchdog, stack_of
+from petalsd.daemon.watchdog import Watchdog
 from petalsd.errors import EngineError, NotServed, SwarmError
 from tests.daemon.fakes import FakeEngine
 from tests.waiting import eventually
@@ -25,7 +26,7 @@ INTERVAL_S = 0.4
 class FakeNotifier:
     """Counts what the service manager would hear."""
 
-    watchdog_interval_s = INTERVAL_S
+    proof_interval_s = INTERVAL_S
 
     def __init__(self) -> None:
         self.pings = 0
@@ -114,7 +115,7 @@ async def test_a_hang_is_noticed_within_the_interval(monkeypatch: pytest.MonkeyP
                 await asyncio.sleep(60)
 
     interval_s = 2.0
-    monkeypatch.setattr(FakeNotifier, "watchdog_interval_s", interval_s)
+    monkeypatch.setattr(FakeNotifier, "proof_interval_s", interval_s)
     scene = Scene(Hanging([]))
     scene.watchdog._iterations = 0
     running = asyncio.create_task(scene.watchdog.run())
@@ -182,7 +183,7 @@ async def test_a_blocked_loop_is_seen_from_outside() -> None:
 
 
 async def test_that_warning_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_REMEMBERED_S", 0.3)
+    monkeypatch.setattr(loop_watch, "_REMEMBERED_S", 0.3)
     board = WarningBoard()
     watching = asyncio.create_task(LoopWatch(0.1, board).run())
     await asyncio.sleep(0)
