@@ -18,6 +18,12 @@ from petalsd.types import BlockSpan, HostPort
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _PUBLIC = "public"
+BOOTSTRAP_KEYS = re.compile(
+    r"swarm\.(initial_peers|host_maddrs|announce_maddrs|identity_path|relay)|(control|metrics)\..+"
+    r"|daemon\.(role|log_format|log_level)"
+)
+"""The keys that a bootstrap node obeys."""
+_BOOTSTRAP_MADDRS = ("/ip4/0.0.0.0/tcp/31337", "/ip6/::/tcp/31337")  # others have its address in their files
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -180,7 +186,10 @@ class SwarmSection(Section):
     initial_peers: PeerMaddrs = _restart(
         (), 'multiaddrs of peers to join; empty starts a private swarm; "public" joins the public one'
     )
-    host_maddrs: HostMaddrs = _restart(("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"), "multiaddrs to listen on")
+    host_maddrs: HostMaddrs = _restart(
+        ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"),
+        "multiaddrs to listen on; port 0: any free one, another at each start; a bootstrap node takes 31337",
+    )
     announce_maddrs: Maddrs = _restart((), "multiaddrs told to others; empty: what is listened on")
     identity_path: PathText | None = _restart(
         None, "private key file, made if missing; unset: state directory"
@@ -266,6 +275,11 @@ class MetricsSection(Section):
 
 
 class DaemonSection(Section):
+    role: Literal["server", "bootstrap"] = _restart(
+        "server",
+        "server: serves blocks of a model; bootstrap: serves none, and is where others join the swarm, so that it "
+        "takes only the keys of [swarm] that say how to be reached, [control], [metrics] and the log's",
+    )
     drain_deadline_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _live(
         60.0, "how long a stop waits for running sessions"
     )
@@ -287,6 +301,20 @@ class Config(Section):
     control: ControlSection = ControlSection()
     metrics: MetricsSection = MetricsSection()
     daemon: DaemonSection = DaemonSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_model(cls, sections: dict[str, Any]) -> dict[str, Any]:
+        """A node that serves nothing needs no model; keys that it would not obey are refused."""
+        if sections.get("daemon", {}).get("role") != "bootstrap":
+            return sections
+        given = [f"{section}.{key}" for section, keys in sections.items() for key in keys]
+        if idle := [key for key in given if not BOOTSTRAP_KEYS.fullmatch(key)]:
+            raise ValueError(
+                f'daemon.role = "bootstrap" serves no blocks and does not obey {", ".join(idle)}: take that out'
+            )
+        swarm = {"host_maddrs": list(_BOOTSTRAP_MADDRS), **sections.get("swarm", {})}
+        return {**sections, "model": ModelSection.model_construct(source=""), "swarm": swarm}
 
     @model_validator(mode="after")
     def _check_together(self) -> Config:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from petalsd.config import Config, Section
+from petalsd.config import BOOTSTRAP_KEYS, Config, Section
 from petalsd.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "PETALSD_"
@@ -64,6 +64,12 @@ def known_keys() -> dict[str, FieldInfo]:
     }
 
 
+def obeyed_keys(config: Config) -> list[str]:
+    """Those of ``known_keys`` that mean something to a daemon of this role."""
+    is_server = config.daemon.role == "server"
+    return [key for key in known_keys() if is_server or BOOTSTRAP_KEYS.fullmatch(key)]
+
+
 def value_of(config: Config, key: str) -> object:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
@@ -71,6 +77,8 @@ def value_of(config: Config, key: str) -> object:
 
 def changed_keys(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """(keys whose change a reload applies, keys whose change needs a restart)."""
+    if old.daemon.role != new.daemon.role:  # what the other keys say is meant for another kind of daemon
+        return [], ["daemon.role"]
     live: list[str] = []
     restart: list[str] = []
     for key, field in known_keys().items():

@@ -166,6 +166,7 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
     "Swarm": (
         _gauge("dht_in_touch", "1 while the daemon is a member of the swarm and some peer answers, else 0"),
         _gauge("dht_known_peers", "Peers in the routing table of the DHT"),
+        _gauge("dht_stored_keys", "Keys of the swarm's directory that this node keeps for everybody"),
         _gauge("dht_ghosts", "Servers in the directory that went without a goodbye, as far as pings showed"),
         _gauge("dht_announced_state", "1 for the state that the swarm was last told, 0 for the others", "state"),
         _gauge("dht_announcement_age_seconds", "Time since our records were last stored"),

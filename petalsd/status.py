@@ -7,7 +7,7 @@ that they do not know: later versions add some. A field that goes, or means some
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -181,8 +181,9 @@ class ActiveWarning(Document):
 
 
 class Status(Answer):
-    """GET /v1/status"""
+    """GET /v1/status of a server"""
 
+    role: Literal["server"] = "server"
     version: str
     instance: str
     state: State
@@ -244,7 +245,7 @@ class PeerEntry(Document):
 
 
 class Peers(Answer):
-    """GET /v1/peers"""
+    """GET /v1/peers of a server"""
 
     peers: list[PeerEntry]
     uncovered: list[Span] = Field(description="blocks that no server serves; ghosts serve none")
@@ -360,25 +361,3 @@ class RebalanceRequest(Request):
     to: Annotated[BlockSpan, BeforeValidator(_to_span, json_schema_input_type=str)] | None = None
     dry_run: bool = False
     wait: bool = False
-
-
-DOCUMENTS: dict[str, type[BaseModel]] = {
-    "status": Status,
-    "sessions": Sessions,
-    "peers": Peers,
-    "version": Version,
-    "plan": Plan,
-    "progress": Progress,
-    "reloaded": Reloaded,
-    "error": Error,
-    "drain-request": DrainRequest,
-    "rebalance-request": RebalanceRequest,
-}
-
-
-def schema_of(name: str) -> dict[str, Any]:
-    """The JSON schema of a document, as a program that reads it wants it."""
-    schema = DOCUMENTS[name].model_json_schema(
-        by_alias=True, mode="validation" if name.endswith("-request") else "serialization"
-    )
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -218,3 +218,28 @@ def test_every_key_is_documented() -> None:
         assert field.description, key
         assert isinstance(field.json_schema_extra, dict), key
         assert isinstance(field.json_schema_extra["live"], bool), key
+
+
+def test_a_bootstrap_node_needs_no_model() -> None:
+    """It listens on a port that stays the same unless another one is named."""
+    config = load_config(None, {}, ["daemon.role=bootstrap"]).config
+    assert config.swarm.host_maddrs == ("/ip4/0.0.0.0/tcp/31337", "/ip6/::/tcp/31337")
+    assert (config.model.source, config.daemon.role) == ("", "bootstrap")
+    own = ["daemon.role=bootstrap", "swarm.host_maddrs=/ip4/127.0.0.1/tcp/4001", "swarm.relay=false"]
+    assert load_config(None, {}, own).config.swarm.host_maddrs == ("/ip4/127.0.0.1/tcp/4001",)
+
+
+def test_a_bootstrap_node_refuses_what_it_would_not_obey() -> None:
+    """Somebody who lists allowed_peers there means something by it."""
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, {}, ["daemon.role=bootstrap", "model.source=a/b", "swarm.allowed_peers=[]"])
+    assert 'daemon.role = "bootstrap" serves no blocks and does not obey' in refused.value.message
+    assert "model.source, swarm.allowed_peers: take that out" in refused.value.message
+
+
+def test_a_reload_cannot_make_a_server_something_else() -> None:
+    """Not even in part: what else the file says is meant for the other kind of daemon."""
+    server = load_config(None, {}, ["model.source=a/b", "blocks.count=4"]).config
+    other = load_config(None, {}, ["daemon.role=bootstrap", "daemon.log_level=debug"]).config
+    assert changed_keys(server, other) == ([], ["daemon.role"])
+    assert with_live_keys(server, other) == server

@@ -1,10 +1,13 @@
-"""``petalsd run``: serve until SIGTERM or SIGINT (drain, exit 0; a second one stops at once). SIGHUP reloads."""
+"""``petalsd run``: serve, or be there for others to join, until SIGTERM or SIGINT (drain, exit 0; a second one
+stops at once). SIGHUP reloads.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import os
 import resource
 import signal
@@ -25,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 _WANTED_OPEN_FILES = 65536
 _STDERR_FD = 2
+_ASSEMBLIES = {"server": "petalsd.daemon.assembly", "bootstrap": "petalsd.daemon.bootstrap.assembly"}
+"""What builds and runs a daemon, by its role."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     choice = config_choice(arguments)
     config = choice.load().config
     configure_logging(config.daemon.log_format, config.daemon.log_level)
-    log.info("starting", version=__version__, instance=choice.paths.instance, source=config.model.source)
+    role, source = config.daemon.role, config.model.source or None
+    log.info("starting", version=__version__, instance=choice.paths.instance, role=role, source=source)
     _raise_file_limit()
     try:
         _serve(choice, config, notifier)
@@ -57,9 +63,9 @@ def _serve(choice: ConfigChoice, config: Config, notifier: Notifier) -> None:
     with heavy_imports():  # late: a bad file is reported without waiting for them
         import uvloop
 
-        from petalsd.daemon.assembly import serve
+        assembly = importlib.import_module(_ASSEMBLIES[config.daemon.role])
 
-    uvloop.run(serve(config, choice.paths, lambda: choice.load().config, notifier))
+    uvloop.run(assembly.serve(config, choice.paths, lambda: choice.load().config, notifier))
 
 
 def _exit_before_start(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from petalsd.cli.options import add_config_arguments, config_choice
-from petalsd.config_loading import LoadedConfig, known_keys, value_of
+from petalsd.config_loading import LoadedConfig, obeyed_keys, value_of
 from petalsd.types import BlockSpan, HostPort
 
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _as_json(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
     return {
         key: {"value": _plain(value_of(loaded.config, key)), "origin": loaded.origins[key]}
-        for key in known_keys()
+        for key in obeyed_keys(loaded.config)
     }
 
 
@@ -33,7 +33,7 @@ def _as_toml(loaded: LoadedConfig) -> str:
     """A valid file with the same effect; the origin of each value is its comment."""
     rows: list[tuple[str, str]] = []
     section = ""
-    for key in known_keys():
+    for key in obeyed_keys(loaded.config):
         at, _, name = key.partition(".")
         if at != section:
             section = at

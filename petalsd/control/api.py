@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from petalsd.bootstrap_status import BootstrapStatus, SwarmPeers
 from petalsd.status import Peers, Plan, Progress, Reloaded, Sessions, Status
 from petalsd.types import BlockSpan
 
@@ -13,9 +14,9 @@ Operation = Literal["drain", "resume", "rebalance"]
 class DaemonApi(Protocol):
     """Of every daemon. PetalsdError for what cannot be done now; its code decides the HTTP status."""
 
-    def status(self) -> Status: ...
+    def status(self) -> Status | BootstrapStatus: ...
 
-    async def peers(self) -> Peers:
+    async def peers(self) -> Peers | SwarmPeers:
         """Reads the directory of the swarm."""
 
     async def reload(self) -> Reloaded: ...

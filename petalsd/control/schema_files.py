@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from petalsd.status import DOCUMENTS, schema_of
+from petalsd.status_schemas import DOCUMENTS, schema_of
 
 DIRECTORY = Path(__file__).parent / "schemas"
 

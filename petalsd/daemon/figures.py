@@ -98,6 +98,7 @@ class Figures:
         raised = {warning.code for warning in self._parts.board.active()}
         yield Reading("dht_in_touch", member.is_member and "swarm_unreachable" not in raised)
         yield Reading("dht_known_peers", member.known_peers)
+        yield Reading("dht_stored_keys", member.stored_keys)
         yield Reading("dht_ghosts", member.num_ghosts)
         told = member.announcement
         for state in ServerState:

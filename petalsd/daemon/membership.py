@@ -153,6 +153,7 @@ class Membership:
         return MemberStats(
             is_member=True,
             known_peers=len(connection.node.known_peers()),
+            stored_keys=connection.node.num_stored_keys,
             open_streams=connection.handler.num_streams,
             held_bytes=connection.node.budget.held_bytes,
             announcement=connection.announcer.last_stored,

@@ -24,6 +24,7 @@ class MemberStats:
 
     is_member     whether we have joined
     known_peers   in the routing table of the DHT
+    stored_keys   of the swarm's directory, that our node keeps for everybody
     open_streams  calls of others that are streams
     held_bytes    of large messages that are being received or computed on
     announcement  what was last stored since we joined
@@ -33,6 +34,7 @@ class MemberStats:
 
     is_member: bool = False
     known_peers: int = 0
+    stored_keys: int = 0
     open_streams: int = 0
     held_bytes: int = 0
     announcement: Announcement | None = None

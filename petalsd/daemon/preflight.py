@@ -33,6 +33,18 @@ def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
     identity = config.swarm.identity_path or paths.identity_file
     yield _finding("identity", lambda: _check_identity(identity))
     yield _finding("state directory", lambda: _check_writable(paths.state_dir))
+    if config.daemon.role == "server":
+        yield from _inspect_model(config, paths)
+    yield Finding("swarm", True, _describe_swarm(config))
+    yield _finding("control group", lambda: _check_group(config))
+    control_socket = config.control.socket or paths.control_socket
+    yield _finding("control socket", lambda: _check_socket(control_socket))
+    if (address := config.metrics.listen) is not None:
+        yield _finding("metrics", lambda: _check_metrics(address))
+
+
+def _inspect_model(config: Config, paths: InstancePaths) -> Iterator[Finding]:
+    """What the blocks need."""
     yield _finding("weights cache", lambda: _check_writable(config.model.cache_dir or paths.weights_dir))
     plan: ServingPlan | None = None
     try:
@@ -49,12 +61,6 @@ def inspect(config: Config, paths: InstancePaths) -> Iterator[Finding]:
         yield _finding("blocks", lambda: _check_blocks(known_plan, config))
         yield _finding("limits", lambda: _describe_limits(known_plan))
         yield _finding("spill file", lambda: _check_spill(known_plan, config, paths))
-    yield Finding("swarm", True, _describe_swarm(config))
-    yield _finding("control group", lambda: _check_group(config))
-    control_socket = config.control.socket or paths.control_socket
-    yield _finding("control socket", lambda: _check_socket(control_socket))
-    if (address := config.metrics.listen) is not None:
-        yield _finding("metrics", lambda: _check_metrics(address))
 
 
 def _finding(name: str, check: Callable[[], str]) -> Finding:

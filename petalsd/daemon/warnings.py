@@ -50,6 +50,15 @@ KINDS = {
         "no peer of the swarm answers", "critical",
         "check the network and swarm.initial_peers; they are dialled again until one answers",
     ),
+    "unreachable": Kind(
+        "other peers cannot dial this node", "critical",
+        "have the router and the firewall let its port in; behind a NAT, name the address outside in "
+        "swarm.announce_maddrs",
+    ),
+    "port_changes": Kind(
+        "the port is another one after each start", "warning",
+        "others have this node's address in their files: name a port in swarm.host_maddrs",
+    ),
     "join_failed": Kind(
         "joining the swarm failed", "warning", "check that the initial peers run and the clock is right"
     ),

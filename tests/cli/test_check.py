@@ -190,3 +190,15 @@ def test_without_json_the_findings_are_for_people(
     assert any(line.startswith("ok   model ") for line in captured.out.splitlines())
     assert any(line.startswith("BAD  blocks ") for line in captured.out.splitlines())
     assert "would not serve" in captured.err
+
+
+def test_of_a_bootstrap_node_nothing_of_a_model_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is what it writes to, and how it is reached and steered."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "boot.toml"
+    file.write_text('[daemon]\nrole = "bootstrap"\n')
+    assert main(["check", "-c", str(file), "--json"]) == EXIT_OK
+    names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["identity", "state directory", "swarm", "control group", "control socket"]

@@ -38,7 +38,18 @@ def test_show_prints_values_and_origins(config_file: Path, capsys: pytest.Captur
 def test_what_show_prints_is_a_file_with_the_same_effect(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The output of show can be saved and used as a configuration."""
+    """The output of show can be saved and used as a configuration, of a bootstrap node too."""
+    config_file.write_text('[daemon]\nrole = "bootstrap"\n')
+    assert "model.source" not in shown_again(config_file, tmp_path, capsys)
+    config_file.write_text('[model]\nsource = "owner/model"\n[blocks]\nspan = "0:4"\n')
+    before = shown_again(config_file, tmp_path, capsys)
+    assert before["blocks.span"] == {"value": "0:4", "origin": str(config_file)}
+
+
+def shown_again(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> dict[str, dict[str, object]]:
+    """What show says of ``config_file`` as JSON; the same as it says of its own output as a file."""
     cli.main(["show", "-c", str(config_file), "--json"])
     before = json.loads(capsys.readouterr().out)
     cli.main(["show", "-c", str(config_file)])
@@ -49,7 +60,7 @@ def test_what_show_prints_is_a_file_with_the_same_effect(
     assert {key: item["value"] for key, item in after.items()} == {
         key: item["value"] for key, item in before.items()
     }
-    assert before["blocks.span"] == {"value": "0:4", "origin": str(config_file)}
+    return dict(before)
 
 
 @pytest.mark.parametrize("verb", ["run", "check", "show"])

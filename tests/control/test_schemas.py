@@ -9,10 +9,13 @@ import jsonschema
 import pytest
 
 from petalsd.control.schema_files import DIRECTORY, schema_text
-from petalsd.status import DOCUMENTS
-from tests.cli.petalsctl.documents import PEERS, PLAN, PROGRESS, SESSIONS, STATUS
+from petalsd.status_schemas import DOCUMENTS
+from tests.cli.petalsctl.documents import BOOTSTRAP_STATUS, PEERS, PLAN, PROGRESS, SESSIONS, STATUS, SWARM
 
-SAMPLES = {"status": STATUS, "sessions": SESSIONS, "peers": PEERS, "plan": PLAN, "progress": PROGRESS}
+SAMPLES = {
+    "status": STATUS, "sessions": SESSIONS, "peers": PEERS, "plan": PLAN, "progress": PROGRESS,
+    "bootstrap-status": BOOTSTRAP_STATUS, "bootstrap-peers": SWARM,
+}  # fmt: skip
 # What a status document has at least, whatever else it learns (and in these units).
 PROMISED = {
     "": (

@@ -21,7 +21,7 @@ from petalsd.engine.step import SessionSpec
 from petalsd.errors import BadRequest, Conflict, NotServed, SwarmError
 from petalsd.models.ladder import Choice, Rung, Trial
 from petalsd.models.weight_storage import WeightStorage
-from petalsd.status import DOCUMENTS, schema_of
+from petalsd.status_schemas import DOCUMENTS, schema_of
 from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
 from petalsd.types import BlockSpan, DaemonState

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from petalsd.status import schema_of
+from petalsd.status_schemas import schema_of
 from petalsd.swarm.node import Node
 from tests.control.double import ask
 from tests.daemon.processes import DaemonProcess, Launch

@@ -17,6 +17,7 @@ from tests.interop.child import Child
 START_DEADLINE_S = 90.0
 _PROGRAM = (sys.executable, "-m", "petalsd")
 _ONLINE = r'^\{.*"event": ?"online".*\}$'
+_BOOTSTRAP = r'^\{.*"event": ?"bootstrap_node_started".*\}$'
 _MOVED = r'^\{.*"event": ?"moved".*\}$'
 
 
@@ -99,6 +100,25 @@ def running_daemon(options: DaemonOptions, kind: type[Child] = Child) -> Iterato
         raise
     code = child.stop(signal.SIGTERM)
     assert code == 0, f"stopped with {code}:\n{child.last_lines()}"
+
+
+@contextmanager
+def bootstrap_node(directory: Path) -> Iterator[list[str]]:
+    """A node without blocks that others join through; yields its multiaddresses."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = ["--set=daemon.role=bootstrap", "--set=swarm.host_maddrs=/ip4/127.0.0.1/tcp/0"]
+    file = directory / "boot.toml"
+    file.write_text(f'[control]\nsocket = "{directory / "boot.sock"}"\n')
+    child = ForkedDaemon(
+        [*_PROGRAM, "run", "--config", str(file), *words],
+        directory / "boot.log",
+        {"XDG_STATE_HOME": str(directory)},
+    )
+    child.start()
+    try:
+        yield json.loads(child.wait_for(_BOOTSTRAP, START_DEADLINE_S)[0])["maddrs"]
+    finally:
+        child.stop(signal.SIGTERM)
 
 
 def move(daemon: Child, options: DaemonOptions, span: BlockSpan) -> None:

@@ -96,6 +96,30 @@ def test_two_start_together_and_the_target_has_all_that_are_enabled(
     assert {one.show("ActiveState") for one in pair} == {"inactive"}
 
 
+def test_a_bootstrap_node_is_an_instance_like_others(
+    lab: Lab, instance: MakeInstance, tiny: PreTrainedModel, tiny_path: Path
+) -> None:
+    """The same unit: ready when others can join, watched, stopped in order. A server serves a swarm through it."""
+    boot, server = instance("boot"), instance("joiner")
+    boot.write_config('[daemon]\nrole = "bootstrap"\n[swarm]\nhost_maddrs = ["/ip4/127.0.0.1/tcp/31337"]\n')
+    boot.drop_in("WatchdogSec=4s")
+    since_s = boot.journal.mark()
+    lab.systemctl("start", boot.unit)
+    status = boot.ctl("status")
+    assert (status["state"], status["role"], boot.show("ActiveState")) == ("online", "bootstrap", "active")
+    assert "Bootstrap node: " in boot.show("StatusText")
+    server.configure(MODEL, swarm={"initial_peers": status["maddrs"]})
+    assert generate(tiny_path, maddr_of(server.start())) == greedy(tiny, PROMPT, 8)
+    (model,) = boot.ctl("peers")["models"]
+    assert model["uncovered"] == [] and len(model["peers"]) == 1
+    assert boot.ctl("status")["watchdog"]["last_ping_s"] < 4
+    assert boot.show("NRestarts") == "0"
+    server.stop()
+    boot.stop()
+    boot.text("Deactivated successfully", since_s)
+    assert (boot.show("Result"), boot.show("ExecMainStatus")) == ("success", "0")
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

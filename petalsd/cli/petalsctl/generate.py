@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from petalsd.cli import generate
+from petalsd.cli.petalsctl.bootstrap_view import is_bootstrap
 from petalsd.cli.petalsctl.context import Context, parse
 from petalsd.cli.petalsctl.problems import CommandError
 
@@ -17,6 +18,11 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     """What the command line leaves open is asked of the daemon."""
     if arguments.model is None or arguments.peers is None:
         status = parse(context.get("/v1/status"))
+        if is_bootstrap(status):
+            raise CommandError(
+                "this is a bootstrap node, which serves no model",
+                hint=f"petalsd generate PROMPT --model MODEL --peers {' '.join(status['maddrs'])}",
+            )
         arguments.model = arguments.model or status["model"]["source"]
         if arguments.peers is None:
             arguments.peers = status["maddrs"]

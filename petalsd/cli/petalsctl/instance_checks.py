@@ -23,6 +23,7 @@ from petalsd.errors import ConfigError, PetalsdError
 from petalsd.paths import InstancePaths, config_file_of, instance_paths, is_there
 
 _DIAL_TIMEOUT_S = 3.0
+_FORWARD = "forward the p2p port to this machine, and set swarm.host_maddrs and announce_maddrs"
 _MAX_DIALLED = 8
 _LOW_DISK_BYTES = 2 << 30
 _STREAM_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
@@ -65,7 +66,7 @@ class Patient:
 
     @property
     def is_serving(self) -> bool:
-        return self.status is not None and self.status["span"] is not None
+        return self.status is not None and self.status.get("span") is not None
 
 
 def instance_checks(patient: Patient) -> Iterator[tuple[str, Check]]:
@@ -178,13 +179,23 @@ def check_reachability(patient: Patient, config: Config) -> Finding:
     """Whether others can dial us. Only a running daemon has asked them."""
     swarm, status = config.swarm, patient.status
     if status is not None and status["peer_id"]:
-        if not status["is_relayed"]:
+        if config.daemon.role == "bootstrap":
+            return _node_reachability(status["is_reachable"])
+        if not status.get("is_relayed"):
             return Finding("reachability", "ok", "the daemon is dialled directly")
-        fix = "forward the p2p port to this machine, and set swarm.host_maddrs and announce_maddrs"
-        return Finding("reachability", "warn", "reached through relays only: slow", fix)
+        return Finding("reachability", "warn", "reached through relays only: slow", _FORWARD)
     if not swarm.initial_peers:
         return Finding("reachability", "ok", "a private swarm of our own")
     return Finding("reachability", "ok", "is asked of other peers when the daemon starts")
+
+
+def _node_reachability(is_reachable: bool | None) -> Finding:
+    """Of a bootstrap node, which is of no use where it cannot be dialled."""
+    if is_reachable is None:
+        return Finding("reachability", "ok", "nobody could be asked yet")
+    if is_reachable:
+        return Finding("reachability", "ok", "others dial this node directly")
+    return Finding("reachability", "fail", "other peers cannot dial this node", _FORWARD)
 
 
 def check_peers(config: Config) -> Iterator[Finding]:
@@ -206,7 +217,8 @@ def check_peers(config: Config) -> Iterator[Finding]:
         yield Finding("initial peers", "ok", f"all {reached} answer")
         return
     first = next(problem for problem in problems if problem)
-    level: Level = "warn" if reached else "fail"
+    is_alone = not reached and config.daemon.role == "server"  # a bootstrap node is there without others
+    level: Level = "fail" if is_alone else "warn"
     fix = "check their addresses, this machine's network and its firewall"
     yield Finding("initial peers", level, f"{reached} of {len(targets)} answer; {first}", fix)
 

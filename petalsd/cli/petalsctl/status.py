@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from petalsd.cli.petalsctl.bootstrap_view import bootstrap_lines, is_bootstrap
 from petalsd.cli.petalsctl.context import Context, Document, parse, print_raw, understand
 from petalsd.cli.petalsctl.exit_codes import EXIT_NO_ANSWER, EXIT_OK, EXIT_REFUSING
 from petalsd.cli.petalsctl.options import seconds
@@ -29,8 +30,12 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     if arguments.watch:
         return _watch(context, max(arguments.interval, _MIN_INTERVAL_S))
     body = context.get(TARGET)
-    context.answer(body, status_lines)
+    context.answer(body, _lines)
     return exit_code_of(parse(body))
+
+
+def _lines(document: Document) -> list[Line]:
+    return bootstrap_lines(document) if is_bootstrap(document) else status_lines(document)
 
 
 def exit_code_of(document: Document) -> int:
@@ -54,7 +59,7 @@ def _watch(context: Context, interval_s: float) -> int:
                     _show(context, [*frame, EMPTY, *_absence(error, time.monotonic() - answered_s)], b"")
                 else:
                     document = parse(body)
-                    frame, answered_s = understand(status_lines, document), time.monotonic()
+                    frame, answered_s = understand(_lines, document), time.monotonic()
                     status = exit_code_of(document)
                     _show(context, frame, body)
                 time.sleep(interval_s)

@@ -36,16 +36,16 @@ def status_lines(document: _Document) -> list[Line]:
         *_upkeep_fields(document),
         *_network_fields(document),
     ]
-    return [_headline(document), *fields(pairs), *_warning_lines(document["warnings"])]
+    return [headline(document), *fields(pairs), *warning_lines(document["warnings"])]
 
 
 def short_status(document: _Document) -> Line:
     """One line, for redrawing while something is waited for."""
     state = document["state"]
     parts: list[Piece | str] = [Piece(f"{document['instance']} is {state}", style_of_state(state))]
-    if loading := document["loading"]:
+    if loading := document.get("loading"):
         parts.append(": " + _loading_text(loading))
-    elif drain := document["drain"]:
+    elif drain := document.get("drain"):
         parts.append(": " + drain_text(drain["sessions_left"], drain["deadline_left_s"]))
     elif document["reason"] and state != "online":
         parts.append(f": {document['reason']}")
@@ -66,7 +66,7 @@ def span_text(span: Mapping[str, int] | None) -> str:
     return "none" if span is None else f"{span['start']}:{span['end']}"
 
 
-def _headline(document: _Document) -> Line:
+def headline(document: _Document) -> Line:
     state, style = document["state"], style_of_state(document["state"])
     about = f"  petalsd {document['version']}, pid {document['pid']}, up {duration(document['uptime_s'])}"
     return line(
@@ -246,7 +246,11 @@ def _upkeep_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
             "last move",
             f"{_move_text(move)}, {ago} ago" + (f": {move['reason']}" if move["reason"] else ""),
         )
-    watchdog = document["watchdog"]
+    yield from watchdog_fields(document["watchdog"])
+
+
+def watchdog_fields(watchdog: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Nothing where nobody watches."""
     if watchdog["interval_s"] is not None:
         since = watchdog["last_ping_s"]
         ping = "no ping yet" if since is None else f"ping {duration(since)} ago"
@@ -266,7 +270,7 @@ def _move_text(move: Mapping[str, Any]) -> str:
 
 
 def _step_text(watchdog: Mapping[str, Any]) -> str:
-    since = watchdog["engine_last_step_s"]
+    since = watchdog.get("engine_last_step_s")
     return "" if since is None else f"; the engine's last step {duration(since)} ago"
 
 
@@ -284,7 +288,7 @@ def _short_maddr(maddr: str, peer_id: str | None) -> str:
     return clip_middle(maddr.removesuffix(f"/p2p/{peer_id}"), 60)
 
 
-def _warning_lines(warnings: list[Mapping[str, Any]]) -> list[Line]:
+def warning_lines(warnings: list[Mapping[str, Any]]) -> list[Line]:
     lines: list[Line] = []
     for warning in warnings:
         style = _SEVERITY_STYLES.get(warning["severity"], "bold busy")

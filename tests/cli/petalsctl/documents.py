@@ -19,6 +19,7 @@ def trial(path: str, kernels: str, error: float | None) -> dict[str, Any]:
 
 STATUS: dict[str, Any] = {
     "schema_version": 1,
+    "role": "server",
     "version": "0.1.0",
     "instance": "demo",
     "state": "online",
@@ -183,3 +184,46 @@ PROGRESS: dict[str, Any] = {
 def document(usual: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A copy of ``usual`` with ``changes`` at its top level."""
     return copy.deepcopy(usual) | changes
+
+
+BOOTSTRAP_STATUS: dict[str, Any] = {
+    "schema_version": 1,
+    "role": "bootstrap",
+    "version": "0.1.0",
+    "instance": "boot",
+    "state": "online",
+    "reason": "",
+    "summary": "Bootstrap node: 12 peers known, 3400 keys of the directory kept",
+    "since_s": 11_520.0,
+    "uptime_s": 11_532.5,
+    "pid": 4321,
+    "peer_id": "QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL",
+    "maddrs": ["/ip4/192.0.2.7/tcp/31337/p2p/QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL"],
+    "is_reachable": True,
+    "is_relay": True,
+    "initial_peers": {"total": 2, "known": 1},
+    "known_peers": 12,
+    "stored_keys": 3400,
+    "watchdog": {"interval_s": 60.0, "last_ping_s": 12.0},
+    "warnings": [],
+}
+
+SWARM: dict[str, Any] = {
+    "schema_version": 1,
+    "models": [
+        {
+            "dht_prefix": "SmolLM2-135M-Instruct-hf",
+            "repository": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+            "num_blocks": 30,
+            "peers": PEERS["peers"],
+            "uncovered": [],
+        },
+        {
+            "dht_prefix": "other",
+            "repository": None,
+            "num_blocks": 1,
+            "peers": [],
+            "uncovered": [{"start": 0, "end": 1}],
+        },
+    ],
+}

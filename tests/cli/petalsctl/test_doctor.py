@@ -13,7 +13,7 @@ from petalsd.cli.petalsctl import machine_checks
 from petalsd.cli.petalsctl.findings import Finding, run_checks
 from petalsd.cli.petalsctl.instances import System
 from tests.cli.petalsctl.conftest import Ctl
-from tests.cli.petalsctl.documents import STATUS, document
+from tests.cli.petalsctl.documents import BOOTSTRAP_STATUS, STATUS, document
 from tests.cli.petalsctl.fake_daemon import FakeDaemon
 from tests.tiny_models import make_tiny
 
@@ -200,3 +200,21 @@ def test_a_driver_without_its_device_file(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def finding(name: str, level: str, text: str, fix: str = "") -> dict[str, str]:
     return {"name": name, "level": level, "text": text, "fix": fix}
+
+
+@pytest.mark.parametrize(("is_reachable", "level"), [(True, "ok"), (None, "ok"), (False, "fail")])
+def test_a_bootstrap_node(
+    is_reachable: bool | None, level: str, daemon: FakeDaemon, system: System, ctl: Ctl
+) -> None:
+    """Nothing of a model is looked at; it is there without others, but not without a port that they reach."""
+    others = f'initial_peers = ["/ip4/127.0.0.1/tcp/1/p2p/{STATUS["peer_id"]}"]'
+    text = f'[daemon]\nrole = "bootstrap"\n[swarm]\nhost_maddrs = ["/ip4/127.0.0.1/tcp/0"]\n{others}\n'
+    system.config_dir.mkdir()
+    (system.config_dir / "demo.toml").write_text(text)
+    daemon.answers["GET /v1/status"] = {**BOOTSTRAP_STATUS, "instance": "demo", "is_reachable": is_reachable}
+    status, found = findings(ctl)
+    assert status == (0 if level == "ok" else 4), found
+    assert found["reachability"]["level"] == level
+    assert found["initial peers"]["level"] == "warn"
+    assert found["configuration"]["level"] == "ok"
+    assert not {"model", "memory", "weights"} & set(found)

@@ -1,0 +1,1 @@
+"""A daemon that serves no blocks: others join the swarm through it."""
