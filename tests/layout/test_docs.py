@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from petalsd.config_loading import known_keys
 from petalsd.config_reference import FORMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,3 +37,18 @@ def test_the_readme_names_only_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text())}
     assert named <= targets
+
+
+def test_every_flag_of_petals_has_its_row() -> None:
+    """Those that the page on the wire lists, of its server and of its bootstrap node; and all keys are ours."""
+    page = (ROOT / "docs" / "from-petals.md").read_text()
+    wire = (ROOT / "docs" / "protocol.md").read_text()
+    flags = wire.partition("### 7.1 run_server")[2].partition("## 8. ")[0]
+    first_cells = re.findall(r"^\| (.*?) \|", flags, flags=re.MULTILINE)
+    named = {flag for cell in first_cells for flag in re.findall(r"--\w+", cell)}
+    assert len(named) > 40
+    assert named - set(re.findall(r"--\w+", page)) == set()
+    sections = "|".join(sorted({key.partition(".")[0] for key in known_keys()}))
+    keys = set(re.findall(rf"`((?:{sections})\.\w+)", page))
+    assert len(keys) > 25
+    assert keys - set(known_keys()) == set()
