@@ -38,7 +38,6 @@ class BootstrapStatus(Answer):
     is_reachable: bool | None = Field(
         description="what others said who dialled this node; null where nobody could be asked"
     )
-    is_relay: bool = Field(description="whether others may be reached through this node")
     initial_peers: InitialPeers
     known_peers: int = Field(description="in the routing table of the DHT")
     stored_keys: int = Field(description="of the swarm's directory, that are kept here")

@@ -19,7 +19,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _PUBLIC = "public"
 BOOTSTRAP_KEYS = re.compile(
-    r"swarm\.(initial_peers|host_maddrs|announce_maddrs|identity_path|relay)|(control|metrics)\..+"
+    r"swarm\.(initial_peers|host_maddrs|announce_maddrs|identity_path)|(control|metrics)\..+"
     r"|daemon\.(role|log_format|log_level)"
 )
 """The keys that a bootstrap node obeys."""

@@ -225,7 +225,7 @@ def test_a_bootstrap_node_needs_no_model() -> None:
     config = load_config(None, {}, ["daemon.role=bootstrap"]).config
     assert config.swarm.host_maddrs == ("/ip4/0.0.0.0/tcp/31337", "/ip6/::/tcp/31337")
     assert (config.model.source, config.daemon.role) == ("", "bootstrap")
-    own = ["daemon.role=bootstrap", "swarm.host_maddrs=/ip4/127.0.0.1/tcp/4001", "swarm.relay=false"]
+    own = ["daemon.role=bootstrap", "swarm.host_maddrs=/ip4/127.0.0.1/tcp/4001"]
     assert load_config(None, {}, own).config.swarm.host_maddrs == ("/ip4/127.0.0.1/tcp/4001",)
 
 

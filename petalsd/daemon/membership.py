@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from petalsd.swarm.announcer import Announcer, AnnouncerOptions, Part
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.ghosts import GhostFinder
 from petalsd.swarm.handler import TransformerConnectionHandler
-from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.node import RELAYED, Node, NodeOptions
 from petalsd.swarm.protocol import ServerState
-from petalsd.swarm.reachability import ReachabilityService, is_directly_reachable
+from petalsd.swarm.reachability import Outlook, ReachabilityService, look_around
 from petalsd.swarm.record import ServerRecord
 from petalsd.swarm.serving import Serving
 from petalsd.swarm.witnesses import Witnesses
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 _LOADING = "this server is loading its blocks"
 _GHOST_PING_S = 3.0  # the placement waits for it
+_RELAY_S, _RELAY_POLL_S = 15.0, 0.2  # a relay that is there takes a second or two
+_RELAY_LOST_S = 20.0  # libp2p asks one that refused or went again after an hour
 _STALE_S = 1.0  # others may have announced a move meanwhile
 
 # The record of a state and span as things are now; told whether others reach us through relays only.
@@ -69,6 +72,7 @@ class Membership:
         self._describe = describe
         self._connection: _Connection | None = None
         self.is_relayed = False
+        self._reached_s = 0.0
         self.known_maddrs: tuple[str, ...] = ()
 
     @property
@@ -78,8 +82,13 @@ class Membership:
     async def start(self) -> None:
         """Join, refusing requests until ``admit``. SwarmError says why it cannot."""
         self._serving.refuse(_LOADING)
-        self.is_relayed = await _is_relay_needed(self._options)
-        node = Node(replace(self._options, client_mode=self.is_relayed))
+        outlook = await _outlook(self._options)
+        self.is_relayed = outlook.is_dialable is False
+        relays = outlook.relays if self.is_relayed else ()
+        options = replace(
+            self._options, client_mode=self.is_relayed, is_dialable=outlook.is_dialable, relays=relays
+        )
+        node = Node(options)
         await node.start()
         self._connection = _Connection(
             node=node,
@@ -89,6 +98,8 @@ class Membership:
             reachability=None if self.is_relayed else ReachabilityService(node),
         )
         try:
+            if self.is_relayed:
+                await self._until_relayed()
             await self._connection.open()
         except BaseException:
             await self.stop()
@@ -106,9 +117,27 @@ class Membership:
         return await self._joined.node.until_failed()
 
     async def maddrs(self) -> list[str]:
+        """SwarmError also when no relay has had us for so long that others may be lost without a word."""
         maddrs = await self._joined.node.visible_maddrs()
         self.known_maddrs = tuple(maddrs)
+        if not self.is_relayed or any(RELAYED in maddr for maddr in maddrs):
+            self._reached_s = time.monotonic()
+        elif time.monotonic() > self._reached_s + _RELAY_LOST_S:
+            raise SwarmError(f"no peer relays for this server any more, for {_RELAY_LOST_S:g} s")
         return maddrs
+
+    async def _until_relayed(self) -> None:
+        """Nobody could reach what would be announced before."""
+        self._reached_s = time.monotonic()
+        try:
+            async with asyncio.timeout(_RELAY_S):
+                while not any(RELAYED in maddr for maddr in await self.maddrs()):  # noqa: ASYNC110  # no event says so
+                    await asyncio.sleep(_RELAY_POLL_S)
+        except TimeoutError:
+            raise SwarmError(
+                f"others cannot dial this server, and no peer took it as a relay within {_RELAY_S:g} s",
+                hint="have the router forward its port (docs/configure.md), or join through a bootstrap node",
+            ) from None
 
     def pings(self) -> dict[str, float]:
         return {} if self._connection is None else self._connection.announcer.pings()
@@ -183,8 +212,8 @@ def _ghost_finder(node: Node) -> GhostFinder:
     )
 
 
-async def _is_relay_needed(options: NodeOptions) -> bool:
-    """Ask the swarm whether it can dial us; a new swarm, or one on this machine alone, has nobody to ask."""
-    if not options.initial_peers or not options.use_auto_relay:
-        return False
-    return not await is_directly_reachable(options)
+async def _outlook(options: NodeOptions) -> Outlook:
+    """As the swarm sees it. Who starts a swarm must be dialable; on this machine alone there is no question."""
+    if not options.initial_peers:
+        return Outlook(is_dialable=True)
+    return await look_around(options) if options.use_auto_relay else Outlook(is_dialable=None)

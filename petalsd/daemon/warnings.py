@@ -43,7 +43,7 @@ KINDS = {
         "the journal (loop_stuck) has the place where it hung; report it with that",
     ),
     "p2pd_failed": Kind(
-        "the libp2p daemon died or does not answer", "critical",
+        "the libp2p daemon died, does not answer, or is out of reach", "critical",
         "it is being replaced under the same identity; if it comes again, look for memory pressure (dmesg)",
     ),
     "swarm_unreachable": Kind(

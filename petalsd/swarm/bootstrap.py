@@ -72,17 +72,12 @@ class BootstrapNode:
         self.known_maddrs: tuple[str, ...] = ()
 
     @property
-    def is_relay(self) -> bool:
-        """Whether others may be reached through this node."""
-        return self._options.use_relay
-
-    @property
     def peer_id(self) -> str:
         return self._started.peer_id
 
     async def start(self) -> None:
         """SwarmError says why it cannot listen, ConfigError that the key is damaged; nobody else is needed."""
-        node = Node(replace(self._options, initial_peers=()))
+        node = Node(replace(self._options, initial_peers=(), is_dialable=True))
         await node.start()
         self._node, self._reachability = node, ReachabilityService(node)
         try:

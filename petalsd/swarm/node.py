@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 _PING_TIMEOUT_S = 5.0
 _STOP_DHT_S = 2.0
 _ASKED_PEERS = 8
+RELAYED = "/p2p-circuit"  # in a multiaddr that leads through another peer
 _P2P_PROTOCOL = b"\xa5\x03"  # 421, the multiaddr protocol of PeerIDs, as a varint
 
 
@@ -43,6 +44,7 @@ class NodeOptions:
 
     initial_peers       multiaddrs with ``/p2p/<PeerID>``; empty starts a swarm of our own
     client_mode         dial only: not in anybody's routing table, serves no part of the DHT
+    is_dialable, relays  as in ``P2PDOptions``
     num_workers         lookups in flight at once; stock servers use the number of the model's blocks
     max_message_bytes   the largest message of a stream; a prefill is one message
     max_inbound_bytes   what large messages may hold together until they are dealt with; those of one peer: half
@@ -55,6 +57,8 @@ class NodeOptions:
     client_mode: bool = False
     use_relay: bool = True
     use_auto_relay: bool = False
+    is_dialable: bool | None = None
+    relays: tuple[str, ...] = ()
     num_workers: int = 32
     startup_timeout_s: float = 60.0
     dht_timeout_s: float = 3.0
@@ -70,6 +74,8 @@ class NodeOptions:
             client_mode=self.client_mode,
             use_relay=self.use_relay,
             use_auto_relay=self.use_auto_relay,
+            is_dialable=self.is_dialable,
+            relays=self.relays,
             startup_timeout_s=self.startup_timeout_s,
         )
 
@@ -159,6 +165,15 @@ class Node:
             return []
         except (OSError, EOFError, P2PDaemonError) as error:
             raise SwarmError(f"the libp2p daemon cannot be asked: {error or type(error).__name__}") from error
+
+    async def connected_maddrs(self) -> list[str]:
+        """Addresses with ``/p2p/<PeerID>`` of the peers that we are connected to, no relays between."""
+        try:
+            peers = await self.p2p.list_peers()
+        except (OSError, EOFError, P2PDaemonError) as error:
+            raise SwarmError(f"the libp2p daemon cannot be asked: {error or type(error).__name__}") from error
+        maddrs = [(str(maddr), peer.peer_id) for peer in peers for maddr in peer.addrs]
+        return [f"{maddr}/p2p/{peer}" for maddr, peer in maddrs if RELAYED not in maddr]
 
     def known_peers(self) -> list[str]:
         """Peers in our DHT routing table."""

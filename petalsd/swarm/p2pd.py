@@ -42,7 +42,13 @@ _KEPT_LINES = 20
 
 @dataclass(frozen=True, slots=True)
 class P2PDOptions:
-    """Command line of the daemon, in our words. ``listen`` False makes it dial out only."""
+    """Command line of the daemon, in our words.
+
+    listen       False makes it dial out only
+    is_dialable  whether others can dial us: the daemon relays for others if so, and looks for relays if not; None:
+                 it finds out, which takes minutes
+    relays       multiaddrs of peers to be reached through; without any it looks around for three minutes first
+    """
 
     initial_peers: Sequence[str] = ()
     host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
@@ -52,6 +58,8 @@ class P2PDOptions:
     listen: bool = True
     use_relay: bool = True
     use_auto_relay: bool = False
+    is_dialable: bool | None = None
+    relays: Sequence[str] = ()
     startup_timeout_s: float = 60.0
 
     def arguments(self, control_socket: Path) -> list[str]:
@@ -70,6 +78,10 @@ class P2PDOptions:
             "tls": 1,
             "persistentConnMaxMsgSize": MAX_UNARY_BYTES,
         }
+        if self.is_dialable is not None:
+            flags["forceReachabilityPublic" if self.is_dialable else "forceReachabilityPrivate"] = 1
+        if self.relays:
+            flags |= {"relayDiscovery": 0, "trustedRelays": ",".join(self.relays)}
         if self.initial_peers:
             flags["bootstrapPeers"] = ",".join(self.initial_peers)
         if self.listen:

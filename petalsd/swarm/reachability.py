@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 from hivemind.p2p import P2P, P2PContext, PeerID
@@ -31,6 +31,7 @@ _REMEMBERED_S = 60.0
 _MAX_REMEMBERED = 4096
 _ENOUGH_ANSWERS = 5
 _THRESHOLD = 0.5
+_MAX_RELAYS = 8  # beside the initial peers
 
 
 class ReachabilityService:
@@ -133,8 +134,18 @@ async def ask(p2p: P2P, through: PeerID, about: PeerID, timeout_s: float) -> boo
     return bool(answer.available)
 
 
-async def is_directly_reachable(options: NodeOptions) -> bool:
-    """Whether peers of the swarm can dial a node with these options; True when nobody answers.
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """is_dialable  whether peers of the swarm can dial us; None: nobody could be asked
+    relays       multiaddrs of peers that we can dial, and so may be reached through
+    """
+
+    is_dialable: bool | None
+    relays: tuple[str, ...] = ()
+
+
+async def look_around(options: NodeOptions) -> Outlook:
+    """How a node with these options would stand in the swarm.
 
     A node for the question alone is started: a client, listening as ``options`` say, without a relay.
     """
@@ -143,10 +154,12 @@ async def is_directly_reachable(options: NodeOptions) -> bool:
         await node.start()
         service = ReachabilityService(node)
         await service.start()
-        return await is_reached_by_others(node) is not False
+        is_dialable = await is_reached_by_others(node)
+        others = [maddr for maddr in await node.connected_maddrs() if maddr not in options.initial_peers]
+        return Outlook(is_dialable, (*options.initial_peers, *others[:_MAX_RELAYS]))
     except PetalsdError as error:
         log.warning("reachability_check_failed", error=str(error))
-        return True
+        return Outlook(None)
     finally:
         await node.stop()
 

@@ -11,7 +11,7 @@ from hivemind.proto import dht_pb2
 from petalsd.errors import Overloaded
 from petalsd.swarm import reachability
 from petalsd.swarm.node import Node, NodeOptions
-from petalsd.swarm.reachability import ReachabilityService, ask, is_directly_reachable
+from petalsd.swarm.reachability import ReachabilityService, ask, look_around
 from tests.swarm.servers import joining, node
 from tests.waiting import eventually
 
@@ -41,7 +41,9 @@ async def test_row_21_a_server_vouches_for_itself_and_looks_at_others(nodes: tup
         await others.start()
         assert await ask(client.p2p, own, other.p2p.peer_id, 10) is True
         assert await ask(client.p2p, NOBODY, own, 2) is None
-        assert await is_directly_reachable(await joining(nodes[0]))
+        outlook = await look_around(options := await joining(nodes[0]))
+        assert outlook.is_dialable
+        assert outlook.relays[:1] == options.initial_peers
         await others.stop()
     await service.stop()
 

@@ -9,7 +9,6 @@ all kinds, readiness, watchdog, restarts, sandboxes, users, credentials, the jou
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import select
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from tests.networks import enter_network
 from tests.systemd.journal import Entry, Journal, parse_entries
 
 MIN_SYSTEMD = 252
@@ -32,7 +32,6 @@ _END_S = 20.0
 _SYSTEMD = Path("/lib/systemd/systemd")
 _TOOLS = ("unshare", "nsenter", "setpriv", "timeout", "mount", "systemctl", "journalctl")
 _CAP_SYS_ADMIN = 21
-_CLONE_NEWNET = 0x40000000
 _ENVIRON = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
             "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}  # fmt: skip
 
@@ -171,11 +170,11 @@ class Lab:
     def network(self) -> Iterator[None]:
         """Put the calling thread, and all threads and processes that it starts, into the lab's network."""
         with open("/proc/thread-self/ns/net") as ours, open(f"/proc/{self.pid}/ns/net") as theirs:
-            _set_network(theirs.fileno())
+            enter_network(theirs.fileno())
             try:
                 yield
             finally:
-                _set_network(ours.fileno())
+                enter_network(ours.fileno())
 
     def _boot_command(self) -> list[str]:
         binds = [word for source, target in self._binds.items() for word in (str(source), target)]
@@ -230,9 +229,3 @@ def _systemd_version() -> int:
     output = subprocess.run([_SYSTEMD, "--version"], capture_output=True, text=True, timeout=10).stdout
     match = re.match(r"systemd (\d+)", output)
     return int(match[1]) if match else 0
-
-
-def _set_network(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, _CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "setns")

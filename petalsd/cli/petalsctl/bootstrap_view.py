@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from petalsd.cli.petalsctl.text import EMPTY, Line, Piece, fields, line
 from petalsd.cli.petalsctl.units import count, counted
 
 _Document = Mapping[str, Any]
+_LOOPBACK = re.compile(r"/ip4/127\.|/ip6/::1/")
 
 
 def is_bootstrap(document: _Document) -> bool:
@@ -42,7 +44,7 @@ def swarm_lines(document: _Document) -> list[Line]:
 def _fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     if document["reason"]:
         yield "because", document["reason"]
-    yield "role", line("bootstrap", Piece(f"  others join through it{_relay_text(document)}", "dim"))
+    yield "role", line("bootstrap", Piece("  others join through it, and reach those behind a NAT", "dim"))
     yield (
         "knows",
         line(counted(document["known_peers"], "peer"), ", ", _initial_piece(document["initial_peers"])),
@@ -51,11 +53,8 @@ def _fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
     yield from watchdog_fields(document["watchdog"])
     yield "reached", _reached_line(document["is_reachable"])
     # Whole, for pasting: they are what others need.
-    yield from zip(["address"] + [""] * len(document["maddrs"]), document["maddrs"], strict=False)
-
-
-def _relay_text(document: _Document) -> str:
-    return ", and reach those behind a NAT" if document["is_relay"] else ""
+    maddrs = [maddr for maddr in document["maddrs"] if not _LOOPBACK.match(maddr)] or document["maddrs"]
+    yield from zip(["address"] + [""] * len(maddrs), maddrs, strict=False)
 
 
 def _initial_piece(initial: _Document) -> Piece:

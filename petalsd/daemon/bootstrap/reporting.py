@@ -71,7 +71,6 @@ class BootstrapReporter:
             peer_id=self._peer_id(),
             maddrs=list(self._node.known_maddrs),
             is_reachable=stats.is_reachable,
-            is_relay=self._node.is_relay,
             initial_peers=InitialPeers(total=stats.initial_peers, known=stats.known_initial),
             known_peers=stats.known_peers,
             stored_keys=stats.stored_keys,

@@ -198,9 +198,11 @@ BOOTSTRAP_STATUS: dict[str, Any] = {
     "uptime_s": 11_532.5,
     "pid": 4321,
     "peer_id": "QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL",
-    "maddrs": ["/ip4/192.0.2.7/tcp/31337/p2p/QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL"],
+    "maddrs": [
+        "/ip4/127.0.0.1/tcp/31337/p2p/QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL",
+        "/ip4/192.0.2.7/tcp/31337/p2p/QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL",
+    ],
     "is_reachable": True,
-    "is_relay": True,
     "initial_peers": {"total": 2, "known": 1},
     "known_peers": 12,
     "stored_keys": 3400,
