@@ -63,19 +63,23 @@ class LiveServer:
 
 @contextlib.asynccontextmanager
 async def serve_blocks(
-    path: str, span: BlockSpan, initial_peers: tuple[str, ...], inference_rps: float
+    path: str,
+    span: BlockSpan,
+    initial_peers: tuple[str, ...],
+    inference_rps: float,
+    dtype: torch.dtype = torch.float32,
 ) -> AsyncIterator[LiveServer]:
-    """Serve ``span`` of the model at ``path`` in float32, announced with a rate that clients route by."""
+    """Serve ``span`` of the model at ``path`` in ``dtype``, announced with a rate that clients route by."""
     source = ModelSource(path)
     ladder = Ladder(
-        Architecture.read(source.config()), source, WeightStorage.choose(torch.float32, CPU), num_threads=1
+        Architecture.read(source.config()), source, WeightStorage.choose(dtype, CPU), num_threads=1
     )
     config, blocks = ladder.architecture.config, {index: ladder.load(index) for index in span}
-    geometry = KVGeometry(PAGE_TOKENS, config.num_kv_heads, config.head_dim, torch.float32)
-    pool = KVPool(geometry, pages_for(KV_TOKENS, len(span), PAGE_TOKENS), torch.float32, CPU)
+    geometry = KVGeometry(PAGE_TOKENS, config.num_kv_heads, config.head_dim, dtype)
+    pool = KVPool(geometry, pages_for(KV_TOKENS, len(span), PAGE_TOKENS), dtype, CPU)
     pool.allocate()
     engine, node = Engine(EngineLimits(), CPU, num_threads=1), Node(NodeOptions(initial_peers=initial_peers))
-    served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, torch.float32, VERSION)
+    served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, dtype, VERSION)
 
     def record(state: ServerState, blocks: BlockSpan) -> ServerRecord:
         return ServerRecord(
@@ -106,7 +110,11 @@ async def serve_blocks(
 
 @contextlib.contextmanager
 def in_threads(
-    path: Path, *spans: str, peers: tuple[str, ...] = (), inference_rps: float = FAST_RPS
+    path: Path,
+    *spans: str,
+    peers: tuple[str, ...] = (),
+    inference_rps: float = FAST_RPS,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[list[LiveServer]]:
     """Servers on one loop in the background, joined through ``peers`` or the first of them."""
     with ClientRuntime() as runtime:
@@ -115,7 +123,7 @@ def in_threads(
         try:
             for text in spans:
                 known = peers or tuple(server.maddr for server in servers[:1])
-                serving = serve_blocks(str(path), BlockSpan.parse(text), known, inference_rps)
+                serving = serve_blocks(str(path), BlockSpan.parse(text), known, inference_rps, dtype)
                 servers.append(runtime.run(stack.enter_async_context(serving)))
             yield servers
         finally:

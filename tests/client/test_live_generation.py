@@ -209,6 +209,32 @@ def test_loss_and_gradients(llama: Llama) -> None:
     torch.testing.assert_close(there.grad, here.grad, atol=1e-4, rtol=1e-3)
 
 
+def test_gradients_of_any_size_through_float16(tmp_path: Path) -> None:
+    """Of a loss as small as one over many tokens is, and as large as a scaled one, through a narrow range."""
+    reference, ids = make_tiny("llama", tmp_path), prompt(7, rows=3)
+    embeds = reference.get_input_embeddings()(ids).detach()
+    expected = embeds.clone().requires_grad_()
+    reference(inputs_embeds=expected, labels=ids, use_cache=False).loss.backward()
+    with (
+        in_threads(tmp_path, "0:2", "2:4", dtype=torch.float16) as servers,
+        connect(tmp_path, servers, recovery_timeout_s=5.0) as model,
+    ):
+        for scale in (2.0**-20, 1.0, 2.0**30):
+            inputs = embeds.clone().requires_grad_()
+            (model(inputs_embeds=inputs, labels=ids).loss * scale).backward()
+            error = (inputs.grad / scale - expected.grad).norm() / expected.grad.norm()
+            assert error < 0.01, f"scaled by {scale:g}"
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite(llama: Llama, value: float) -> None:
+    """As when a scaled loss overflows: the scaler finds it and skips the step; no server is asked, or blamed."""
+    ids = prompt(7, rows=3)
+    inputs = llama.reference.get_input_embeddings()(ids).detach().requires_grad_()
+    (llama.model(inputs_embeds=inputs, labels=ids).loss * value).backward()
+    assert inputs.grad is not None and inputs.grad.isnan().all()
+
+
 def test_hidden_states_after_the_blocks(llama: Llama) -> None:
     """Logits of one prefill are within 1e-4 of transformers'."""
     ids = prompt(8, tokens=40)
