@@ -39,7 +39,7 @@ class KernelRunners(RunnerFactory):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._unpacked: dict[int, TransformerBlock] = {}
+        self._unpacked: dict[Block, TransformerBlock] = {}
 
     @property
     def is_staged(self) -> bool:
@@ -50,10 +50,10 @@ class KernelRunners(RunnerFactory):
 
     def unpacked(self, blocks: Mapping[int, Block]) -> dict[int, TransformerBlock]:
         """Over plain tensors, which are the same ones each time."""
-        for index, block in blocks.items():
-            if index not in self._unpacked and isinstance(block, TransformerBlock):
-                self._unpacked[index] = unpacked(block)
-        return {index: self._unpacked[index] for index in blocks}
+        for block in blocks.values():
+            if block not in self._unpacked and isinstance(block, TransformerBlock):
+                self._unpacked[block] = unpacked(block)
+        return {index: self._unpacked[block] for index, block in blocks.items()}
 
 
 class StagedRunners(RunnerFactory):

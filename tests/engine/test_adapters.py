@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from petalsd.engine.engine import Engine
 from petalsd.engine.handle import Session
@@ -48,9 +47,10 @@ class Adapted:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    torch.manual_seed(11)
     names = (None, *ADAPTERS)
-    return Adapted({name: TinyModel(tmp_path_factory.mktemp(str(name))) for name in names})
+    return Adapted(
+        {name: TinyModel(tmp_path_factory.mktemp(str(name)), seed=seed) for seed, name in enumerate(names)}
+    )
 
 
 @asynccontextmanager
