@@ -22,6 +22,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import SwarmError
 from petalsd.swarm.calls import keep_books
+from petalsd.swarm.ports import TAKEN_HINT, claimed_ports
 from petalsd.swarm.protocol import MAX_UNARY_BYTES
 
 log = structlog.get_logger(__name__)
@@ -111,9 +112,10 @@ class P2PDaemon:
         """Start the daemon and connect to it; SwarmError with its last words when it does not come up."""
         try:
             async with asyncio.timeout(self._options.startup_timeout_s):
-                child = await self._spawn()
-                self._output = asyncio.create_task(self._read_output(child), name="p2pd output")
-                await self._until_ready(self._output)
+                with claimed_ports(self._options.host_maddrs if self._options.listen else ()):
+                    child = await self._spawn()
+                    self._output = asyncio.create_task(self._read_output(child), name="p2pd output")
+                    await self._until_ready(self._output)
                 self.p2p = await P2P.replicate(Multiaddr(f"/unix{self._socket}"))
                 keep_books(self.p2p)
         except (TimeoutError, OSError, P2PDaemonError) as error:
@@ -208,7 +210,7 @@ class P2PDaemon:
             )
         hint = "check swarm.host_maddrs, announce_maddrs, identity_path and initial_peers"
         if "address already in use" in last:
-            hint = "`ss -ltnup` shows who listens there; end that, or change swarm.host_maddrs"
+            hint = TAKEN_HINT
         return SwarmError(f"the libp2p daemon did not start: {reason}; its last words: {last}", hint=hint)
 
 

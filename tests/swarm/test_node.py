@@ -114,6 +114,26 @@ async def test_a_port_that_is_taken_is_called_that() -> None:
 
 
 @pytest.mark.swarm
+async def test_two_nodes_of_one_user_do_not_share_a_port() -> None:
+    """libp2p would, and half of those who dial would find the other one; the port is free again afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = NodeOptions(host_maddrs=(f"/ip4/127.0.0.1/tcp/{port}",))
+    everywhere = NodeOptions(host_maddrs=(f"/ip4/0.0.0.0/tcp/{port}", f"/ip4/127.0.0.1/tcp/{port}"))
+    async with node(options):
+        for second in (options, everywhere):
+            with pytest.raises(SwarmError, match="already in use"):
+                await Node(second).start()
+    rivals = [Node(options), Node(options)]
+    outcomes = await asyncio.gather(*(rival.start() for rival in rivals), return_exceptions=True)
+    for rival in rivals:
+        await rival.stop()
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NoneType", "SwarmError"]
+    async with node(everywhere):
+        pass
+
+
+@pytest.mark.swarm
 async def test_the_death_of_p2pd_is_noticed() -> None:
     """until_failed returns with the reason, and the node can still be stopped."""
     async with node() as broken:
