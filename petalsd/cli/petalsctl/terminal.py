@@ -29,7 +29,7 @@ class Terminal:
     def show(self, lines: Sequence[Line]) -> None:
         """Write lines to stay; a frame that was drawn before is replaced by them."""
         width = self._width if self.is_terminal else _UNBOUNDED
-        text = "".join(f"{row}\n" for row in self._render(lines, width))
+        text = "".join(f"{row}\n" for row in self._render(lines, width, breaks_words=False))
         self._write(self._to_frame_start() + _CLEAR_BELOW * bool(self._drawn_lines) + text)
 
     def draw(self, lines: Sequence[Line]) -> None:
@@ -54,8 +54,11 @@ class Terminal:
         finally:
             self._write(_SHOW_CURSOR, self._drawn_lines)
 
-    def _render(self, lines: Sequence[Line], width: int) -> list[str]:
-        return [row for line in lines for row in render(line, width, is_coloured=self.is_coloured)]
+    def _render(self, lines: Sequence[Line], width: int, *, breaks_words: bool = True) -> list[str]:
+        shown = (
+            render(line, width, is_coloured=self.is_coloured, breaks_words=breaks_words) for line in lines
+        )
+        return [row for rows in shown for row in rows]
 
     def leave(self) -> None:
         """Let the frame stay as it is; only the ^C that a terminal echoes goes."""

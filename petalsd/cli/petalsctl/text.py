@@ -100,10 +100,14 @@ def clip_middle(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}{ELLIPSIS}{text[-tail:]}"
 
 
-def render(content: Line, width: int, *, is_coloured: bool) -> list[str]:
-    """The line as the terminal gets it, in lines not wider than ``width``; no line ends."""
+def render(content: Line, width: int, *, is_coloured: bool, breaks_words: bool = True) -> list[str]:
+    """The line as the terminal gets it, in lines not wider than ``width``; no line ends.
+
+    Unless it ``breaks_words``, those that are longer than a line stay whole: the terminal goes on in its next one,
+    and knows that it is the same word when somebody copies it.
+    """
     pieces = [Piece(printable(piece.text), piece.style) for piece in content.pieces]
-    rows = [_cut(pieces, width)] if content.is_row else _wrap(pieces, width, content.hang)
+    rows = [_cut(pieces, width)] if content.is_row else _wrap(pieces, width, content.hang, breaks_words)
     return ["".join(_styled(piece, is_coloured) for piece in _joined(row)).rstrip() for row in rows]
 
 
@@ -166,8 +170,8 @@ def _cut(pieces: Sequence[Piece], width: int) -> list[Piece]:
     return kept
 
 
-def _wrap(pieces: Sequence[Piece], width: int, hang: int) -> list[list[Piece]]:
-    """Breaks at spaces; a word longer than a line is broken anywhere, which keeps it whole for copying."""
+def _wrap(pieces: Sequence[Piece], width: int, hang: int, breaks_words: bool) -> list[list[Piece]]:
+    """Breaks at spaces, and a word longer than a line anywhere."""
     hang = max(min(hang, width - _WIDEST), 0)  # beside the indentation every character must find room
     rows: list[list[Piece]] = [[]]
     left = width
@@ -177,7 +181,7 @@ def _wrap(pieces: Sequence[Piece], width: int, hang: int) -> list[list[Piece]]:
                 rows.append([Piece(" " * hang)])
                 left = width - hang
                 word = word.lstrip()
-            for index, part in enumerate(_parts(word, left, width - hang)):
+            for index, part in enumerate(_parts(word, left, width - hang) if breaks_words else [word]):
                 if index and part.strip():
                     rows.append([Piece(" " * hang)])
                     left = width - hang

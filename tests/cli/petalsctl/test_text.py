@@ -51,6 +51,8 @@ def test_words_stay_whole_and_continuations_hang() -> None:
     shown = render(line(Piece("  name  ", "dim"), "one two three", hang=8), 15, is_coloured=False)
     assert shown == ["  name  one two", "        three"]
     assert render(line("abcdefghij"), 4, is_coloured=False) == ["abcd", "efgh", "ij"]
+    whole = render(line("  name  ", "abcdefghijk lm", hang=8), 15, is_coloured=False, breaks_words=False)
+    assert whole == ["  name  abcdefghijk", "        lm"]
     assert render(line("ab ", Piece("cd", "good")), 80, is_coloured=True) == ["ab \x1b[32mcd\x1b[0m"]
 
 
