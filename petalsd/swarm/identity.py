@@ -40,7 +40,10 @@ def read_peer_id(path: Path) -> str:
     try:
         return str(PeerID.from_identity(path.read_bytes()).to_base58())
     except OSError as error:
-        raise SwarmError(f"identity file {path} cannot be read: {error.strerror}") from error
+        raise SwarmError(
+            f"identity file {path} cannot be read: {error.strerror}",
+            hint="it must belong to the user that runs petalsd; for a service, after a copy: chown petalsd: FILE",
+        ) from error
     except Exception as error:  # protobuf and key parsers raise many kinds
         raise ConfigError(  # trying again does not help
             f"identity file {path} holds no usable key", hint="delete it to get a new identity"

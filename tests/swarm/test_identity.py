@@ -30,6 +30,14 @@ def test_a_damaged_key_is_named(tmp_path: Path) -> None:
         ensure_identity(path)
 
 
+def test_a_key_that_cannot_be_read_says_whose_it_must_be(tmp_path: Path) -> None:
+    """As after a copy by root to another machine; it is tried again, for somebody may mend it meanwhile."""
+    path = tmp_path / "identity.key"
+    path.mkdir()
+    with pytest.raises(SwarmError, match=r"identity\.key cannot be read: .*chown petalsd:"):
+        ensure_identity(path)
+
+
 def test_a_key_that_did_not_fit_the_disk_is_made_at_the_next_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
