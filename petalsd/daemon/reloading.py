@@ -21,10 +21,14 @@ _MAX_SHOWN = 3
 
 
 class Reloader:
-    """Reads the configuration again; ``on_reload`` is called when the new one is in force."""
+    """Reads the configuration again; ``on_reload`` is called when the new one is in force, and logs something."""
 
     def __init__(
-        self, settings: Settings, on_reload: Callable[[], None], service: Service, board: WarningBoard
+        self,
+        settings: Settings,
+        on_reload: Callable[[], None] | None,
+        service: Service,
+        board: WarningBoard,
     ) -> None:
         self._settings = settings
         self._on_reload = on_reload
@@ -44,13 +48,15 @@ class Reloader:
                 raise
             finally:
                 self._service.reloaded()
-        # Where nothing changed, the one line that matters is what comes of the look at the placement.
-        note = log.info if outcome.applied or outcome.pending else log.debug
+        # Where nothing changed, the one line that matters is what comes of the look at the placement, if any.
+        is_told = not (outcome.applied or outcome.pending or self._on_reload is None)
+        note = log.debug if is_told else log.info
         note("reloaded", applied=outcome.applied, needs_restart=outcome.pending)
         self._board.clear("reload_refused", "restart_needed")
         if outcome.pending:
             self._board.set("restart_needed", ", ".join(outcome.pending))
-        self._on_reload()
+        if self._on_reload is not None:
+            self._on_reload()
         return outcome
 
     async def run(self, asked: asyncio.Event) -> None:

@@ -89,6 +89,9 @@ async def test_what_servers_do_is_refused_and_a_reload_is_not(boot: DaemonProces
     assert "this is a bootstrap node, which serves no blocks" in await ctl("drain", status=4)
     assert "this is a bootstrap node" in await ctl("sessions", status=4)
     assert "as it was" in await ctl("reload")
+    at = len(boot.events)
+    boot.send(signal.SIGHUP)  # only the log can tell who sent it that the file was right
+    await boot.event("reloaded", after=at)
     assert (await ask(ctl.socket, "GET", "/readyz")).status == 200
     boot.send(signal.SIGTERM)
     assert await boot.ended() == 0

@@ -18,15 +18,16 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     """What the command line leaves open is asked of the daemon."""
     if arguments.model is None or arguments.peers is None:
         status = parse(context.get("/v1/status"))
-        if is_bootstrap(status):
+        if is_bootstrap(status) and arguments.model is None:
             raise CommandError(
                 "this is a bootstrap node, which serves no model",
-                hint=f"petalsd generate PROMPT --model MODEL --peers {' '.join(status['maddrs'])}",
+                hint=context.command("generate PROMPT --model MODEL"),
             )
-        arguments.model = arguments.model or status["model"]["source"]
+        served = status.get("model") or {}
+        arguments.model = arguments.model or served["source"]
         if arguments.peers is None:
             arguments.peers = status["maddrs"]
-            arguments.dht_prefix = arguments.dht_prefix or status["model"]["dht_prefix"]
+            arguments.dht_prefix = arguments.dht_prefix or served.get("dht_prefix")
         if not arguments.peers:
             raise CommandError(
                 f"the daemon is {status['state']} and has no address yet",

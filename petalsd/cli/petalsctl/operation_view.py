@@ -44,7 +44,7 @@ def reload_lines(outcome: Mapping[str, Any], restart_command: str) -> list[Line]
     """What is in force now, and what waits for a restart."""
     applied, waiting = outcome["applied"], outcome["needs_restart"]
     if not applied and not waiting:
-        return [line("the configuration is as it was; the placement is looked at again")]
+        return [line("the configuration is as it was; a server looks at its placement again")]
     lines: list[Line] = []
     if applied:
         lines.append(line(Piece("applied", "good"), f"  {', '.join(applied)}"))

@@ -6,6 +6,7 @@ import argparse
 import time
 from dataclasses import dataclass
 
+from petalsd.cli.petalsctl.bootstrap_view import is_bootstrap
 from petalsd.cli.petalsctl.context import Context, Document, parse, print_raw, understand
 from petalsd.cli.petalsctl.exit_codes import EXIT_OK
 from petalsd.cli.petalsctl.options import seconds
@@ -101,6 +102,8 @@ class _Wait:
             return self._goal.state is None and absence.is_absent
         self._last = document = parse(body)
         state = document.get("state")
+        if self._goal is _DRAINED and is_bootstrap(document):
+            raise CommandError("this is a bootstrap node, which has no sessions and is never drained")
         if self._goal.state is None:
             return state in _GONE
         if state in _GONE:

@@ -55,7 +55,7 @@ async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]
         daemon.lifecycle.subscribe(service.on_move)
         daemon.lifecycle.subscribe(partial(_count_healing, metrics))
         metrics.read_from(reporter.readings)
-        reloader = Reloader(Settings(config, read, lambda new: None), lambda: None, service, board)
+        reloader = Reloader(Settings(config, read, lambda new: None), None, service, board)
         administration = BootstrapAdministration(daemon, reporter, reloader)
         access = Access.of(config.control.group)
         control = ControlServer(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from petalsd.cli import generate
 from tests.cli.petalsctl.conftest import Ctl
 from tests.cli.petalsctl.documents import BOOTSTRAP_STATUS, SWARM
 from tests.cli.petalsctl.fake_daemon import FakeDaemon
+from tests.cli.petalsctl.test_status import OnTerminal
 
 ONLINE = """\
 ● boot is online for 3 h 12 min  petalsd 0.1.0, pid 4321, up 3 h 12 min
@@ -65,4 +69,30 @@ def test_generate_needs_a_model(daemon: FakeDaemon, ctl: Ctl) -> None:
     status, _, told = ctl("generate", "Hello")
     assert status == 4
     assert "this is a bootstrap node, which serves no model" in told
-    assert "generate PROMPT --model MODEL --peers /ip4/127.0.0.1/tcp/31337" in told.replace("\n  ", " ")
+    assert "petalsctl generate PROMPT --model MODEL" in told
+
+
+def test_generate_through_it(daemon: FakeDaemon, ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model named, it tells the rest."""
+    calls: list[argparse.Namespace] = []
+    monkeypatch.setattr(generate, "run", lambda arguments: calls.append(arguments) or 0)
+    daemon.answers["GET /v1/status"] = BOOTSTRAP_STATUS
+    assert ctl("generate", "--model", "owner/model", "Hello")[0] == 0
+    assert (calls[0].peers, calls[0].dht_prefix) == (BOOTSTRAP_STATUS["maddrs"], None)
+
+
+def test_nobody_waits_for_a_drain(daemon: FakeDaemon, ctl: Ctl) -> None:
+    """Which would never come."""
+    daemon.answers["GET /v1/status"] = BOOTSTRAP_STATUS
+    status, _, told = ctl("wait", "--drained", "--timeout", "5")
+    assert status == 4
+    assert "never drained" in told
+
+
+def test_the_address_is_whole_on_a_narrow_terminal(daemon: FakeDaemon, on_terminal: OnTerminal) -> None:
+    """A line end and the spaces of an indentation in it would be pasted into the files of others."""
+    maddr = BOOTSTRAP_STATUS["maddrs"][-1]
+    daemon.answers["GET /v1/status"] = BOOTSTRAP_STATUS
+    command = on_terminal(daemon, "status")
+    assert command.finish() == 0
+    assert maddr in command.raw
