@@ -15,7 +15,7 @@ from petalsd.swarm.announcer import Announcer, AnnouncerOptions, Part
 from petalsd.swarm.directory import SwarmView, read_view
 from petalsd.swarm.ghosts import GhostFinder
 from petalsd.swarm.handler import TransformerConnectionHandler
-from petalsd.swarm.node import RELAYED, Node, NodeOptions
+from petalsd.swarm.node import RELAYED, Node, NodeOptions, peer_of
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.reachability import Outlook, ReachabilityService, look_around
 from petalsd.swarm.record import ServerRecord
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 _LOADING = "this server is loading its blocks"
 _GHOST_PING_S = 3.0  # the placement waits for it
-_RELAY_S, _RELAY_POLL_S = 15.0, 0.2  # a relay that is there takes a second or two
+_RELAY_S, _RELAY_POLL_S = 6.0, 0.2  # one that relays takes a second or two
 _RELAY_LOST_S = 20.0  # libp2p asks one that refused or went again after an hour
 _STALE_S = 1.0  # others may have announced a move meanwhile
 
@@ -84,12 +84,13 @@ class Membership:
         self._serving.refuse(_LOADING)
         outlook = await _outlook(self._options)
         self.is_relayed = outlook.is_dialable is False
-        relays = outlook.relays if self.is_relayed else ()
-        options = replace(
-            self._options, client_mode=self.is_relayed, is_dialable=outlook.is_dialable, relays=relays
-        )
-        node = Node(options)
-        await node.start()
+        options = replace(self._options, client_mode=self.is_relayed, is_dialable=outlook.is_dialable)
+        if self.is_relayed:
+            node = await _relayed_node(options, outlook.relays)
+        else:
+            node = Node(options)
+            await node.start()
+        self._reached_s = time.monotonic()
         self._connection = _Connection(
             node=node,
             handler=TransformerConnectionHandler(node, self._serving),
@@ -98,8 +99,6 @@ class Membership:
             reachability=None if self.is_relayed else ReachabilityService(node),
         )
         try:
-            if self.is_relayed:
-                await self._until_relayed()
             await self._connection.open()
         except BaseException:
             await self.stop()
@@ -120,24 +119,11 @@ class Membership:
         """SwarmError also when no relay has had us for so long that others may be lost without a word."""
         maddrs = await self._joined.node.visible_maddrs()
         self.known_maddrs = tuple(maddrs)
-        if not self.is_relayed or any(RELAYED in maddr for maddr in maddrs):
+        if not self.is_relayed or _is_relayed(maddrs):
             self._reached_s = time.monotonic()
         elif time.monotonic() > self._reached_s + _RELAY_LOST_S:
             raise SwarmError(f"no peer relays for this server any more, for {_RELAY_LOST_S:g} s")
         return maddrs
-
-    async def _until_relayed(self) -> None:
-        """Nobody could reach what would be announced before."""
-        self._reached_s = time.monotonic()
-        try:
-            async with asyncio.timeout(_RELAY_S):
-                while not any(RELAYED in maddr for maddr in await self.maddrs()):  # noqa: ASYNC110  # no event says so
-                    await asyncio.sleep(_RELAY_POLL_S)
-        except TimeoutError:
-            raise SwarmError(
-                f"others cannot dial this server, and no peer took it as a relay within {_RELAY_S:g} s",
-                hint="have the router forward its port (docs/configure.md), or join through a bootstrap node",
-            ) from None
 
     def pings(self) -> dict[str, float]:
         return {} if self._connection is None else self._connection.announcer.pings()
@@ -217,3 +203,32 @@ async def _outlook(options: NodeOptions) -> Outlook:
     if not options.initial_peers:
         return Outlook(is_dialable=True)
     return await look_around(options) if options.use_auto_relay else Outlook(is_dialable=None)
+
+
+async def _relayed_node(options: NodeOptions, relays: Sequence[Sequence[str]]) -> Node:
+    """A started node that one of the peers relays for: nobody could reach what another one announced.
+
+    SwarmError where none does. They are tried one by one, for libp2p waits for all that it is told of.
+    """
+    for maddrs in relays:
+        node = Node(replace(options, relays=tuple(maddrs)))
+        try:
+            await node.start()
+            async with asyncio.timeout(_RELAY_S):
+                while not _is_relayed(await node.visible_maddrs()):  # noqa: ASYNC110  # no event says so
+                    await asyncio.sleep(_RELAY_POLL_S)
+            return node
+        except TimeoutError:
+            log.info("not_relayed", relay=peer_of(maddrs[0]))
+            await node.stop()
+        except BaseException:
+            await node.stop()
+            raise
+    raise SwarmError(
+        f"others cannot dial this server, and none of {len(relays)} peers took it as a relay",
+        hint="have the router forward its port (docs/configure.md), or join through a bootstrap node",
+    )
+
+
+def _is_relayed(maddrs: Sequence[str]) -> bool:
+    return any(RELAYED in maddr for maddr in maddrs)

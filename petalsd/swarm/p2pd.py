@@ -48,7 +48,8 @@ class P2PDOptions:
     listen       False makes it dial out only
     is_dialable  whether others can dial us: the daemon relays for others if so, and looks for relays if not; None:
                  it finds out, which takes minutes
-    relays       multiaddrs of peers to be reached through; without any it looks around for three minutes first
+    relays       multiaddrs of the peer to be reached through; without any it looks around for three minutes first,
+                 and so it does where several peers are named and one of them does not answer
     """
 
     initial_peers: Sequence[str] = ()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -14,7 +15,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
 from petalsd.errors import Overloaded, PetalsdError
-from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.node import Node, NodeOptions, peer_of
 from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 from petalsd.swarm.protocol import REACHABILITY_SERVICE, handle_name
 
@@ -31,7 +32,7 @@ _REMEMBERED_S = 60.0
 _MAX_REMEMBERED = 4096
 _ENOUGH_ANSWERS = 5
 _THRESHOLD = 0.5
-_MAX_RELAYS = 8  # beside the initial peers
+_MAX_RELAYS = 8
 
 
 class ReachabilityService:
@@ -137,11 +138,11 @@ async def ask(p2p: P2P, through: PeerID, about: PeerID, timeout_s: float) -> boo
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """is_dialable  whether peers of the swarm can dial us; None: nobody could be asked
-    relays       multiaddrs of peers that we can dial, and so may be reached through
+    relays       peers that answered us, and may be reached through: the multiaddrs of each
     """
 
     is_dialable: bool | None
-    relays: tuple[str, ...] = ()
+    relays: tuple[tuple[str, ...], ...] = ()
 
 
 async def look_around(options: NodeOptions) -> Outlook:
@@ -155,13 +156,23 @@ async def look_around(options: NodeOptions) -> Outlook:
         service = ReachabilityService(node)
         await service.start()
         is_dialable = await is_reached_by_others(node)
-        others = [maddr for maddr in await node.connected_maddrs() if maddr not in options.initial_peers]
-        return Outlook(is_dialable, (*options.initial_peers, *others[:_MAX_RELAYS]))
+        return Outlook(is_dialable, _relays(options.initial_peers, await node.connected_maddrs()))
     except PetalsdError as error:
         log.warning("reachability_check_failed", error=str(error))
         return Outlook(None)
     finally:
         await node.stop()
+
+
+def _relays(initial: Sequence[str], connected: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The peers that we are connected to, the initial ones first, each time in another order."""
+    addresses: dict[str, list[str]] = {peer_of(maddr): [] for maddr in connected}
+    for maddr in (*initial, *connected):
+        if (peer := peer_of(maddr)) in addresses:
+            addresses[peer].append(maddr)
+    first = {peer_of(maddr) for maddr in initial}
+    peers = sorted(addresses, key=lambda peer: (peer not in first, random.random()))
+    return tuple(tuple(dict.fromkeys(addresses[peer])) for peer in peers[:_MAX_RELAYS])
 
 
 async def is_reached_by_others(node: Node) -> bool | None:

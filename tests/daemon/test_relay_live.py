@@ -26,6 +26,10 @@ pytestmark = [
 ]
 
 
+# A bootstrap node that is down: libp2p would wait for it before it takes another relay.
+_DEAD = "/ip4/1.2.3.20/tcp/31337/p2p/QmZRjeJbu1KXG6EfA1G7zXnad2JoYNQf6uQDjWAFuN7trL"
+
+
 class Elsewhere(DaemonProcess):
     """In a network namespace of its own."""
 
@@ -71,7 +75,7 @@ def server_in(nets: Networks, home: Path, model_dir: Path, maddr: str) -> Daemon
     return Elsewhere(
         nets.inside(nets.inner), "server", home, f"model.source={model_dir}", "model.dtype=float32",
         "engine.device=cpu", "engine.kv_tokens=256", "engine.threads=1", "swarm.throughput=10",
-        "blocks.join_delay_s=0.1", "blocks.span=0:4", f"swarm.initial_peers={maddr}",
+        "blocks.join_delay_s=0.1", "blocks.span=0:4", f"swarm.initial_peers={_DEAD},{maddr}",
     )  # fmt: skip
 
 

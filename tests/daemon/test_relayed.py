@@ -25,7 +25,7 @@ async def member(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of a swarm that says that it cannot dial this server."""
 
     async def cannot_be_dialled(options: NodeOptions) -> Outlook:
-        return Outlook(is_dialable=False, relays=options.initial_peers)
+        return Outlook(is_dialable=False, relays=(options.initial_peers,))
 
     monkeypatch.setattr(membership, "look_around", cannot_be_dialled)
 
@@ -47,7 +47,9 @@ async def test_no_relay_is_no_membership(member: Membership, monkeypatch: pytest
         return ["/ip4/192.168.7.2/tcp/4001/p2p/QmY"]
 
     monkeypatch.setattr(Node, "visible_maddrs", without)
-    with pytest.raises(SwarmError, match="others cannot dial this server, and no peer took it") as refused:
+    with pytest.raises(
+        SwarmError, match="others cannot dial this server, and none of 1 peers took it"
+    ) as refused:
         await member.start()
     assert "forward its port" in refused.value.hint
     assert not member.stats().is_member

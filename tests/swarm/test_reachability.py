@@ -43,7 +43,7 @@ async def test_row_21_a_server_vouches_for_itself_and_looks_at_others(nodes: tup
         assert await ask(client.p2p, NOBODY, own, 2) is None
         outlook = await look_around(options := await joining(nodes[0]))
         assert outlook.is_dialable
-        assert outlook.relays[:1] == options.initial_peers
+        assert options.initial_peers[0] in outlook.relays[0]
         await others.stop()
     await service.stop()
 
@@ -112,3 +112,13 @@ async def test_questions_are_bounded_and_no_asker_has_all(monkeypatch: pytest.Mo
     async with asyncio.timeout(5):
         await asyncio.gather(*(task for task in (*one, *others) if task not in refused))
     assert not service._askers
+
+
+async def test_who_may_relay() -> None:
+    """Peers that we are connected to, with all their addresses, the initial ones first; none that is down."""
+    initial = ("/ip4/1.2.3.4/tcp/1/p2p/QmA", "/ip6/::2/tcp/1/p2p/QmA", "/ip4/1.2.3.5/tcp/1/p2p/QmDown")
+    connected = ["/ip4/1.2.3.6/tcp/9/p2p/QmB", "/ip4/1.2.3.4/tcp/1/p2p/QmA"]
+    relays = reachability._relays(initial, connected)
+    assert relays == (initial[:2], ("/ip4/1.2.3.6/tcp/9/p2p/QmB",))
+    many = [f"/ip4/1.2.3.6/tcp/{port}/p2p/Qm{port}" for port in range(100)]
+    assert len(reachability._relays((), many)) == reachability._MAX_RELAYS
