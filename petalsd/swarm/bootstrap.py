@@ -80,6 +80,7 @@ class BootstrapNode:
         node = Node(replace(self._options, initial_peers=(), is_dialable=True))
         await node.start()
         self._node, self._reachability = node, ReachabilityService(node)
+        self._is_reachable, self._ask_again_s = None, -math.inf  # what was true of the node before
         try:
             self._others = tuple(
                 maddr for maddr in self._options.initial_peers if peer_of(maddr) != node.peer_id

@@ -93,7 +93,9 @@ async def test_one_that_comes_back_is_found_again(tmp_path: Path) -> None:
             await first.maddrs()
         assert first.stats().known_peers == 0
         await second.refresh()
+        first._is_reachable = False  # as it was found before
         await first.start()
+        assert first.stats().is_reachable
         assert first.peer_id == peer_id
         assert await first.is_in_touch() and await second.is_in_touch()
         assert (await first._started.get(["key"], 10))["key"]["subkey"].value == 1
