@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from petalsd.cli.imports import heavy_imports
+from petalsd.imports import heavy_imports
 
 # Read when torch is imported, here and in the processes that tests start. The models of the tests are tiny: more
 # threads only wait for each other, and take the cores from the tests beside.

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 
 from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_OK
-from petalsd.cli.imports import heavy_imports
 from petalsd.cli.options import add_config_arguments, config_choice
 from petalsd.cli.output import say
+from petalsd.imports import heavy_imports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petalsd.cli.exit_codes import EXIT_OK
-from petalsd.cli.imports import heavy_imports
 from petalsd.config_addresses import check_maddr
 from petalsd.errors import WeightsError
+from petalsd.imports import heavy_imports
 from petalsd.log import configure_logging
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import structlog
 
 from petalsd import __version__
 from petalsd.cli.exit_codes import EXIT_FAILED, EXIT_OK, exit_code_of
-from petalsd.cli.imports import heavy_imports
 from petalsd.cli.options import ConfigChoice, add_config_arguments, config_choice
 from petalsd.config import Config
 from petalsd.errors import PetalsdError
+from petalsd.imports import heavy_imports
 from petalsd.log import configure_logging, error_fields
 from petalsd.systemd import Notifier
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from petalsd.cli.imports import heavy_imports
 from petalsd.demo.daemons import DaemonProcess, deferred_interrupts
 from petalsd.demo.progress import Progress
 from petalsd.errors import PetalsdError
+from petalsd.imports import heavy_imports
 from petalsd.log import configure_logging
 from petalsd.types import BlockSpan
 

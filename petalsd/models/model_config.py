@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers.activations  # noqa: F401 - the first config would import it: a third of a start, in its middle
+import transformers.utils.type_validators  # noqa: F401 - the first config would import it, in the middle of a start
 from transformers import CONFIG_MAPPING
 
 from petalsd.errors import ConfigError, ModelError, UnsupportedModel, shortened

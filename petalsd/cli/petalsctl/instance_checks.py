@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petalsd.cli.imports import heavy_imports
 from petalsd.cli.petalsctl.findings import Check, Finding, Level
 from petalsd.cli.petalsctl.instances import Instance, System
 from petalsd.cli.petalsctl.units import duration, size
 from petalsd.config import Config
 from petalsd.config_loading import load_config
 from petalsd.errors import ConfigError, PetalsdError
+from petalsd.imports import heavy_imports
 from petalsd.paths import InstancePaths, config_file_of, instance_paths, is_there
 
 _DIAL_TIMEOUT_S = 3.0

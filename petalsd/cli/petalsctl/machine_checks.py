@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from petalsd.cli.imports import heavy_imports
 from petalsd.cli.petalsctl.findings import Check, Finding
 from petalsd.cli.petalsctl.gpu_checks import NVIDIA_DRIVER, gpu_checks
 from petalsd.cli.petalsctl.units import count, size
+from petalsd.imports import heavy_imports
 
 _MIN_PYTHON = (3, 11)
 _MIN_OPEN_FILES = 4096

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from petalsd.models.hf.packing import ExpertByExpert
 from petalsd.models.hf.stand_ins import StandIn
@@ -52,6 +51,8 @@ class KernelExperts(StandIn):
 
 def is_silu(gate: Gate) -> bool:
     """Whether a gate is that of SiLU."""
+    from transformers.activations import ACT2FN  # late: comes with a lot, which other families do without
+
     silus = (nn.SiLU, *map(type, (ACT2FN["silu"], ACT2FN["swish"])))
     return isinstance(gate, ActivationGate) and isinstance(gate.activation, silus)
 

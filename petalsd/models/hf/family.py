@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from petalsd.imports import import_heavy
 from petalsd.models.head_rule import HeadRule
 from petalsd.models.hf.parts import Part, RowsPart, Shape
 from petalsd.models.model_config import windows_by_layer
@@ -116,7 +116,7 @@ class Family:
     @property
     def module(self) -> ModuleType:
         """transformers' module with the classes; imported when it is first needed."""
-        return importlib.import_module(f"transformers.models.{self.package}.modeling_{self.package}")
+        return import_heavy(f"transformers.models.{self.package}.modeling_{self.package}")
 
 
 def packable_linears(layer: nn.Module, experts: ExpertNames | None) -> dict[str, nn.Linear]:

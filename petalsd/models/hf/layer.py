@@ -37,22 +37,19 @@ class Layers:
 
         ModelError where transformers cannot make it.
         """
-        register_attention()
         family = self.family
+        layer_class: type[nn.Module] = getattr(family.module, family.layer)
+        register_attention()  # after it: nearly all that both import comes with the module
         hf = copy.copy(self.hf)
         hf._attn_implementation = _EAGER if is_plain or family.adapt else ATTENTION_NAME
         hf._experts_implementation = _EAGER
         with torch.device("meta"):
-            layer = made_from(hf, f"block {index}", lambda hf: self._make_layer(hf, index))
+            layer = made_from(hf, f"block {index}", lambda hf: layer_class(hf, layer_idx=index))
             if family.adapt is not None and not is_plain:
                 family.adapt(layer, hf, index)
             if family.experts is not None and not is_plain:
                 family.experts.replace_in(layer)
         return layer.eval().requires_grad_(False)
-
-    def _make_layer(self, hf: Any, index: int) -> nn.Module:
-        layer: nn.Module = getattr(self.family.module, self.family.layer)(hf, layer_idx=index)
-        return layer
 
     def kind(self, index: int) -> str:
         """Blocks of one kind differ in their weights alone. ModelError where the config does not say it."""

@@ -1,13 +1,17 @@
-"""Importing what is heavy: torch, transformers and hivemind make 430 000 objects, and keep nearly all of them."""
+"""Importing what is heavy: torch, transformers and hivemind make 420 000 objects, and keep nearly all of them."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, ModuleType
+
+from petalsd.deferred_imports import deferred_imports
 
 
 @contextlib.contextmanager
@@ -18,17 +22,26 @@ def heavy_imports() -> Iterator[None]:
     command. In a daemon each search would stop the loop and the engine for tenths of a second, in the middle of
     somebody's steps.
 
-    KeyboardInterrupt for an interrupt meanwhile, whatever the modules made of it.
+    What nothing here needs of the libraries stays out (``deferred_imports``). KeyboardInterrupt for an interrupt
+    meanwhile, whatever the modules made of it.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with _interrupts_kept():
+        with _interrupts_kept(), deferred_imports():
             yield
     finally:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def import_heavy(name: str) -> ModuleType:
+    """The module ``name``; the first time it is imported as in ``heavy_imports``."""
+    if name not in sys.modules:
+        with heavy_imports():
+            importlib.import_module(name)
+    return importlib.import_module(name)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from petalsd.cli.imports import heavy_imports
+from petalsd.imports import heavy_imports
 
 
 @pytest.fixture(autouse=True)
