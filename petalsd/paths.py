@@ -24,7 +24,7 @@ class InstancePaths:
     """Directories of one instance; none of them need exist yet.
 
     state_dir    identity key, measurements: this instance's own, kept
-    cache_dir    weights: shared by all instances, can be deleted
+    cache_dir    weights, references: shared by all instances, can be deleted
     runtime_dir  control socket: gone after a restart of the machine; None where there is no such place
     credentials_dir  secrets that the service manager passes (LoadCredential=); None where it passes none
     """
@@ -50,6 +50,10 @@ class InstancePaths:
     @property
     def weights_dir(self) -> Path:
         return self.cache_dir / "weights"
+
+    @property
+    def references_dir(self) -> Path:
+        return self.cache_dir / "references"
 
 
 def instance_paths(instance: str, environ: Mapping[str, str]) -> InstancePaths:

@@ -55,6 +55,7 @@ from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.log import adopt_loggers
 from petalsd.metrics import Metrics
 from petalsd.models.ladder import Ladder
+from petalsd.models.references import ReferenceStore
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import AnnouncerOptions
 from petalsd.swarm.link import LinkMeter
@@ -106,7 +107,8 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     num_threads, turn = config.engine.threads, threading.Lock()
     capturing = _capturing(plan, turn)
     engine = _engine(plan, num_threads, EngineRecorder(metrics, live), capturing, board)
-    ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads)
+    references = ReferenceStore(paths.references_dir)
+    ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads, references)
     link = LinkMeter()
     measuring = RunnerFactory(plan.device, num_threads, MEASURE_LIMITS, NullObserver(), capturing)
     speed = Speed(plan, config, paths, measuring, live, link)

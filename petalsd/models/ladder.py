@@ -28,6 +28,7 @@ from petalsd.models.hf.norms import replace_norms
 from petalsd.models.hf.packing import pack_layer, round_layer
 from petalsd.models.native_span import NativeSpan, can_attend_natively, can_be_native
 from petalsd.models.paged_span import BlockByBlock
+from petalsd.models.references import ReferenceStore, reference_key
 from petalsd.models.rope import Rope
 from petalsd.models.source import ModelSource
 from petalsd.models.spans import has_kernels, paged_span
@@ -92,6 +93,7 @@ class Ladder:
     """Loads the blocks of one model. ``choices``, by kind of block, fill as the first block of a kind is loaded.
 
     num_threads  of the processor, for the kernels that are tried and for the products of packed layers
+    references   kept ones are compared with, and new ones put there
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class Ladder:
         source: ModelSource,
         storage: WeightStorage,
         num_threads: int = 0,
+        references: ReferenceStore | None = None,
     ) -> None:
         self.architecture = architecture
         self.storage = storage
         self.angles = make_angles(architecture, storage.dtype, storage.device)
         self._source = source
         self._num_threads = num_threads or torch.get_num_threads()
+        self._references = references or ReferenceStore()
         self._choices: dict[str, Choice] = {}
 
     @property
@@ -217,8 +221,28 @@ class Ladder:
         device = self.storage.device
         steps = STEPS if device.type == "cpu" else (*STEPS, MANY_ROWS)
         tokens = Tokens.draw(self.architecture.config.hidden_size, steps, device)
+        key = reference_key(self.architecture, self._source, self.storage, index, tokens)
+        kept = self._references.get(key, tokens)
+        if kept is not None:
+            trials, block = self._try_all(kind, index, tokens, kept)
+            if block is not None:
+                return Choice(kind, trials), block
         reference = self._reference(tokens, index)
         _check_finite(reference, f"block {index} ({kind})", self.storage.dtype)
+        trials, block = self._try_all(kind, index, tokens, reference)
+        if block is not None:
+            self._references.put(key, reference)
+            return Choice(kind, trials), block
+        raise ModelError(
+            f"block {index} ({kind}) does not compute what transformers' layer does: "
+            f"its error is {trials[-1].error:.2g}, {trials[-1].tolerance:.2g} is tolerated",
+            hint="this version of transformers, or this processor, does something that petalsd does not know",
+        )
+
+    def _try_all(
+        self, kind: str, index: int, tokens: Tokens, reference: Reference
+    ) -> tuple[tuple[Trial, ...], Block | None]:
+        """The trials up to the first one that is passed, and its block; None where there is none."""
         trials: list[Trial] = []
         for rung in self.candidates():
             for block in self._ways(rung, index):
@@ -229,16 +253,12 @@ class Ladder:
                     log.info(
                         "block_path_chosen", **fields, numeric_error=trial.error, tolerance=trial.tolerance
                     )
-                    return Choice(kind, tuple(trials)), block
+                    return tuple(trials), block
                 log.warning(
                     "block_path_rejected", **fields, numeric_error=trial.error, tolerance=trial.tolerance
                 )
                 del block  # before the next one takes memory
-        raise ModelError(
-            f"block {index} ({kind}) does not compute what transformers' layer does: "
-            f"its error is {trials[-1].error:.2g}, {trials[-1].tolerance:.2g} is tolerated",
-            hint="this version of transformers, or this processor, does something that petalsd does not know",
-        )
+        return tuple(trials), None
 
     def _ways(self, rung: Rung, index: int) -> Iterator[Block]:
         """The block on this rung; a layer then once more, without kernels for attention, norms and experts."""
