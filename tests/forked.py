@@ -22,7 +22,15 @@ import pytest
 from petalsd.cli.main import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["petalsd.daemon.assembly", "uvloop"])
+# What a first start compares with comes in late, and in each home of a test the start is a first one.
+_CONTEXT.set_forkserver_preload(
+    [
+        "petalsd.daemon.assembly",
+        "uvloop",
+        "transformers.models.llama.modeling_llama",
+        "transformers.masking_utils",
+    ]
+)
 
 
 class ForkedProcess:
