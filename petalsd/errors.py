@@ -165,16 +165,16 @@ class SwarmError(PetalsdError):
 
 
 class MissingBlocks(SwarmError):
-    """No usable server holds these blocks."""
+    """No usable server holds these blocks of ``model``, which is its DHT prefix."""
 
     code = "missing_blocks"
 
-    def __init__(self, blocks: Iterable[int], adapter: str | None = None) -> None:
+    def __init__(self, blocks: Iterable[int], model: str, adapter: str | None = None) -> None:
         self.blocks = sorted(blocks)
         with_adapter = "" if adapter is None else f" with adapter {adapter}"
         super().__init__(
-            f"no server holds blocks {_ranges(self.blocks)}{with_adapter}",
-            hint="wait for a server that serves them, or start one",
+            f"no server holds blocks {_ranges(self.blocks)} of {model}{with_adapter}",
+            hint="wait for a server that serves them, or start one; servers may call the model otherwise",
         )
 
 

@@ -64,9 +64,8 @@ class RetryBudget:
         if isinstance(error, MissingBlocks):
             self._waits += 1
             if self._waits == 1:  # or else minutes would pass without a word
-                log.warning(
-                    "blocks_missing", error=error.message, gives_up_in_s=round(self._deadline - now, 1)
-                )
+                left_s = round(self._deadline - now, 1)
+                log.warning("blocks_missing", error=error.message, hint=error.hint, gives_up_in_s=left_s)
             delay_s = self._backoff(self._waits)
         else:
             self._failures += 1

@@ -41,9 +41,10 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class RoutingFacts:
-    """What routing knows beside the spans: our round trips in seconds by peer, who is banned, and the adapter that
-    all of the spans have."""
+    """What routing knows beside the spans, which are of ``model`` and all have the adapter: our round trips in
+    seconds by peer, and who is banned."""
 
+    model: str
     rtt_s: Mapping[str, float] = field(default_factory=dict)
     banned: Collection[str] = ()
     adapter: str | None = None
@@ -106,7 +107,7 @@ def route_by_throughput(
 def _check_coverage(spans: Sequence[RemoteSpan], blocks: BlockSpan, facts: RoutingFacts) -> None:
     missing = [block for block in blocks if not any(block in server.span for server in spans)]
     if missing:
-        raise MissingBlocks(missing, facts.adapter)
+        raise MissingBlocks(missing, facts.model, facts.adapter)
 
 
 def _walk_back(

@@ -27,6 +27,7 @@ _MIN_REFRESH_GAP_S = 0.5
 class SequenceManager:
     """Routes calls through blocks ``0:num_blocks`` by the newest view of the directory.
 
+    ``model`` is its DHT prefix, which errors name.
     ``read_view`` reads the directory, ``ping`` measures a round trip in seconds (``inf``: no answer). Lives on one
     loop: ``start`` before the first route, ``stop`` at the end.
     """
@@ -35,11 +36,13 @@ class SequenceManager:
         self,
         read_view: Callable[[], Awaitable[SwarmView]],
         ping: Callable[[str], Awaitable[float]],
+        model: str,
         num_blocks: int,
         options: ClientOptions,
         rng: random.Random | None = None,
     ) -> None:
         self.blocks = BlockSpan(0, num_blocks)
+        self._model = model
         self._read_view = read_view
         self._ping = ping
         self._options = options
@@ -146,4 +149,4 @@ class SequenceManager:
         self._rtt_s = {peer: rtt_s for peer, rtt_s in self._rtt_s.items() if peer in peers}
 
     def _facts(self) -> RoutingFacts:
-        return RoutingFacts(self._rtt_s, self._bans.current(), self._options.adapter)
+        return RoutingFacts(self._model, self._rtt_s, self._bans.current(), self._options.adapter)

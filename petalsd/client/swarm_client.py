@@ -45,7 +45,7 @@ class SwarmClient:
             initial_peers=tuple(initial_peers), client_mode=True, identity_path=self.options.identity_path
         )
         self.node = Node(self._node_options)
-        self.manager = SequenceManager(self._read_view, self._ping, num_blocks, self.options)
+        self.manager = SequenceManager(self._read_view, self._ping, prefix, num_blocks, self.options)
         self._tending: asyncio.Task[None] | None = None
         self.passes = SwarmPasses(self.manager, self.connect, prefix, self.manager.blocks, self.options)
 

@@ -249,7 +249,7 @@ class FakeSwarm:
         while block < blocks.end:
             server = next((server for server in usable if block in server.span.span), None)
             if server is None:
-                raise MissingBlocks([block])
+                raise MissingBlocks([block], "tiny")
             stop = min(server.span.span.end, blocks.end)
             hops.append(Hop(server.span, BlockSpan(block, stop)))
             block = stop

@@ -192,7 +192,7 @@ async def test_far_is_who_answers_pings_late() -> None:
     async def ping(peer: str) -> float:
         return rtts[peer]
 
-    manager = SequenceManager(read_view, ping, 1, QUICK)
+    manager = SequenceManager(read_view, ping, "tiny", 1, QUICK)
     assert manager.is_far("near")
     await manager.refresh()
     assert manager.is_far("far")

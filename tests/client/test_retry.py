@@ -50,7 +50,7 @@ def test_what_every_server_refuses_is_permanent(text: str) -> None:
         RemoteError("peer", "Could not allocate 100 bytes immediately: out of memory"),
         RemoteFailure("peer", "closed the stream"),
         DeadlineExceeded("storing took longer"),
-        MissingBlocks([1]),
+        MissingBlocks([1], "tiny"),
     ],
 )
 def test_what_another_server_or_time_may_mend_is_not(error: Exception) -> None:
@@ -83,7 +83,7 @@ def test_missing_blocks_are_waited_for_until_the_deadline_only() -> None:
     delays = 0
     with pytest.raises(MissingBlocks):
         while True:
-            clock.now += budget.next_delay(MissingBlocks([3]))
+            clock.now += budget.next_delay(MissingBlocks([3], "tiny"))
             delays += 1
     assert delays > OPTIONS.max_failures
     assert 50 < clock.now <= 60
@@ -119,11 +119,12 @@ def test_missing_blocks_are_told_once() -> None:
     clock.now += 20.0
     with capture_logs() as logs:
         for _ in range(3):
-            budget.next_delay(MissingBlocks([1, 2], "poet"))
+            budget.next_delay(MissingBlocks([1, 2], "tiny", "poet"))
     assert logs == [
         {
             "event": "blocks_missing",
-            "error": "no server holds blocks 1:3 with adapter poet",
+            "error": "no server holds blocks 1:3 of tiny with adapter poet",
+            "hint": "wait for a server that serves them, or start one; servers may call the model otherwise",
             "gives_up_in_s": OPTIONS.recovery_timeout_s - 20.0,
             "log_level": "warning",
         }

@@ -20,7 +20,7 @@ def names(hops: list[Hop]) -> list[tuple[str, int, int]]:
 
 
 def route(spans: list[RemoteSpan], end: int, facts: RoutingFacts | None = None, start: int = 0) -> list[Hop]:
-    return route_by_latency(spans, BlockSpan(start, end), 100, facts or RoutingFacts())
+    return route_by_latency(spans, BlockSpan(start, end), 100, facts or RoutingFacts("tiny"))
 
 
 def test_one_server_is_better_than_two_equal_ones() -> None:
@@ -55,17 +55,17 @@ def test_pings_decide_between_equal_servers() -> None:
         make_span("b1", 4, 8),
         make_span("b2", 4, 8),
     ]
-    near_a2 = RoutingFacts({"a1": 0.2, "a2": 0.1, "b1": 0.1, "b2": 0.1})
+    near_a2 = RoutingFacts("tiny", {"a1": 0.2, "a2": 0.1, "b1": 0.1, "b2": 0.1})
     assert names(route(spans, 8, near_a2)) == [("a2", 0, 4), ("b1", 4, 8)]
-    far_b1 = RoutingFacts({"a1": 0.2, "a2": 0.2, "b1": 6.0, "b2": 0.1})
+    far_b1 = RoutingFacts("tiny", {"a1": 0.2, "a2": 0.2, "b1": 6.0, "b2": 0.1})
     assert names(route(spans, 8, far_b1)) == [("a1", 0, 4), ("b2", 4, 8)]
 
 
 def test_an_unreachable_server_costs_five_seconds() -> None:
     """``inf`` is capped, so that a server nobody else replaces stays usable."""
     spans = [make_span("a", 0, 4), make_span("slow", 0, 4, inference_rps=1.0)]
-    assert names(route(spans, 4, RoutingFacts({"a": math.inf}))) == [("slow", 0, 4)]
-    assert names(route(spans[:1], 4, RoutingFacts({"a": math.inf}))) == [("a", 0, 4)]
+    assert names(route(spans, 4, RoutingFacts("tiny", {"a": math.inf}))) == [("slow", 0, 4)]
+    assert names(route(spans[:1], 4, RoutingFacts("tiny", {"a": math.inf}))) == [("a", 0, 4)]
 
 
 @pytest.mark.parametrize(("left", "chosen"), [(799, "slow"), (800, "a"), (None, "a")])
@@ -78,7 +78,7 @@ def test_a_cache_too_small_costs_ten_seconds(left: int | None, chosen: str) -> N
 def test_a_banned_server_is_used_only_where_nobody_else_serves() -> None:
     """A ban costs more than any detour and less than having no route."""
     spans = [make_span("a", 0, 8), make_span("b", 0, 3, inference_rps=0.1), make_span("c", 3, 6)]
-    banned = RoutingFacts(banned={"a"})
+    banned = RoutingFacts("tiny", banned={"a"})
     assert names(route(spans, 6, banned)) == [("b", 0, 3), ("c", 3, 6)]
     assert names(route(spans, 8, banned))[-1][0] == "a"
 
@@ -147,7 +147,7 @@ def test_no_route_is_cheaper(seed: int) -> None:
                 next_pings=rng.choice([None, pings]),
             )
         )
-    facts = RoutingFacts({peer: rng.uniform(0, 3) for peer in rng.sample(peers, 3)})
+    facts = RoutingFacts("tiny", {peer: rng.uniform(0, 3) for peer in rng.sample(peers, 3)})
     blocks = BlockSpan(0, 6)
     best = min(price(hops, 100, facts) for hops in all_routes(spans, blocks))
     chosen = route_by_latency(spans, blocks, 100, facts)
@@ -164,13 +164,13 @@ def test_passes_prefer_long_spans_and_shun_unreachable_and_banned_ones() -> None
         first = [route_by_throughput(spans, blocks, facts, rng)[0].peer for _ in range(2000)]
         return first.count("long") / len(first)
 
-    assert share_of_long(RoutingFacts()) == pytest.approx(0.75, abs=0.04)
-    assert share_of_long(RoutingFacts({"long": math.inf})) < 0.01
-    assert share_of_long(RoutingFacts(banned={"short"})) > 0.99
+    assert share_of_long(RoutingFacts("tiny")) == pytest.approx(0.75, abs=0.04)
+    assert share_of_long(RoutingFacts("tiny", {"long": math.inf})) < 0.01
+    assert share_of_long(RoutingFacts("tiny", banned={"short"})) > 0.99
 
 
 def test_a_pass_covers_all_blocks_in_order() -> None:
     """Each server is run to its end or to the end of the range."""
     spans = [make_span("a", 0, 3), make_span("b", 2, 9)]
-    hops = route_by_throughput(spans, BlockSpan(1, 7), RoutingFacts(), random.Random(1))
+    hops = route_by_throughput(spans, BlockSpan(1, 7), RoutingFacts("tiny"), random.Random(1))
     assert names(hops) == [("a", 1, 3), ("b", 3, 7)]

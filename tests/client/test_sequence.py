@@ -49,7 +49,7 @@ class FakeDirectory:
 
     def manager(self, **options: object) -> SequenceManager:
         settings = ClientOptions(**options)  # type: ignore[arg-type]
-        return SequenceManager(self.read, self.ping, len(BLOCKS), settings, random.Random(0))
+        return SequenceManager(self.read, self.ping, "tiny", len(BLOCKS), settings, random.Random(0))
 
 
 async def test_a_failed_server_is_avoided_from_the_next_route_on() -> None:
@@ -85,7 +85,7 @@ async def test_only_servers_with_the_adapter_are_used() -> None:
     directory.view = make_view(make_span("a", 0, 6), make_span("b", 0, 4, **with_it))
     await manager.refresh()
     for route in (lambda: manager.route_session(BLOCKS, 10), lambda: manager.route_pass(BLOCKS)):
-        with pytest.raises(MissingBlocks, match="no server holds blocks 4:6 with adapter poet"):
+        with pytest.raises(MissingBlocks, match="no server holds blocks 4:6 of tiny with adapter poet"):
             route()
 
 
