@@ -68,9 +68,9 @@ def echo(job: Job, directory: Path) -> Iterator[Provider]:
         yield Provider("echo", maddr, job, directory)
 
 
-@contextmanager
-def petals(job: Job, directory: Path) -> Iterator[Provider]:
-    options = stock.ServerOptions(
+def petals_options(job: Job, directory: Path) -> stock.ServerOptions:
+    """Makes the copy of the model that it reads."""
+    return stock.ServerOptions(
         model=make_petals_copy(job.model, directory / "model"),
         directory=directory,
         dht_prefix=DHT_PREFIX,
@@ -78,13 +78,10 @@ def petals(job: Job, directory: Path) -> Iterator[Provider]:
         dtype=job.dtype,
         threads=job.threads,
     )
-    with stock.stock_server(options) as maddrs:
-        yield Provider(PETALS, maddrs[0], job, directory)
 
 
-@contextmanager
-def petalsd(job: Job, directory: Path) -> Iterator[Provider]:
-    options = DaemonOptions(
+def petalsd_options(job: Job, directory: Path) -> DaemonOptions:
+    return DaemonOptions(
         model=job.model,
         directory=directory,
         dht_prefix=DHT_PREFIX,
@@ -92,7 +89,17 @@ def petalsd(job: Job, directory: Path) -> Iterator[Provider]:
         dtype=job.dtype,
         threads=job.threads,
     )
-    with petalsd_daemon(options) as maddrs:
+
+
+@contextmanager
+def petals(job: Job, directory: Path) -> Iterator[Provider]:
+    with stock.stock_server(petals_options(job, directory)) as maddrs:
+        yield Provider(PETALS, maddrs[0], job, directory)
+
+
+@contextmanager
+def petalsd(job: Job, directory: Path) -> Iterator[Provider]:
+    with petalsd_daemon(petalsd_options(job, directory)) as maddrs:
         yield Provider(OURS, maddrs[0], job, directory)
 
 

@@ -10,5 +10,6 @@ SERVED = (
     "interference",
     "move",
     "passes",
+    "start",
     "step_latency",
 )

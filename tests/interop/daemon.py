@@ -77,7 +77,8 @@ def daemon_process(options: DaemonOptions, kind: type[Child] = Child) -> Child:
     options.directory.mkdir(parents=True, exist_ok=True)
     options.file.write_text(options.toml())
     command = [*_PROGRAM, "run", "--config", str(options.file)]
-    environment = {"XDG_STATE_HOME": str(options.directory), "OMP_NUM_THREADS": str(options.threads)}
+    homes = dict.fromkeys(("XDG_STATE_HOME", "XDG_CACHE_HOME"), str(options.directory))
+    environment = {**homes, "OMP_NUM_THREADS": str(options.threads)}
     return kind(command, options.directory / "daemon.log", environment)
 
 

@@ -87,10 +87,17 @@ def server_process(options: ServerOptions) -> Child:
 @contextmanager
 def stock_server(options: ServerOptions) -> Iterator[list[str]]:
     """Run a stock server until the block ends; yields its multiaddresses once it computes."""
+    with running_server(options) as (_, maddrs):
+        yield maddrs
+
+
+@contextmanager
+def running_server(options: ServerOptions) -> Iterator[tuple[Child, list[str]]]:
+    """The same, with the process."""
     with server_process(options) as child:
         running = child.wait_for(r"Running a server on (\[.*\])", START_DEADLINE_S)
         child.wait_for(r"\[INFO\] Started$", START_DEADLINE_S)
-        yield list(ast.literal_eval(running[1]))
+        yield child, list(ast.literal_eval(running[1]))
 
 
 class StockClient:

@@ -1,0 +1,101 @@
+"""Starting a server of the whole model: seconds from the command until it serves, and the memory that it has then.
+
+The first start in a directory of its own, and later ones there, which find what the first one left. The memory is
+the proportional set size of all its processes: what they share counts once. The files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+from benchmarks.benchmark import Benchmark, Options, say
+from benchmarks.providers import Job, petals_options, petalsd_options, whole_model
+from benchmarks.report import OURS, PETALS, Row
+from benchmarks.timing import summarize
+from tests.interop import stock
+from tests.interop.child import Child
+from tests.interop.daemon import running_daemon
+
+LATER_STARTS = 3
+START_S = 25.0
+"""What one takes at most, with its end: nothing is begun for which there is less time."""
+
+Start = Callable[[], AbstractContextManager[tuple[Child, list[str]]]]
+
+
+def run(options: Options) -> list[Row]:
+    job, samples = whole_model(options.model, options.threads), Samples()
+    starts = {name: prepare(name, job, options.directory / name) for name in options.servers}
+    for number in range(1 if options.smoke else 1 + LATER_STARTS):
+        setting = "later" if number else "first"
+        for name, start in starts.items():
+            if number < 2 or options.has_time(f"{name} {setting} start {number}", START_S):
+                samples.take(name, setting, start)
+    return samples.rows({"blocks": len(job.span), "threads": options.threads})
+
+
+def prepare(name: str, job: Job, directory: Path) -> Start:
+    """How a server starts, each time in the same directory."""
+    directory.mkdir()
+    if name == PETALS:
+        return partial(stock.running_server, petals_options(job, directory))
+    assert name == OURS
+    return partial(running_daemon, petalsd_options(job, directory))
+
+
+class Samples:
+    """Seconds and bytes by provider and kind of start."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, str], list[float]] = {}
+        self._nbytes: dict[tuple[str, str], list[int]] = {}
+
+    def take(self, name: str, setting: str, start: Start) -> None:
+        begun = time.perf_counter()
+        with start() as (child, _):
+            seconds, nbytes = time.perf_counter() - begun, group_bytes(child.pid)
+        self._seconds.setdefault((name, setting), []).append(seconds)
+        self._nbytes.setdefault((name, setting), []).append(nbytes)
+        say(f"  {name}, {setting} start: {seconds:.1f} s, {nbytes / 2**20:.0f} MiB")
+
+    def rows(self, setting: dict[str, int | str]) -> list[Row]:
+        rows = []
+        for (name, kind), seconds in self._seconds.items():
+            of_kind = {**setting, "start": kind}
+            mib = [nbytes / 2**20 for nbytes in self._nbytes[name, kind]]
+            rows.append(Row(name, of_kind, "time to serve", "s", summarize(seconds)))
+            rows.append(Row(name, of_kind, "memory once it serves", "MiB", summarize(mib)))
+        return rows
+
+
+def group_bytes(group: int) -> int:
+    """The proportional set size of all processes in a process group."""
+    return sum(
+        pss_bytes(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, group)
+    )
+
+
+def is_in(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
+def pss_bytes(pid: int) -> int:
+    """0 for one that ended meanwhile."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
+BENCHMARK = Benchmark(
+    "start", "a start until the server serves, first and later ones, and its memory", run, 75.0
+)
