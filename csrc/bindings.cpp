@@ -14,6 +14,7 @@ namespace py = pybind11;
 #include "page_pool_bindings.inc"
 #include "span_bindings.inc"
 #include "spill_file_bindings.inc"
+#include "weight_bindings.inc"
 
 namespace petalsd {
 namespace {
@@ -47,5 +48,6 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   petalsd::register_spill_file(module);
   petalsd::register_page_pool(module);
   petalsd::register_span(module);
+  petalsd::register_weight_storage(module);
   petalsd::register_layer_team(module);  // after what spans register
 }

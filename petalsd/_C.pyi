@@ -290,8 +290,12 @@ class LayerTeam:
         sizes: number of the block, heads, window (0: none). Addresses of float32 tensors: q and out ``[R, H, D]``,
         k and v ``[R, Hkv, D]``."""
 
-def round_int4(values: int, bytes: int, scales: int, num_groups: int, tier: str) -> None:
-    """Groups of 64 finite weights in the format int4 of ``packed_weight``, byte after byte.
+def pack_weight(rows: Sequence[tuple[int, str, int, int]], weight: PackedWeight, tier: str) -> None:
+    """Write finite weights to the memory of ``weight``, of which they are all rows, on the calling thread alone.
 
-    Addresses: float32 ``[G, 64]``; for the result uint8 ``[G, 32]`` and bfloat16 ``[G]``.
+    rows: parts, one below the other, by address, dtype (float32, bfloat16, float16), elements from row to row, and
+    number of rows. ``tier`` rounds to int4.
     """
+
+def unpack_weight(weight: PackedWeight, dtype: str, out: int, num_threads: int) -> None:
+    """All rows of a weight, padded as it is, to ``[16 * tiles, padded num_in]`` in float32 or bfloat16."""

@@ -18,8 +18,7 @@ from petalsd.models.contract import Block
 from petalsd.models.paged_span import BlockByBlock, CosSin, PagedBlock
 from petalsd.ops.head_major import HeadMajorKV
 from petalsd.ops.native_attention import has_native_order
-from petalsd.ops.native_weight import native_weight
-from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.packed_weight import PackedWeight, native_weight
 from petalsd.ops.ragged import PagedKV, RaggedBatch
 from petalsd.types import BlockSpan
 

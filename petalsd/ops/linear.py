@@ -13,13 +13,15 @@ from petalsd.ops.packed_weight import PackedWeight
 Weight: TypeAlias = torch.Tensor | PackedWeight | LowRankWeight
 
 _FEW_ROWS = range(2, 65)
+_AT_ONCE = 1 << 20
+_AT_ONCE_BY_GPU = 1 << 25
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``; x ``[..., in]``, weight ``[out, in]``, bias ``[out]``; differentiable.
 
-    A packed weight is unpacked in the dtype of x for the duration of the call, and again for the gradient of x; it
-    has no gradient itself, nor has a bias beside it.
+    A packed weight is unpacked in the dtype of x for the duration of the call, some outputs after the other, and
+    again for the gradient of x; it has no gradient itself, nor has a bias beside it.
     """
     if isinstance(weight, LowRankWeight):
         return weight.multiply(x, bias)
@@ -39,11 +41,30 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return functional.linear(x, weight.unpack(x.dtype), bias)
+        out = x.new_empty(len(x), weight.num_out)
+        for outputs, values in weight.unpack_parts(x.dtype, _unpacked_at_once(weight)):
+            if bias is None:
+                torch.mm(x, values.t(), out=out[:, outputs])
+            else:
+                torch.addmm(bias[outputs], x, values.t(), out=out[:, outputs])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0] @ ctx.weight.unpack(grads[0].dtype), None, None
+        """Parts are added up in float32, whatever they are computed in."""
+        (grad,), weight = grads, ctx.weight
+        total = grad.new_zeros(len(grad), weight.num_in, dtype=torch.float32)
+        for outputs, values in weight.unpack_parts(grad.dtype, _unpacked_at_once(weight)):
+            if grad.dtype == torch.float32:
+                total.addmm_(grad[:, outputs], values)
+            else:
+                total += grad[:, outputs] @ values
+        return total.to(grad.dtype), None, None
+
+
+def _unpacked_at_once(weight: PackedWeight) -> int:
+    """Values: a few MB stay in the caches of a processor; a GPU gets what fills it."""
+    return _AT_ONCE if weight.device.type == "cpu" else _AT_ONCE_BY_GPU
 
 
 def _dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,8 +9,7 @@ import torch
 from petalsd import _C
 from petalsd.ops.layer_rows import layer_rows
 from petalsd.ops.linear import linear
-from petalsd.ops.native_weight import native_weight
-from petalsd.ops.packed_weight import PackedWeight
+from petalsd.ops.packed_weight import PackedWeight, native_weight
 
 
 class Product(Protocol):

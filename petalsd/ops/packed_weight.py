@@ -12,7 +12,7 @@ int4      8                  uint8 ``[N/16, K/64, 8, 16, 4]``   bfloat16 ``[N/16
                                                                 64 inputs
 
 int8 holds q + 128 for q in -127..127 with w = q * scale. int4 holds q + 8 for q in -8..7; byte b of a word has
-input b in its low half and input b + 4 in its high half. How scales are chosen: ``weight_rounding``.
+input b in its low half and input b + 4 in its high half. How scales are chosen: ``csrc/weight_storage.hpp``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from enum import StrEnum
 
 import torch
 
+from petalsd import _C
 from petalsd.ops import memory
 
 TILE_OUTPUTS = 16
@@ -31,9 +32,9 @@ GROUP_INPUTS = 64
 INT8_ZERO = 128
 INT4_ZERO = 8
 
-# Values: in float32 they stay in a core's cache, and fill a GPU.
-_UNPACKED_AT_ONCE = 1 << 16
-_UNPACKED_AT_ONCE_BY_GPU = 1 << 23
+_UNPACKED_AT_ONCE = 1 << 23  # values: they fill a GPU, and take little memory beside the weights
+_NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NO_TENSOR = 0
 
 Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
@@ -143,12 +144,14 @@ class PackedWeight:
         return PackedWeight(self.format, self.num_out, self.num_in, self.data.to(device), scales)
 
     def outputs(self, first: int, end: int) -> PackedWeight:
-        """These outputs, whole tiles, as a view. ValueError for others."""
-        if first % TILE_OUTPUTS or end % TILE_OUTPUTS or not 0 <= first < end <= self.num_out:
+        """These outputs, whole tiles but for the last, as a view. ValueError for others."""
+        is_whole = first % TILE_OUTPUTS == 0 and (end % TILE_OUTPUTS == 0 or end == self.num_out)
+        if not (is_whole and 0 <= first < end <= self.num_out):
             raise ValueError(f"outputs {first} to {end} of {self.num_out} are not tiles of {TILE_OUTPUTS}")
-        tiles, scales = slice(first // TILE_OUTPUTS, end // TILE_OUTPUTS), self.scales
+        tiles, scales = slice(first // TILE_OUTPUTS, -(-end // TILE_OUTPUTS)), self.scales
         if scales is not None:
-            scales = scales[first:end] if self.format is WeightFormat.INT8 else scales[tiles]
+            is_flat = self.format is WeightFormat.INT8
+            scales = scales[first : tiles.stop * TILE_OUTPUTS] if is_flat else scales[tiles]
         return PackedWeight(self.format, end - first, self.num_in, self.data[tiles], scales)
 
     @property
@@ -177,13 +180,23 @@ class PackedWeight:
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[num_out, num_in]`` as a new tensor, row-major; rows may be longer in memory."""
-        layout = self.layout
-        rows = torch.empty(layout.num_tiles * TILE_OUTPUTS, layout.padded_in, dtype=dtype, device=self.device)
-        for tiles in self.tile_chunks(
-            _UNPACKED_AT_ONCE if self.device.type == "cpu" else _UNPACKED_AT_ONCE_BY_GPU
-        ):
-            rows[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = self._values(tiles)
+        rows = self._room(self.layout.num_tiles, dtype)
+        self._unpack_to(rows)
         return rows[: self.num_out, : self.num_in]
+
+    def unpack_parts(self, dtype: torch.dtype, max_values: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some outputs after the other, as ``tile_chunks`` cuts them, and their weights ``[n, num_in]``.
+
+        They are in the same memory, each until the next is asked for: it stays in a cache, and takes little.
+        """
+        room: torch.Tensor | None = None
+        for tiles in self.tile_chunks(max_values):
+            first, end = tiles.start * TILE_OUTPUTS, min(tiles.stop * TILE_OUTPUTS, self.num_out)
+            if room is None:  # the first is the largest
+                room = self._room(tiles.stop - tiles.start, dtype)
+            part = self.outputs(first, end)
+            part._unpack_to(room[: part.layout.num_tiles * TILE_OUTPUTS])
+            yield slice(first, end), room[: end - first, : self.num_in]
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows ``[*indices.shape, num_in]`` of a floating-point format, in its dtype, a copy.
@@ -201,6 +214,20 @@ class PackedWeight:
             words[row] = self.words[index // TILE_OUTPUTS, :, index % TILE_OUTPUTS]
         return words.view(self.data.dtype)[:, : self.num_in].reshape(*indices.shape, self.num_in)
 
+    def _room(self, num_tiles: int, dtype: torch.dtype) -> torch.Tensor:
+        """For the rows of so many tiles."""
+        shape = (num_tiles * TILE_OUTPUTS, self.layout.padded_in)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _unpack_to(self, rows: torch.Tensor) -> None:
+        """All tiles to rows of their own, one after the other."""
+        if self.device.type == "cpu" and rows.dtype in _NATIVE_DTYPES:
+            num_threads = torch.get_num_threads()
+            _C.unpack_weight(native_weight(self), _NATIVE_DTYPES[rows.dtype], rows.data_ptr(), num_threads)
+            return
+        for tiles in self.tile_chunks(_UNPACKED_AT_ONCE):
+            rows[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = self._values(tiles)
+
     def _values(self, tiles: slice) -> torch.Tensor:
         """These tiles as rows ``[16 * tiles, padded_in]``, in float32 or the data's own float dtype."""
         stored = self.words[tiles].transpose(1, 2).contiguous().flatten(0, 1).view(self.data.dtype)
@@ -213,6 +240,12 @@ class PackedWeight:
         values = unpack_nibbles(stored).view(-1, num_groups, GROUP_INPUTS).float().sub_(INT4_ZERO)
         scales = self.scales[tiles].transpose(1, 2).reshape(-1, num_groups, 1)
         return values.mul_(scales).flatten(1)
+
+
+def native_weight(weight: PackedWeight) -> _C.PackedWeight:
+    """The C++ view of a weight on the CPU, which must outlive it."""
+    scales = _NO_TENSOR if weight.scales is None else weight.scales.data_ptr()
+    return _C.PackedWeight(weight.format.value, weight.num_out, weight.num_in, weight.data.data_ptr(), scales)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writes row-major weights into packed storage, a few tiles at a time."""
+"""Writes row-major weights into packed storage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from petalsd import _C
 from petalsd.ops import memory
-from petalsd.ops.packed_weight import TILE_OUTPUTS, PackedWeight, WeightFormat
+from petalsd.ops.packed_weight import PackedWeight, WeightFormat, native_weight
 from petalsd.ops.staging import Copy
-from petalsd.ops.weight_rounding import SERIAL_VALUES, round_int4, round_int8
+
+_NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def pack_weight(weight: torch.Tensor, format: WeightFormat) -> PackedWeight:
@@ -36,8 +38,9 @@ def pack_stack(weights: torch.Tensor, format: WeightFormat, device: torch.device
 def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight, copy: Copy = torch.Tensor.copy_) -> None:
     """Fill ``packed`` with these finite weights ``[n, num_in]``, one below the other.
 
-    On the CPU there is never more than some hundred KB in memory besides it, or a few times a tile. For another
-    device it is packed here first, and then copied by ``copy``. ValueError when shapes don't fit.
+    On the CPU they are read where they are, on the calling thread alone (``csrc/weight_storage.hpp``); of a dtype
+    that C++ does not know a copy is made. For another device it is packed here first, and then copied by ``copy``.
+    ValueError when shapes don't fit.
     """
     if packed.device.type != "cpu":
         here = PackedWeight.empty(packed.format, packed.num_out, packed.num_in)
@@ -50,35 +53,14 @@ def pack_rows(parts: Sequence[torch.Tensor], packed: PackedWeight, copy: Copy = 
     if num_out != packed.num_out or any(part.shape[1:] != (packed.num_in,) for part in parts):
         shapes = [tuple(part.shape) for part in parts]
         raise ValueError(f"weights {shapes} do not make up [{packed.num_out}, {packed.num_in}]")
-    padded_in = packed.layout.padded_in
-    dtype = torch.bfloat16 if packed.format is WeightFormat.BFLOAT16 else torch.float32
-    for tiles in packed.tile_chunks(SERIAL_VALUES):
-        first, last = tiles.start * TILE_OUTPUTS, tiles.stop * TILE_OUTPUTS
-        rows = torch.zeros(last - first, padded_in, dtype=dtype, device="cpu")
-        _gather(parts, first, rows[:, : packed.num_in])
-        _pack_tiles(rows, tiles, packed)
+    readable = [_readable(part) for part in parts]
+    rows = [(part.data_ptr(), _NATIVE_DTYPES[part.dtype], part.stride(0), len(part)) for part in readable]
+    _C.pack_weight(rows, native_weight(packed), "auto")
 
 
-def _gather(parts: Sequence[torch.Tensor], first: int, rows: torch.Tensor) -> None:
-    """Copy the rows from ``first`` of all parts together into ``rows``, as far as there are any."""
-    start = -first
-    for part in parts:
-        stop = start + len(part)
-        low, high = max(0, start), min(len(rows), stop)
-        if low < high:
-            rows[low:high] = part[low - start : high - start]
-        start = stop
-
-
-def _pack_tiles(rows: torch.Tensor, tiles: slice, packed: PackedWeight) -> None:
-    """``rows`` ``[16 * tiles, padded_in]`` in float32, or bfloat16 for that format."""
-    if packed.scales is None:
-        stored = rows
-    elif packed.format is WeightFormat.INT8:
-        stored, scales = round_int8(rows)
-        packed.scales[tiles.start * TILE_OUTPUTS : tiles.stop * TILE_OUTPUTS] = scales
-    else:
-        stored, scales = round_int4(rows)
-        packed.scales[tiles] = scales.view(-1, TILE_OUTPUTS, scales.shape[1]).transpose(1, 2)
-    words = stored.view(torch.int32).view(-1, TILE_OUTPUTS, packed.words.shape[1])
-    packed.words[tiles] = words.transpose(1, 2)
+def _readable(part: torch.Tensor) -> torch.Tensor:
+    """As C++ reads it: on the CPU, each row in one piece."""
+    part = part.detach().cpu()
+    if part.dtype not in _NATIVE_DTYPES:
+        part = part.float()
+    return part if part.stride(1) == 1 else part.contiguous()

@@ -18,6 +18,7 @@
 #include "layer_team.hpp"
 #include "random_blocks.hpp"
 #include "span.hpp"
+#include "weight_storage.hpp"
 
 namespace {
 
@@ -199,20 +200,29 @@ bool are_experts_the_same_on_any_team(WeightFormat format, const std::string& ti
   return false;
 }
 
-// Weights rounded to int4, into buffers that are exactly as long as they must be.
-bool rounds_as_the_baseline_does(const std::string& tier) {
+// A weight in three parts, of each dtype, into memory that is exactly as long as it must be, and out of it.
+bool packs_as_the_baseline_does(WeightFormat format, const std::string& tier) {
   Random random;
-  constexpr std::int64_t num_groups = 7;
-  const Buffer in = random.values(num_groups * petalsd::kGroupIns, false);
+  constexpr std::int64_t num_in = 790, counts[] = {507, 300, 300}, num_out = 1107;
+  const Buffer wide = random.values(counts[0] * num_in, false), narrow = random.values(counts[1] * num_in, true),
+               half = random.values(counts[2] * num_in, true);  // they are numbers of float16 as well
+  const std::vector<petalsd::WeightRows> rows = {{wide.data(), petalsd::Element::kFloat32, num_in, counts[0]},
+                                                 {narrow.data(), petalsd::Element::kBFloat16, num_in, counts[1]},
+                                                 {half.data(), petalsd::Element::kFloat16, num_in, counts[2]}};
+  const std::int64_t row = format == WeightFormat::kFloat32 ? num_in : format == WeightFormat::kBFloat16 ? 800 : 832;
   std::vector<Buffer> outs;
   for (const std::string& name : {std::string("baseline"), tier}) {
-    outs.emplace_back(num_groups * petalsd::kGroupIns / 2);
-    outs.emplace_back(num_groups * 2);
-    petalsd::choose_tier(name).kernels.round_int4(reinterpret_cast<const float*>(in.data()), outs[outs.size() - 2].data(),
-                                                  outs.back().data(), num_groups);
+    const OwnedWeight packed(random, format, num_out, num_in);
+    petalsd::pack_weight(rows, packed.weight, petalsd::choose_tier(name).kernels);
+    for (const int num_threads : {1, 3}) {
+      outs.emplace_back(packed.weight.num_tiles() * petalsd::kTileOuts * row * 4);
+      petalsd::unpack_weight(packed.weight, DType::kFloat32, outs.back().data(), num_threads);
+    }
+    const Buffer in_bfloat16(packed.weight.num_tiles() * petalsd::kTileOuts * row * 2);
+    petalsd::unpack_weight(packed.weight, DType::kBFloat16, in_bfloat16.data(), 3);
   }
-  if (outs[0] == outs[2] && outs[1] == outs[3]) return true;
-  std::fprintf(stderr, "%s: rounds weights otherwise than the baseline\n", tier.c_str());
+  if (std::all_of(outs.begin(), outs.end(), [&](const Buffer& out) { return out == outs[0]; })) return true;
+  std::fprintf(stderr, "%s: packs weights otherwise than the baseline, or unpacks otherwise on three threads\n", tier.c_str());
   return false;
 }
 
@@ -303,8 +313,8 @@ int main(int argc, char** argv) {
   if (fastest == "avx512bf16" || fastest == "amx") tiers.insert(tiers.begin(), kEmulated);
   std::size_t turn = 0;  // with each format and each tier another shape begins
   for (const std::string& tier : tiers) {
-    if (!rounds_as_the_baseline_does(tier)) return EXIT_FAILURE;
     for (const Case& format : formats) {
+      if (!packs_as_the_baseline_does(format.format, tier)) return EXIT_FAILURE;
       for (std::size_t i = 0; i < (mode == "all" ? kNumShapes : 1); ++i) {
         if (!is_the_same_on_any_team({shapes[(turn + i) % kNumShapes], format.format, format.kv, tier})) return EXIT_FAILURE;
       }

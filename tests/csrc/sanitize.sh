@@ -12,7 +12,7 @@ admission="fuzz_admission.cpp admission.cpp"
 pool="fuzz_page_pool.cpp page_pool.cpp page_pool_books.cpp page_pool_residency.cpp admission.cpp residency.cpp
     spill_space.cpp run_store.cpp copy_log.cpp free_space.cpp"
 span="run_span.cpp span.cpp span_block.cpp attention_plan.cpp packed_linear.cpp layer_team.cpp layer_experts.cpp tiers.cpp
-    amx_check.cpp thread_team.cpp"
+    amx_check.cpp thread_team.cpp weight_storage.cpp"
 kernels=kernels_baseline.cpp
 
 # A tier that this processor cannot run is only linked, for instrumenting each takes a good part of a minute.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
+from petalsd.ops import linear as linear_module
 from petalsd.ops.linear import linear
 from petalsd.ops.packed_weight import WeightFormat
 from petalsd.ops.weight_packing import pack_weight
@@ -64,6 +66,26 @@ def test_the_gradient_is_that_of_the_unpacked_weight(format: WeightFormat) -> No
     linear(x, weight, bias).backward(grad)
     assert x.grad is not None
     assert_close(x.grad, grad @ weight.unpack(torch.float32), 1e-5, 1e-5, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", WeightFormat)
+def test_a_weight_of_many_parts_multiplies_as_a_whole(
+    format: WeightFormat, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, where the last part is smaller."""
+    monkeypatch.setattr(linear_module, "_AT_ONCE", 32 * 192)
+    weight, bias = pack_weight(_random(200, 150), format), _random(200, seed=2).to(dtype)
+    x, grad = _random(9, 150, seed=1).to(dtype).requires_grad_(), _random(9, 200, seed=3).to(dtype)
+    product = linear(x, weight, bias)
+    product.backward(grad)
+    values = weight.unpack(dtype)
+    assert x.grad is not None
+    assert product.dtype == x.grad.dtype == dtype
+    expected = {product: functional.linear(x, values, bias), x.grad: grad.float() @ values.float()}
+    tolerance = 1e-6 if dtype == torch.float32 else 0.004  # half a step of bfloat16
+    for actual, wanted in expected.items():
+        assert (actual - wanted).norm() < tolerance * wanted.norm()
 
 
 def test_a_graph_keeps_no_unpacked_weights() -> None:

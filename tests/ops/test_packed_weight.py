@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalsd import _C
-from petalsd.ops.packed_weight import GROUP_INPUTS, PackedLayout, PackedWeight, WeightFormat, unpack_nibbles
+from petalsd.ops.packed_weight import (
+    GROUP_INPUTS,
+    PackedLayout,
+    PackedWeight,
+    WeightFormat,
+    native_weight,
+    unpack_nibbles,
+)
 from petalsd.ops.weight_packing import pack_rows, pack_stack, pack_weight
-from petalsd.ops.weight_rounding import SERIAL_VALUES
 from tests.models.test_native_span import TIERS, has_tier
 from tests.numeric import assert_close
 from tests.quantized_linear import integer_weights, least_error_scales, reference_linear
@@ -154,13 +160,14 @@ def test_every_tier_rounds_to_the_scales_of_least_error(tier: str) -> None:
     values = torch.cat(
         (_weight(200, GROUP_INPUTS), tails, torch.ones(1, GROUP_INPUTS), torch.zeros(1, GROUP_INPUTS))
     )
-    packed = torch.empty(len(values), GROUP_INPUTS // 2, dtype=torch.uint8)
-    scales = torch.empty(len(values), dtype=torch.bfloat16)
-    _C.round_int4(values.data_ptr(), packed.data_ptr(), scales.data_ptr(), len(values), tier)
-    expected = least_error_scales(values).bfloat16()
-    assert (scales == expected).float().mean() > 0.99  # two ways may be as good but for the order of a sum
-    levels = (values / scales[:, None].float()).round().clamp(-8, 7)
-    assert torch.equal(unpack_nibbles(packed).float() - 8, levels)
+    packed = PackedWeight.empty(WeightFormat.INT4, *values.shape)
+    _C.pack_weight([(values.data_ptr(), "float32", GROUP_INPUTS, len(values))], native_weight(packed), tier)
+    whole, scales = integer_weights(packed)
+    scales = scales.flatten()[: len(values)]
+    expected = least_error_scales(values)
+    assert (scales == expected.bfloat16().float()).float().mean() > 0.99  # the order of a sum may decide
+    levels = (values / scales[:, None]).round().clamp(-8, 7)
+    assert torch.equal(whole.flatten(1)[: len(values)].float(), levels)
 
 
 @pytest.mark.parametrize("format", WeightFormat)
@@ -181,13 +188,71 @@ def test_large_weights_are_packed_in_pieces(format: WeightFormat) -> None:
     """A weight of many pieces equals its slices packed alone, and lies at a cache line."""
     weight = _weight(1000, 1100).bfloat16()
     packed = pack_weight(weight, format)
-    assert len(list(packed.tile_chunks(SERIAL_VALUES))) > 2
     assert packed.data.data_ptr() % 64 == 0
     unpacked = packed.unpack(torch.bfloat16)
     assert unpacked.dtype == torch.bfloat16
     for start in (0, 480, 960):
         alone = pack_weight(weight[start : start + 40], format).unpack(torch.bfloat16)
         assert torch.equal(unpacked[start : start + 40], alone)
+
+
+def _same(one: PackedWeight, other: PackedWeight) -> bool:
+    if one.scales is None or other.scales is None:
+        return one.scales is other.scales and torch.equal(one.data, other.data)
+    return torch.equal(one.data, other.data) and torch.equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_any_dtype_are_packed_as_their_values_in_float32(
+    dtype: torch.dtype, format: WeightFormat
+) -> None:
+    """Subnormal numbers of float16 and the ends of its range among them."""
+    weight = _weight(40, 1100)
+    weight[0, :4] = torch.tensor([6e-8, -3e-5, 65504.0, -65504.0])
+    weight = weight.to(dtype)
+    assert _same(pack_weight(weight, format), pack_weight(weight.float(), format))
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+def test_rows_may_lie_anywhere(format: WeightFormat) -> None:
+    """Columns of a wider matrix, every other row, a transpose, and parts that end within a tile."""
+    weight = _weight(60, 200)
+    expected = pack_weight(weight, format)
+    wide = torch.zeros(120, 300)
+    wide[::2, 50:250] = weight
+    assert _same(pack_weight(wide[::2, 50:250], format), expected)
+    assert _same(pack_weight(weight.t().contiguous().t(), format), expected)
+    parts = PackedWeight.empty(format, 60, 200)
+    pack_rows([weight[:7], weight[7:7], weight[7:30].double(), weight[30:].clone()], parts)
+    assert _same(parts, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", WeightFormat)
+def test_unpacking_goes_by_the_formats_definition(format: WeightFormat, dtype: torch.dtype) -> None:
+    """Whatever unpacks: the number of threads, and whether it is done in parts, change nothing."""
+    packed = pack_weight(_weight(2100, 1030), format)
+    if format in QUANTIZED:
+        whole, scales = integer_weights(packed)
+        expected = (whole * scales[..., None]).flatten(1)[:2100, :1030].to(dtype)
+    else:
+        expected = _exact(_weight(2100, 1030), format).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(packed.unpack(dtype), expected)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [
+        (outputs, values.clone())
+        for outputs, values in packed.unpack_parts(dtype, 16 * 40 * packed.layout.padded_in)
+    ]
+    assert [(outputs.start, outputs.stop) for outputs, _ in parts] == [
+        (start, min(start + 640, 2100)) for start in range(0, 2100, 640)
+    ]
+    assert torch.equal(torch.cat([values for _, values in parts]), expected)
 
 
 @pytest.mark.parametrize(
