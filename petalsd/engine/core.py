@@ -26,6 +26,7 @@ from petalsd.engine.observer import BatchReport, EngineObserver, StepTiming
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.pass_lane import PassLane
 from petalsd.engine.passes import PassRunner
+from petalsd.engine.progress import Progress
 from petalsd.engine.runner import SpanRunner
 from petalsd.engine.scheduler import Plan, Scheduler, Slice
 from petalsd.engine.session import EngineSession, StepJob
@@ -38,7 +39,6 @@ from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
 
-_FORGETTING = 0.999  # per batch: a slow one counts for some thousand more
 _CAPTURE_PAUSE_S = 0.05  # until an idle engine asks again whether it may capture
 _TRANSFERS_S = 0.002  # before an iteration, which waits for them; what goes beyond it is one of them at most
 
@@ -72,41 +72,6 @@ class ServedSpan:
     def adapters(self) -> tuple[str, ...]:
         """What the blocks were loaded with, all of them the same."""
         return tuple(self.blocks[self.span.start].adapted)
-
-
-@dataclass(slots=True)
-class Progress:
-    """Written by the engine thread, read by any other.
-
-    num_steps, num_tokens   answered steps; tokens computed, over all rows, passes not included
-    last_step_monotonic_s   when the device last finished something (``time.monotonic``)
-    busy_since_monotonic_s  since when it has been at what it does now; None while it is idle
-    busy_tokens             tokens of that, over all rows; a pass counts as the most it computes at once
-    slowest_token_s         seconds per token of the slowest batches so far, forgotten slowly
-    """
-
-    num_iterations: int = 0
-    num_steps: int = 0
-    num_tokens: int = 0
-    last_step_monotonic_s: float = 0.0
-    busy_since_monotonic_s: float | None = None
-    busy_tokens: int = 0
-    slowest_token_s: float = 0.0
-
-    def begin(self, tokens: int) -> float:
-        """The device is at these from now on; the time."""
-        self.busy_tokens = tokens
-        self.busy_since_monotonic_s = now = time.monotonic()
-        return now
-
-    def end(self) -> None:
-        """What began is done."""
-        self.last_step_monotonic_s = now = time.monotonic()
-        if self.busy_since_monotonic_s is not None and self.busy_tokens:
-            token_s = (now - self.busy_since_monotonic_s) / self.busy_tokens
-            self.slowest_token_s = max(token_s, self.slowest_token_s * _FORGETTING)
-        self.num_iterations += 1
-        self.busy_since_monotonic_s = None
 
 
 class EngineCore:
@@ -220,6 +185,7 @@ class EngineCore:
 
     def fail_all(self, error: Exception) -> None:
         """End all sessions and passes; steps, passes and transfers under way get EngineError."""
+        self._progress.abandon()  # else what failed would look like what hangs
         for session in list(self._sessions.values()):
             self._fail(session, error)
         self.passes.fail_all(error)
@@ -259,7 +225,7 @@ class EngineCore:
         if self.captures is not None and self.has_captures:
             self._progress.begin(0)
             self.captures.capture_next()
-            self._progress.busy_since_monotonic_s = None  # no end(): what was captured proves nothing
+            self._progress.abandon()
 
     def _run_transfers(self) -> None:
         """As many as go in little time: one for each iteration would have small ones wait for many of them."""

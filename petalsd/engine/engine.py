@@ -17,13 +17,14 @@ import structlog
 import torch
 
 from petalsd.engine.checks import Restriction, check_adapter, check_pass, check_session, check_span
-from petalsd.engine.core import EngineCore, Progress, ServedSpan
+from petalsd.engine.core import EngineCore, ServedSpan
 from petalsd.engine.handle import Session, SessionInfo
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.observer import EngineObserver, NullObserver
 from petalsd.engine.open_rows import OpenRows, RowHold
 from petalsd.engine.outbox import Outbox
 from petalsd.engine.passes import PassJob
+from petalsd.engine.progress import Progress
 from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.session import EngineSession
 from petalsd.engine.stats import EngineStats

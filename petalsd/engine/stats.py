@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from petalsd.engine.captures import Captures
-from petalsd.engine.core import Progress
+from petalsd.engine.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 
 from petalsd.engine.engine import Engine
 from petalsd.engine.handle import Session
+from petalsd.engine.kv_transfer import Place
 from petalsd.engine.limits import EngineLimits
 from petalsd.engine.step import SessionSpec, Step
 from petalsd.errors import (
@@ -251,3 +252,26 @@ async def test_a_session_waits_for_pages(llama: TinyModel) -> None:
         assert not waiting.done()
         await holder.close()
         await (await waiting).close()
+
+
+@pytest.mark.parametrize("is_transfer", [False, True])
+async def test_what_fails_in_the_engine_does_not_look_like_what_hangs(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, is_transfer: bool
+) -> None:
+    """The watchdog asks since when the engine is at what it does: it is idle, and has proved nothing."""
+
+    def run_out_of_memory() -> None:
+        raise MemoryError
+
+    async with serving(llama) as engine, opened(engine) as session:
+        assert engine.pool is not None
+        await session.step(Step(states(1, 3), 0))
+        before = engine.stats().iterations_total
+        monkeypatch.setattr(engine.pool, "apply_copies", run_out_of_memory)
+        with pytest.raises(EngineError):
+            if is_transfer:
+                await session.read_kv(Place(BlockSpan(0, 1), 0, 3))
+            else:
+                await session.step(Step(states(1, 1), 3))
+        stats = engine.stats()
+        assert (stats.busy_since_monotonic_s, stats.iterations_total) == (None, before)
