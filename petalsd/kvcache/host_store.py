@@ -35,7 +35,8 @@ class HostStore:
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(part.nbytes for parts in self._pieces.values() for part in parts)
+        """Also while another thread takes a piece."""
+        return sum(part.nbytes for parts in tuple(self._pieces.values()) for part in parts)
 
     def write(self, transfers: Transfers) -> None:
         """Copy pages here. SpillError when the system does not lock more memory."""

@@ -44,6 +44,22 @@ def test_runs_are_cut_where_pieces_end() -> None:
         assert not slab[sorted(set(range(40)) - set(pages))].any()
 
 
+def test_the_size_can_be_asked_for_while_pieces_are_taken() -> None:
+    """Metrics are read on the loop, and pieces are taken on the engine thread."""
+
+    class Part:
+        """One during whose counting the engine thread comes by."""
+
+        @property
+        def nbytes(self) -> int:
+            store.write(np.array([[0, 4, 1]], dtype=np.int32))
+            return 0
+
+    store = HostStore(some_slabs(), 35 * PAGE_BYTES, piece_bytes=4 * PAGE_BYTES)
+    store._pieces[0] = [Part()]  # type: ignore[list-item]
+    assert store.allocated_bytes == 0
+
+
 def test_the_file_takes_what_the_memory_does_not(tmp_path: Path) -> None:
     """A run across the border is cut there; the file's own slots begin at 0, so it holds no more than its part."""
     slabs, notes = some_slabs(), Notes()
