@@ -160,12 +160,13 @@ class AdapterFile:
         tensors = self._tensors(pairs)
         factors = {}
         for module, pair in pairs.items():
+            # Copied: what is read is mapped from the file, which somebody may change.
+            a = tensors[pair.a].to(dtype, copy=True)
             b = (tensors[pair.b].float() * pair.scale).to(dtype)
-            # It may be too large for float16 though what is stored is not.
+            # Either may be too large for float16 though what is stored is not.
+            check_values(f"{pair.a}, in {dtype},", a, self._label)
             check_values(f"{pair.b}, times {pair.scale:g} in {dtype},", b, self._label)
-            # What is read is mapped from the file, which somebody may change.
-            a = tensors[pair.a].to(device, dtype, copy=True)
-            factors[module] = LowRankFactors(a, b.to(device))
+            factors[module] = LowRankFactors(a.to(device), b.to(device))
         return factors
 
     def _tensors(self, pairs: BlockPairs) -> dict[str, torch.Tensor]:

@@ -98,14 +98,19 @@ def test_scales(
     assert_close(llama.answer(llama.open(path)), expected, 1e-4, 1e-4, str(fields))
 
 
-def test_terms_that_leave_the_range_of_the_dtype_are_refused(llama: Llama, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "a_factor", "found"),
+    [(1e6, 1.0, r"lora_B\.weight, times 250000 in"), (ALPHA, 1e6, r"lora_A\.weight, in")],
+)
+def test_terms_that_leave_the_range_of_the_dtype_are_refused(
+    llama: Llama, tmp_path: Path, alpha: float, a_factor: float, found: str
+) -> None:
     """As float16 has a small one: they would make infinity of all that is asked for with the adapter."""
-    adapter = llama.open(write_adapter(tmp_path / "mine", llama.tensors, lora_alpha=1e6))
+    tensors = {name: t * a_factor if ".lora_A." in name else t for name, t in llama.tensors.items()}
+    adapter = llama.open(write_adapter(tmp_path / "mine", tensors, lora_alpha=alpha))
     storage = WeightStorage.choose(torch.float16, CPU)
     block = Ladder(llama.architecture, llama.source, storage, 1).build(Rung.FUSED, 1)
-    with pytest.raises(
-        WeightsError, match=r"adapter mine: .*lora_B\.weight, times 250000 in torch\.float16, holds"
-    ):
+    with pytest.raises(WeightsError, match=rf"adapter mine: .*{found} torch\.float16, holds"):
         adapter.adapt(block, lambda weight: PackedProduct(weight, _C.LayerTeam(1, "auto")))
 
 
