@@ -103,6 +103,9 @@ def softmax_step(scores, v, v_scales, greatest, total, acc, q_dtype: tl.constexp
     ``[BM, DP]`` are float32; returns their new values. A row that has seen nothing stays at -inf, 0 and 0: -inf
     minus -inf, which is NaN, is never computed. Values are raised to the dtype of q and never the weights lowered
     to that of the values.
+
+    Scales of int8 values are small: times a weight they would often be nothing in float16, so there it is the
+    values that are scaled. bfloat16 has room for both.
     """
     new_greatest = tl.maximum(greatest, tl.max(scores, 1))
     subtracted = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)
@@ -110,6 +113,9 @@ def softmax_step(scores, v, v_scales, greatest, total, acc, q_dtype: tl.constexp
     shrink = tl.exp2(greatest - subtracted)
     total = total * shrink + tl.sum(weights, 1)
     if SCALED:
-        weights *= v_scales[None, :]
+        if q_dtype == tl.float16:
+            v = v.to(q_dtype) * v_scales.to(q_dtype)[:, None]
+        else:
+            weights *= v_scales[None, :]
     acc = acc * shrink[:, None] + tl.dot(weights.to(q_dtype), v.to(q_dtype), input_precision="ieee")
     return new_greatest, total, acc

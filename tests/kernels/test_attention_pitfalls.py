@@ -11,10 +11,11 @@ import triton.language as tl
 
 from petalsd.errors import EngineError
 from petalsd.kernels.attention_tile import rounded_to_bfloat16, tile_slots
+from petalsd.ops.attention_reference import reference_attention
 from petalsd.ops.attention_rule import AttentionRule
 from petalsd.ops.decode_attention import DecodePlan, decode_attention
 from petalsd.ops.decode_batch import DecodeBatch
-from petalsd.ops.eight_bit_kv import Float8KV
+from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from petalsd.ops.launching import record_launches
 from petalsd.ops.prefill_attention import prefill_attention
 from petalsd.ops.ragged import PagedKV
@@ -23,6 +24,7 @@ from tests.kernels.attention_rows import (
     BLOCK,
     F16,
     F32,
+    TOLERANCE,
     AttentionCase,
     AttentionRows,
     decode_batch,
@@ -95,6 +97,28 @@ def test_weights_are_not_rounded_to_the_dtype_of_the_pages() -> None:
     """With float8 pages and float32 queries nothing but the pages is in float8."""
     rows, q, batch = decode_rows(AttentionCase(4, 1, 64, 16, 2, F32, stored=Float8KV), 300)
     rows.check_decode(q, batch, AttentionRule(0.01), rows.plan(1, 2))
+
+
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_small_weights_of_int8_values_are_something_in_float16(new_tokens: int) -> None:
+    """Many heads look at one key without a value above all: weights of the others, times the scales of their
+    values, are less than float16 has. What comes out is of them alone.
+    """
+    case = AttentionCase(1, 1, 64, 16, 1, F16, stored=Int8KV)
+    rows, rule = case.rows(), AttentionRule(1e-3, sinks=torch.tensor([9.5]))
+    rows.append({0: 300})
+    q, batch = rows.append({0: new_tokens})
+    rows.rows.kv.v_scales *= 0.05
+    out = torch.empty_like(q)
+    if new_tokens == 1:
+        decode_attention(q, rows.rows.kv, decode_batch(batch), BLOCK, rule, rows.plan(1, 1), out)
+    else:
+        prefill_attention(q, rows.rows.kv, prefill_batch(batch), BLOCK, rule, out)
+    expected = reference_attention(
+        q, rows.rows.kv, batch.origins, [(new_tokens, 300 + new_tokens)], BLOCK, rule
+    )
+    largest = expected.abs().max()
+    assert_close(out / largest, expected / largest, TOLERANCE[F16], TOLERANCE[F16], "attention")
 
 
 def test_pages_far_into_a_slab_are_found() -> None:
