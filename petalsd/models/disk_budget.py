@@ -26,7 +26,8 @@ _LOCK_POLL_S = 0.2
 class DiskBudget:
     """Owns the files under ``root/*/blobs``. Their modification time says when they were last used.
 
-    ``max_bytes`` None: bounded by the disk alone. Methods are called under ``lock``, which works across processes.
+    ``max_bytes`` None: bounded by the disk alone. ``make_room`` is called under ``lock``, which works across
+    processes.
     """
 
     def __init__(self, root: Path, max_bytes: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What models call: every op in plain torch, on any device.
+"""What models call: each op in plain torch on any device, by the CPU's kernels, or by those of a GPU.
 
 Symbols in shapes: ``T`` tokens of a batch, ``R`` rows, ``B`` sequences of a dense pass, ``n`` tokens of each,
 ``H`` query heads, ``Hkv`` KV heads, ``D`` head size, ``M`` hidden size, ``P`` tokens per page, ``N`` physical
