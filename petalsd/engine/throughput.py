@@ -8,7 +8,6 @@ are served are measured through the engine that serves them.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from petalsd.errors import DeadlineExceeded, NotServed
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.models.contract import Angles, Block
+from petalsd.models.disk_budget import try_lock
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)
@@ -201,7 +201,7 @@ class RateCache:
             return
         deadline = time.monotonic() + timeout_s
         try:
-            while not _try_lock(lock):
+            while not try_lock(lock):
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded(
                         f"another process measures throughput for more than {timeout_s:g} s",
@@ -235,11 +235,3 @@ class RateCache:
     def _note_unwritable(self, error: OSError) -> None:
         """No reason not to serve: it is measured again at the next start."""
         log.warning("throughput_file_unwritable", file=self._path.name, error=error.strerror)
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -40,7 +40,7 @@ class DiskBudget:
         self._root.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + _LOCK_DEADLINE_S
         with (self._root / ".lock").open("a") as file:
-            while not _try_lock(file.fileno()):
+            while not try_lock(file.fileno()):
                 if time.monotonic() > deadline:
                     raise WeightsError(
                         f"another process has held the weights cache for {_LOCK_DEADLINE_S:.0f} s",
@@ -85,8 +85,8 @@ class DiskBudget:
         return min(free, self._max_bytes - used)
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Closing the file releases it, so does the end of the process."""
+def try_lock(descriptor: int) -> bool:
+    """Take the lock of an open file if it is free. It is released with the file, also when the process dies."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -24,6 +24,7 @@ from petalsd.models.contract import Angles, Block
 from petalsd.models.cpu_products import CpuProducts
 from petalsd.models.hf.angles import LayerAngles
 from petalsd.models.hf.block import LayerBlock
+from petalsd.models.hf.config_faults import reason_of
 from petalsd.models.hf.norms import replace_norms
 from petalsd.models.hf.packing import pack_layer, round_layer
 from petalsd.models.native_span import NativeSpan, can_attend_natively, can_be_native
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from petalsd.models.gpu_products import GpuProducts
 
 log = structlog.get_logger(__name__)
-
-_MAX_REASON = 160
 
 
 class Rung(StrEnum):
@@ -322,9 +321,8 @@ def _named(block: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise_if_lost(error)
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:_MAX_REASON]
         raise ModelError(
-            f"{block} cannot be computed by transformers' own layer: {reason}",
+            f"{block} cannot be computed by transformers' own layer: {reason_of(error)}",
             hint="its config.json is damaged: correct the file, or use another revision of the model",
         ) from error
 

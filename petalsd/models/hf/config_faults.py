@@ -21,12 +21,16 @@ def made_from(hf: Any, what: str, make: Callable[[Any], T]) -> T:
     except PetalsdError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:_MAX_REASON]
         raise ModelError(
-            f"config.json is no valid {hf.model_type} configuration: {what}: {reason}; "
+            f"config.json is no valid {hf.model_type} configuration: {what}: {reason_of(error)}; "
             f"{_suspects(hf, make, isinstance(error, TypeError))}",
             hint="correct the file, or use another revision of the model",
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Its type and what it says, as a part of a sentence."""
+    return " ".join(f"{type(error).__name__} {error}".split())[:_MAX_REASON]
 
 
 def _suspects(hf: Any, make: Callable[[Any], object], may_lack: bool) -> str:
