@@ -102,6 +102,7 @@ class Captures:
         self.num_wanted = len(self._missing)
         self.steps: dict[StepKey, CapturedStep] = {}
         self.memory: StepMemory | None = None
+        self._memory_bytes = 0
         self.failure: str | None = None
         self._short_since_s: float | None = None
         self._spent: list[Graph] = []
@@ -122,9 +123,8 @@ class Captures:
 
     @property
     def nbytes(self) -> int:
-        """Device memory that the graphs take, their static memory included."""
-        memory = 0 if self.memory is None else self.memory.nbytes
-        return memory + sum(step.nbytes for step in tuple(self.steps.values()))
+        """Device memory that the graphs take, with what they work in."""
+        return self._memory_bytes + sum(step.nbytes for step in tuple(self.steps.values()))
 
     def are_over(self, kv: PagedKV) -> bool:
         """Whether these are the pages whose addresses were captured."""
@@ -137,7 +137,7 @@ class Captures:
         """
         if before.memory is None or not before.are_over(self._kv) or before._limits != self._limits:
             return
-        self.memory = before.memory
+        self.memory, self._memory_bytes = before.memory, before._memory_bytes
         for missing in self._missing:
             step = before.steps.get(missing.key)
             if step is not None and step.sources == missing.sources:
@@ -191,7 +191,7 @@ class Captures:
         log.warning("graph_capture_failed", graphs=len(self.steps), wanted=self.num_wanted, exc_info=error)
         self._missing.clear()
         if not self.steps:
-            self.memory = None
+            self.memory, self._memory_bytes = None, 0
         self._settle()
 
     def _is_awaiting_memory(self) -> bool:
@@ -218,7 +218,8 @@ class Captures:
             raise MemoryError(f"{free >> 20} MiB of the device are left, which is for what is not captured")
         if self.memory is None:
             self.memory = StepMemory(missing.span, self._kv, self._limits)
-            free = self._free_bytes()
+            left = self._free_bytes()
+            self._memory_bytes, free = max(0, free - left), left
         span, blocks, bucket = missing.span, missing.blocks, missing.bucket
         self.memory.pad(bucket)
         states, rows = self.memory.states.first(bucket), self.memory.rows(bucket)

@@ -34,9 +34,6 @@ from petalsd.types import BlockSpan
 class States(Protocol):
     """What stands between the launches of a step; ``kernel_span.StepStates`` is the contract."""
 
-    @property
-    def nbytes(self) -> int: ...
-
     def first(self, tokens: int) -> States: ...
 
     def clear(self) -> None: ...
@@ -103,10 +100,6 @@ class StepMemory:
         self.states = span.make_states(largest)
         self.states.clear()  # they are computed on before a step has entered: no infinities there
         self.plans = {bucket: span.plan_decode(bucket, kv, limits.max_tokens) for bucket in limits.buckets}
-
-    @property
-    def nbytes(self) -> int:
-        return self.integers.nbytes + self.states.nbytes
 
     def rows(self, bucket: int) -> KernelRows:
         """The rows that graphs of this bucket read."""

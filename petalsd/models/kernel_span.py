@@ -68,10 +68,6 @@ class StepStates:
         """Those of the first tokens, views."""
         return StepStates(*(getattr(self, field.name)[:tokens] for field in fields(self)))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
-
     def clear(self) -> None:
         """Zeros everywhere."""
         for field in fields(self):

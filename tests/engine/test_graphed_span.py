@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,24 @@ def test_captures_leave_memory_free(case: Case, captured: Captured) -> None:
         captures.capture_all()
     assert captures.num_graphs == 2 and graphs.free_bytes() >= 100
     assert captures.failure is not None and captures.failure.startswith("MemoryError: 0 MiB of the device")
+
+
+def test_all_that_captures_take_counts_as_theirs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that graphs work in, too, with tables of angles and room for parts of contexts."""
+    graphs = RecordedGraphs()
+
+    class Costly(StepMemory):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            graphs.memory_bytes -= 5000
+
+    monkeypatch.setattr("petalsd.engine.captures.StepMemory", Costly)
+    scene, before = FusedScene(case, STARTS), graphs.free_bytes()
+    captures = scene.capture(graphs).captures
+    assert captures.nbytes == before - graphs.free_bytes() > 5000
+    following = Captures([scene.span], scene.pool.kv, LIMITS, Capturing(graphs), scene.told.append)
+    following.take_over(captures)
+    assert following.nbytes == captures.nbytes
 
 
 def test_captures_wait_for_memory_that_others_give_back(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,6 @@ class LayerStates:
 
     hidden: torch.Tensor
 
-    @property
-    def nbytes(self) -> int:
-        return self.hidden.nbytes
-
     def first(self, tokens: int) -> LayerStates:
         """Those of the first tokens, a view."""
         return LayerStates(self.hidden[:tokens])
