@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,25 +72,19 @@ class Spill:
         """Copy pages to their slots; SpillError when the disk or the memory fails."""
         started = time.perf_counter()
         near, far = self._by_place(transfers)
-        try:
+        with self._noting_failures("write"):
             self._store.write(near)
             self._move(self.file.write, far, self._staged_write)
-        except SpillError as error:
-            self._note_failure("write", error)
-            raise
         seconds = time.perf_counter() - started
         self._observer.spilled(self._num_bytes(transfers), seconds)
 
     def read(self, transfers: bytearray) -> None:
-        """Copy pages back; SpillError when the disk fails, their content is undefined then."""
+        """Copy pages back; SpillError when the disk or the memory fails, their content is undefined then."""
         started = time.perf_counter()
         near, far = self._by_place(transfers)
-        try:
+        with self._noting_failures("read"):
             self._store.read(near)
             self._move(self.file.read, far, self._staged_read)
-        except SpillError as error:
-            self._note_failure("read", error)
-            raise
         seconds = time.perf_counter() - started
         self._observer.restored(self._num_bytes(transfers), seconds)
 
@@ -128,9 +123,18 @@ class Spill:
         else:
             staged(transfers)
 
-    def _note_failure(self, operation: str, error: SpillError) -> None:
-        log.error("kv_spill_failed", operation=operation, error=error.message)
-        self._observer.spill_failed()
+    @contextmanager
+    def _noting_failures(self, operation: str) -> Iterator[None]:
+        """Want of the device's memory for a buffer is one of its sessions, too, and not of all."""
+        try:
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise SpillError("the device has no memory left for a buffer") from error
+        except SpillError as error:
+            log.error("kv_spill_failed", operation=operation, error=error.message)
+            self._observer.spill_failed()
+            raise
 
     def _staged_write(self, transfers: bytearray) -> None:
         for pages, staged in self._chunks(transfers):

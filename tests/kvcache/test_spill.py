@@ -219,6 +219,33 @@ async def test_a_read_that_fails_names_its_session(make_pool: Callable[..., KVPo
     assert read(pool, two) == [[*range(100, 120)]]
 
 
+async def test_a_device_without_memory_for_buffers_fails_no_others(
+    make_pool: Callable[..., KVPool], area: SpillArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk that fails: those whose pages were to move get the error, and nothing else happens."""
+    notes = Notes()
+    pool = make_pool(25, spill=area, observer=notes)
+    one, two = await pool.reserve(WHOLE, 0), await pool.reserve(WHOLE, 0)
+    step(pool, one, 48, mark=0)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB.")
+
+    with monkeypatch.context() as patch, capture_logs():
+        patch.setattr(Spill, "_move", fail)
+        room = pool.make_room([(one, 48), (two, 4)])
+        assert room.ready == [0] and not room.failed
+        room = pool.make_room([(two, 4)])
+        assert room.ready == [] and "no memory left" in room.failed[0].message
+    assert notes.failures == 1
+    step(pool, two, 4, mark=100)
+    with monkeypatch.context() as patch, capture_logs():
+        patch.setattr(Spill, "_move", fail)
+        two.close()
+        assert list(pool.make_room([(one, 48)]).failed) == [0]
+    assert notes.failures == 2
+
+
 async def test_a_directory_that_takes_no_file(make_pool: Callable[..., KVPool], tmp_path: Path) -> None:
     """The pool works without the disk, and promises what its memory holds."""
     notes = Notes()
