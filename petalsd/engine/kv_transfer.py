@@ -69,7 +69,7 @@ class RolledBack(EngineError):
 
 @contextlib.contextmanager
 def _harmless() -> Iterator[None]:
-    """What fails here has changed no pages: EngineError, unless the device is lost."""
+    """What fails here has changed nobody else's pages: EngineError, unless the device is lost."""
     try:
         yield
     except Exception as error:
@@ -125,8 +125,8 @@ def _write(kv: KVSession, place: Place, chunk: KeysValues, pool: KVPool) -> None
     length = max(kv.length, place.end)
     slots = _slots(kv, place, length, pool)
     kv.overwrite(place.start, place.end)  # the spill file may have these pages as they were before
-    keys, values = (part.flatten(0, 2).to(pool.device, pool.dtype) for part in chunk)
-    with torch.inference_mode():
+    with _harmless(), torch.inference_mode():
+        keys, values = (part.flatten(0, 2).to(pool.device, pool.dtype) for part in chunk)
         pool.kv.write(slots, keys, values)
 
 

@@ -14,7 +14,7 @@ from petalsd.engine import core
 from petalsd.engine.handle import Session
 from petalsd.engine.kv_transfer import Place, RolledBack
 from petalsd.engine.step import Step
-from petalsd.errors import SessionClosed
+from petalsd.errors import EngineError, SessionClosed
 from petalsd.kvcache.spill import SpillArea
 from petalsd.types import BlockSpan
 from tests.engine.rig import Gate, HookedBlock, TinyModel, feed, opened, serving, states, with_hook
@@ -135,6 +135,30 @@ async def test_transfers_take_some_time_before_an_iteration(
             gate.opened.set()
             await asyncio.gather(*work)
     assert left == [num_left]
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+async def test_a_chunk_that_cannot_be_moved_is_nobody_elses_trouble(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    """As for want of memory on the device: who moves it gets EngineError, and other sessions go on."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hidden = states(1, 5)
+    async with serving(llama) as engine, opened(engine) as other, opened(engine, SPAN) as session:
+        assert engine.pool is not None
+        first = await other.step(Step(hidden[:, :4], 0))
+        await session.step(Step(states(1, 4), 0))
+        place = Place(SPAN, 0, 4)
+        chunk = await session.read_kv(place)
+        with monkeypatch.context() as patch, capture_logs():
+            patch.setattr(type(engine.pool.kv), "write" if is_written else "gather", fail)
+            with pytest.raises(EngineError, match="OutOfMemoryError"):
+                await (session.write_kv(place, chunk) if is_written else session.read_kv(place))
+        second = await other.step(Step(hidden[:, 4:], 4))
+    assert_close(torch.cat([first, second], 1), llama.expected(hidden).detach(), 1e-4, 1e-4, "the other's")
 
 
 async def test_an_ended_session_moves_nothing(llama: TinyModel) -> None:
