@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -192,25 +192,22 @@ class RateCache:
 
     @asynccontextmanager
     async def _locked(self, timeout_s: float) -> AsyncIterator[None]:
-        """Hold the lock file; the kernel lets go of it when the process dies."""
-        try:
-            lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            self._note_unwritable(error)
-            yield
-            return
+        """Hold the lock file, where there can be one; the kernel lets go of it when the process dies."""
         deadline = time.monotonic() + timeout_s
-        try:
-            while not try_lock(lock):
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(
-                        f"another process measures throughput for more than {timeout_s:g} s",
-                        hint="set swarm.throughput to a number",
-                    )
-                await asyncio.sleep(_LOCK_POLL_S)
+        with ExitStack() as opened:
+            try:
+                lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                opened.callback(os.close, lock)
+                while not try_lock(lock):
+                    if time.monotonic() > deadline:
+                        raise DeadlineExceeded(
+                            f"another process measures throughput for more than {timeout_s:g} s",
+                            hint="set swarm.throughput to a number",
+                        )
+                    await asyncio.sleep(_LOCK_POLL_S)
+            except OSError as error:
+                self._note_unwritable(error)
             yield
-        finally:
-            os.close(lock)
 
     def _read(self) -> dict[str, BlockRates]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -100,6 +101,23 @@ async def test_figures_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path,
 
     path = tmp_path / "throughput.json"
     assert await RateCache(path).get_or_measure("a", measure_anew, timeout_s=1) == RATES
+
+
+async def test_a_file_system_without_locks_keeps_figures_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of some networks: two processes may measure at once there, and both start."""
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    async def measure_anew() -> BlockRates:
+        return RATES
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    rates = RateCache(tmp_path / "throughput.json")
+    assert await rates.get_or_measure("a", measure_anew, timeout_s=1) == RATES
+    assert await rates.get_or_measure("a", no_measurement, timeout_s=1) == RATES
 
 
 async def test_one_process_measures_at_a_time(tmp_path: Path) -> None:
