@@ -292,7 +292,7 @@ class Ladder:
                 tokens.through_passes(block),
             )
             error = max(reference.error_of(output) for output in outputs)
-        except torch.OutOfMemoryError:  # says nothing about the rung
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing about the rung
             raise
         except Exception as reason:
             raise_if_lost(reason)

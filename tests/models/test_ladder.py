@@ -196,6 +196,25 @@ def test_a_way_that_fails_is_rejected_like_one_that_is_wrong(
     assert "block_path_failed" in {event["event"] for event in events}
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_want_of_memory_says_nothing_about_a_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Neither of the machine's nor of the GPU's: all blocks of the model would be computed in a slower way."""
+
+    def fail(*_: object) -> torch.Tensor:
+        raise error
+
+    ladder = make_ladder(tmp_path, "llama")
+    monkeypatch.setattr(Tokens, "through_passes", fail)
+    with pytest.raises(type(error)):
+        ladder.load(0)
+    assert not ladder.choices
+    monkeypatch.undo()
+    ladder.load(0)
+    assert rungs(ladder) == [(Rung.FUSED, True)]
+
+
 def test_the_error_is_the_worst_tokens_relative_to_what_a_block_adds() -> None:
     """A block that adds little to large states is held to that; a sparse one by three quarters of its tokens."""
     entering = 100 * torch.ones(20, 8)
