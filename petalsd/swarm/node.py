@@ -20,7 +20,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from petalsd.errors import DeadlineExceeded, SwarmError
-from petalsd.swarm.dht_guard import DHTGuard, guard_answers
+from petalsd.swarm.dht_guard import DHTGuard, guard_answers, guard_unpacking
 from petalsd.swarm.dht_newcomers import bound_newcomers
 from petalsd.swarm.dht_requests import bound_requests
 from petalsd.swarm.dht_storage import bound_storage
@@ -275,6 +275,7 @@ class Node:
 
     async def _join(self, p2p: P2P) -> DHTNode:
         peers = list(self.options.initial_peers)
+        guard_unpacking()
         try:
             async with asyncio.timeout(self.options.startup_timeout_s):
                 dht = await DHTNode.create(

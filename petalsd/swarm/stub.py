@@ -13,12 +13,12 @@ from google.protobuf.message import Message
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2, runtime_pb2
-from hivemind.utils.serializer import MSGPackSerializer
 
 from petalsd import errors
 from petalsd.errors import BadRequest, RemoteFailure, SwarmError
 from petalsd.swarm.codec import (
     TensorAssembler,
+    decode_metadata,
     decode_tensor,
     encode_metadata,
     encode_tensor,
@@ -59,17 +59,13 @@ class ServerStub:
         except SwarmError:  # our own node is gone
             return False
 
-    async def rpc_info(self, uid: str = "", timeout_s: float = CONNECT_TIMEOUT_S) -> dict[str, Any]:
-        """What the server says about itself and, with ``uid``, the schemas of that block."""
-        request = runtime_pb2.ExpertUID(uid=uid)
-        reply = await self._unary("rpc_info", request, runtime_pb2.ExpertInfo, timeout_s)
+    async def rpc_info(self, timeout_s: float = CONNECT_TIMEOUT_S) -> dict[str, Any]:
+        """What the server says about itself."""
+        reply = await self._unary("rpc_info", runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo, timeout_s)
         try:
-            info = MSGPackSerializer.loads(reply.serialized_info)
-        except Exception as error:  # whatever an unpacker may raise about foreign bytes
-            raise RemoteFailure(self.peer, f"rpc_info answered nonsense: {error}") from error
-        if not isinstance(info, dict):
-            raise RemoteFailure(self.peer, f"rpc_info answered a {type(info).__name__}, not a map")
-        return info
+            return decode_metadata(reply.serialized_info)
+        except BadRequest as error:
+            raise RemoteFailure(self.peer, f"rpc_info answered nonsense: {error.message}") from error
 
     async def forward(
         self,

@@ -132,7 +132,7 @@ async def test_only_allowed_peers_are_served(client: Node, nodes: tuple[Node, No
         session = await closed.stock_session(client)
         with pytest.raises(P2PHandlerError, match=refusal):
             await session.step(closed.uid, states(1, 3), max_length=8)
-        assert (await closed.stub(client).rpc_info(closed.uid))["version"] == "0.1.0"
+        assert (await closed.stub(client).rpc_info())["version"] == "0.1.0"
     async with server(nodes[0], tmp_path, allowed_peers=[stranger, client.peer_id]) as shared:
         session = await shared.stock_session(client)
         await session.step(shared.uid, states(1, 3), max_length=8)

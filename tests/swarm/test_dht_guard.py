@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
+from hivemind.dht.crypto import DHTRecord
+from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
@@ -15,6 +19,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from petalsd.swarm.dht_guard import BoundedSerializer, DHTGuard
 from petalsd.swarm.directory import read_view
 from petalsd.swarm.protocol import ServerState, make_uid
 from petalsd.swarm.record import ServerRecord
@@ -67,6 +72,38 @@ async def test_a_strange_answer_hides_no_record(monkeypatch: pytest.MonkeyPatch,
         for reader in (client, first):
             view = await read_view(reader, "m", 1, timeout_s=5)
             assert list(view.blocks[0]) == [first.peer_id]
+
+
+@pytest.mark.parametrize("depth", [9, 5000])
+def test_a_value_of_many_nested_tuples_reads_as_none(depth: int) -> None:
+    """5000 would end the process: each level takes some 16 kB of the stack."""
+    value = MSGPackSerializer.dumps("x")
+    for _ in range(depth):
+        value = msgpack.packb(msgpack.ExtType(0x40, b"\x91" + value))
+    stripped = DHTGuard().strip_value(DHTRecord(b"key", b"subkey", value, 0.0))
+    assert MSGPackSerializer.loads(stripped) is None
+
+
+def test_values_of_servers_are_unpacked_as_they_are() -> None:
+    value = MSGPackSerializer.dumps(RECORD.to_wire())
+    assert DHTGuard().strip_value(DHTRecord(b"key", b"subkey", value, 0.0)) == value
+    assert BoundedSerializer.loads(value) == RECORD.to_wire()
+
+
+@pytest.mark.swarm
+async def test_a_node_that_joins_is_guarded_from_the_first_moment_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers others, and reads what they answer, before it has joined."""
+    monkeypatch.setattr(DHTProtocol, "serializer", MSGPackSerializer)
+    seen: list[type] = []
+    create = DHTNode.create
+
+    async def look(*args: Any, **kwargs: Any) -> DHTNode:
+        seen.append(DHTProtocol.serializer)
+        return await create(*args, **kwargs)
+
+    monkeypatch.setattr(DHTNode, "create", look)
+    async with node():
+        assert seen == [BoundedSerializer]
 
 
 @pytest.mark.swarm

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -88,6 +89,24 @@ async def test_a_dictionary_of_countless_entries_is_not_unpacked(pair: tuple[Nod
             with pytest.raises(P2PHandlerError):
                 await answer
     assert KEYS[1] in protocol.storage
+
+
+@pytest.mark.parametrize("where", ["the name of an entry", "a dictionary"])
+async def test_tuples_within_many_tuples_are_not_unpacked(pair: tuple[Node, Node], where: str) -> None:
+    """Some hundred of them end the process; this test would see no failure but its own end, so it sends few."""
+    protocol, soon, value = pair[0].dht.protocol, time.time() + 60, MSGPackSerializer.dumps(1)
+    nested: Any = "x"
+    for _ in range(16):
+        nested = (nested,)
+    tag, value = {
+        "the name of an entry": (MSGPackSerializer.dumps(nested), value),
+        "a dictionary": (protocol.IS_DICTIONARY, MSGPackSerializer.dumps(nested)),
+    }[where]
+    request = dht_pb2.StoreRequest(
+        keys=[KEYS[2].to_bytes()], subkeys=[tag], values=[value], expiration_time=[soon], in_cache=[False]
+    )
+    with pytest.raises(P2PHandlerError, match="nested too deeply"):
+        await call(pair, "rpc_store", request.SerializeToString())
 
 
 async def test_what_is_no_lookup_is_refused(pair: tuple[Node, Node]) -> None:
