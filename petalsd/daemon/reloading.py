@@ -68,6 +68,8 @@ class Reloader:
                 await self.reload()
             except ConfigError:
                 continue
+            except Exception:  # a bug; the next reload may find what it can read
+                log.exception("reload_failed")
 
 
 def _problems_of(error: ConfigError) -> str:

@@ -13,6 +13,7 @@ from petalsd.daemon import surroundings
 from petalsd.daemon.activity import Situation, describe
 from petalsd.daemon.reloading import Reloader
 from petalsd.daemon.service import Service
+from petalsd.daemon.settings import Settings
 from petalsd.daemon.span_loader import LoadProgress
 from petalsd.daemon.surroundings import Surroundings
 from petalsd.daemon.warnings import WarningBoard
@@ -140,6 +141,25 @@ async def test_a_reload_is_announced_and_ends_ready_even_when_refused() -> None:
     (refused,) = [one for one in stage.board.active() if one.code == "reload_refused"]
     assert "no_such_key_0" in refused.detail and refused.detail.endswith("; and 1 more")
     await stopped(stage, running)
+
+
+async def test_a_reload_that_fails_by_a_bug_is_not_the_last() -> None:
+    """Later ones would be left unanswered, and `systemctl reload` would wait in vain."""
+    stage = Stage("blocks.span=0:2")
+    outcomes: list[Exception | None] = [RuntimeError("a bug"), None]
+
+    def check(config: object) -> None:
+        if error := outcomes.pop(0):
+            raise error
+
+    settings = Settings(stage.settings.config, lambda: stage.settings.config, check)
+    service = Service(Heard(), lambda: "")  # type: ignore[arg-type]
+    asked = asyncio.Event()
+    running = asyncio.create_task(Reloader(settings, None, service, stage.board).run(asked))
+    for num_left in (1, 0):
+        asked.set()
+        await asyncio.wait_for(eventually(lambda: len(outcomes) == num_left), DEADLINE_S)  # noqa: B023
+    running.cancel()
 
 
 async def test_a_lost_swarm_is_warned_of_until_somebody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
