@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from petalsd.config_addresses import check_maddr, check_peer_id
 from petalsd.types import BlockSpan, HostPort
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _PUBLIC = "public"
 BOOTSTRAP_KEYS = re.compile(
@@ -32,7 +32,10 @@ def _to_path(value: object) -> object:
     if isinstance(value, str) and "\0" in value:
         raise ValueError("should be a path, which has no zero bytes")
     if isinstance(value, str) and value:
-        return Path(value).expanduser()
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError("is in the home of nobody that this machine knows") from None
     return _instance_of(Path, value, "should be a path")
 
 

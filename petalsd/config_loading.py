@@ -114,7 +114,7 @@ def _file_layer(file: Path | None) -> _Layer:
         raise ConfigError(f"{file}: {error.strerror}", hint="check the path and its permissions") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also for a number of more digits than Python reads
         raise ConfigError(f"{file}: not TOML: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{file}: nested too deeply to be read") from error
@@ -182,7 +182,7 @@ def _from_text(field: FieldInfo, text: str) -> object:
         field.rebuild_annotation(), config={"strict": True, "arbitrary_types_allowed": True}
     )
     readings: list[object] = [text]
-    with contextlib.suppress(tomllib.TOMLDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):  # as of a file
         readings.append(tomllib.loads(f"value = {text}")["value"])
     readings.append([part.strip() for part in text.split(",") if part.strip()])
     for reading in readings:

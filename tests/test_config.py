@@ -151,6 +151,8 @@ def test_a_bad_file_is_refused_with_the_reason(tmp_path: Path, text: str, expect
         ('[engine]\ndevice = "gpu"', "engine.device = 'gpu': should be auto, cpu, cuda or cuda:N"),
         (f'[swarm]\ninitial_peers = "{PEER}"', 'should be a list of multiaddrs, or the word "public"'),
         ('[swarm]\nhost_maddrs = "/ip4/0.0.0.0/tcp/0"', "should be a list"),
+        ('[control]\nsocket = "~nobody-at-all/s"', "'~nobody-at-all/s': is in the home of nobody"),
+        (f'[model]\nmax_disk_bytes = "{"9" * 400}"', 'should be a number of bytes, or text as in "50GB"'),
     ],
 )
 def test_a_wrong_type_is_told_in_words_of_the_file(tmp_path: Path, text: str, rule: str) -> None:
@@ -176,6 +178,12 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.toml")
     assert "line 1" in refusal(write(tmp_path, "[model\n"))
     assert "nested too deeply" in refusal(write(tmp_path, f"[model]\nadapters = {'[' * 10_000}"))
+    assert "4300 digits" in refusal(write(tmp_path, f"[blocks]\ncount = {'9' * 5000}"))
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "9" * 5000])
+def test_text_that_toml_cannot_read_is_taken_as_it_stands(text: str) -> None:
+    assert "--set: blocks.count = " in refusal(None, None, "model.source=a/b", f"blocks.count={text}")
 
 
 def test_the_mark_that_some_editors_begin_a_file_with_is_no_error(tmp_path: Path) -> None:
