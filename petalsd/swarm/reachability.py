@@ -151,9 +151,9 @@ async def look_around(options: NodeOptions) -> Outlook:
     A node for the question alone is started: a client, listening as ``options`` say, without a relay.
     """
     node = Node(replace(options, client_mode=True, use_relay=False, use_auto_relay=False))
+    service = ReachabilityService(node)
     try:
         await node.start()
-        service = ReachabilityService(node)
         await service.start()
         is_dialable = await is_reached_by_others(node)
         return Outlook(is_dialable, _relays(options.initial_peers, await node.connected_maddrs()))
@@ -161,7 +161,10 @@ async def look_around(options: NodeOptions) -> Outlook:
         log.warning("reachability_check_failed", error=str(error))
         return Outlook(None)
     finally:
-        await node.stop()
+        try:
+            await service.stop()
+        finally:
+            await node.stop()
 
 
 def _relays(initial: Sequence[str], connected: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -11,6 +11,7 @@ from hivemind.proto import dht_pb2
 from petalsd.errors import Overloaded
 from petalsd.swarm import reachability
 from petalsd.swarm.node import Node, NodeOptions
+from petalsd.swarm.p2pd import P2PDaemon, P2PDOptions
 from petalsd.swarm.reachability import ReachabilityService, ask, look_around
 from tests.swarm.servers import joining, node
 from tests.waiting import eventually
@@ -46,6 +47,27 @@ async def test_row_21_a_server_vouches_for_itself_and_looks_at_others(nodes: tup
         assert options.initial_peers[0] in outlook.relays[0]
         await others.stop()
     await service.stop()
+
+
+async def test_whoever_looks_around_leaves_no_probe_behind(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers may ask about others meanwhile, as they ask any server."""
+    probes: list[P2PDaemon] = []
+
+    async def asked_meanwhile(looking: Node) -> bool | None:
+        assert await ask(nodes[0].p2p, looking.p2p.peer_id, NOBODY, 10) is False
+        return True
+
+    class Probe(P2PDaemon):
+        def __init__(self, options: P2PDOptions) -> None:
+            super().__init__(options)
+            probes.append(self)
+
+    monkeypatch.setattr(reachability, "P2PDaemon", Probe)
+    monkeypatch.setattr(reachability, "is_reached_by_others", asked_meanwhile)
+    assert (await look_around(await joining(nodes[0]))).is_dialable
+    assert [probe.is_alive for probe in probes] == [False]
 
 
 async def test_the_first_question_is_answered_as_the_later_ones_are(nodes: tuple[Node, Node]) -> None:
