@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +17,8 @@ from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 
+from petalsd.errors import Overloaded
+from petalsd.swarm.dht_requests import LargeStores
 from petalsd.swarm.node import Node
 from tests.swarm.servers import joining, node
 
@@ -107,6 +110,50 @@ async def test_tuples_within_many_tuples_are_not_unpacked(pair: tuple[Node, Node
     )
     with pytest.raises(P2PHandlerError, match="nested too deeply"):
         await call(pair, "rpc_store", request.SerializeToString())
+
+
+def large(num_values: int, num_bytes: int) -> dht_pb2.StoreRequest:
+    return dht_pb2.StoreRequest(
+        keys=[DHTID.generate(f"large.{number}").to_bytes() for number in range(num_values)],
+        subkeys=[MSGPackSerializer.dumps("x")] * num_values,
+        values=[MSGPackSerializer.dumps(bytes(num_bytes))] * num_values,
+        expiration_time=[time.time() + 60] * num_values,
+        in_cache=[number % 10 == 0 for number in range(num_values)],
+    )
+
+
+async def test_a_large_request_is_stored_whole_and_answered_once(pair: tuple[Node, Node]) -> None:
+    request = large(100, 3000)
+    answer = await call(pair, "rpc_store", request.SerializeToString())
+    stored = dht_pb2.StoreResponse.FromString(answer)
+    assert list(stored.store_ok) == [not is_cached for is_cached in request.in_cache]
+    assert stored.peer.node_id == pair[0].dht.node_id.to_bytes()
+    del request.values[50:]
+    with pytest.raises(P2PHandlerError, match=r"bad_request: keys.*must be as many as values"):
+        await call(pair, "rpc_store", request.SerializeToString())
+
+
+async def test_large_requests_are_stored_in_turn_and_in_parts_with_pauses() -> None:
+    """3 MB of dictionaries of small entries took five seconds, in which nobody else was served."""
+    spans: list[tuple[float, float]] = []
+
+    async def handler(payload: bytes, caller: PeerID) -> bytes:
+        began_s = time.monotonic()
+        time.sleep(0.01)  # noqa: ASYNC251  # as hivemind
+        spans.append((began_s, time.monotonic()))
+        keys = dht_pb2.StoreRequest.FromString(payload).keys
+        assert len(keys) <= 10
+        return bytes(dht_pb2.StoreResponse(store_ok=[True] * len(keys)).SerializeToString())
+
+    stores, caller = LargeStores(handler), PeerID(b"peer")
+    payload = large(25, 3000).SerializeToString()
+    answers = await asyncio.gather(*(stores.store(payload, caller) for _ in range(9)), return_exceptions=True)
+    *stored, refused = answers
+    assert isinstance(refused, Overloaded)
+    assert all(len(dht_pb2.StoreResponse.FromString(one).store_ok) == 25 for one in stored)
+    assert len(spans) == 8 * 3
+    pauses = [later - end for (_, end), (later, _) in itertools.pairwise(spans)]
+    assert min(pauses) > 0.03
 
 
 async def test_what_is_no_lookup_is_refused(pair: tuple[Node, Node]) -> None:
