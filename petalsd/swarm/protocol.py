@@ -27,7 +27,8 @@ MAX_TENSORS = 64  # in one message, and in one request of several
 MAX_PART_BYTES = 4 * MIB  # one part of a tensor in a *_stream call
 STREAM_ABOVE_BYTES = MIB  # a client sends larger input through the *_stream call
 MAX_METADATA_BYTES = 256 * 1024
-MAX_UID_CHARS = 64 * 1024  # of a chain: a thousand blocks with long names
+MAX_UID_CHARS = 64 * 1024  # of a chain: as many blocks with long names
+MAX_MODEL_BLOCKS = 1024  # of any model, and so of a chain: each costs time
 
 PUBLIC_INITIAL_PEERS = (
     "/dns/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
@@ -73,6 +74,8 @@ def parse_span(text: str) -> tuple[str, BlockSpan]:
     """Split a chained uid; BadRequest unless its blocks are of one model, consecutive and ascending."""
     if len(text) > MAX_UID_CHARS:
         raise BadRequest("uid", text, f"at most {MAX_UID_CHARS} characters")
+    if text.count(CHAIN_DELIMITER) >= MAX_MODEL_BLOCKS:
+        raise BadRequest("uid", text, f"at most {MAX_MODEL_BLOCKS} blocks")
     pairs = [parse_uid(uid) for uid in text.split(CHAIN_DELIMITER)]
     prefixes = {prefix for prefix, _ in pairs}
     if len(prefixes) != 1:

@@ -10,11 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from petalsd.swarm.protocol import ServerState
+from petalsd.swarm.protocol import MAX_MODEL_BLOCKS, ServerState
 from petalsd.types import BlockSpan
 
 _MAX_BLOCKS = 1_000_000_000
-_MAX_MODEL_BLOCKS = 1024  # each is looked up
 _MAX_TEXT = 256
 
 
@@ -128,7 +127,7 @@ class ModelRecord:
         """ValueError names the field of what is no such entry."""
         if not isinstance(value, Mapping):
             raise ValueError(f"the entry must be a map, got {type(value).__name__}")
-        num_blocks = _index("num_blocks", value, limit=_MAX_MODEL_BLOCKS)
+        num_blocks = _index("num_blocks", value, limit=MAX_MODEL_BLOCKS)
         if not num_blocks:
             raise ValueError("num_blocks must be at least 1")
         return cls(num_blocks, _text(value.get("repository")))

@@ -66,3 +66,5 @@ def test_a_chain_is_as_long_as_models_need_and_no_longer() -> None:
     assert protocol.parse_span(protocol.make_chain("m" * 60, span))[1] == span
     with pytest.raises(BadRequest, match="characters"):
         protocol.parse_span(protocol.make_chain("m", BlockSpan(0, 100_000)))
+    with pytest.raises(BadRequest, match="at most 1024 blocks"):
+        protocol.parse_span(protocol.make_chain("m", BlockSpan(0, 1025)))
