@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping, Sequence
+from typing import cast
+
 import pytest
 
+from petalsd.swarm import directory
 from petalsd.swarm.directory import SwarmView, parse_entries, read_view
-from petalsd.swarm.node import DHTEntry
+from petalsd.swarm.node import DHTEntry, Node
 from petalsd.swarm.protocol import ServerState
 from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
@@ -89,3 +94,27 @@ async def test_a_view_reads_every_block() -> None:
 
     seen = await read_view(Directory(), "m", 2, timeout_s=5)  # type: ignore[arg-type]
     assert spans(seen) == {PEER: (0, 1)}
+
+
+@pytest.mark.parametrize(("num_entries", "is_beside"), [(10, False), (200, True)])
+async def test_many_records_are_read_beside_the_loop(
+    monkeypatch: pytest.MonkeyPatch, num_entries: int, is_beside: bool
+) -> None:
+    """60,000 of them, which anybody may write, take over a second; sessions go on meanwhile."""
+
+    class Reader:
+        async def get(self, keys: Sequence[str], timeout_s: float) -> dict[str, dict[object, DHTEntry]]:
+            wire = ServerRecord(ONLINE, 1.0, BlockSpan(0, 1)).to_wire()
+            return {key: {f"Qm{n:044d}": DHTEntry(wire, 9e9) for n in range(num_entries)} for key in keys}
+
+    threads = []
+    parse = directory.parse_entries
+
+    def note(uid: str, entries: Mapping[object, DHTEntry]) -> dict[str, ServerRecord]:
+        threads.append(threading.current_thread())
+        return parse(uid, entries)
+
+    monkeypatch.setattr(directory, "parse_entries", note)
+    view = await read_view(cast(Node, Reader()), "m", 2)
+    assert [len(records) for records in view.blocks] == [num_entries] * 2
+    assert all((thread is not threading.main_thread()) == is_beside for thread in threads)
