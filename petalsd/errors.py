@@ -50,7 +50,10 @@ class PetalsdError(Exception):
 
 def shortened(value: object) -> str:
     """As Python writes it, at most 120 characters; what a peer sends may be long, so not all of it is written."""
-    shown = repr(value[:120] if isinstance(value, str | bytes | list | tuple) else value)
+    try:
+        shown = repr(value[:120] if isinstance(value, str | bytes | list | tuple) else value)
+    except RecursionError:
+        shown = f"a {type(value).__name__} nested too deeply to be shown"
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 

@@ -28,6 +28,14 @@ def test_long_values_are_shown_shortened(value: object) -> None:
     assert Item.num_written <= 120
 
 
+def test_what_is_nested_too_deeply_is_named() -> None:
+    """msgpack brings lists in a thousand lists; they would end in an error about the error."""
+    value: list[object] = []
+    for _ in range(5000):
+        value = [value]
+    assert shortened({"a": value}) == "a dict nested too deeply to be shown"
+
+
 @pytest.mark.parametrize("value", ["", "x" * 118, [1, 2], (None,), 5, {"a": b"b"}])
 def test_short_values_are_shown_as_they_are(value: object) -> None:
     assert shortened(value) == repr(value)
