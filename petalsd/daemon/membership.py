@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,12 +53,13 @@ class _Connection:
         self.announcer.start()
 
     async def close(self) -> None:
-        """From the outside in: no more announcements, no more requests, no more node."""
-        await self.announcer.stop()
-        await self.handler.stop("the server is stopping")
-        if self.reachability is not None:
-            await self.reachability.stop()
-        await self.node.stop()
+        """From the outside in: no more announcements, requests, node; also when it is cancelled."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.node.stop)
+            if self.reachability is not None:
+                stack.push_async_callback(self.reachability.stop)
+            stack.push_async_callback(self.handler.stop, "the server is stopping")
+            stack.push_async_callback(self.announcer.stop)
 
 
 class Membership:

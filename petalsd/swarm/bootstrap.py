@@ -98,10 +98,12 @@ class BootstrapNode:
         node, self._node = self._node, None
         reachability, self._reachability = self._reachability, None
         self.known_maddrs = ()
-        if reachability is not None:
-            await reachability.stop()
-        if node is not None:
-            await node.stop()
+        try:
+            if reachability is not None:
+                await reachability.stop()
+        finally:
+            if node is not None:
+                await node.stop()
 
     async def until_failed(self) -> str:
         """Wait until the node is broken for good; the reason."""

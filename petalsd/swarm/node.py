@@ -114,19 +114,22 @@ class Node:
         log.info("node_started", peer_id=self.peer_id, client_mode=self.options.client_mode)
 
     async def stop(self, deadline_s: float = _STOP_DHT_S) -> None:
-        """Leave the swarm and end the daemon; idempotent."""
+        """Leave the swarm and end the daemon, which a cancellation does not spare; idempotent."""
         dht, self._dht = self._dht, None
-        if dht is not None:
-            try:  # its tasks end in any case, but only a daemon that lives answers to the farewell
+        try:
+            if (
+                dht is not None
+            ):  # its tasks end in any case, but only a daemon that lives answers the farewell
                 async with asyncio.timeout(deadline_s if self._daemon.is_alive else 0.0):
                     await dht.shutdown()
-            except Exception as error:  # a daemon that died first must not keep us from ending the rest
-                log.debug("dht_shutdown_failed", error=repr(error))
-        self._p2p = None
-        await self._daemon.stop()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        except Exception as error:  # a daemon that died first must not keep us from ending the rest
+            log.debug("dht_shutdown_failed", error=repr(error))
+        finally:
+            self._p2p = None
+            await self._daemon.stop()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     async def until_failed(self) -> str:
         """Wait until the node is broken for good (the daemon died, ...); the reason. Stop and start anew then."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -70,3 +71,15 @@ async def test_a_relay_that_is_lost_breaks_it(member: Membership, monkeypatch: p
     assert await presence_problem(member) is None
     monkeypatch.setattr(membership, "_RELAY_LOST_S", -1.0)
     assert "no peer relays for this server any more" in str(await presence_problem(member))
+
+
+async def test_a_node_is_stopped_also_when_its_handlers_cannot_be() -> None:
+    """The process is told to end while a broken member is left: nobody would stop it again."""
+    node, handler, announcer = Mock(stop=AsyncMock()), Mock(stop=AsyncMock()), Mock(stop=AsyncMock())
+    handler.stop.side_effect = asyncio.CancelledError
+    connection = membership._Connection(node, handler, announcer, Mock(), None)
+    close = membership._Connection.close
+    with pytest.raises(asyncio.CancelledError):
+        await close(connection)
+    announcer.stop.assert_awaited_once()
+    node.stop.assert_awaited_once()

@@ -147,6 +147,23 @@ async def test_the_death_of_p2pd_is_noticed() -> None:
 
 
 @pytest.mark.swarm
+async def test_a_stop_that_is_cancelled_leaves_no_daemon_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process is told to end while it makes a broken node anew: nobody would stop it again."""
+
+    async def hang(self: DHTNode) -> None:
+        await asyncio.sleep(60)
+
+    started = Node(NodeOptions())
+    await started.start()
+    monkeypatch.setattr(DHTNode, "shutdown", hang)
+    stopping = asyncio.create_task(started.stop())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    assert stopping.cancelled() and not started._daemon.is_alive
+
+
+@pytest.mark.swarm
 async def test_a_node_without_its_daemon_is_left_at_once() -> None:
     """Nothing waits for answers that cannot come: healing begins with taking the broken node down."""
     async with node() as broken:
