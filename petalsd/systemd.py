@@ -78,7 +78,8 @@ class Notifier:
 
     def _send(self, state: str) -> None:
         if self._channel is not None:
-            self._channel.notify(state)
+            # sdnotify writes Latin-1, and says nothing where that cannot be done; systemd reads UTF-8.
+            self._channel.notify(state.encode(errors="replace").decode("latin-1"))
 
 
 def _watchdog_interval_s(environ: Mapping[str, str]) -> float | None:

@@ -50,6 +50,12 @@ def test_a_status_is_bounded(notifier: Notifier, manager: socket.socket) -> None
     assert len(manager.recv(20_000)) == len("STATUS=") + 200
 
 
+def test_a_status_may_hold_names_of_any_language(notifier: Notifier, manager: socket.socket) -> None:
+    """systemd reads UTF-8. What is no text at all, as in the name of a directory, costs no more than itself."""
+    notifier.status("Serving blocks 0:4 of modèle-模型 \udcff")
+    assert manager.recv(4096).decode() == "STATUS=Serving blocks 0:4 of modèle-模型 ?"
+
+
 def test_a_reload_names_its_time_in_the_same_datagram(notifier: Notifier, manager: socket.socket) -> None:
     before_us = time.monotonic_ns() // 1000
     notifier.reloading()
