@@ -232,7 +232,7 @@ def _configured_socket(file: Path) -> Path | None:
     try:
         control = tomllib.loads(text).get("control", {})
         return Path(control["socket"]).expanduser() if control.get("socket") else None
-    except (tomllib.TOMLDecodeError, AttributeError, TypeError, RuntimeError):  # of which nesting is one
+    except (ValueError, AttributeError, TypeError, RuntimeError):  # of which nesting is one
         return None
 
 

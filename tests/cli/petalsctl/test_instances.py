@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from petalsd.cli.petalsctl.instances import Instance, System, explain
+from petalsd.cli.petalsctl.instances import Instance, System, _configured_socket, explain
 from tests.cli.petalsctl.conftest import Ctl
 from tests.cli.petalsctl.documents import STATUS, document
 from tests.cli.petalsctl.fake_daemon import HANG_UP, FakeDaemon, refusal
@@ -124,6 +124,13 @@ def test_a_configured_socket_of_an_own_instance_is_found(
     file.write_text(f'[control]\nsocket = "{written.format(home=home)}"\n')
     assert ctl("status")[0] == 0
     assert ctl("-i", "mine", "status")[0] == 0
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "[" * 5000], ids=["digits", "brackets"])
+def test_a_file_that_cannot_be_read_moves_nothing(number: str, home: Path) -> None:
+    file = home / "broken.toml"
+    file.write_text(f"[control]\nsocket = {number}\n")
+    assert _configured_socket(file) is None
 
 
 def test_no_permission_says_how_to_get_it(home: Path) -> None:
