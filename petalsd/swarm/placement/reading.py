@@ -13,6 +13,8 @@ from petalsd.swarm.record import ServerRecord
 from petalsd.types import BlockSpan
 
 _OURS = "petalsd"  # how its version begins
+# tokens/s. Anybody may announce more; in sums with that what others serve is lost, and no place is the best.
+_MAX_RATE = 1e9
 
 
 def read_state(view: SwarmView) -> SwarmState:
@@ -42,7 +44,7 @@ def read_state(view: SwarmView) -> SwarmState:
         length=np.array([len(span) for span in spans], np.int64),
         served_start=np.array([0 if span is None else span.start for span in now], np.int64),
         served_end=np.array([0 if span is None else span.end for span in now], np.int64),
-        throughput=np.array(rates, np.float64),
+        throughput=np.minimum(np.array(rates, np.float64), _MAX_RATE),
         is_free=np.array(free, bool),
         is_pledged=np.array([_is_pledged(served.get(peer)) for peer in peers], bool),
     )

@@ -45,6 +45,21 @@ def record(state: ServerState, span: BlockSpan, version: str | None = "petalsd 1
     return ServerRecord(state, 2.0, span=span, version=version)
 
 
+@pytest.mark.parametrize("rate", [1e30, 1.7e308])
+@pytest.mark.parametrize(
+    ("span", "gap"), [(BlockSpan(0, 1), BlockSpan(4, 6)), (BlockSpan(0, 6), BlockSpan(6, 8))]
+)
+def test_absurd_throughputs_hide_nobody(rate: float, span: BlockSpan, gap: BlockSpan) -> None:
+    """Sums with them lost what the others serve, or became NaN, for which there is no best place."""
+    liars = [(peer, span, ServerRecord(ServerState.ONLINE, rate, span=span)) for peer in ("a", "b", "c")]
+    honest = ("d", BlockSpan(1, 4), record(ServerState.ONLINE, BlockSpan(1, 4)))
+    state = read_state(view_of(8, honest, *liars))
+    alone = read_state(view_of(8, *liars))
+    assert (state.planned_cover() - alone.planned_cover()).round(3).tolist() == [0, 2, 2, 2, 0, 0, 0, 0]
+    assert choose_span(state, 2, 2.0, Policy()) == gap
+    assert np.isfinite(state.mean_cover())
+
+
 def test_a_server_that_moves_counts_with_what_it_serves_and_what_it_loads() -> None:
     """From 0:4 to 2:6: planned with the latter from the beginning, and not to be moved again yet."""
     arriving = ("a", BlockSpan(4, 6), record(ServerState.JOINING, BlockSpan(2, 6)))
