@@ -116,9 +116,13 @@ def test_models_that_anyone_may_have_written() -> None:
     def entry(value: object, age: float = 0) -> DHTEntry:
         return DHTEntry(value, 1000 - age)
 
+    nested: list[object] = []
+    for _ in range(1020):  # as deep as msgpack goes
+        nested = [nested]
     good = ModelRecord(30, "owner/model")
     bad = {"text": "x", "none": None, "zero": {"num_blocks": 0}, "float": {"num_blocks": 1.5},
-           "many": {"num_blocks": 10**6}, "flag": {"num_blocks": True}}  # fmt: skip
+           "many": {"num_blocks": 10**6}, "flag": {"num_blocks": True},
+           "nested": {"num_blocks": 1, "repository": nested}}  # fmt: skip
     entries: dict[object, DHTEntry] = {name: entry(value) for name, value in bad.items()}
     entries |= {name: entry(good.to_wire()) for name in ("good", 7, "", "x" * 300)}
     assert parse_models(entries) == {"good": good}
