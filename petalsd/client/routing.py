@@ -58,17 +58,20 @@ def route_by_latency(
     A route may enter a span in the middle and leaves it only at its end. MissingBlocks names blocks without a
     server.
     """
-    _check_coverage(spans, blocks, facts)
+    holders = _holders(spans, blocks, facts)
+    prices_s = [_entry_price(server, max_tokens, facts) for server in spans]
     queue: list[tuple[float, int, int, int]] = []  # (cost, block entered, span, visit that led here)
     visits: list[tuple[int, int, int]] = []  # (block entered, span, visit before)
     settled: set[tuple[int, int]] = set()
+    least: dict[tuple[int, int], float] = {}
 
     def enter(cost: float, delay_s: float, block: int, before: int) -> None:
-        for index, candidate in enumerate(spans):
-            if block in candidate.span and (block, index) not in settled:
-                rtt_s = facts.rtt_s if before < 0 else (spans[visits[before][1]].record.next_pings or {})
-                price = _one_way_s(rtt_s.get(candidate.peer)) + _entry_price(candidate, max_tokens, facts)
-                heapq.heappush(queue, (cost + delay_s + price, block, index, before))
+        rtt_s = facts.rtt_s if before < 0 else (spans[visits[before][1]].record.next_pings or {})
+        for index, candidate in holders[block]:
+            total = cost + delay_s + (_one_way_s(rtt_s.get(candidate.peer)) + prices_s[index])
+            if total < least.get((block, index), math.inf):
+                least[block, index] = total
+                heapq.heappush(queue, (total, block, index, before))
 
     enter(0.0, 0.0, blocks.start, -1)
     best: tuple[float, int] = (math.inf, -1)
@@ -93,21 +96,28 @@ def route_by_throughput(
     spans: Sequence[RemoteSpan], blocks: BlockSpan, facts: RoutingFacts, rng: random.Random
 ) -> list[Hop]:
     """A random route through ``blocks`` for a pass; long spans are likelier, and each runs to its end."""
-    _check_coverage(spans, blocks, facts)
+    holders = _holders(spans, blocks, facts)
     hops: list[Hop] = []
     block = blocks.start
     while block < blocks.end:
-        candidates = [server for server in spans if block in server.span]
+        candidates = [server for _, server in holders[block]]
         (server,) = rng.choices(candidates, [_weight(server, facts) for server in candidates])
         hops.append(Hop(server, BlockSpan(block, min(server.span.end, blocks.end))))
         block = hops[-1].blocks.end
     return hops
 
 
-def _check_coverage(spans: Sequence[RemoteSpan], blocks: BlockSpan, facts: RoutingFacts) -> None:
-    missing = [block for block in blocks if not any(block in server.span for server in spans)]
-    if missing:
+def _holders(
+    spans: Sequence[RemoteSpan], blocks: BlockSpan, facts: RoutingFacts
+) -> dict[int, list[tuple[int, RemoteSpan]]]:
+    """For each block who serves it, with the numbers in ``spans``. MissingBlocks when somebody is missing."""
+    holders: dict[int, list[tuple[int, RemoteSpan]]] = {block: [] for block in blocks}
+    for index, server in enumerate(spans):
+        for block in server.span.intersect(blocks) or ():
+            holders[block].append((index, server))
+    if missing := [block for block, those in holders.items() if not those]:
         raise MissingBlocks(missing, facts.model, facts.adapter)
+    return holders
 
 
 def _walk_back(

@@ -174,3 +174,19 @@ def test_a_pass_covers_all_blocks_in_order() -> None:
     spans = [make_span("a", 0, 3), make_span("b", 2, 9)]
     hops = route_by_throughput(spans, BlockSpan(1, 7), RoutingFacts("tiny"), random.Random(1))
     assert names(hops) == [("a", 1, 3), ("b", 3, 7)]
+
+
+def test_a_large_swarm_is_not_looked_through_for_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 2000 servers that took nine seconds, in which the client did nothing else."""
+    num_looks = 0
+    contains = BlockSpan.__contains__
+
+    def look(self: BlockSpan, block: object) -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return contains(self, block)
+
+    spans = [make_span(f"{number:03}", number % 18, number % 18 + 3) for number in range(180)]
+    monkeypatch.setattr(BlockSpan, "__contains__", look)
+    assert names(route(spans, 20))[-1][2] == 20
+    assert num_looks <= len(spans) * 20
