@@ -13,6 +13,7 @@ from typing import TypeAlias
 import structlog
 
 from petalsd.errors import PetalsdError, SwarmError
+from petalsd.swarm.dht_storage import LIMITS
 from petalsd.swarm.directory import parse_entries
 from petalsd.swarm.news import is_news
 from petalsd.swarm.node import Node
@@ -26,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 _MIN_LIFETIME_S = 3.0
 _TICK_S = 0.01  # by how much a later entry outlives an earlier one at least
-_MAX_AHEAD_S = 3600.0
+_MAX_AHEAD_S = LIMITS.max_lifetime_s  # what outlasts that, no node of petalsd keeps
 _STORE_TIMEOUT_S = 30.0
 _FIRST_RENEWAL_S = 10.0  # the first pings come soon after the start
 _WATCH_S = 5.0

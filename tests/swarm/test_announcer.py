@@ -10,6 +10,7 @@ import pytest
 
 from petalsd.errors import SwarmError
 from petalsd.swarm.announcer import Announcer, AnnouncerOptions, RecordMaker
+from petalsd.swarm.dht_storage import LIMITS
 from petalsd.swarm.directory import SwarmView, parse_entries, read_view
 from petalsd.swarm.node import DHTEntry, NodeOptions
 from petalsd.swarm.protocol import MODELS_KEY, ServerState
@@ -188,6 +189,17 @@ async def test_row_5_a_longer_entry_from_before_a_restart_is_outlived() -> None:
     await announcer(dht).announce(JOINING, BlockSpan(0, 1))
     assert dht.record("m-hf.0").state == JOINING
     assert longer < dht.entries["m-hf.0"][OWN].expiration < longer + 1
+
+
+@pytest.mark.swarm
+async def test_whatever_a_node_keeps_under_our_name_is_outlived() -> None:
+    """Written by anybody, or by ourselves before our clock was set back: we would be missing for hours."""
+    async with node() as ours, node(await joining(ours, client_mode=True)) as other:
+        hours = time.time() + LIMITS.max_lifetime_s - 5
+        assert await other.store(["m-hf.0"], ours.peer_id, (0, 1.0, {}), hours, 10) == []
+        await Announcer(ours, AnnouncerOptions("m-hf", 1), make_record).announce(ONLINE, BlockSpan(0, 1))
+        (records,) = (await read_view(other, "m-hf", 1)).blocks
+        assert records[ours.peer_id].state == ONLINE
 
 
 async def test_an_entry_for_years_is_not_followed() -> None:
