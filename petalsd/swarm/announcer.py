@@ -257,6 +257,8 @@ class Announcer:
     async def _outlive(self, uids: list[str]) -> None:
         found = await self._node.get(uids, _STORE_TIMEOUT_S)
         peer, latest = self._node.peer_id, time.time() + _MAX_AHEAD_S
+        if self._expiration > latest:  # our clock was ahead, and nodes whose was not take nothing of then
+            self._expiration = 0.0
         for entries in found.values():
             if peer in entries and entries[peer].expiration < latest:
                 self._expiration = max(self._expiration, entries[peer].expiration)
