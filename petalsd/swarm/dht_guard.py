@@ -10,8 +10,8 @@ without an answer, and what lives longer takes the place of all the rest. So ans
 It goes on to all nodes that an answer names as nearer, however many. Sound ones name as many as a bucket holds.
 
 And it unpacks dictionaries of any length, entry by entry and without a pause: 4 MiB of small ones take three
-seconds. Tuples in tuples take another 16 kB of the stack each, and some hundred end the process: a value, or the
-name of an entry, of 2 kB.
+seconds. Tuples in tuples take another 40 kB of the stack each, and two hundred end the process: a value, or the
+name of an entry, of 1 kB.
 """
 
 from __future__ import annotations

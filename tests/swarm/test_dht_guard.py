@@ -76,7 +76,7 @@ async def test_a_strange_answer_hides_no_record(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("depth", [9, 5000])
 def test_a_value_of_many_nested_tuples_reads_as_none(depth: int) -> None:
-    """5000 would end the process: each level takes some 16 kB of the stack."""
+    """5000 would end the process: each level takes some 40 kB of the stack."""
     value = MSGPackSerializer.dumps("x")
     for _ in range(depth):
         value = msgpack.packb(msgpack.ExtType(0x40, b"\x91" + value))

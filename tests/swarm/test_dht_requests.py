@@ -96,7 +96,7 @@ async def test_a_dictionary_of_countless_entries_is_not_unpacked(pair: tuple[Nod
 
 @pytest.mark.parametrize("where", ["the name of an entry", "a dictionary"])
 async def test_tuples_within_many_tuples_are_not_unpacked(pair: tuple[Node, Node], where: str) -> None:
-    """Some hundred of them end the process; this test would see no failure but its own end, so it sends few."""
+    """Two hundred of them end the process; this test would see no failure but its own end, so it sends few."""
     protocol, soon, value = pair[0].dht.protocol, time.time() + 60, MSGPackSerializer.dumps(1)
     nested: Any = "x"
     for _ in range(16):
