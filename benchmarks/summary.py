@@ -49,6 +49,7 @@ def _lines(table: ResultsTable) -> Iterator[Line]:
     admitted = [table.row("admission", "sessions admitted", provider) for provider in (OURS, PETALS)]
     yield Line("sessions admitted to the same cache, asking for 2048 tokens and using 200", *admitted)
     yield from _interference_lines(table)
+    yield from _start_lines(table)
 
 
 def _block_line(table: ResultsTable) -> Line:
@@ -116,6 +117,12 @@ def _interference_lines(table: ResultsTable) -> Iterator[Line]:
             times = f"{beside['p95'] / alone['median']:.1f} x the median alone"
             remark = f"p95 {format_value(beside['p95'])} ms is {times}"
             yield Line(f"decode step beside a 2048-token prefill, {provider}", beside, alone, remark)
+
+
+def _start_lines(table: ResultsTable) -> Iterator[Line]:
+    for metric in ("time to serve", "memory once it serves"):
+        ours, stock = (table.row("start", metric, provider, start="later") for provider in (OURS, PETALS))
+        yield Line(f"a server of all blocks started again: {metric}", ours, stock)
 
 
 def _markdown(line: Line) -> str:
