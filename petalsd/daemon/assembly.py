@@ -107,8 +107,7 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     num_threads, turn = config.engine.threads, threading.Lock()
     capturing = _capturing(plan, turn)
     engine = _engine(plan, num_threads, EngineRecorder(metrics, live), capturing, board)
-    references = ReferenceStore(paths.references_dir)
-    ladder = Ladder(plan.architecture, plan.source, plan.storage, num_threads, references)
+    ladder = _ladder(plan, paths, num_threads)
     link = LinkMeter()
     measuring = RunnerFactory(plan.device, num_threads, MEASURE_LIMITS, NullObserver(), capturing)
     speed = Speed(plan, config, paths, measuring, live, link)
@@ -155,6 +154,11 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         metrics=metrics,
         activity=activity,
     )
+
+
+def _ladder(plan: ServingPlan, paths: InstancePaths, num_threads: int) -> Ladder:
+    references = ReferenceStore(paths.references_dir)
+    return Ladder(plan.architecture, plan.source, plan.storage, num_threads, references)
 
 
 def _capturing(plan: ServingPlan, turn: threading.Lock) -> Capturing | None:
