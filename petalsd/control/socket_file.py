@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shlex
 import socket
@@ -14,6 +13,7 @@ import structlog
 
 from petalsd.control.access import Access
 from petalsd.errors import ConfigError, Conflict
+from petalsd.file_locks import try_lock
 from petalsd.paths import check_socket_path, unix_address
 
 log = structlog.get_logger(__name__)
@@ -64,10 +64,8 @@ class SocketFile:
         """Two daemons that start at once must not both find the place empty. Ends with the process."""
         lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _taken(self.path) from None
+        if not try_lock(self._lock):
+            raise _taken(self.path)
 
     def _clear_the_way(self) -> None:
         """Remove what a daemon that died has left; dial first, for a lock file can be deleted by hand."""

@@ -27,10 +27,10 @@ from petalsd.engine.limits import EngineLimits
 from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.step import CANARY_PEER, PassRequest, SessionSpec, Step
 from petalsd.errors import DeadlineExceeded, NotServed
+from petalsd.file_locks import try_lock
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.sizing import pages_for
 from petalsd.models.contract import Angles, Block
-from petalsd.models.disk_budget import try_lock
 from petalsd.types import BlockSpan
 
 log = structlog.get_logger(__name__)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 
 from petalsd.errors import WeightsError
+from petalsd.file_locks import lock_within
 
 log = structlog.get_logger(__name__)
 
@@ -20,7 +19,6 @@ RESERVE_BYTES = 1 << 30
 """Left free on the disk whatever the budget says."""
 
 _LOCK_DEADLINE_S = 3600.0
-_LOCK_POLL_S = 0.2
 
 
 class DiskBudget:
@@ -38,15 +36,12 @@ class DiskBudget:
     def lock(self) -> Iterator[None]:
         """Only one process downloads into a cache, or evicts from it, at a time; WeightsError after an hour."""
         self._root.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + _LOCK_DEADLINE_S
         with (self._root / ".lock").open("a") as file:
-            while not try_lock(file.fileno()):
-                if time.monotonic() > deadline:
-                    raise WeightsError(
-                        f"another process has held the weights cache for {_LOCK_DEADLINE_S:.0f} s",
-                        hint="see who downloads into the same model.cache_dir",
-                    )
-                time.sleep(_LOCK_POLL_S)
+            if not lock_within(file.fileno(), _LOCK_DEADLINE_S):
+                raise WeightsError(
+                    f"another process has held the weights cache for {_LOCK_DEADLINE_S:.0f} s",
+                    hint="see who downloads into the same model.cache_dir",
+                )
             yield
 
     def make_room(self, needed_bytes: int, keep: frozenset[Path]) -> None:
@@ -83,15 +78,6 @@ class DiskBudget:
             return free
         used = sum(path.stat().st_size for path in self._root.glob("*/blobs/*"))
         return min(free, self._max_bytes - used)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file if it is free. It is released with the file, also when the process dies."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _gib(num_bytes: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
 
 from petalsd.errors import ConfigError, SwarmError
+from petalsd.file_locks import lock_within, try_lock
 
 _UNNAMED_PREFIX = ".petalsd-key-"
+_LOCK_S = 10.0  # to make a key takes a second
 _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some file systems over the network
 
 
@@ -58,15 +59,22 @@ class IdentityLock:
         self._fd: int | None = None
 
     def acquire(self) -> None:
+        """SwarmError where another process has it, or where nobody can be told whether one has."""
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            is_ours = try_lock(fd)
+        except OSError as error:
+            os.close(fd)
+            raise SwarmError(
+                f"identity file {self._path} cannot be locked: {error.strerror}",
+                hint="set swarm.identity_path to a file on a local file system",
+            ) from error
+        if not is_ours:
             os.close(fd)
             raise SwarmError(
                 f"identity file {self._path} is in use by another process",
                 hint="stop that process or give this one its own identity_path",
-            ) from None
+            )
         self._fd = fd
 
     def release(self) -> None:
@@ -77,17 +85,26 @@ class IdentityLock:
 
 def _create(path: Path) -> None:
     """Under its name the key is whole and on the disk, whenever the power goes: the beginning of one would be
-    refused at every later start. FileExistsError where there is one; it stays.
+    refused at every later start. FileExistsError where there is one; it stays. OSError, also when another process
+    holds the directory for too long.
     """
     if os.path.lexists(path):
         raise FileExistsError
     key = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=RSAPrivateKey().to_bytes())
     with _opened(path.parent) as directory:
-        with contextlib.suppress(OSError):  # not all file systems can; then nobody removes strays either
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        if not _lock_if_possible(directory):
+            raise TimeoutError(errno.ETIMEDOUT, f"another process has held its directory for {_LOCK_S:.0f} s")
         _write(key.SerializeToString(), path)
         with contextlib.suppress(OSError):
             os.fsync(directory)
+
+
+def _lock_if_possible(directory: int) -> bool:
+    """Not all file systems can; nobody removes strays there either."""
+    try:
+        return lock_within(directory, _LOCK_S)
+    except OSError:
+        return True
 
 
 def _write(content: bytes, path: Path) -> None:
@@ -107,8 +124,8 @@ def _write(content: bytes, path: Path) -> None:
 def _remove_strays(directory: Path) -> None:
     """Keys without a name, which a crash left behind: none that another process is making now, with its lock."""
     with contextlib.suppress(OSError), _opened(directory) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for stray in directory.glob(f"{_UNNAMED_PREFIX}*"):
+        strays = directory.glob(f"{_UNNAMED_PREFIX}*") if try_lock(fd) else ()
+        for stray in strays:
             stray.unlink(missing_ok=True)
 
 

@@ -103,7 +103,7 @@ class Node:
         quiet_hivemind()
         try:
             if self.options.identity_path is not None:
-                ensure_identity(self.options.identity_path)
+                await asyncio.to_thread(ensure_identity, self.options.identity_path)  # it may have to wait
                 self._lock = IdentityLock(self.options.identity_path)
                 self._lock.acquire()
             self._p2p = await self._daemon.start()
@@ -117,9 +117,8 @@ class Node:
         """Leave the swarm and end the daemon, which a cancellation does not spare; idempotent."""
         dht, self._dht = self._dht, None
         try:
-            if (
-                dht is not None
-            ):  # its tasks end in any case, but only a daemon that lives answers the farewell
+            # The tasks of the DHT end in any case, but only a daemon that lives answers the farewell.
+            if dht is not None:
                 async with asyncio.timeout(deadline_s if self._daemon.is_alive else 0.0):
                     await dht.shutdown()
         except Exception as error:  # a daemon that died first must not keep us from ending the rest

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from petalsd.errors import ConfigError, SwarmError
+from petalsd.swarm import identity
 from petalsd.swarm.identity import IdentityLock, ensure_identity, read_peer_id
 
 
@@ -135,6 +136,32 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     """Where the key cannot be written, the error says so."""
     with pytest.raises(SwarmError, match="cannot be written"):
         ensure_identity(tmp_path / "nowhere" / "identity.key")
+
+
+def test_a_directory_that_another_process_holds_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for ever: what holds it may hang."""
+    monkeypatch.setattr(identity, "_LOCK_S", 0.0)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    with pytest.raises(SwarmError, match="another process has held its directory"):
+        ensure_identity(tmp_path / "identity.key")
+    os.close(directory)
+    ensure_identity(tmp_path / "identity.key")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key can be made there; that nobody else uses it cannot be known."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    path = tmp_path / "identity.key"
+    assert ensure_identity(path) == read_peer_id(path)
+    with pytest.raises(SwarmError, match="cannot be locked: No locks available"):
+        IdentityLock(path).acquire()
 
 
 def test_a_second_user_of_a_key_is_refused(tmp_path: Path) -> None:
