@@ -28,11 +28,12 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import RecordValidatorBase
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from petalsd.swarm.dht_requests import ASK_FOR_FEWER
 from petalsd.swarm.dht_storage import LIMITS
 
 _NONE = MSGPackSerializer.dumps(None)
@@ -92,7 +93,9 @@ def guard_unpacking() -> None:
 
 
 def guard_answers(node: DHTNode) -> None:
-    """Have lookups of ``node`` see nothing but sound dictionaries."""
+    """Have lookups of ``node`` see nothing but sound dictionaries, and those whose answer is too large for one
+    message all the same.
+    """
     ask = node.protocol.call_find
 
     async def call_find(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, Any] | None:
@@ -103,11 +106,15 @@ def guard_answers(node: DHTNode) -> None:
 
     node.protocol.call_find = call_find
     get_stub, most = node.protocol.get_stub, node.protocol.bucket_size
-    node.protocol.get_stub = lambda peer: _TrimmingStub(get_stub(peer), most)
+    node.protocol.get_stub = lambda peer: _LookupStub(get_stub(peer), most)
 
 
-class _TrimmingStub:
-    """Of the nodes that an answer names as nearer than itself, the first ``most``."""
+class _LookupStub:
+    """Of the nodes that an answer names as nearer than itself, the first ``most``.
+
+    What a node refuses for the size of the answer is asked again in halves. hivemind would drop the node, and a
+    model with hundreds of servers of each block would be nowhere. It asks for 16 keys at most, a message each.
+    """
 
     def __init__(self, stub: Any, most: int) -> None:
         self._stub = stub
@@ -117,10 +124,22 @@ class _TrimmingStub:
         return getattr(self._stub, name)
 
     async def rpc_find(self, request: dht_pb2.FindRequest, timeout: float | None = None) -> Any:
-        response = await self._stub.rpc_find(request, timeout=timeout)
+        try:
+            response = await self._stub.rpc_find(request, timeout=timeout)
+        except P2PHandlerError as error:
+            if len(request.keys) < 2 or ASK_FOR_FEWER not in str(error):
+                raise
+            return await self._find_halves(request, timeout)
         for result in response.results:
             del result.nearest_node_ids[self._most :]
             del result.nearest_peer_ids[self._most :]
+        return response
+
+    async def _find_halves(self, request: dht_pb2.FindRequest, timeout: float | None) -> Any:
+        response, half = dht_pb2.FindResponse(), len(request.keys) // 2
+        for keys in (request.keys[:half], request.keys[half:]):
+            part = dht_pb2.FindRequest(keys=keys, peer=request.peer)
+            response.MergeFrom(await self.rpc_find(part, timeout))
         return response
 
 

@@ -27,6 +27,9 @@ _FIND, _STORE = "DHTProtocol.rpc_find", "DHTProtocol.rpc_store"
 _MAX_FOUND_KEYS = 256  # hivemind's own nodes ask for 16 at once
 _MAX_STORED_KEYS = 4096
 _FIELDS_OF_STORED, _OTHER_FIELDS = 3, 4
+ASK_FOR_FEWER = "ask for fewer"
+"""Ends the refusal of a lookup whose answer would not fit into one message."""
+
 _PART_BYTES = 32 * 1024  # what a server of a hundred blocks announces
 _MAX_LARGE = 8
 _TIME_SHARE = 0.2  # of the loop's time, for all that is larger
@@ -60,7 +63,7 @@ class _FindCheck:
             raise BadRequest("keys", f"{len(payload)} bytes", "must be DHT ids") from None
         num_bytes = sum(max(store.num_bytes_of(key) for store in self._stores) for key in keys)
         if num_bytes > MAX_UNARY_BYTES - UNARY_ENVELOPE_BYTES:
-            raise Overloaded(f"the values of {len(keys)} keys take {num_bytes} bytes", hint="ask for fewer")
+            raise Overloaded(f"the values of {len(keys)} keys take {num_bytes} bytes", hint=ASK_FOR_FEWER)
 
 
 def _check_store(payload: bytes) -> None:

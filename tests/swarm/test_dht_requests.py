@@ -71,6 +71,21 @@ async def test_an_answer_that_does_not_fit_is_refused(pair: tuple[Node, Node]) -
         await call(pair, "rpc_find", two.SerializeToString())
 
 
+async def test_what_does_not_fit_is_asked_for_in_parts(pair: tuple[Node, Node]) -> None:
+    """By our own nodes: the records of a thousand servers, block after block."""
+    storage, peer = pair[0].dht.protocol.storage, PeerID.from_base58(pair[0].peer_id)
+    keys = [DHTID.generate(f"large.{number}") for number in range(13)]
+    for number, key in enumerate(keys):
+        for name in range(20):
+            value = MSGPackSerializer.dumps(bytes(50 * 1024) + bytes([number]))
+            assert storage.store_subkey(key, f"peer {name}", value, time.time() + 60)
+    found = await pair[1].dht.protocol.call_find(peer, keys)
+    for number, key in enumerate(keys):
+        entries = found[key][0].value.data
+        assert len(entries) == 20
+        assert MSGPackSerializer.loads(entries["peer 7"].value)[-1] == number
+
+
 async def test_a_dictionary_of_countless_entries_is_not_unpacked(pair: tuple[Node, Node]) -> None:
     """Nor one inside another; entry by entry it would hold up the loop for seconds."""
     protocol, soon = pair[0].dht.protocol, time.time() + 60
