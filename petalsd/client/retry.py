@@ -16,9 +16,8 @@ log = structlog.get_logger(__name__)
 # What the next server would refuse too. The first line is petalsd's (the code of a stream's error text, the class
 # name in the repr of a unary one), the others are texts of stock Petals servers.
 _PERMANENT = re.compile(
-    r"\bbad_request: |\bBadRequest\("
+    r"\bbad_request: (?!max_length = )|\bBadRequest\("
     r"|exceeds pre-allocated maximum"
-    r"|Cannot allocate KV cache for \S+ tokens, max ="
     r"|greater than max_batch_size"
     r"|bytes, max cache size ="
     r"|metadata must contain int max_length"
@@ -29,8 +28,14 @@ _PERMANENT = re.compile(
     r"|adapter \S+ not found"
 )
 
-# What time does not mend at the server that says so, though another may have more memory.
-_TOO_SMALL = re.compile(r"\bout_of_pages: .* needs more than all \d+ pages")
+# What time does not mend at the server that says so, though another may have more memory, or take longer sessions.
+_TOO_SMALL = re.compile(
+    r"\bout_of_pages: .* needs more than all \d+ pages"
+    r"|\bbad_request: max_length = "
+    r"|Cannot allocate KV cache for \S+ tokens, max ="
+)
+
+_MAX_DOUBLINGS = 64  # of a pause: nobody waits for so many, and floats have room for a thousand
 
 # What a call through the swarm may fail with and another server may mend.
 REMOTE_ERRORS = (SwarmError, DeadlineExceeded)
@@ -83,4 +88,5 @@ class RetryBudget:
         return is_again and len(self._too_small) == self._failures
 
     def _backoff(self, attempt: int) -> float:
-        return min(self._options.min_backoff_s * 2.0 ** (attempt - 1), self._options.max_backoff_s)
+        doublings = min(attempt - 1, _MAX_DOUBLINGS)
+        return min(self._options.min_backoff_s * 2.0**doublings, self._options.max_backoff_s)
