@@ -16,6 +16,7 @@ name of an entry, of 1 kB.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Collection
 from functools import partial
@@ -38,6 +39,7 @@ from petalsd.swarm.dht_storage import LIMITS
 
 _NONE = MSGPackSerializer.dumps(None)
 _TUPLE, _DICTIONARY = 0x40, 0x50  # hivemind's msgpack extensions
+_LOOKUP_S = 15.0  # all parts of an answer of 16 messages; each has hivemind's own deadline
 _MAX_DEPTH = 8  # of tuples in tuples; a server's record has two
 
 
@@ -124,6 +126,11 @@ class _LookupStub:
         return getattr(self._stub, name)
 
     async def rpc_find(self, request: dht_pb2.FindRequest, timeout: float | None = None) -> Any:
+        """TimeoutError for a node that has parts asked for longer than they can take."""
+        async with asyncio.timeout(_LOOKUP_S):
+            return await self._find(request, timeout)
+
+    async def _find(self, request: dht_pb2.FindRequest, timeout: float | None) -> Any:
         try:
             response = await self._stub.rpc_find(request, timeout=timeout)
         except P2PHandlerError as error:
@@ -139,7 +146,7 @@ class _LookupStub:
         response, half = dht_pb2.FindResponse(), len(request.keys) // 2
         for keys in (request.keys[:half], request.keys[half:]):
             part = dht_pb2.FindRequest(keys=keys, peer=request.peer)
-            response.MergeFrom(await self.rpc_find(part, timeout))
+            response.MergeFrom(await self._find(part, timeout))
         return response
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from petalsd.swarm import dht_guard
 from petalsd.swarm.dht_guard import BoundedSerializer, DHTGuard
+from petalsd.swarm.dht_requests import ASK_FOR_FEWER
 from petalsd.swarm.directory import read_view
 from petalsd.swarm.protocol import ServerState, make_uid
 from petalsd.swarm.record import ServerRecord
@@ -104,6 +107,22 @@ async def test_a_node_that_joins_is_guarded_from_the_first_moment_on(monkeypatch
     monkeypatch.setattr(DHTNode, "create", look)
     async with node():
         assert seen == [BoundedSerializer]
+
+
+async def test_a_node_that_refuses_for_ever_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of a lookup has a deadline, and so has the whole: others wait for its place."""
+
+    class Refusing:
+        async def rpc_find(self, request: dht_pb2.FindRequest, timeout: float | None) -> dht_pb2.FindResponse:
+            if len(request.keys) == 1:
+                await asyncio.Event().wait()
+            raise P2PHandlerError(f"overloaded: too much ({ASK_FOR_FEWER})")
+
+    monkeypatch.setattr(dht_guard, "_LOOKUP_S", 0.05)
+    stub = dht_guard._LookupStub(Refusing(), 20)
+    async with asyncio.timeout(30):
+        with pytest.raises(TimeoutError):
+            await stub.rpc_find(dht_pb2.FindRequest(keys=[b"a", b"b"]), 3.0)
 
 
 @pytest.mark.swarm
