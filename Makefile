@@ -16,9 +16,11 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml 
 # Tests run file by file in as many processes: those of a file share its servers and models. One more than there are
 # cores, for half of the time goes into waiting for daemons; which files come first is said in tests/conftest.py.
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
+# What test-all has beyond it is said in tests/tiers.py.
+TIER := -m "not nightly"
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo-model demo test test-interop petals-env lint format sanitize bench \
+.PHONY: help install demo-model demo test test-all test-interop petals-env lint format sanitize bench \
 	bench-compare bench-gpu bench-swarm deb docs promtool clean
 
 help: ## show this list
@@ -60,16 +62,19 @@ $(PROMTOOL): tests/packaging/fetch_promtool.sh
 promtool: $(PROMTOOL) ## fetch Prometheus' own checker for the tests of rules and metrics
 
 # INTEROP=1: with those against stock Petals, in one go, which takes less time than one after the other.
-test: $(DEMO_MODEL)/config.json $(PROMTOOL) $(if $(INTEROP),petals-env) ## run every test that this machine can run
+test: $(DEMO_MODEL)/config.json $(PROMTOOL) $(if $(INTEROP),petals-env) ## run the tests that a change has to pass
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) \
-		$(BIN)/python -m pytest $(if $(INTEROP),,--ignore=tests/interop) $(PARALLEL) $(ARGS)
+		$(BIN)/python -m pytest $(TIER) $(if $(INTEROP),,--ignore=tests/interop) $(PARALLEL) $(ARGS)
 	@$(if $(INTEROP),true,echo "tests/interop, against stock Petals, is left to: make test-interop")
+
+test-all: TIER :=
+test-all: test ## run every test that this machine can run, half an hour on two cores
 
 petals-env: $(BIN)/python ## set up .venv-petals: stock Petals, which the tests of interop run against
 	@$(BIN)/python tests/interop/environment/build.py
 
 test-interop: $(DEMO_MODEL)/config.json petals-env ## run the tests against stock Petals
-	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest tests/interop $(PARALLEL) $(ARGS)
+	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m pytest $(TIER) tests/interop $(PARALLEL) $(ARGS)
 
 bench: $(DEMO_MODEL)/config.json ## measure this machine in ten minutes at most; results in benchmarks/results
 	@PETALSD_DEMO_MODEL=$(DEMO_MODEL) $(BIN)/python -m benchmarks $(ARGS)

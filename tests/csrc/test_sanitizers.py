@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("sanitize.sh")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: g++")
 def test_the_pool_is_clean_under_sanitizers(tmp_path: Path) -> None:

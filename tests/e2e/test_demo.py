@@ -81,7 +81,11 @@ def test_an_interrupt_waits_until_a_started_daemon_has_an_owner(number: signal.S
 
 
 @pytest.mark.parametrize(
-    "line", ["starting the first daemon", "> "], ids=["while-starting", "while-answering"]
+    "line",
+    [
+        pytest.param("starting the first daemon", id="while-starting"),
+        pytest.param("> ", id="while-answering", marks=pytest.mark.nightly),
+    ],
 )
 def test_ctrl_c_leaves_no_process_behind(demo_model: Path, line: str) -> None:
     """SIGINT at any moment stops the daemons and their p2p processes, and says so without a traceback."""

@@ -117,6 +117,7 @@ def test_a_killed_client_frees_its_pages(client: RemoteCausalLM, demo_model: Pat
     wait_until_free(client, idle, timeout_s=10.0)
 
 
+@pytest.mark.nightly  # tests/client/test_live_recovery.py does so with a small model
 def test_a_server_killed_in_mid_generation(
     demo_model: Path,
     swarm: list[str],

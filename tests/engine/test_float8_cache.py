@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from petalsd.engine.captures import Capturing
@@ -64,6 +65,7 @@ async def test_states_are_off_by_the_format_alone(tmp_path: Path) -> None:
     assert 1e-4 < error < 0.04
 
 
+@pytest.mark.nightly
 async def test_a_carried_session_goes_on_bit_by_bit(tmp_path: Path) -> None:
     """After beams, a rollback and a stay in memory and on disk: numbers of the format become themselves again."""
     model, hidden = TinyModel(tmp_path / "model", num_hidden_layers=1), states(2, 24)

@@ -30,6 +30,7 @@ from tests.engine.kernel_rig import (
 from tests.engine.recorded_graphs import RecordedGraphs
 from tests.engine.rig import CPU, TinyModel, feed, opened, states
 from tests.numeric import assert_close
+from tests.tiers import nightly_except
 from tests.tiny_models import LAYER_VARIANTS
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 PROMPTS = [[7, 23, 91, 4, 55, 120, 8, 17, 33, 2, 64, 5, 99, 31, 76, 200, 12], [42, 3], [150, 9, 61, 18, 77]]
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", nightly_except(MODELS, "llama"))
 async def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     """Prompts of other lengths through the whole span and through parts of it, at once, in chunks and batches."""
     model = TinyModel(tmp_path, family, num_hidden_layers=2, **MODELS[family])

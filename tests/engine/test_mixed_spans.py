@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from petalsd.engine.captures import Capturing
@@ -37,6 +38,7 @@ class MixedRunners(KernelRunners):
         )
 
 
+@pytest.mark.nightly
 async def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     """Alone and at once, through all blocks and cut within a part that is captured whole."""
     model, counter, graphs = TinyModel(tmp_path, num_hidden_layers=4), Counter(), RecordedGraphs()

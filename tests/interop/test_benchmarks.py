@@ -18,7 +18,7 @@ from tests.benchmarks.served import SERVED
 from tests.benchmarks.smoke import run_smoke
 from tests.interop.models import Model
 
-pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

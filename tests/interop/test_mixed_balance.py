@@ -20,7 +20,7 @@ from tests.interop.models import Model, random_llama
 from tests.interop.stock import ServerOptions, server_process
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.nightly, pytest.mark.timeout(600)]
 
 NUM_BLOCKS, PERIOD_S, CHECKS = 6, 1.0, 20
 CONVERGE_S, STAY_S = 300.0, 200.0

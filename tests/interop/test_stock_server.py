@@ -47,6 +47,7 @@ def test_forward_and_backward(tiny: Model, peers: list[str], prefix: int | None)
     assert_same_pass(our_pass(tiny, peers, inputs), run_pass(tiny.local, inputs))
 
 
+@pytest.mark.nightly
 @pytest.mark.demo_model
 def test_real_model(demo: Model, tmp_path_factory: pytest.TempPathFactory) -> None:
     """32 tokens of the demo model equal those of transformers."""

@@ -227,7 +227,12 @@ def test_a_ladder_builds_them(
 
 
 @pytest.mark.parametrize(
-    ("quantization", "rung"), [("none", Rung.PLAIN), ("int8", Rung.PACKED), ("int4", Rung.PACKED)]
+    ("quantization", "rung"),
+    [
+        ("none", Rung.PLAIN),
+        pytest.param("int8", Rung.PACKED, marks=pytest.mark.nightly),
+        pytest.param("int4", Rung.PACKED, marks=pytest.mark.nightly),
+    ],
 )
 def test_the_trial_tries_the_kernels_of_gpt_oss(
     quantization: Quantization, rung: Rung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

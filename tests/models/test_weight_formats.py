@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tests.models.demo_numerics import BFLOAT16, FLOAT32, FORMS, INT4, INT8, INT8_KV, DemoNumerics, Form
+from tests.tiers import nightly_except
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo_model, pytest.mark.timeout(60)]
 
@@ -43,7 +44,7 @@ MOST = {"none": 1.01, "int8": 1.015, "int4": 1.35}
 """Perplexity against that of float32; int4 costs so small a model a quarter."""
 
 
-@pytest.mark.parametrize("form", FORMS[1:], ids=str)
+@pytest.mark.parametrize("form", nightly_except(FORMS[1:], BFLOAT16, INT8, INT4), ids=str)
 def test_perplexity_of_a_form(numerics: DemoNumerics, perplexity: float, form: Form) -> None:
     """About 1 % in bfloat16 and int8, whatever the cache is kept in."""
     assert 0.99 < numerics.perplexity(form) / perplexity < MOST[form.quantization]
@@ -107,7 +108,7 @@ print(sum(block.nbytes for block in blocks), loaded, own_bytes() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: /proc/self/status")
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantization", nightly_except(["none", "int8", "int4"], "int4"))
 def test_weights_are_held_once(demo_model: Path, quantization: str) -> None:
     """A process grows by at most 1.15 times the weights' bytes; passes through all blocks leave little behind."""
     child = subprocess.run(
