@@ -1,4 +1,4 @@
-"""When to try again: which failures are permanent, and how often and how long a call may go on."""
+"""When to try again: which failures are refusals, and how often and how long a call may go on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from petalsd.errors import DeadlineExceeded, MissingBlocks, RemoteFailure, Swarm
 
 log = structlog.get_logger(__name__)
 
-# What the next server would refuse too. The first line is petalsd's (the code of a stream's error text, the class
-# name in the repr of a unary one), the others are texts of stock Petals servers.
-_PERMANENT = re.compile(
+# What the next server would most likely refuse too. The first line is petalsd's (the code of a stream's error
+# text, the class name in the repr of a unary one), the others are texts of stock Petals servers.
+_REFUSED = re.compile(
     r"\bbad_request: (?!max_length = )|\bBadRequest\("
     r"|exceeds pre-allocated maximum"
     r"|greater than max_batch_size"
@@ -41,16 +41,17 @@ _MAX_DOUBLINGS = 64  # of a pause: nobody waits for so many, and floats have roo
 REMOTE_ERRORS = (SwarmError, DeadlineExceeded)
 
 
-def is_permanent(error: Exception) -> bool:
-    """Whether every server would answer this request the same way."""
-    return isinstance(error, RemoteFailure) and _PERMANENT.search(error.message) is not None
+def is_refusal(error: Exception) -> bool:
+    """Whether a server finds fault with the request itself, as every sound one would."""
+    return isinstance(error, RemoteFailure) and _REFUSED.search(error.message) is not None
 
 
 class RetryBudget:
     """The failures of one call: says how long to wait before the next attempt, or raises the error.
 
     Missing blocks are not a server's failure: they are waited for until the deadline, however often. A call that
-    comes back to a server that is too small for it, after no others than such, finds no larger one.
+    comes back to a server that is too small for it, after no others than such, finds no larger one. What one
+    server refuses another is asked once, for the first may be of another version; two do not err alike.
     """
 
     def __init__(self, options: ClientOptions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,11 +59,13 @@ class RetryBudget:
         self._clock = clock
         self._failures = 0
         self._too_small: list[str] = []
+        self._refusal: RemoteFailure | None = None
         self._waits = 0
         self._deadline: float | None = None
 
     def next_delay(self, error: Exception) -> float:
-        """Seconds to wait after ``error``; re-raises it where it is permanent or the budget is spent."""
+        """Seconds to wait after ``error``; raises it, or a refusal before it, where it is no use to go on."""
+        self._check_refusals(error)
         now = self._clock()
         if self._deadline is None:
             self._deadline = now + self._options.recovery_timeout_s
@@ -76,9 +79,18 @@ class RetryBudget:
             self._failures += 1
             delay_s = 0.0 if self._failures == 1 else self._backoff(self._failures - 1)
         spent = self._failures > self._options.max_failures or now + delay_s >= self._deadline
-        if spent or is_permanent(error) or self._finds_none_larger(error):
+        if spent or self._finds_none_larger(error):
             raise error
         return delay_s
+
+    def _check_refusals(self, error: Exception) -> None:
+        if is_refusal(error):
+            if self._refusal is not None:
+                raise error
+            assert isinstance(error, RemoteFailure)
+            self._refusal = error
+        elif self._refusal is not None and isinstance(error, MissingBlocks):  # nobody else could be asked
+            raise self._refusal
 
     def _finds_none_larger(self, error: Exception) -> bool:
         if not isinstance(error, RemoteFailure) or not _TOO_SMALL.search(error.message):

@@ -292,3 +292,13 @@ def refuses_at(step: int, text: str) -> Callable[[FakeServer, int], None]:
             raise RemoteFailure(server.peer, text)
 
     return hook
+
+
+def refuses_from(step: int, text: str) -> Callable[[FakeServer, int], None]:
+    """The server answers its ``step``-th message and all after it with this error."""
+
+    def hook(server: FakeServer, number: int) -> None:
+        if number >= step:
+            raise RemoteFailure(server.peer, text)
+
+    return hook

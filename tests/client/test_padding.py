@@ -11,7 +11,7 @@ from petalsd.client.model import RemoteCausalLM
 from petalsd.client.padding import check_positions, moved_back, moved_left, read_padding
 from petalsd.errors import BadRequest, RemoteFailure
 from tests.client.fake_model import LocalModel
-from tests.client.fake_swarm import FakeServer, FakeSwarm, dies_at, make_span
+from tests.client.fake_swarm import FakeServer, FakeSwarm, dies_at, make_span, refuses_from
 
 TEXTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8], [7]]
 IDS = torch.tensor([[0] * (5 - len(text)) + text for text in TEXTS])
@@ -83,19 +83,16 @@ def test_a_step_that_fails_for_some_rows_leaves_all_where_they_were(
     model: RemoteCausalLM, swarm: FakeSwarm
 ) -> None:
     """It can be sent once more."""
-
-    def refuse(server: FakeServer, number: int) -> None:
-        if number == 5:
-            raise RemoteFailure(server.peer, "bad_request: it says no")
-
     expected = alone(TEXTS)
     with model.inference_session(max_tokens=40) as cache:
         with torch.no_grad():
             first = model(IDS, attention_mask=MASK, past_key_values=cache).logits[:, -1:].argmax(-1)
-            swarm.servers["a"].before_step = refuse
+            swarm.servers["a"].before_step = refuses_from(5, "bad_request: it says no")
             with pytest.raises(RemoteFailure, match="it says no"):
                 model(first, past_key_values=cache)
             assert cache.position == 5
+            swarm.servers["a"].before_step = None
+            swarm.failures.clear()
             second = model(first, past_key_values=cache).logits[:, -1:].argmax(-1)
         assert torch.cat([first, second], dim=1).tolist() == [text[:2] for text in expected]
 

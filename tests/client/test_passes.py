@@ -17,7 +17,7 @@ from tests.client.fake_swarm import (
     FakeSwarm,
     dies_at,
     make_span,
-    refuses_at,
+    refuses_from,
     run_blocks,
 )
 
@@ -99,9 +99,9 @@ async def test_lost_servers_do_not_change_values(
     assert_same(grads[1], expected[1])
 
 
-async def test_a_permanent_error_stops_all_pieces(inputs: dict[str, torch.Tensor]) -> None:
+async def test_a_refusal_stops_all_pieces(inputs: dict[str, torch.Tensor]) -> None:
     """It is raised as it came, not as a group of errors."""
-    server = FakeServer(make_span("a", 0, 6), before_step=refuses_at(2, "BadRequest('prompts = 1: no')"))
+    server = FakeServer(make_span("a", 0, 6), before_step=refuses_from(2, "BadRequest('prompts = 1: no')"))
     with pytest.raises(RemoteFailure, match="prompts = 1"):
         await make_passes(FakeSwarm(server)).forward(inputs["hidden"])
 

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from petalsd.client.options import ClientOptions
-from petalsd.client.retry import RetryBudget, is_permanent
+from petalsd.client.retry import RetryBudget, is_refusal
 from petalsd.errors import BadRequest, DeadlineExceeded, MissingBlocks, RemoteFailure
 from petalsd.swarm.stub import RemoteError
 
@@ -36,10 +36,10 @@ class Clock:
         "KeyError('adapter foo not found')",
     ],
 )
-def test_what_every_server_refuses_is_permanent(text: str) -> None:
+def test_what_every_server_refuses_is_a_refusal(text: str) -> None:
     """petalsd's bad_request and the texts of stock servers, wherever in the error they stand."""
-    assert is_permanent(RemoteError("peer", text))
-    assert is_permanent(RemoteFailure("peer", f"Failed to call handler `x` at peer: {text}"))
+    assert is_refusal(RemoteError("peer", text))
+    assert is_refusal(RemoteFailure("peer", f"Failed to call handler `x` at peer: {text}"))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_every_server_refuses_is_permanent(text: str) -> None:
 )
 def test_what_another_server_or_time_may_mend_is_not(error: Exception) -> None:
     """These are worth another attempt."""
-    assert not is_permanent(error)
+    assert not is_refusal(error)
 
 
 def test_pauses_double_after_the_first_failure() -> None:
@@ -98,10 +98,21 @@ def test_thousands_of_short_pauses_are_no_trouble() -> None:
         assert budget.next_delay(MissingBlocks([3], "tiny")) == 1e-6
 
 
-def test_a_permanent_error_is_raised_at_once() -> None:
-    """Also as the first failure."""
+def test_what_one_refuses_another_is_asked_once() -> None:
+    """The second refusal is raised, whatever came between."""
+    budget = RetryBudget(OPTIONS, Clock())
+    assert budget.next_delay(RemoteError("a", "bad_request: hidden = 1: no")) == 0.0
+    budget.next_delay(RemoteFailure("b", "gone"))
+    with pytest.raises(RemoteFailure, match="not so"):
+        budget.next_delay(RemoteError("c", "bad_request: hidden = 1: not so"))
+
+
+def test_a_refusal_stands_when_there_is_nobody_else() -> None:
+    """Nothing is waited for: the call fails with what the only server said."""
+    budget = RetryBudget(OPTIONS, Clock())
+    budget.next_delay(RemoteError("a", "bad_request: hidden = 1: no"))
     with pytest.raises(RemoteFailure, match="bad_request"):
-        RetryBudget(OPTIONS, Clock()).next_delay(RemoteError("peer", "bad_request: hidden = 1: no"))
+        budget.next_delay(MissingBlocks([1], "tiny"))
 
 
 @pytest.mark.parametrize(

@@ -237,18 +237,6 @@ async def test_prompts_are_part_of_what_is_fed_again(rows: int) -> None:
     assert_same(torch.cat(outputs, dim=1), run_blocks(BLOCKS, hidden, prompts))
 
 
-async def test_a_permanent_error_stops_at_once() -> None:
-    """What every server would refuse is not tried again, and the session can go on with something else."""
-    server = FakeServer(make_span("a", 0, 6), before_step=refuses_at(1, "bad_request: hidden = 1: no"))
-    swarm = FakeSwarm(server, FakeServer(make_span("b", 0, 6)))
-    async with make_session(swarm) as session:
-        with pytest.raises(RemoteFailure, match="bad_request: hidden"):
-            await session.step(random_states(1, 2))
-        assert session.position == 0 and len(server.messages) == 1
-        assert_same(await session.step(random_states(1, 2)), run_blocks(BLOCKS, random_states(1, 2)))
-    assert not swarm.servers["b"].messages
-
-
 async def test_retries_are_bounded() -> None:
     """A swarm where every server fails ends in the last server's error after as many failures as allowed."""
     swarm = FakeSwarm(*(FakeServer(make_span(f"s{i}", 0, 6), before_step=dies_at(1)) for i in range(9)))
