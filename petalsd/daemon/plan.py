@@ -6,7 +6,7 @@ Nothing is started or allocated here; ``petalsd check`` and ``petalsd run`` make
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,9 +119,9 @@ class ServingPlan:
         share = _CPU_MEMORY_SHARE if self.device.type == "cpu" else 1.0
         return num_blocks * self.block_weights_bytes <= share * free_memory_bytes(self.device)
 
-    def files_of(self, span: BlockSpan) -> list[str]:
-        """The files that hold the blocks of ``span``. Raises WeightsError."""
-        tensors = [name for index in span for name in self.architecture.tensor_names(index, self.source)]
+    def files_of(self, blocks: Iterable[int]) -> list[str]:
+        """The files that hold these blocks. Raises WeightsError."""
+        tensors = [name for index in blocks for name in self.architecture.tensor_names(index, self.source)]
         return files_with(self.source, tensors)
 
 
@@ -268,6 +268,9 @@ class ModelReader:
         self._plan = plan
         self._ladder = ladder
         self._turn = turn or threading.Lock()
+
+    def keep_only(self, blocks: Iterable[int]) -> None:
+        self._plan.source.release_all_but(self._plan.files_of(blocks))
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         self._plan.source.fetch(self._plan.files_of(span), progress)

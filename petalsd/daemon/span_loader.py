@@ -51,7 +51,10 @@ PartSink = Callable[[BlockSpan], Awaitable[None]]
 
 
 class WeightsReader(Protocol):
-    """What the loader needs of a model; blocking, called on the loading thread. Both raise WeightsError."""
+    """What the loader needs of a model; blocking, called on the loading thread. All raise WeightsError."""
+
+    def keep_only(self, blocks: Sequence[int]) -> None:
+        """What is on the disk of other blocks may go when room is needed there."""
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         """Bring the files that hold ``span`` to the disk; ``progress(file, done_bytes, total_bytes)``."""
@@ -137,6 +140,7 @@ class SpanLoader:
         Also when a later block fails: what has come is served while that one is tried again.
         """
         end_s, is_new = time.monotonic() + enough_s, False
+        self._reader.keep_only(order)
         for number, index in enumerate(order):
             if index in self.blocks:
                 continue
@@ -157,6 +161,7 @@ class SpanLoader:
 
     def _fetch_first(self, order: Sequence[int], progress: ProgressSink, switch: AbandonSwitch) -> None:
         """On the loading thread."""
+        self._reader.keep_only(order)
         missing = next((index for index in order if index not in self.blocks), None)
         if missing is not None:
             self._fetch(missing, progress, switch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import structlog
@@ -24,19 +24,20 @@ _LOCK_DEADLINE_S = 3600.0
 class DiskBudget:
     """Owns the files under ``root/*/blobs``. Their modification time says when they were last used.
 
-    ``max_bytes`` None: bounded by the disk alone. ``make_room`` is called under ``lock``, which works across
-    processes.
+    ``max_bytes`` None: bounded by the disk alone. What is held stays: all that a process reads shares one budget.
+    ``make_room`` is called under ``lock``, which works across processes.
     """
 
     def __init__(self, root: Path, max_bytes: int | None) -> None:
-        self._root = root
+        self.root = root
         self._max_bytes = max_bytes
+        self._held: set[Path] = set()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process downloads into a cache, or evicts from it, at a time; WeightsError after an hour."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        with (self._root / ".lock").open("a") as file:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a") as file:
             if not lock_within(file.fileno(), _LOCK_DEADLINE_S):
                 raise WeightsError(
                     f"another process has held the weights cache for {_LOCK_DEADLINE_S:.0f} s",
@@ -44,10 +45,21 @@ class DiskBudget:
                 )
             yield
 
-    def make_room(self, needed_bytes: int, keep: frozenset[Path]) -> None:
-        """Delete the least recently used files, none of ``keep``, until this much more fits; else WeightsError."""
+    def hold(self, paths: Iterable[Path]) -> None:
+        """Delete none of these until they are released."""
+        self._held.update(paths)
+
+    def release(self, paths: Iterable[Path]) -> None:
+        """These may go when room is needed."""
+        self._held.difference_update(paths)
+
+    def make_room(self, needed_bytes: int, part: Path) -> None:
+        """Delete the least recently used files, but what is held and ``part``, until this much more fits.
+
+        WeightsError where it does not.
+        """
         candidates = sorted(
-            (path for path in self._root.glob("*/blobs/*") if path not in keep),
+            (path for path in self.root.glob("*/blobs/*") if path not in self._held and path != part),
             key=lambda path: path.stat().st_mtime,
         )
         available = self._available_bytes()
@@ -73,10 +85,10 @@ class DiskBudget:
             os.utime(path)
 
     def _available_bytes(self) -> int:
-        free = shutil.disk_usage(self._root).free - RESERVE_BYTES
+        free = shutil.disk_usage(self.root).free - RESERVE_BYTES
         if self._max_bytes is None:
             return free
-        used = sum(path.stat().st_size for path in self._root.glob("*/blobs/*"))
+        used = sum(path.stat().st_size for path in self.root.glob("*/blobs/*"))
         return min(free, self._max_bytes - used)
 
 

@@ -27,6 +27,9 @@ class FileStore(Protocol):
     def path(self, file: str) -> Path:
         """Where a fetched file lies."""
 
+    def release(self, files: Iterable[str]) -> None:
+        """These files need not stay here: a store that brought them may delete them for others."""
+
 
 def check_readable(path: Path) -> None:
     """WeightsError for a file that this user may not read: the safetensors library calls it missing."""
@@ -73,3 +76,6 @@ class DirectoryStore:
 
     def path(self, file: str) -> Path:
         return self._directory / file
+
+    def release(self, files: Iterable[str]) -> None:
+        """They stay: the directory is the user's."""

@@ -49,27 +49,26 @@ class Manifest:
 class HubStore:
     """``files.FileStore`` over one revision of a repository. Blocking; used by one thread at a time.
 
-    The endpoint is ``HF_ENDPOINT`` from the environment, else the public Hub.
+    Files lie under the root of ``budget``. The endpoint is ``HF_ENDPOINT`` from the environment, else the public
+    Hub.
     """
 
     def __init__(
         self,
         repository: str,
         revision: str | None,
-        cache_dir: Path,
+        budget: DiskBudget,
         token: str | None,
         offline: bool,
-        max_disk_bytes: int | None,
     ) -> None:
         self._repository = repository
         self._revision = revision or constants.DEFAULT_REVISION
-        self._folder = cache_dir / repository.replace("/", "--")
+        self._folder = budget.root / repository.replace("/", "--")
         # False, not None: without a token of its own the library would look for the user's.
         self._token: str | bool = token or False
         self._offline = offline
-        self._budget = DiskBudget(cache_dir, max_disk_bytes)
+        self._budget = budget
         self._manifest: Manifest | None = None
-        self._used: set[Path] = set()
 
     def list_files(self) -> frozenset[str]:
         return frozenset(self._get_manifest().files)
@@ -83,7 +82,7 @@ class HubStore:
     def fetch(self, files: Iterable[str], progress: Progress | None) -> None:
         """Present files are taken by their size: their digest was checked when they came."""
         paths = {file: self.path(file) for file in files}
-        self._used.update(paths.values())
+        self._budget.hold(paths.values())
         missing = [file for file in paths if not self._is_here(file)]
         for file in paths.keys() - set(missing):
             self._budget.touch(paths[file])
@@ -103,6 +102,9 @@ class HubStore:
                     hint="make room there, let this user write, or set model.cache_dir",
                 ) from error
 
+    def release(self, files: Iterable[str]) -> None:
+        self._budget.release(self.path(file) for file in files)
+
     def _is_here(self, file: str) -> bool:
         path = self.path(file)
         return path.is_file() and path.stat().st_size == self._get_manifest().files[file].size
@@ -113,7 +115,7 @@ class HubStore:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         have = part.stat().st_size if part.exists() else 0
-        self._budget.make_room(max(size - have, 0), frozenset({*self._used, part}))
+        self._budget.make_room(max(size - have, 0), part)
 
         def report(num_bytes: int) -> None:
             if progress is not None:

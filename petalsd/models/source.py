@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from petalsd.errors import WeightsError
+from petalsd.models.disk_budget import DiskBudget
 from petalsd.models.files import DirectoryStore, FileStore, Progress, check_readable, looking_at
 from petalsd.models.hub import HubStore
 from petalsd.paths import instance_paths
@@ -29,6 +30,7 @@ class ModelSource:
     token           sent to the Hub with every request
     offline         only what earlier runs have fetched is used
     max_disk_bytes  what this model cache may take; None: whatever leaves a reserve on the disk
+    budget          that of another source, which then says where files are kept and what they may take
     """
 
     def __init__(
@@ -40,11 +42,9 @@ class ModelSource:
         token: str | None = None,
         offline: bool = False,
         max_disk_bytes: int | None = None,
+        budget: DiskBudget | None = None,
     ) -> None:
         self.source = source
-        self._beside = partial(
-            ModelSource, cache_dir=cache_dir, token=token, offline=offline, max_disk_bytes=max_disk_bytes
-        )
         with looking_at(Path(source).name):
             self.is_directory = Path(source).is_dir()
         self._index: dict[str, str] | None = None
@@ -54,7 +54,12 @@ class ModelSource:
             self._files = DirectoryStore(Path(source))
         else:
             cache = cache_dir or instance_paths("client", os.environ).weights_dir
-            self._files = HubStore(source, revision, cache, token, offline, max_disk_bytes)
+            budget = budget or DiskBudget(cache, max_disk_bytes)
+            self._files = HubStore(source, revision, budget, token, offline)
+        self._beside = partial(
+            ModelSource,
+            cache_dir=cache_dir, token=token, offline=offline, max_disk_bytes=max_disk_bytes, budget=budget,
+        )  # fmt: skip
 
     def sibling(self, source: str) -> ModelSource:
         """Another source, by what this one was made with; of a repository the main revision."""
@@ -99,6 +104,10 @@ class ModelSource:
             raise self._lacks(f"has no {file}", present)
         self.fetch([file])
         return self.path(file)
+
+    def release_all_but(self, files: Iterable[str]) -> None:
+        """Of the files with weights only these have to stay on this machine. Raises WeightsError."""
+        self._files.release(set(self.index().values()) - set(files))
 
     def path(self, file: str) -> Path:
         """Where a fetched file lies on this machine."""

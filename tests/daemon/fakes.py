@@ -252,6 +252,9 @@ class FakeReader:
     failing_blocks: dict[int, Exception] = field(default_factory=dict)
     gates: dict[int, threading.Event] = field(default_factory=dict)
 
+    def keep_only(self, blocks: Sequence[int]) -> None:
+        """Nothing is on a disk."""
+
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         if self.failures:
             raise self.failures.pop(0)

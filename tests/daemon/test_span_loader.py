@@ -23,6 +23,10 @@ class RecordingReader:
         self.failures = iter(failures)
         self.fetched: list[BlockSpan] = []
         self.loaded: list[int] = []
+        self.kept: list[list[int]] = []
+
+    def keep_only(self, blocks: Sequence[int]) -> None:
+        self.kept.append(list(blocks))
 
     def fetch(self, span: BlockSpan, progress: Callable[[str, int, int], None]) -> None:
         self.fetched.append(span)
@@ -52,6 +56,7 @@ async def test_blocks_in_both_spans_are_kept() -> None:
     loader, _ = make_loader(reader)
     await loader.load(BlockSpan(0, 4))
     await loader.load(BlockSpan(2, 6))
+    assert reader.kept == [[0, 1, 2, 3], [2, 3, 4, 5]]
     assert reader.loaded == [0, 1, 2, 3, 4, 5]
     assert reader.fetched == [BlockSpan(index, index + 1) for index in range(6)]
     assert list(loader.blocks) == [0, 1, 2, 3, 4, 5]

@@ -223,6 +223,29 @@ def test_the_budget_evicts_what_was_used_longest_ago(hub: FakeHub, checkpoint: P
     assert not source.path(shards[1]).exists()
 
 
+def test_what_is_released_makes_room(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
+    """A server that goes round the model keeps no more than the budget on the disk, and no move is too large."""
+    shards = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    sizes = {name: (checkpoint / name).stat().st_size for name in shards}
+    room = max(sizes.values()) + 20_000
+    source = _source(tmp_path, max_disk_bytes=room)
+    for name in shards:
+        source.release_all_but([name])
+        source.fetch([name])
+        here = [other for other in shards if source.path(other).exists()]
+        assert name in here and sum(sizes[other] for other in here) <= room
+
+
+def test_siblings_delete_nothing_of_each_other(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
+    """An adapter that does not fit beside the model is an error, and the model is still there."""
+    first, second = sorted(path.name for path in checkpoint.glob("*.safetensors"))[:2]
+    source = _source(tmp_path, max_disk_bytes=(checkpoint / first).stat().st_size + 20_000)
+    source.fetch([first])
+    with pytest.raises(WeightsError, match="do not fit"):
+        source.sibling(FakeHub.repository).fetch([second])
+    assert source.path(first).exists()
+
+
 def test_weights_that_cannot_fit_are_refused_before_the_download(hub: FakeHub, tmp_path: Path) -> None:
     """A budget smaller than a file is an error that says what to change, and nothing is downloaded."""
     source = _source(tmp_path, max_disk_bytes=30_000)
