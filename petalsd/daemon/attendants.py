@@ -15,6 +15,7 @@ from petalsd.daemon.administration import Administration
 from petalsd.daemon.beside import Works, beside
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
+from petalsd.daemon.disks import Disks
 from petalsd.daemon.figures import Figures
 from petalsd.daemon.loop_watch import LoopWatch
 from petalsd.daemon.plan import ServingPlan
@@ -43,8 +44,9 @@ class Attendants:
         self._reloader = Reloader(parts.settings, parts.supervisor.check_now, self._service, parts.board)
         self._watchdog = Watchdog(parts.engine, notifier, parts.board, parts.supervisor.check_now)
         self._loop_watch = LoopWatch(notifier.proof_interval_s / 2, parts.board)
-        parts.metrics.read_from(Figures(daemon, parts, plan, paths, notifier).read)
-        self._surroundings = Surroundings(parts.member, (paths.state_dir, paths.cache_dir), parts.board)
+        disks = Disks({"state": paths.state_dir, "cache": paths.cache_dir})
+        parts.metrics.read_from(Figures(daemon, parts, plan, disks, notifier).read)
+        self._surroundings = Surroundings(parts.member, disks, parts.board)
         self._administration = Administration(daemon, parts, plan.model.num_blocks, reporter, self._reloader)
 
     @contextlib.asynccontextmanager

@@ -7,17 +7,11 @@ from typing import get_args
 
 from petalsd.daemon.components import Parts
 from petalsd.daemon.daemon import Daemon
+from petalsd.daemon.disks import Disks
 from petalsd.daemon.plan import ServingPlan
 from petalsd.daemon.speed import Rates
-from petalsd.daemon.state_figures import (
-    age_s,
-    build_reading,
-    disk_readings,
-    state_readings,
-    watchdog_readings,
-)
+from petalsd.daemon.state_figures import age_s, build_reading, state_readings, watchdog_readings
 from petalsd.metrics import Reading
-from petalsd.paths import InstancePaths
 from petalsd.status import NetworkSource, RateSource
 from petalsd.swarm.protocol import ServerState
 from petalsd.systemd import Notifier
@@ -41,19 +35,19 @@ class Figures:
     """``read`` is a ``metrics.Source``."""
 
     def __init__(
-        self, daemon: Daemon, parts: Parts, plan: ServingPlan, paths: InstancePaths, notifier: Notifier
+        self, daemon: Daemon, parts: Parts, plan: ServingPlan, disks: Disks, notifier: Notifier
     ) -> None:
         self._daemon = daemon
         self._parts = parts
         self._plan = plan
-        self._disks = {"state": paths.state_dir, "cache": paths.cache_dir}
+        self._disks = disks
         self._notifier = notifier
 
     def read(self) -> Iterator[Reading]:
         yield from self._identity()
         yield from state_readings(self._daemon.lifecycle, self._parts.board)
         yield from watchdog_readings(self._notifier)
-        yield from disk_readings(self._disks)
+        yield from self._disks.readings()
         yield from self._health()
         yield from self._load()
         yield from self._cache()

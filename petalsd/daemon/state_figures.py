@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
@@ -36,13 +33,6 @@ def watchdog_readings(notifier: Notifier) -> Iterator[Reading]:
     yield Reading("watchdog_interval_seconds", notifier.proof_interval_s)
     if notifier.last_ping_monotonic_s is not None:
         yield Reading("watchdog_ping_age_seconds", age_s(notifier.last_ping_monotonic_s))
-
-
-def disk_readings(disks: Mapping[str, Path]) -> Iterator[Reading]:
-    """``disks`` are directories by name."""
-    for name, directory in disks.items():
-        with contextlib.suppress(OSError):
-            yield Reading("disk_free_bytes", shutil.disk_usage(directory).free, (name,))
 
 
 def age_s(since_monotonic_s: float) -> float:

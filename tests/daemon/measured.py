@@ -8,6 +8,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from petalsd.config_loading import load_config
+from petalsd.daemon.disks import Disks
 from petalsd.daemon.figures import Figures
 from petalsd.daemon.plan import ServingPlan, make_plan
 from petalsd.daemon.recording import (
@@ -43,7 +44,9 @@ class MeasuredStage(Stage):
         self.cache_recorder = CacheRecorder(self.metrics)
         self.swarm_recorder = SwarmRecorder(self.metrics, LinkMeter())
         self.download_recorder = DownloadRecorder(self.metrics)
-        figures = Figures(self.daemon, self.daemon._parts, self.plan, _paths(home), self.notifier)
+        paths = _paths(home)
+        self.disks = Disks({"state": paths.state_dir, "cache": paths.cache_dir})
+        figures = Figures(self.daemon, self.daemon._parts, self.plan, self.disks, self.notifier)
         self.metrics.read_from(figures.read)
         self.metrics.read_from(self.placement.read)
 

@@ -204,10 +204,12 @@ async def test_page_copies_by_their_cause(stage: MeasuredStage) -> None:
 async def test_a_directory_that_is_gone_costs_its_own_figure_only(
     stage: MeasuredStage, tmp_path: Path
 ) -> None:
+    assert await stage.disks.look() == []
     free = stage.value("petalsd_disk_free_bytes", directory="cache")
     assert free is not None
     assert free > 0
     (tmp_path / "cache").rmdir()
+    await stage.disks.look()
     assert stage.value("petalsd_disk_free_bytes", directory="cache") is None
     assert stage.value("petalsd_disk_free_bytes", directory="state") is not None
 
@@ -253,6 +255,7 @@ async def test_every_family_has_a_series_once_all_has_happened(stage: MeasuredSt
     """Nothing is declared that nobody fills; what a label can be is there from the start."""
     running = await until_online(stage)
     stage.let_all_happen()
+    await stage.disks.look()
     names = {name for name, _ in read(stage.metrics)}
     missing = [
         name

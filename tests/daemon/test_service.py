@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from petalsd.daemon import surroundings
 from petalsd.daemon.activity import Situation, describe
+from petalsd.daemon.disks import Disks
 from petalsd.daemon.reloading import Reloader
 from petalsd.daemon.service import Service
 from petalsd.daemon.settings import Settings
@@ -168,7 +167,7 @@ async def test_a_lost_swarm_is_warned_of_until_somebody_answers(monkeypatch: pyt
     stage = Stage()
     stage.member.is_swarm_there = False
     board = WarningBoard()
-    looking = asyncio.create_task(Surroundings(stage.member, (), board).run())
+    looking = asyncio.create_task(Surroundings(stage.member, Disks({}), board).run())
     await asyncio.wait_for(
         eventually(lambda: "3 attempts" in "".join(w.detail for w in board.active())), DEADLINE_S
     )
@@ -177,23 +176,3 @@ async def test_a_lost_swarm_is_warned_of_until_somebody_answers(monkeypatch: pyt
     await asyncio.wait_for(eventually(lambda: not board.active()), DEADLINE_S)
     looking.cancel()
     assert stage.calls.count("renew") == 1  # what was told meanwhile may have reached nobody
-
-
-def test_a_full_disk_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    board = WarningBoard()
-    watch = Surroundings(Stage().member, (tmp_path,), board)
-    watch.look_at_disks()
-    assert board.active() == []
-    usage = shutil.disk_usage(tmp_path)._replace(free=10 * 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    watch.look_at_disks()
-    assert f"10 MiB left in {tmp_path}" in board.active()[0].title
-    monkeypatch.undo()
-    watch.look_at_disks()
-    assert board.active() == []
-
-
-def test_a_disk_that_is_gone_is_warned_of_and_ends_nothing(tmp_path: Path) -> None:
-    board = WarningBoard()
-    Surroundings(Stage().member, (tmp_path / "gone",), board).look_at_disks()
-    assert "No such file" in board.active()[0].title

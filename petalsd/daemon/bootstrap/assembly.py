@@ -18,6 +18,7 @@ from petalsd.daemon.beside import Works, beside
 from petalsd.daemon.bootstrap.daemon import BootstrapDaemon
 from petalsd.daemon.bootstrap.reporting import BootstrapAdministration, BootstrapReporter
 from petalsd.daemon.directories import make_directories
+from petalsd.daemon.disks import Disks
 from petalsd.daemon.loop_watch import LoopWatch
 from petalsd.daemon.node_options import node_options
 from petalsd.daemon.reloading import Reloader
@@ -54,7 +55,9 @@ async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]
         service = Service(notifier, reporter.line)
         daemon.lifecycle.subscribe(service.on_move)
         daemon.lifecycle.subscribe(partial(_count_healing, metrics))
+        disks = Disks({"state": paths.state_dir})
         metrics.read_from(reporter.readings)
+        metrics.read_from(disks.readings)
         reloader = Reloader(Settings(config, read, lambda new: None), None, service, board)
         administration = BootstrapAdministration(daemon, reporter, reloader)
         access = Access.of(config.control.group)
@@ -69,7 +72,7 @@ async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]
             "watchdog": partial(_feed, notifier),
             "loop-watch": LoopWatch(notifier.proof_interval_s / 2, board).run,
             "reachability": partial(_watch_reachability, node, board),
-            "surroundings": Surroundings(node, (paths.state_dir,), board).run,
+            "surroundings": Surroundings(node, disks, board).run,
             "reloader": partial(reloader.run, signals.reload),
             "stop-notice": partial(service.notice_stop, signals.stop),
         }
