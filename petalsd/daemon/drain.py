@@ -84,7 +84,9 @@ class Drain:
                 await asyncio.wait({handing_over}, timeout=_LAST_WORD_S)
         finally:
             handing_over.cancel()
-            await asyncio.gather(handing_over, return_exceptions=True)
+            (failure,) = await asyncio.gather(handing_over, return_exceptions=True)
+            if isinstance(failure, Exception):  # sessions have had their time here, and nothing else is lost
+                log.error("hand_over_broke", **error_fields(failure))
         return self.abandoned
 
     async def _hand_over(self) -> None:
