@@ -77,7 +77,8 @@ struct BatchPlan {
 // be the only one that calls these, and before each batch, in this order:
 //     makes the copies of `take_copies`; calls `plan_batch`; writes its spills and calls `finish_spills`;
 //     calls `start_restores`, makes the copies, reads what is to be restored; extends; makes the copies.
-// Where nothing is promised beyond the memory all of that but the last two may be left out.
+// Where nothing is promised beyond the memory all of that but the last two may be left out. It also calls `truncate` and
+// `reorder`, never between `plan_batch` and `finish_spills`: what is being written belongs to the rows as they were.
 //
 // Throws OutOfPages (`request`, `try_open`, `charge`), ClosedHandle (a closed handle, but for `close` and `plan_batch`), and
 // PoolError for a call against this contract. A call that throws has changed nothing.
