@@ -25,6 +25,7 @@ from tests.interop import stock
 DEMO_MODEL = Path(os.environ.get("PETALSD_DEMO_MODEL", ".cache/demo-model"))
 CORES = len(os.sched_getaffinity(0))
 GRACE_S = 60.0  # for what was begun before the time was up
+SMOKE_RESULTS = Path("build/bench-smoke")
 
 
 def main() -> int:
@@ -79,7 +80,9 @@ def parse_arguments() -> argparse.Namespace:
         "--model", type=Path, default=DEMO_MODEL, help="a llama model's directory (%(default)s)"
     )
     parser.add_argument("--threads", type=int, default=CORES, help="CPU threads of each server (%(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results go (%(default)s)")
+    parser.add_argument(
+        "--results", type=Path, help=f"where results go ({RESULTS}, with --smoke {SMOKE_RESULTS})"
+    )
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="where pictures go (%(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="name the benchmarks and what each measures")
@@ -87,7 +90,10 @@ def parse_arguments() -> argparse.Namespace:
         "--summary", action="store_true", help="a Markdown table of the last run's main figures"
     )
     what.add_argument("--plot", action="store_true", help="draw the last run's results again")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.results is None:
+        options.results = SMOKE_RESULTS if options.smoke else RESULTS
+    return options
 
 
 if __name__ == "__main__":

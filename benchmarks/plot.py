@@ -26,9 +26,9 @@ FORMATS = (PLAIN_FORMAT, BEST_FORMAT, "int8", "int4")
 
 def draw_all(documents: Mapping[str, Mapping[str, Any]], directory: Path = PICTURES) -> list[Path]:
     """Write every picture for which there are figures; the files."""
-    table = ResultsTable(documents)
     written = []
     for name, (head, panels, columns) in PICTURE_LIST.items():
+        table = ResultsTable(documents)  # of its own: it says below of which runs its figures are
         drawn = [panel for panel in panels(table) if panel is not None]
         if drawn:
             directory.mkdir(parents=True, exist_ok=True)
@@ -222,8 +222,6 @@ def lines(
 
 
 def _small_print(table: ResultsTable) -> str:
-    for name in ("decode_step", "step_latency", "aggregate_decode"):
-        if facts := table.machine(name):
-            where = f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}"
-            return f"Medians of one run on {where}, {facts['date'][:10]}."
-    return "Medians of one run."
+    runs = [table.machine(name) for name in table.runs()]
+    where = (f"{run['cpu']}, {run['cores']} cores, torch {run['torch']}, {run['date'][:10]}" for run in runs)
+    return f"Medians of {'one run' if len(runs) == 1 else f'{len(runs)} runs'} on {'; '.join(where)}."

@@ -10,20 +10,24 @@ Figure: TypeAlias = Mapping[str, Any]
 
 
 class ResultsTable:
-    """All rows of the documents that ``report.read_results`` gives."""
+    """All rows of the documents that ``report.read_results`` gives, and which of them were looked up."""
 
     def __init__(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
         self._documents = documents
+        self._found: set[str] = set()
 
     def rows(self, benchmark: str, metric: str, provider: str, **setting: int | str) -> list[Figure]:
         """Those of this metric and provider whose setting contains ``setting``, as they were measured."""
         document = self._documents.get(benchmark, {"rows": []})
-        return [
+        rows = [
             row
             for row in document["rows"]
             if (row["metric"], row["provider"]) == (metric, provider)
             and setting.items() <= row["setting"].items()
         ]
+        if rows:
+            self._found.add(benchmark)
+        return rows
 
     def row(self, benchmark: str, metric: str, provider: str, **setting: int | str) -> Figure | None:
         """The first of these; None where none was measured."""
@@ -37,6 +41,16 @@ class ResultsTable:
             return None
         pick = min if rows[0]["is_lower_better"] else max
         return pick(rows, key=lambda row: float(row["median"]))
+
+    def runs(self) -> list[str]:
+        """A benchmark of each run that rows were found of so far: of each processor, torch and commit."""
+        firsts: dict[tuple[str, ...], str] = {}
+        for benchmark in self._documents:
+            if benchmark in self._found:
+                facts = self.machine(benchmark)
+                key = tuple(facts[name] for name in ("cpu", "cores", "torch", "commit"))
+                firsts.setdefault(key, benchmark)
+        return list(firsts.values())
 
     def machine(self, benchmark: str) -> Mapping[str, str]:
         """What the benchmark ran on; empty where it did not run."""

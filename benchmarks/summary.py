@@ -29,14 +29,11 @@ def summarize_results(documents: Mapping[str, Mapping[str, Any]]) -> str:
     table = ResultsTable(documents)
     text = ["| work | compared with | | petalsd | | |", "|---|---|---|---|---|---|"]
     text += [_markdown(line) for line in _lines(table) if line.ours is not None]
-    facts = table.machine("decode_step") or table.machine("step_latency")
-    if facts:
-        bandwidth = table.bandwidth("decode_step", 1)
+    for name in table.runs():
+        facts, bandwidth = table.machine(name), table.bandwidth(name, 1)
         memory = f", memory {bandwidth:.1f} GB/s by one thread" if bandwidth else ""
-        text += [
-            "",
-            f"{facts['cpu']}, {facts['cores']} cores{memory}, torch {facts['torch']}, commit {facts['commit']}",
-        ]
+        where = f"{facts['cpu']}, {facts['cores']} cores{memory}"
+        text += ["", f"{where}, torch {facts['torch']}, commit {facts['commit']}"]
     return "\n".join(text)
 
 

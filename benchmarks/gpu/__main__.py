@@ -18,7 +18,10 @@ EXIT_NO_GPU = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured, and nothing is wrong; 1: something is; 3: there is no GPU."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.accept and options.only:
+        parser.error("--accept is for whole runs: later ones are compared with what was measured in this one")
     if not torch.cuda.is_available():
         print(f"There is no GPU to measure: torch {torch.__version__} sees no CUDA device.")
         return EXIT_NO_GPU

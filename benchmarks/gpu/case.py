@@ -68,11 +68,11 @@ def measure(case: Case, site: Site, clock: Clock) -> Iterator[Row]:
     error = max(case.errors())
     yield Row(OURS, {**setting, "tolerance": f"{TOLERANCES[site.dtype]:g}"}, ERROR, "x", summarize([error]))
     for provider, work in {OURS: case.run, **case.rivals}.items():
-        spread = summarize([1e6 * seconds for seconds in clock.seconds(work, site.samples)])
-        yield Row(provider, setting, TIME, "us", spread, case.nbytes)
+        seconds = clock.seconds(work, site.samples)
+        yield Row(provider, setting, TIME, "us", summarize([1e6 * each for each in seconds]), case.nbytes)
         if case.flops:
-            rate = case.flops / spread.median / 1e6
-            yield Row(provider, setting, RATE, "TFLOP/s", summarize([rate]))
+            rates = summarize([case.flops / each / 1e12 for each in seconds])
+            yield Row(provider, setting, RATE, "TFLOP/s", rates)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

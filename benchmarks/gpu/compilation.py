@@ -166,8 +166,10 @@ def main() -> int:
     )
     parser.add_argument("--write", type=Path, help="the figures as JSON")
     options = parser.parse_args()
-    prepare_cache()
     chosen = {name: one for name, one in all_variants(options.full).items() if options.only in name}
+    if not chosen:
+        parser.error(f"no kernel's name contains {options.only!r}")
+    prepare_cache()
     known = figures_by_digest(read_table(options.known)[1]) if options.known else {}
     table: Table = {}
     problems = 0

@@ -53,11 +53,15 @@ async def count_admitted(provider: Provider, lengths: Sequence[int]) -> int:
     """Sessions that were open at once, each filled to its length, before the first refusal."""
     async with contextlib.AsyncExitStack() as stack:
         connections = [await stack.enter_async_context(connect(provider.maddr)) for _ in range(CLIENTS)]
+        opened: list[StepStream] = []
         for count, length in enumerate(lengths):
             stream = connections[count % CLIENTS].stream(provider.uid, ASKED_TOKENS)
             try:
-                await fill(await stack.enter_async_context(stream), length, provider.hidden_size)
+                opened.append(await stack.enter_async_context(stream))
+                await fill(opened[-1], length, provider.hidden_size)
             except REFUSALS:
+                if count:  # a server that died refuses, too: the first session still answers, or this raises
+                    await opened[0].step(torch.randn(1, 0, provider.hidden_size))
                 return count
     return len(lengths)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ class Samples:
     def take(self, name: str, setting: str, start: Start) -> None:
         begun = time.perf_counter()
         with start() as (child, _):
-            seconds, nbytes = time.perf_counter() - begun, group_bytes(child.pid)
+            seconds, nbytes = time.perf_counter() - begun, server_bytes(child.pid)
         self._seconds.setdefault((name, setting), []).append(seconds)
         self._nbytes.setdefault((name, setting), []).append(nbytes)
         say(f"  {name}, {setting} start: {seconds:.1f} s, {nbytes / 2**20:.0f} MiB")
@@ -73,11 +73,28 @@ class Samples:
         return rows
 
 
-def group_bytes(group: int) -> int:
-    """The proportional set size of all processes in a process group."""
-    return sum(
-        pss_bytes(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, group)
-    )
+def server_bytes(root: int) -> int:
+    """The proportional set size of a process, of all that descend from it, and of the rest of its group."""
+    parents = {pid: parent_of(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))}
+    return sum(pss_bytes(pid) for pid in parents if descends(pid, root, parents) or is_in(pid, root))
+
+
+def descends(pid: int, root: int, parents: Mapping[int, int]) -> bool:
+    """Itself included. A server's libp2p daemon has a session of its own, so that its group is not all."""
+    for _ in parents:
+        if pid == root:
+            return True
+        pid = parents.get(pid, 0)
+    return False
+
+
+def parent_of(pid: int) -> int:
+    """0 for one that ended meanwhile."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])  # the name before may hold anything
 
 
 def is_in(pid: int, group: int) -> bool:

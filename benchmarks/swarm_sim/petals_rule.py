@@ -1,6 +1,6 @@
 """Stock Petals' rule of placement (docs/protocol.md, 6.3), in numpy and with its provable short cuts.
 
-``tests/benchmarks/test_petals_rule.py`` compares it with the published package.
+``tests/interop/test_placement.py`` compares it with the published package.
 """
 
 from __future__ import annotations

@@ -82,6 +82,22 @@ def test_pictures_are_svg_that_names_what_it_shows(results: Path, tmp_path: Path
     assert root.get("role") == "img" and root.get("aria-label")
 
 
+def test_figures_of_several_runs_are_not_said_to_be_of_one(results: Path, tmp_path: Path) -> None:
+    """A benchmark ran later and elsewhere: the picture and the summary name both runs."""
+    (overview,) = draw_all(read_results(results), tmp_path / "pictures")
+    assert "Medians of one run on a processor, 2 cores, torch 2.0, 2026-01-01." in overview.read_text()
+    later = {**MACHINE, "cpu": "another one", "commit": "def", "date": "2026-02-02T00:00:00Z"}
+    steps = [Row("petalsd", {}, "sessions admitted", "sessions", summarize([96.0]))]
+    publish("admission", steps, Run(later, Bandwidth({1: 10.0}, 1 << 28)), results)
+    documents = read_results(results)
+    draw_all(documents, tmp_path / "pictures")
+    both = "another one, 2 cores, torch 2.0, 2026-02-02; a processor, 2 cores, torch 2.0, 2026-01-01"
+    assert f"Medians of 2 runs on {both}." in overview.read_text()
+    text = summarize_results(documents)
+    assert "another one, 2 cores, memory 10.0 GB/s by one thread, torch 2.0, commit def" in text
+    assert "a processor, 2 cores, memory 20.0 GB/s by one thread, torch 2.0, commit abc" in text
+
+
 def test_everything_lies_inside_the_picture() -> None:
     """Bars, points and labels, also where values differ by orders of magnitude."""
     lines = [Line("c", [(1, 0.01), (32, 900.0)], "ours"), Line("d", [(1, 1), (32, 900)], "floor")]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runner
-from benchmarks.__main__ import main
+from benchmarks.__main__ import main, parse_arguments
 from benchmarks.benchmark import Benchmark, Options
 from benchmarks.registry import SUITE, find_benchmarks
-from benchmarks.report import Row
+from benchmarks.report import RESULTS, Row
 from benchmarks.runner import SuiteOptions, run_suite
 from benchmarks.timing import summarize
 
@@ -76,3 +76,19 @@ def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     with pytest.raises(SystemExit, match="no model in /nonexistent: run make demo-model"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("words", "directory"),
+    [
+        (["--smoke"], Path("build/bench-smoke")),
+        ([], RESULTS),
+        (["--smoke", "--results", "elsewhere"], Path("elsewhere")),
+    ],
+)
+def test_what_measures_nothing_replaces_no_results(
+    words: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of a smoke run go elsewhere."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    assert parse_arguments().results == directory

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import triton
 
+from benchmarks.gpu import compilation
 from benchmarks.gpu.compilation import figures_by_digest, launches_of, plan_of
 from benchmarks.gpu.compiled_table import Compiled, Table, differences, read_table, write_table
 from benchmarks.gpu.sass import Figures, count_instructions
@@ -69,6 +70,16 @@ def test_figures_are_those_that_were_accepted(compiled: Table) -> None:
     if version != triton.__version__:
         pytest.skip(f"the figures are of triton {version}, this is {triton.__version__}")
     assert list(differences(golden, compiled)) == []
+
+
+def test_a_name_that_no_kernel_has_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a misspelt one would be within all limits."""
+    monkeypatch.setattr(sys, "argv", ["compilation", "--only", "decode Lama"])
+    with pytest.raises(SystemExit, match="2"):
+        compilation.main()
+    assert "no kernel's name contains 'decode Lama'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

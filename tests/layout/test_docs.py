@@ -9,6 +9,7 @@ import pytest
 
 from petalsd.config_loading import known_keys
 from petalsd.config_reference import FORMS
+from petalsd.swarm.faults import CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -27,9 +28,25 @@ def test_every_configuration_key_is_documented_as_it_is(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Every relative link of a page names a file of the repository."""
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    """Every relative link of a page names a file of the repository, and a heading that the file has."""
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What links may name of it, as GitHub makes it of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_error_on_the_wire_has_its_row() -> None:
+    """What a peer may be told is explained where one looks for it."""
+    page = (ROOT / "docs" / "troubleshoot.md").read_text()
+    explained = set(re.findall(r"`(\w+)(?:: [^`]*)?`", page))
+    assert CODES - explained == set()
 
 
 def test_the_readme_names_only_targets_that_exist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from benchmarks.gpu import attention_cases, expert_cases, small_cases
 from benchmarks.gpu.case import ERROR, RATE, TIME, TOLERANCES, Case, measure, relative_error
 from benchmarks.gpu.pages import PAGE_TOKENS, Rows
 from benchmarks.report import OURS, TORCH
+from benchmarks.timing import Work
 from tests.benchmarks.gpu.doubles import SITE, TINY, FakeClock
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -41,6 +43,21 @@ def test_a_kernel_is_checked_and_timed(name: str) -> None:
     assert [row.provider for row in times] == [OURS, *case.rivals]
     assert all(row.setting == times[0].setting and row.nbytes == case.nbytes for row in times)
     assert case.nbytes > 0
+
+
+class UnevenClock(FakeClock):
+    """Every other run takes twice as long."""
+
+    def seconds(self, work: Work, samples: int, *, is_replayed: bool = True) -> list[float]:
+        work()
+        return [1e-6, 2e-6] * samples
+
+
+def test_rates_vary_as_the_times_that_they_are_of() -> None:
+    """Or chance, which the spread of times tells from a loss, would count as one in rates."""
+    case = replace(CASES["norm"](), flops=4_000_000, rivals={})
+    (rate,) = [row.spread for row in measure(case, SITE, UnevenClock()) if row.metric == RATE]
+    assert (rate.p20, rate.median, rate.p80) == pytest.approx((2.0, 3.0, 4.0))
 
 
 def test_products_are_measured_in_all_formats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,13 @@ def test_wrong_values_are_never_accepted(tmp_path: Path) -> None:
         accept(outcome, tmp_path, tmp_path / "accepted")
 
 
+def test_a_part_of_a_run_is_never_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would take the place of the whole one, and nothing of the rest could get worse any more."""
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--only", "kernels", "--accept"])
+    assert "--accept is for whole runs" in capsys.readouterr().err
+
+
 def test_a_card_names_its_file() -> None:
     assert slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
 
