@@ -31,7 +31,7 @@ def test_long_values_are_shown_shortened(value: object) -> None:
 def test_what_is_nested_too_deeply_is_named() -> None:
     """msgpack brings lists in a thousand lists; they would end in an error about the error."""
     value: list[object] = []
-    for _ in range(5000):
+    for _ in range(200_000):
         value = [value]
     assert shortened({"a": value}) == "a dict nested too deeply to be shown"
 
