@@ -182,7 +182,7 @@ def parse_models(entries: Mapping[object, DHTEntry]) -> dict[str, ModelRecord]:
             if not isinstance(prefix, str) or not 0 < len(prefix) <= _MAX_PREFIX:
                 raise ValueError("the subkey is not the name of a model")
             record = ModelRecord.from_wire(entry.value)
-        except (ValueError, RecursionError) as error:  # one hostile entry must not hide the others
+        except ValueError as error:  # one hostile entry must not hide the others
             log.debug("bad_model_record", prefix=repr(prefix)[:80], error=str(error)[:200])
             continue
         num_blocks += record.num_blocks

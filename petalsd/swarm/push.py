@@ -85,14 +85,14 @@ class Pusher:
 
     async def wait(self) -> None:
         """Return when what is under way now has arrived or failed."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def stop(self) -> None:
         """Give up what is under way."""
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.wait()
 
     def _has_place(self, peer: str, client: str) -> bool:
         under_way = self._per_peer.get(peer, {})

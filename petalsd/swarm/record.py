@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from petalsd.errors import shortened
 from petalsd.swarm.protocol import MAX_MODEL_BLOCKS, ServerState
 from petalsd.types import BlockSpan
 
@@ -176,13 +177,15 @@ def _span(start: int | None, end: int | None) -> BlockSpan | None:
 
 def _text(value: object) -> str | None:
     """Informational fields: anything is turned into short text."""
-    return None if value is None else str(value)[:_MAX_TEXT]
+    if value is None:
+        return None
+    return (value if isinstance(value, str) else shortened(value))[:_MAX_TEXT]
 
 
 def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, tuple | list):
         raise ValueError(f"adapters must be a list of names, got {type(value).__name__}")
-    return tuple(str(name)[:_MAX_TEXT] for name in value)
+    return tuple(_text(name) or "" for name in value)
 
 
 def _pings(value: object) -> dict[str, float] | None:

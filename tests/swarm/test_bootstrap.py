@@ -121,11 +121,12 @@ def test_models_that_anyone_may_have_written() -> None:
         nested = [nested]
     good = ModelRecord(30, "owner/model")
     bad = {"text": "x", "none": None, "zero": {"num_blocks": 0}, "float": {"num_blocks": 1.5},
-           "many": {"num_blocks": 10**6}, "flag": {"num_blocks": True},
-           "nested": {"num_blocks": 1, "repository": nested}}  # fmt: skip
+           "many": {"num_blocks": 10**6}, "flag": {"num_blocks": True}}  # fmt: skip
     entries: dict[object, DHTEntry] = {name: entry(value) for name, value in bad.items()}
     entries |= {name: entry(good.to_wire()) for name in ("good", 7, "", "x" * 300)}
     assert parse_models(entries) == {"good": good}
+    (deep,) = parse_models({"nested": entry({"num_blocks": 1, "repository": nested})}).values()
+    assert deep.repository is not None and len(deep.repository) <= 120
     flood = {f"m{number}": entry({"num_blocks": 1000}, age=number) for number in range(100)}
     assert list(parse_models(flood)) == ["m0", "m1", "m2", "m3"]
     small = {f"m{index:02}": entry({"num_blocks": 1}, age=index) for index in range(100)}
