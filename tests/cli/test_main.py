@@ -96,6 +96,13 @@ def test_a_file_whose_name_cannot_name_an_instance_is_told_so(
     assert "mv " in hint and hint.endswith(f"{config_file.parent}/my-config-2.toml")
 
 
+@pytest.mark.parametrize("file", ["", ".", "/", ".."])
+def test_a_configuration_that_is_no_file_is_told_so(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """petalsd check -c "$CONFIG" where the variable is not set; with a traceback it was started again for ever."""
+    assert cli.main(["check", "-c", file]) == EXIT_BAD_CONFIG
+    assert "petalsd: " in capsys.readouterr().err
+
+
 def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     """A missing or doubled choice of configuration is a usage error."""
     for words in (["show"], ["show", "-c", "x", "-i", "y"], ["fly"]):
