@@ -200,8 +200,8 @@ class SwarmSection(Section):
     public_name: str | None = _restart(None, "name shown in swarm dashboards")
     relay: bool = _restart(True, "reach, and be reached by, peers behind a NAT through relays")
     # Our own nodes of the DHT keep no record for more than six hours (swarm.dht_storage).
-    update_period_s: Annotated[Seconds, Field(le=7200)] = _restart(
-        120.0, "period of announcements, two hours at most; records live for twice as long"
+    update_period_s: Annotated[Seconds, Field(ge=1, le=7200)] = _restart(
+        120.0, "period of announcements, one second to two hours; records live for twice as long"
     )
     allowed_peers: PeerIds = _restart((), "PeerIDs of the clients that may use this server; empty: everybody")
     throughput: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _restart(
@@ -258,7 +258,9 @@ class EngineSection(Section):
         "captured CUDA graphs for decoding; auto: on GPUs; where capturing fails, steps are launched without, and "
         "a warning says so",
     )
-    threads: Annotated[int, Field(ge=0)] = _restart(0, "CPU threads of the engine; 0: torch's own choice")
+    threads: Annotated[int, Field(ge=0, le=1024)] = _restart(
+        0, "CPU threads of the engine, 1024 at most; 0: torch's own choice"
+    )
 
 
 class ControlSection(Section):

@@ -172,8 +172,21 @@ def _put_text(
 ) -> None:
     key, text, origin = entry
     field = _put(values, problems, entry)
-    if field is not None:
+    if field is None:
+        return
+    if not _is_utf8(text):  # such a name would break the first message that carries it
+        problems.append(f"{origin}: {key} = {_shown(text)}: is not UTF-8")
+    else:
         values[key] = (_from_text(field, text), origin)
+
+
+def _is_utf8(text: str) -> bool:
+    """Python has lone surrogates for bytes of the environment and of arguments that are something else."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_text(field: FieldInfo, text: str) -> object:

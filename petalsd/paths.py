@@ -160,5 +160,12 @@ def _own_runtime_dir(instance: str, environ: Mapping[str, str]) -> Path | None:
 def _xdg(environ: Mapping[str, str], name: str, below_home: str) -> Path:
     """XDG says that relative values are to be ignored."""
     given = Path(environ.get(name, ""))
-    home = Path(environ.get("HOME") or Path.home())
-    return (given if given.is_absolute() else home / below_home) / "petalsd"
+    return (given if given.is_absolute() else _home(environ) / below_home) / "petalsd"
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    """The root, as in containers, for a user whom the machine does not know."""
+    try:
+        return Path(environ.get("HOME") or Path.home())
+    except RuntimeError:
+        return Path("/")

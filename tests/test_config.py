@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from petalsd.config import Config
-from petalsd.config_addresses import check_maddr
+from petalsd.config_addresses import check_maddr, check_peer_id
 from petalsd.config_loading import changed_keys, known_keys, load_config, value_of, with_live_keys
 from petalsd.errors import ConfigError
 from petalsd.types import BlockSpan
@@ -112,6 +113,8 @@ def test_text_is_read_as_its_key_wants_it(override: str, key: str, value: object
         ("[engine]\nkv_spill_bytes = -1", "engine.kv_spill_bytes = -1"),
         ("[engine]\nmax_peer_share = 0.0", "engine.max_peer_share = 0.0"),
         ("[swarm]\nupdate_period_s = 7201", "swarm.update_period_s = 7201: should be less than or equal to 7200"),
+        ("[swarm]\nupdate_period_s = 0.001", "update_period_s = 0.001: should be greater than or equal to 1"),
+        ("[engine]\nthreads = 1025", "engine.threads = 1025: should be less than or equal to 1024"),
         ('[blocks]\ncount = "3"', "blocks.count = '3'"),
         ('[blocks]\nspan = "7:7"', "a span needs 0 <= start < end, got 7:7"),
         ('[blocks]\nspan = "0:4"\ncount = 4', "blocks.span and blocks.count exclude each other"),
@@ -186,6 +189,16 @@ def test_text_that_toml_cannot_read_is_taken_as_it_stands(text: str) -> None:
     assert "--set: blocks.count = " in refusal(None, None, "model.source=a/b", f"blocks.count={text}")
 
 
+def test_text_that_is_not_utf8_is_refused() -> None:
+    """Such a public name ended the daemon when it was first announced."""
+    name = os.fsdecode(b"caf\xe9")
+    assert "--set: swarm.public_name = 'caf\\udce9': is not UTF-8" in refusal(
+        None, None, "model.source=a/b", f"swarm.public_name={name}"
+    )
+    message = refusal(None, {"PETALSD_MODEL__SOURCE": name})
+    assert "environment PETALSD_MODEL__SOURCE: model.source = 'caf\\udce9': is not UTF-8" in message
+
+
 def test_the_mark_that_some_editors_begin_a_file_with_is_no_error(tmp_path: Path) -> None:
     file = write(tmp_path, "\ufeff[model]\nsource = 'a/b'\n")
     assert load_config(file, {}, []).config.model.source == "a/b"
@@ -201,12 +214,29 @@ def test_well_formed_addresses_pass(maddr: str) -> None:
 
 @pytest.mark.parametrize(
     "maddr", ["127.0.0.1:80", "/tcp/80", "/ip4/1.2.3.4/tcp", "/ip4/1.2.3.4/tcp/x", "/ip4/1.2.3.4/udp/65536",
-              "/ip4/1.2.3.4/smtp/25", "/dns/-x-/tcp/1", "/ip4/1.2.3.4/tcp/1/p2p/0", 7]
+              "/ip4/1.2.3.4/smtp/25", "/dns/-x-/tcp/1", "/ip4/1.2.3.4/tcp/1/p2p/0", 7, "/ip4/1.2.3.4", PEER[:-1],
+              f"{PEER}z", f"{PEER[:-30]}{PEER[-29:]}", "/ip4/1.2.3.4/p2p/" + PEER.rpartition("/")[2]]
 )  # fmt: skip
 def test_malformed_addresses_are_refused(maddr: object) -> None:
     """A multiaddr that p2pd could not use is found before anything is started."""
     with pytest.raises(ValueError, match=r"multiaddr|value|port|protocol|host name|PeerID"):
         check_maddr(maddr, needs_peer=False)
+
+
+def test_an_address_of_addresses_has_no_port() -> None:
+    check_maddr("/dnsaddr/a.example/p2p/" + PEER.rpartition("/")[2], needs_peer=True)
+
+
+def test_both_kinds_of_peer_ids_pass_and_a_mistyped_one_does_not() -> None:
+    """Nobody could use a server whose swarm.allowed_peers misses a character, and nothing else would say why."""
+    for peer_id in (
+        "QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+        "12D3KooWPPYTbCekn58DYPfnN3EpyNH2Y4LAnCUmRmTCwXsU74EX",
+    ):
+        check_peer_id(peer_id)
+        for wrong in (peer_id[:-1], peer_id[1:], peer_id + "a", peer_id[:20] + peer_id[21:]):
+            with pytest.raises(ValueError, match="is no PeerID"):
+                check_peer_id(wrong)
 
 
 def test_a_reload_applies_the_keys_that_are_live() -> None:

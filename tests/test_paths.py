@@ -22,6 +22,17 @@ def test_systemd_directories_win() -> None:
     assert instance_paths("a", environ).credentials_dir == Path("/run/credentials/petalsd@a.service")
 
 
+def test_a_user_whom_the_machine_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers with a user id of their own and an empty environment: not a traceback."""
+
+    def nobody(path: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert instance_paths("a", {}).state_dir == Path("/.local/state/petalsd/a")
+    assert config_file_of("a", {}) == Path("/etc/petalsd/a.toml")
+
+
 def test_outside_systemd_xdg_directories_are_used() -> None:
     """State is per instance, the cache is shared; relative XDG values are ignored as XDG demands."""
     paths = instance_paths(

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     open_closed_streams()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        with watched_output():
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
     except OutputFailed as error:
@@ -54,8 +55,7 @@ def _run(words: list[str]) -> int:
     if verb is None:
         parser.print_help()
         return EXIT_OK
-    with watched_output():
-        return int(importlib.import_module(verb.module).run(arguments))
+    return int(importlib.import_module(verb.module).run(arguments))
 
 
 def _make_parser(chosen: _Verb | None) -> argparse.ArgumentParser:

@@ -65,6 +65,10 @@ def config_choice(arguments: argparse.Namespace) -> ConfigChoice:
 
 def _instance_of(file: Path) -> str:
     """ConfigError when the file's name cannot name one."""
+    if not file.name:  # of "" and ".": somebody's variable is not set
+        raise ConfigError(
+            f"--config: {str(file)!r} is no file", hint="name a file as in /etc/petalsd/NAME.toml"
+        )
     if not is_instance_name(file.stem):
         fitting = file.with_name(
             (re.sub(r"[^A-Za-z0-9_.]+", "-", file.stem).strip("-.") or "petalsd") + ".toml"

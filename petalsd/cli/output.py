@@ -22,7 +22,8 @@ def watched_output() -> Iterator[None]:
     """Standard output raises OutputFailed, or BrokenPipeError where its reader left.
 
     It has a buffer: with PYTHONUNBUFFERED nothing under it goes on with what a pipe did not take at once, so a
-    long answer would end early, and nobody would hear that its reader left.
+    long answer would end early, and nobody would hear that its reader left. Characters that its encoding does not
+    have become question marks.
     """
     given = sys.stdout
     try:
@@ -30,11 +31,16 @@ def watched_output() -> Iterator[None]:
     except io.UnsupportedOperation:  # no file, but something in memory
         yield
         return
+    errors = "replace" if given.errors in ("strict", "surrogateescape") else given.errors
     sys.stdout = io.TextIOWrapper(
-        _Output(raw), given.encoding, given.errors, line_buffering=bool(given.line_buffering)
+        _Output(raw), given.encoding, errors, line_buffering=bool(given.line_buffering)
     )
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # of argparse, after help or a version, whose failures it keeps to itself
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except (OutputFailed, BrokenPipeError):
         give_up_output()

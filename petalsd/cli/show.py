@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import re
+import sys
 from pathlib import Path
 
 from petalsd.cli.options import add_config_arguments, config_choice
@@ -53,5 +56,11 @@ def _plain(value: object) -> object:
 
 
 def _toml(value: object) -> str:
-    """JSON's text, numbers, lists and booleans are TOML's."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON's text, numbers, lists and booleans are TOML's, whose files are UTF-8 whatever a terminal speaks."""
+    text = json.dumps(value, ensure_ascii=False)
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    return re.sub("\x7f" if is_utf8 else "[^\x20-\x7e]", _escaped, text)
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return f"\\U{ord(character[0]):08x}"

@@ -46,7 +46,7 @@ def main() -> int:
             )
             daemons = Daemons(arguments.model.resolve(), Path(scratch).resolve(), stack)
             run_demo(daemons, arguments.question, progress)
-    except PetalsdError as error:
+    except (PetalsdError, OSError) as error:  # the latter for files: a state directory, a full disk
         print(f"\nthe demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

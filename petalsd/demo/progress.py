@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from rich.console import Console
 
 class Progress:
     def __init__(self, stream: TextIO) -> None:
+        """A terminal without Unicode shows question marks; it must not end the demo."""
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
         self.console = Console(file=stream, highlight=False)
 
     @contextmanager

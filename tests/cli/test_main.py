@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,13 @@ def test_a_file_whose_name_cannot_name_an_instance_is_told_so(
     assert "mv " in hint and hint.endswith(f"{config_file.parent}/my-config-2.toml")
 
 
+@pytest.mark.parametrize("file", ["", ".", "/", ".."])
+def test_a_configuration_that_is_no_file_is_told_so(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """petalsd check -c "$CONFIG" where the variable is not set; with a traceback it was started again for ever."""
+    assert cli.main(["check", "-c", file]) == EXIT_BAD_CONFIG
+    assert "petalsd: " in capsys.readouterr().err
+
+
 def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     """A missing or doubled choice of configuration is a usage error."""
     for words in (["show"], ["show", "-c", "x", "-i", "y"], ["fly"]):
@@ -142,6 +150,33 @@ def test_an_output_that_cannot_be_written_is_told(words: list[str], tmp_path: Pa
         )
     assert done.stderr == b"petalsd: the output cannot be written: No space left on device\n"
     assert done.returncode == EXIT_FAILED
+
+
+@pytest.mark.parametrize("command", ["petalsd", "petalsd.cli.petalsctl.main"])
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["generate", "--help"]])
+def test_help_is_output_as_any_other(command: str, words: list[str]) -> None:
+    """petalsctl --help | head, or > file: argparse keeps a failure to itself, and then Python complained."""
+    program, environ = [sys.executable, "-m", command, *words], {"PATH": "/usr/bin"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(program, env=environ, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, b"")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, env=environ, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert b"the output cannot be written: No space left on device" in done.stderr
+    assert done.returncode == (EXIT_FAILED if command == "petalsd" else 4)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_show_is_toml_in_every_encoding(encoding: str, tmp_path: Path) -> None:
+    """A file is in UTF-8, whatever the terminal speaks; what it does not have must not end the command."""
+    name = "café \N{PINE DECORATION} \x7f"
+    words = ["-m", "petalsd", "show", "-i", "x", "--set", f"swarm.public_name={name}"]
+    environ = {"PETALSD_MODEL__SOURCE": "owner/model", "HOME": str(tmp_path), "PATH": "/usr/bin"}
+    environ |= {"PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"}
+    done = subprocess.run([sys.executable, *words], env=environ, capture_output=True, timeout=60, check=True)
+    assert tomllib.loads(done.stdout.decode())["swarm"]["public_name"] == name
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,24 @@ def test_it_answers_and_leaves_nothing_behind(demo_model: Path) -> None:
     assert processes_with(mark) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["/nonexistent"], "first ended before 'joined'"),
+        (["/nonexistent", "--state", "/dev/null/x"], "/dev/null"),
+    ],
+)
+def test_what_goes_wrong_is_told_on_a_terminal_without_unicode(words: list[str], reason: str) -> None:
+    """Not by a traceback, of the failure or of the mark that such a terminal does not have."""
+    done = subprocess.run(
+        [sys.executable, "-m", "petalsd.demo", *words],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the demo failed: " in done.stderr and reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_waits_until_a_started_daemon_has_an_owner(number: signal.Signals) -> None:
     """In the middle of starting a process it would be swallowed, or leave the process to nobody."""

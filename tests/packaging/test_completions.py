@@ -118,6 +118,24 @@ def test_instances_are_complete(complete: Complete, tmp_path: Path) -> None:
     assert complete("petalsctl -i ", "petalsd run --instance r") == [{"a", "b.v2", "running"}, {"running"}]
 
 
+def test_values_behind_an_equals_sign(complete: Complete, tmp_path: Path) -> None:
+    """bash takes --instance=NAME apart; to the others it is one word, of which fish offers the whole."""
+    (tmp_path / "run/petalsd/running").mkdir(parents=True)
+    is_bash = (tmp_path / "functions/petalsd").exists()
+    equals = " = " if is_bash else "="
+    offers = complete(
+        f"petalsctl --instance{equals}r",
+        f"petalsctl --instance{equals}running dr",
+        f"petalsctl --socket{equals}/x drain --dead",
+        f"petalsd generate --dtype{equals}bf",
+    )
+    assert [{offer.rpartition("=")[2] for offer in offered} for offered in offers] == [
+        {"running"}, {"drain"}, {"--deadline"}, {"bfloat16"},
+    ]  # fmt: skip
+    if is_bash:
+        assert complete("petalsctl --instance =") == [{"running"}]
+
+
 def test_without_instances_nothing_is_offered(complete: Complete) -> None:
     """No directory, no noise."""
     assert complete("petalsctl drain -i ") == [set()]

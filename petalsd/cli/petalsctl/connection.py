@@ -33,11 +33,15 @@ class Connection:
         """The body of the answer to POST ``target``."""
         return self._ask("POST", target, body, timeout_s)
 
-    def follow(self, target: str, body: Mapping[str, Any]) -> Iterator[bytes]:
-        """The lines of a streamed answer, each when it comes. Closing the iterator ends nothing in the daemon."""
-        http_connection = _UnixHTTPConnection(self._path, FOLLOW_SILENCE_S)
+    def follow(self, target: str, body: Mapping[str, Any], timeout_s: float) -> Iterator[bytes]:
+        """The lines of a streamed answer, each when it comes. Closing the iterator ends nothing in the daemon.
+
+        ``timeout_s`` is for the first of them, before which the operation must have begun.
+        """
+        http_connection = _UnixHTTPConnection(self._path, timeout_s)
         try:
             response = _exchange(http_connection, "POST", target, body)
+            http_connection.bound(FOLLOW_SILENCE_S)
             while line := response.readline(_MAX_LINE_BYTES):
                 if line.strip():
                     yield line
@@ -64,6 +68,12 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._path = path
+        self._connected: socket.socket | None = None
+
+    def bound(self, timeout_s: float) -> None:
+        """Wait so long, from now on, for what is still to come of the answer."""
+        if self._connected is not None:  # which ``sock`` is not any more: the answer has taken it
+            self._connected.settimeout(timeout_s)
 
     def connect(self) -> None:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -75,7 +85,7 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
         except BaseException:
             connected.close()
             raise
-        self.sock = connected
+        self.sock = self._connected = connected
 
 
 def _exchange(

@@ -67,7 +67,7 @@ class Context:
     def follow(self, target: str, body: Mapping[str, Any]) -> Iterator[bytes]:
         """The lines of a streamed answer."""
         with self._explained():
-            yield from Connection(self.instance.socket).follow(target, body)
+            yield from Connection(self.instance.socket).follow(target, body, SLOW_ANSWER_TIMEOUT_S)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -163,8 +163,13 @@ def check_disk(patient: Patient, config: Config) -> Iterator[Finding]:
 
 
 def check_ports(patient: Patient, config: Config) -> Iterator[Finding]:
-    """A port that is taken by the daemon itself is well."""
-    own_ports = {port for _, _, port in _addresses(patient.status["maddrs"] if patient.status else ())}
+    """A port that is taken by the daemon itself is well.
+
+    It tells its addresses as others dial them: with swarm.announce_maddrs, not those that it listens on.
+    """
+    status = patient.status or {"maddrs": (), "peer_id": None}
+    own_ports = {port for _, _, port in _addresses(status["maddrs"])}
+    is_hidden = bool(status["peer_id"] and config.swarm.announce_maddrs)
     for family, host, port in _addresses(config.swarm.host_maddrs):
         name = f"{_bracketed(host)}:{port}"
         if port == 0:
@@ -172,7 +177,7 @@ def check_ports(patient: Patient, config: Config) -> Iterator[Finding]:
         elif port in own_ports:
             yield Finding("p2p port", "ok", f"{name} is the daemon's")
         else:
-            yield _try_port(family, host, port, name)
+            yield _try_port(family, host, port, is_hidden)
 
 
 def check_reachability(patient: Patient, config: Config) -> Finding:
@@ -251,7 +256,9 @@ def _addresses(maddrs: Sequence[str]) -> Iterator[tuple[int, str, int]]:
             yield family, found[2], int(found[3])
 
 
-def _try_port(family: int, host: str, port: int, name: str) -> Finding:
+def _try_port(family: int, host: str, port: int, is_hidden: bool) -> Finding:
+    """``is_hidden``: the daemon listens, it is not known where."""
+    name = f"{_bracketed(host)}:{port}"
     with socket.socket(family or socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -259,6 +266,8 @@ def _try_port(family: int, host: str, port: int, name: str) -> Finding:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRINUSE and is_hidden:
+                return Finding("p2p port", "ok", f"{name} is taken: by the daemon, which announces others")
             return _port_problem(error, port, name)
     return Finding("p2p port", "ok", f"{name} is free")
 

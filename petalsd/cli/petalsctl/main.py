@@ -55,31 +55,31 @@ _TAKES_VALUE = ("-i", "--instance", "--socket")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     open_closed_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with watched_output():
+            _tolerate_poor_encodings()
+            return _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
+    except OutputFailed as error:
+        say(f"petalsctl: {error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:  # also while modules are imported
+        return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
     verb = _chosen(words)
     parser = make_parser([verb] if verb else [])
     arguments = parser.parse_args(words)
     if verb is None:
         parser.print_help()
         return EXIT_OK
-    try:
-        with watched_output():
-            _tolerate_poor_encodings()
-            return _run(verb, Context(arguments, words), arguments)
-    except BrokenPipeError:
-        return EXIT_BROKEN_PIPE
-    except OutputFailed as error:
-        say(f"petalsctl: {error}")
-        return EXIT_FAILED
-
-
-def _run(verb: Verb, context: Context, arguments: argparse.Namespace) -> int:
+    context = Context(arguments, words)
     try:
         return int(importlib.import_module(verb.module).run(context, arguments))
     except PetalsdError as error:
         return _fail(context, error)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
 
 
 def make_parser(loaded: Sequence[Verb]) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from petalsd.cli.petalsctl.exit_codes import EXIT_USAGE
 
+_MAX_S = 1e9  # a longer sleep is beyond the clock
 _SPAN = re.compile(r"(\d+):(\d+)")
 
 
@@ -48,13 +49,13 @@ def add_common_options(parser: argparse.ArgumentParser, *, is_verb: bool) -> Non
 
 
 def seconds(text: str) -> float:
-    """A number of seconds, not negative."""
+    """A number of seconds, not negative, and no more than thirty years."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    if not 0 <= number <= _MAX_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 to {_MAX_S:,.0f}")
     return number
 
 

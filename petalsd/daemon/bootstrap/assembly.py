@@ -27,6 +27,7 @@ from petalsd.daemon.settings import Settings
 from petalsd.daemon.signals import Signals
 from petalsd.daemon.surroundings import Surroundings
 from petalsd.daemon.warnings import WarningBoard
+from petalsd.instruments import Counter
 from petalsd.log import adopt_loggers
 from petalsd.metrics import CONTENT_TYPE, Metrics
 from petalsd.paths import InstancePaths
@@ -54,7 +55,8 @@ async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]
         reporter = BootstrapReporter(daemon, node, board, paths.instance, notifier)
         service = Service(notifier, reporter.line)
         daemon.lifecycle.subscribe(service.on_move)
-        daemon.lifecycle.subscribe(partial(_count_healing, metrics))
+        healed = metrics.counter("rebalances_total").labels("member_broken")
+        daemon.lifecycle.subscribe(partial(_count_healing, healed))
         disks = Disks({"state": paths.state_dir})
         metrics.read_from(reporter.readings)
         metrics.read_from(disks.readings)
@@ -81,9 +83,9 @@ async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config]
     log.info("stopped")
 
 
-def _count_healing(metrics: Metrics, old: DaemonState, new: DaemonState) -> None:
+def _count_healing(healed: Counter, old: DaemonState, new: DaemonState) -> None:
     if old is DaemonState.ONLINE and new is DaemonState.STARTING:
-        metrics.counter("rebalances_total").labels("member_broken").inc()
+        healed.inc()
 
 
 async def _feed(notifier: Notifier) -> None:

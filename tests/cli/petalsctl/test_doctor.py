@@ -144,6 +144,21 @@ def test_a_running_daemon_is_asked(
     assert found["reachability"]["level"] == "warn"
 
 
+def test_a_daemon_that_announces_another_port_has_its_own(
+    daemon: FakeDaemon, system: System, model_dir: Path, port: int, ctl: Ctl
+) -> None:
+    """A router forwards a port to it: what it tells others says nothing of where it listens."""
+    file = configure(system, model_dir, host_maddrs=[f"/ip4/127.0.0.1/tcp/{port}"])
+    outside = "/ip4/192.0.2.7/tcp/4001"
+    file.write_text(file.read_text().replace("[swarm]", f'[swarm]\nannounce_maddrs = ["{outside}"]'))
+    daemon.answers["GET /v1/status"] = document(STATUS, maddrs=[f"{outside}/p2p/{STATUS['peer_id']}"])
+    status, found = findings(ctl)
+    assert status == 0, found
+    assert found["p2p port"]["text"] == f"127.0.0.1:{port} is taken: by the daemon, which announces others"
+    daemon.answers["GET /v1/status"] = document(STATUS, maddrs=[], peer_id=None)
+    assert findings(ctl)[1]["p2p port"]["level"] == "fail"  # it has not joined: nothing of it listens
+
+
 def test_without_an_instance_the_machine_is_looked_at(system: System, ctl: Ctl) -> None:
     """Readable without --json: a line per finding, fixes below, a verdict at the end."""
     status, out, _ = ctl("doctor")

@@ -210,7 +210,7 @@ def test_errors_are_documents_for_programs(system: System, ctl: Ctl) -> None:
     "words",
     [["fly"], ["-i", "../x", "status"], ["status", "--interval", "-1"], ["rebalance", "--to", "5:5"],
      ["rebalance", "--dry-run", "--wait"], ["wait", "--ready", "--drained"],
-     ["--inst", "demo", "status"], ["status", "--wat"]],
+     ["--inst", "demo", "status"], ["status", "--wat"], ["status", "--watch", "--interval", "1e10"]],
 )  # fmt: skip
 def test_bad_usage_exits_3(words: list[str], daemon: FakeDaemon, ctl: Ctl) -> None:
     """2 is taken: it says that the daemon does not answer."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from petalsd.cli.petalsctl import connection
 from tests.cli.petalsctl.conftest import Ctl
 from tests.cli.petalsctl.documents import PEERS, PLAN, PROGRESS, SESSIONS, document
 from tests.cli.petalsctl.fake_daemon import HANG_UP, Answer, FakeDaemon, lines, refusal
@@ -174,6 +176,31 @@ def test_an_operation_that_fails(daemon: FakeDaemon, ctl: Ctl) -> None:
     )
     status, _, err = ctl("drain", "--wait")
     assert (status, err) == (4, "petalsctl: the drain was called off\n  petalsctl drain\n")
+
+
+def test_an_operation_may_take_long_to_begin(
+    daemon: FakeDaemon, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The swarm is looked through before a move: silence counts from the first word on."""
+    monkeypatch.setattr(connection, "FOLLOW_SILENCE_S", 0.3)
+
+    def slowly(before_s: float, between_s: float) -> Callable[[], Answer]:
+        def stream() -> Iterator[bytes]:
+            yield json.dumps(PROGRESS).encode() + b"\n"
+            time.sleep(between_s)
+            yield json.dumps(DRAINED).encode() + b"\n"
+
+        def answer() -> Answer:
+            time.sleep(before_s)
+            return 200, stream()
+
+        return answer
+
+    daemon.answers["POST /v1/drain"] = slowly(1.0, 0.0)
+    assert ctl("drain", "--wait")[0] == 0
+    daemon.answers["POST /v1/drain"] = slowly(0.0, 1.0)
+    status, _, err = ctl("drain", "--wait")
+    assert status == 2 and "does not answer in time" in err
 
 
 def test_a_daemon_that_ends_during_an_operation(daemon: FakeDaemon, ctl: Ctl) -> None:
