@@ -50,8 +50,9 @@ class MeasuredStage(Stage):
         self.metrics.read_from(figures.read)
         self.metrics.read_from(self.placement.read)
 
-    def let_all_happen(self) -> None:
+    async def let_all_happen(self) -> None:
         """After it every family has a series."""
+        await self.disks.look()
         self.notifier.watchdog()
         self.engine.last_step_s = time.monotonic()
         self.rates = Rates(None, 50.0, 400.0, 200.0, "live", "measured")

@@ -254,8 +254,7 @@ async def test_drains_and_what_they_leave_behind(stage: MeasuredStage) -> None:
 async def test_every_family_has_a_series_once_all_has_happened(stage: MeasuredStage) -> None:
     """Nothing is declared that nobody fills; what a label can be is there from the start."""
     running = await until_online(stage)
-    stage.let_all_happen()
-    await stage.disks.look()
+    await stage.let_all_happen()
     names = {name for name, _ in read(stage.metrics)}
     missing = [
         name

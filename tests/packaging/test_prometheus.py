@@ -61,7 +61,7 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> str:
     async def scrape() -> str:
         stage = MeasuredStage(home / "model", home)
         running = await until_online(stage)
-        stage.let_all_happen()
+        await stage.let_all_happen()
         text = stage.metrics.exposition().decode()
         await stopped(stage, running)
         return text

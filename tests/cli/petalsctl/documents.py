@@ -9,10 +9,10 @@ PEER = "12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK"
 OTHER = "12D3KooWHkP8Bo4gVZ3uRk1d9sVt6mD4WJbS5t1ZyGf7Qa2LxYpR"
 
 
-def trial(path: str, kernels: str, error: float | None) -> dict[str, Any]:
-    is_passed = error is not None and error <= 1e-4
+def trial(path: str, kernels: str, error: float | None, tolerance: float = 1e-4) -> dict[str, Any]:
+    is_passed = error is not None and error <= tolerance
     return {
-        "path": path, "kernels": kernels, "error": error, "tolerance": 1e-4, "is_passed": is_passed,
+        "path": path, "kernels": kernels, "error": error, "tolerance": tolerance, "is_passed": is_passed,
         "duration_s": 0.01,
     }  # fmt: skip
 
@@ -36,41 +36,41 @@ STATUS: dict[str, Any] = {
         "dht_prefix": "SmolLM2-135M-Instruct-hf",
         "num_blocks": 30,
         "family": "llama",
-        "dtype": "float32",
+        "dtype": "bfloat16",
         "quantization": "none",
         "adapters": [],
         "device": "cpu",
         "path": "fused",
-        "kernels": "avx512bf16",
-        "block_kinds": [{"kind": "uniform", "trials": [trial("fused", "avx512bf16", 5.6e-7)]}],
+        "kernels": "avx2",
+        "block_kinds": [{"kind": "uniform", "trials": [trial("fused", "avx2", 9.8e-3, tolerance=2.9e-2)]}],
     },
     "span": {"start": 0, "end": 15},
     "served_span": {"start": 0, "end": 15},
     "loading": None,
     "kv": {
-        "pages_total": 15_360,
-        "pages_free": 11_827,
+        "pages_total": 7_680,
+        "pages_free": 5_914,
         "page_tokens": 16,
         "tokens_left": 15 * 12_600,  # summed over the blocks
-        "pages_reserved": 7_200,
+        "pages_reserved": 3_600,
         "spill": {
             "max_bytes": 2_264_924_160,
             "file_bytes": 67_108_864,
-            "pages_promisable": 184_320,
+            "pages_promisable": 92_160,
             "pages_spilled": 512,
         },
     },
     "graphs": None,
     "sessions": {"active": 3, "limit": 256, "rows": 4, "waiting": 0},
     "throughput": {
-        "tokens_per_s": 123.4,
-        "inference_rps": 987.0,
-        "forward_rps": 2345.6,
-        "network_rps": 10850.0,
+        "tokens_per_s": 251.3,
+        "inference_rps": 2138.0,
+        "forward_rps": 2008.4,
+        "network_rps": 10851.0,
         "source": "served",
         "network_source": "assumed",
     },
-    "balance": {"quality": 0.75, "next_check_s": 42.0, "last_move": None, "is_pinned": False},
+    "balance": {"quality": 0.75, "next_check_s": 12.0, "last_move": None, "is_pinned": False},
     "drain": None,
     "watchdog": {"interval_s": 60.0, "last_ping_s": 12.0, "engine_last_step_s": 0.4},
     "warnings": [],

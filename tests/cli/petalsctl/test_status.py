@@ -18,16 +18,16 @@ OnTerminal = Callable[..., TerminalCommand]
 
 ONLINE = """\
 ● demo is online for 3 h 12 min  petalsd 0.1.0, pid 4321, up 3 h 12 min
-  model         HuggingFaceTB/SmolLM2-135M-Instruct  llama, float32 on cpu
-  computed by   fused blocks  avx512bf16, error 5.6e-07, 1.0e-04 tolerated
+  model         HuggingFaceTB/SmolLM2-135M-Instruct  llama, bfloat16 on cpu
+  computed by   fused blocks  avx2, error 9.8e-03, 2.9e-02 tolerated
   in the swarm  SmolLM2-135M-Instruct-hf
   blocks        ██████████░░░░░░░░░░ 0:15 of 30
   sessions      3 of 256, 4 sequences
-  cache         █████░░░░░░░░░░░░░░░ 23 %, room for 12,600 tokens  15,360 pages
+  cache         █████░░░░░░░░░░░░░░░ 23 %, room for 12,600 tokens  7,680 pages
   on disk       512 pages of idle sessions  64.0 MiB of 2.1 GiB taken
-  announced     123 tokens/s  network 10,850, assumed
-                decode 987, passes 2,346 per block, measured on those served
-  balance       next check in 42 s, quality 0.75
+  announced     251 tokens/s  network 10,851, assumed
+                decode 2,138, passes 2,008 per block, measured on those served
+  balance       next check in 12 s, quality 0.75
   watchdog      ping 12 s ago, limit 1 min; the engine's last step 0.4 s ago
   peer          12D3KooWGZ5SbcNYrwZkCMCXA3C3T3bQ3dJe6F4aJ6tVSwyF8ZcK
   listens on    /ip4/10.0.0.7/tcp/31337"""
