@@ -91,9 +91,8 @@ def _unavailable(address: HostPort, error: OSError | UnicodeError) -> PetalsdErr
     or a VPN starts.
     """
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and isinstance(
-        error, OSError
-    ):  # what asyncio says of it from Python 3.12 on has no number
+    # What asyncio raises for such an address from Python 3.12 on has no number.
+    if number is None and isinstance(error, OSError):
         number = errno.EADDRNOTAVAIL
     what = f"metrics.listen = {str(address)!r}: "
     if number == errno.EADDRINUSE:
