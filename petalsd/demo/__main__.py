@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
 import sys
 import tempfile
@@ -69,13 +70,13 @@ class Daemons:
         state = self._directory / name
         state.mkdir(parents=True, exist_ok=True)
         config = state / f"{name}.toml"
-        quoted_peers = ", ".join(f'"{peer}"' for peer in peers)
+        quoted_peers = ", ".join(map(_quoted, peers))
         config.write_text(
-            f'[model]\nsource = "{self.model}"\ndtype = "float32"\ndht_prefix = "{PREFIX}"\n'
+            f'[model]\nsource = {_quoted(self.model)}\ndtype = "float32"\ndht_prefix = "{PREFIX}"\n'
             f'[blocks]\nspan = "{span}"\n'
             f'[swarm]\nhost_maddrs = ["/ip4/127.0.0.1/tcp/0"]\ninitial_peers = [{quoted_peers}]\n'
             "[engine]\nthreads = 1\n"
-            f'[control]\nsocket = "{state}/control.sock"\n'
+            f"[control]\nsocket = {_quoted(state / 'control.sock')}\n"
             '[daemon]\nlog_format = "json"\n'
         )
         daemon = DaemonProcess(name, config, state)
@@ -84,6 +85,11 @@ class Daemons:
             self.stack.callback(daemon.stop, STOP_TIMEOUT_S)
         self.running.append(daemon)
         return daemon
+
+
+def _quoted(value: object) -> str:
+    """As TOML, of which JSON's texts are a part."""
+    return json.dumps(str(value), ensure_ascii=False)
 
 
 def run_demo(daemons: Daemons, question: str, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from petalsd.cli.petalsctl.instances import (
     find_instance,
     ways_to_permission,
 )
-from petalsd.cli.petalsctl.problems import CommandError, Refused
+from petalsd.cli.petalsctl.problems import CommandError, NoAnswer, Refused
 from petalsd.cli.petalsctl.terminal import Terminal
 from petalsd.cli.petalsctl.text import Line
 
@@ -78,6 +78,10 @@ class Context:
         except OSError as error:
             raise explain(instance, error, self._argv) from error
         except Refused as refusal:
+            if refusal.code == "overloaded":  # it was not read: a watch or a wait asks again
+                raise NoAnswer(
+                    f"the daemon takes no more now: {refusal.message}", hint=refusal.hint
+                ) from refusal
             if refusal.code == "forbidden" and not refusal.hint:
                 refusal.hint = ways_to_permission(refusal.acting_group, self._argv)
             raise

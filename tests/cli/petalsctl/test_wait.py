@@ -11,7 +11,7 @@ from petalsd.cli.petalsctl import wait
 from petalsd.cli.petalsctl.instances import System
 from tests.cli.petalsctl.conftest import Ctl
 from tests.cli.petalsctl.documents import STATUS, document
-from tests.cli.petalsctl.fake_daemon import Answer, FakeDaemon
+from tests.cli.petalsctl.fake_daemon import Answer, FakeDaemon, refusal
 from tests.cli.petalsctl.test_status import OnTerminal
 
 
@@ -46,6 +46,28 @@ def test_it_ends_when_the_state_is_reached(
     daemon.answers["GET /v1/status"] = states(*names)
     assert ctl("wait", *words) == (0, outcome, "")
     assert len(daemon.requests) == len(names)
+
+
+@pytest.mark.parametrize("words", [["wait", "--timeout", "5"], ["status", "--watch", "--interval", "0.1"]])
+def test_a_daemon_with_too_many_connections_is_asked_again(
+    words: list[str], daemon: FakeDaemon, on_terminal: OnTerminal
+) -> None:
+    """For a moment no request is read; that ends neither a wait nor a watch."""
+    refused = [False, True, False]
+    busy, starting = refusal(503, "overloaded", "too many connections"), states("starting")
+
+    def answer() -> Answer:
+        if not refused:
+            return states("online")()
+        return busy() if refused.pop(0) else starting()
+
+    daemon.answers["GET /v1/status"] = answer
+    command = on_terminal(daemon, *words)
+    if words[0] == "status":
+        command.wait_for(lambda text: "too many connections" in text)
+        command.wait_for(lambda text: "is online" in text)
+        command.press_ctrl_c()
+    assert command.finish() == 0
 
 
 def test_the_time_is_bounded(daemon: FakeDaemon, ctl: Ctl) -> None:
