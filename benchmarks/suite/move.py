@@ -23,6 +23,7 @@ from benchmarks.providers import DHT_PREFIX, Provider, whole_model
 from benchmarks.report import OURS, Row
 from benchmarks.timing import summarize
 from petalsd.cli.petalsctl.connection import Connection
+from petalsd.cli.petalsctl.context import SLOW_ANSWER_TIMEOUT_S
 from petalsd.client.options import ClientOptions
 from petalsd.client.session import InferenceSession
 from petalsd.client.span_session import StreamTerms
@@ -59,7 +60,8 @@ class Mover:
 
     def move(self, to: BlockSpan) -> None:
         """Returns when ``to`` is served."""
-        for _ in Connection(self.socket).follow("/v1/rebalance", {"to": str(to), "wait": True}):
+        body = {"to": str(to), "wait": True}
+        for _ in Connection(self.socket).follow("/v1/rebalance", body, SLOW_ANSWER_TIMEOUT_S):
             pass
 
 
