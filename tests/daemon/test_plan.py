@@ -178,11 +178,17 @@ def test_the_cache_leaves_room_for_graphs_and_passes(plan: ServingPlan) -> None:
     assert cache_tokens(plan, 2, 0) == plan.limits.max_session_tokens
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+@pytest.mark.parametrize(("count", "auto"), [(0, "cpu"), (1, "cuda:0")])
+def test_a_device_that_is_not_there_is_refused(
+    count: int, auto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error names the setting and what torch sees; auto never fails."""
-    with pytest.raises(ConfigError, match=r"engine\.device = 'cuda:64'"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if count else None)
+    with pytest.raises(ConfigError, match=rf"engine\.device = 'cuda:64': torch .* sees {count} CUDA devices"):
         choose_device("cuda:64")
-    assert choose_device("auto").type in ("cpu", "cuda")
+    assert choose_device("auto") == torch.device(auto)
 
 
 def test_the_token_is_read_from_its_file(model_dir: Path, paths: InstancePaths, tmp_path: Path) -> None:
