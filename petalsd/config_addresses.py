@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 import re
 
-_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-_PEER_ID = re.compile(f"[{_BASE58}]{{32,64}}")
-_MULTIHASH_CODES = (0x00, 0x12)  # the public key itself, as of ed25519, or its SHA-256
+import base58
+
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
+# A PeerID is a multihash: a code, the length of what follows, and that. These are the codes of the public key
+# itself, as of ed25519, and of its SHA-256.
+_MULTIHASH_CODES = (0x00, 0x12)
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _BARE = frozenset({"quic", "quic-v1", "ws", "wss", "tls", "p2p-circuit"})
 _VALUED = frozenset({"ip4", "ip6", "dns", "dns4", "dns6", "dnsaddr", "tcp", "udp", "p2p", "ipfs"})
@@ -33,18 +36,9 @@ def check_peer_id(text: object) -> None:
     """ValueError unless it is a base58 PeerID, ``Qm...`` or ``12D3Koo...``, with all its characters."""
     if not isinstance(text, str) or not _PEER_ID.fullmatch(text):
         raise ValueError(f"{text!r} is no PeerID")
-    code, length, *digest = _from_base58(text)
+    code, length, *digest = base58.b58decode(text)
     if code not in _MULTIHASH_CODES or length != len(digest):
         raise ValueError(f"{text!r} is no PeerID: characters of it are missing, added or wrong")
-
-
-def _from_base58(text: str) -> bytes:
-    """As of a multihash: a code, the length of what follows, and that."""
-    number = 0
-    for character in text:
-        number = number * len(_BASE58) + _BASE58.index(character)
-    num_zeros = len(text) - len(text.lstrip(_BASE58[0]))
-    return bytes(num_zeros) + number.to_bytes((number.bit_length() + 7) // 8, "big")
 
 
 def _walk(text: str) -> list[str]:
