@@ -16,7 +16,7 @@ done
 rm -rf "$tree" && mkdir -p "$tree"
 rm -f $out/petalsd_*
 tar --create --exclude=__pycache__ --exclude='*.so' \
-  petalsd kernels csrc packaging docs setup.py pyproject.toml constraints.txt README.md | tar --extract -C "$tree"
+  petalsd kernels csrc packaging docs setup.py pyproject.toml constraints.txt README.md LICENSE | tar --extract -C "$tree"
 cp -rL packaging/deb/debian "$tree/debian"
 (cd "$tree" && dpkg-buildpackage --build=binary --no-sign)
 rm -rf "$tree"

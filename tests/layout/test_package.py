@@ -9,11 +9,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_package_is_declared() -> None:
-    """pyproject.toml lists exactly the packages that exist."""
+    """pyproject.toml lists exactly the packages that exist; a directory of data is one to setuptools."""
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "petalsd").rglob("*.py")
+        for kind in ("*.py", "*.json")
+        for path in (ROOT / "petalsd").rglob(kind)
         if "kernels" not in path.relative_to(ROOT).parts
     }
     assert declared == found | {"petalsd.kernels"}

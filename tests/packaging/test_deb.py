@@ -71,7 +71,7 @@ def test_what_an_administrator_looks_for(tree: Path) -> None:
 
 
 def test_its_petalsd_is_that_of_the_checkout(tree: Path) -> None:
-    """Every module and data file, and the extension."""
+    """Every module and data file, the extension, and the licence."""
     (installed,) = tree.glob(f"{SITE_PACKAGES}/petalsd")
     listed = subprocess.run(
         ["git", "ls-files", "petalsd/*.py", "petalsd/*.json"],
@@ -79,6 +79,8 @@ def test_its_petalsd_is_that_of_the_checkout(tree: Path) -> None:
     ).stdout.splitlines()  # fmt: skip
     assert [name for name in listed if not (installed.parent / name).is_file()] == []
     assert len(list(installed.glob("_C.*.so"))) == 1
+    (licence,) = installed.parent.glob("petalsd-*.dist-info/licenses/LICENSE")
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_nothing_is_in_it_that_a_server_never_needs(tree: Path) -> None:
