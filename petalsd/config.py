@@ -259,7 +259,7 @@ class EngineSection(Section):
         "a warning says so",
     )
     threads: Annotated[int, Field(ge=0, le=1024)] = _restart(
-        0, "CPU threads of the engine, 1024 at most; 0: torch's own choice"
+        0, "CPU threads of the engine, 1024 at most; 0: torch's choice, within the service's CPUQuota="
     )
 
 

@@ -82,9 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
         from petalsd.client.model import RemoteCausalLM
         from petalsd.client.options import ClientOptions
         from petalsd.models.source import ModelSource
+        from petalsd.ops.threads import fit_threads_to_quota
         from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
 
     configure_logging("auto", arguments.log_level)
+    fit_threads_to_quota()
     ModelSource(arguments.model).config()  # says what is wrong with a name; transformers would wonder
     tokenizer = load_tokenizer(arguments.model)
     input_ids = encode(tokenizer, prompt, arguments.chat)

@@ -56,6 +56,7 @@ from petalsd.log import adopt_loggers
 from petalsd.metrics import Metrics
 from petalsd.models.ladder import Ladder
 from petalsd.models.references import ReferenceStore
+from petalsd.ops.threads import fit_threads_to_quota
 from petalsd.paths import InstancePaths
 from petalsd.swarm.announcer import AnnouncerOptions
 from petalsd.swarm.link import LinkMeter
@@ -70,6 +71,7 @@ _LIBRARIES = ("hivemind", "transformers", "huggingface_hub")
 async def serve(config: Config, paths: InstancePaths, read: Callable[[], Config], notifier: Notifier) -> None:
     """Run until a stop signal; ``read`` loads the configuration again for a reload."""
     adopt_loggers(_LIBRARIES)
+    fit_threads_to_quota()
     with Signals() as signals:
         notifier.status("Starting: reading the model's configuration")
         plan = await _plan_unless_stopped(config, paths, signals)

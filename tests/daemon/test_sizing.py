@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petalsd.config import Quantization
-from petalsd.daemon.memory import available_bytes, cgroup_left_bytes
+from petalsd.daemon.memory import available_bytes
 from petalsd.daemon.sizing import (
     GraphMemory,
     MemoryNeed,
@@ -90,18 +90,6 @@ def test_available_memory_is_read_in_bytes(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       2000 kB\nMemFree:  1 kB\nMemAvailable:   1000 kB\n")
     assert available_bytes(meminfo) == 1_024_000
-
-
-def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
-    """A limit of a parent group binds too; "max" and missing files are no limit."""
-    group = tmp_path / "system.slice" / "petalsd.service"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("100\n")
-    assert cgroup_left_bytes(tmp_path, "/system.slice/petalsd.service") == 1 << 62
-    (group.parent / "memory.max").write_text("1000\n")
-    (group.parent / "memory.current").write_text("400\n")
-    assert cgroup_left_bytes(tmp_path, "/system.slice/petalsd.service") == 600
 
 
 def test_a_link_carries_tokens_of_two_bytes_per_element() -> None:

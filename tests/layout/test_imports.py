@@ -25,9 +25,9 @@ RANKS = {
     "ops": 2,
     "kernels": 1, "_C": 1,
     "alarm": 0, "bootstrap_status": 0, "config": 0, "config_addresses": 0, "config_loading": 0,
-    "config_reference": 0, "deferred_imports": 0, "device_faults": 0, "errors": 0, "file_locks": 0, "imports": 0,
-    "instruments": 0, "journal": 0, "log": 0, "log_limits": 0, "metrics": 0, "metrics_reference": 0, "paths": 0,
-    "redaction": 0, "status": 0, "status_schemas": 0, "systemd": 0, "types": 0,
+    "config_reference": 0, "control_groups": 0, "deferred_imports": 0, "device_faults": 0, "errors": 0,
+    "file_locks": 0, "imports": 0, "instruments": 0, "journal": 0, "log": 0, "log_limits": 0, "metrics": 0,
+    "metrics_reference": 0, "paths": 0, "redaction": 0, "status": 0, "status_schemas": 0, "systemd": 0, "types": 0,
 }  # fmt: skip
 
 # Third-party packages that only these layers may import, with the reason.
