@@ -187,6 +187,7 @@ print([(figures.wide_loads, figures.narrow_loads > 8) for figures in found])
     assert result.stdout.strip() == "[(4, False), (2, True)]", result.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(COMPILING_S + 10)
 def test_products_that_round_their_operands_are_found() -> None:
     """float32 by TF32, on all generations of matrix units; "ieee" has none, and limits allow none anywhere."""

@@ -19,6 +19,7 @@ from petalsd.types import BlockSpan
 from tests.numeric import assert_close
 from tests.paged_rows import PagedRows
 from tests.reference_layers import through_layers
+from tests.tiers import nightly_except
 from tests.tiny_models import FAMILIES as FUSED
 from tests.tiny_models import LAYER_VARIANTS, ROPE_VARIANTS, make_tiny
 
@@ -156,7 +157,7 @@ def test_gradients_equal_transformers(case: Case) -> None:
 @pytest.mark.parametrize(
     "case", [(variant, Rung.PACKED) for variant in sorted(VARIANTS)], ids="-".join, indirect=True
 )
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", nightly_except(["int8", "int4"], "int4"))
 def test_quantized_layers_round_activations_little(case: Case, quantization: Quantization) -> None:
     """Beside what a block adds; with a gradient, which there is too, nothing is rounded but the weights.
 
