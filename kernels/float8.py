@@ -13,7 +13,8 @@ def to_float8(x):
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # 3 of 23 bits of fraction stay, and exponents count from 7 below 0 instead of 127.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    half = 0x7FFFF + ((magnitude >> 20) & 1)
+    normal = (tl.add(magnitude, half, sanitize_overflow=False) >> 20) - (120 << 3)  # that of NaN is not used
     # Below 2^-6 the format counts in steps of 2^-9: adding 1.5 * 2^23 to a few of them leaves a whole number.
     is_small = magnitude < 0x3C800000
     steps = tl.where(is_small, tl.abs(x), 0.0) * 512.0

@@ -20,9 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("PETALSD_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     # Only now: it imports Triton, which defines functions of its own.
-    from tests.interpreter import patch_the_language_once
+    from tests.interpreter import quicken_the_interpreter
 
-    patch_the_language_once()
+    quicken_the_interpreter()
 
 TESTS = Path(__file__).resolve().parent
 

@@ -89,7 +89,6 @@ async def test_sessions_of_several_adapters_at_once(adapted: Adapted) -> None:
             await run(engine, adapted)
 
 
-@pytest.mark.nightly
 async def test_beside_captured_steps(adapted: Adapted) -> None:
     """What is captured brings its own rotary angles; adapters' blocks need those of the batch."""
     with adapted.loaded() as model:

@@ -49,7 +49,6 @@ async def serving(
         await engine.stop(deadline_s=10)
 
 
-@pytest.mark.nightly  # tests/kernels hold the format
 async def test_states_are_off_by_the_format_alone(tmp_path: Path) -> None:
     """Kernels compute what torch computes over the same pages; float32 is as near as 3 bits of fraction allow."""
     model = TinyModel(tmp_path, num_hidden_layers=2)

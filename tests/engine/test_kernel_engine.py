@@ -112,9 +112,7 @@ async def test_layers_of_transformers_take_staged_batches(family: str, tmp_path:
     assert_close(actual, model.expected(hidden).detach(), 1e-4, 1e-4, family)
 
 
-@pytest.mark.parametrize(
-    ("family", "num_layers"), [("bloom", 1), pytest.param("gemma2", 2, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize(("family", "num_layers"), [("bloom", 1), ("gemma2", 2)])
 async def test_layers_of_transformers_are_captured_too(family: str, num_layers: int, tmp_path: Path) -> None:
     """A prefill in chunks, then steps of two rows that change places, in replays."""
     settings = {**LAYER_VARIANTS[family][1], "num_hidden_layers": num_layers}

@@ -207,10 +207,7 @@ def test_what_is_capturable() -> None:
     assert experts_are_capturable(dense.empty_layer(0))
 
 
-@pytest.mark.parametrize(
-    ("quantization", "rung"),
-    [("none", Rung.PLAIN), pytest.param("int4", Rung.PACKED, marks=pytest.mark.nightly)],
-)
+@pytest.mark.parametrize(("quantization", "rung"), [("none", Rung.PLAIN), ("int4", Rung.PACKED)])
 def test_a_ladder_builds_them(
     quantization: Quantization, rung: Rung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

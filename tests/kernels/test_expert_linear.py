@@ -20,7 +20,6 @@ from petalsd.ops.split_workspace import SplitWorkspace
 from petalsd.ops.weight_packing import pack_stack
 from tests.device import DEVICE
 from tests.numeric import assert_close
-from tests.tiers import nightly_except
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 FORMATS = [None, WeightFormat.INT8, WeightFormat.INT4]
@@ -83,7 +82,7 @@ def same(*experts: int) -> Callable[[int], torch.Tensor]:
     return lambda num_tokens: torch.tensor([experts] * num_tokens)
 
 
-@pytest.mark.parametrize("dtype", nightly_except(TOLERANCE, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("num_tokens", "choose", "num_experts", "num_out", "num_in", "is_by_pair"),
@@ -120,7 +119,7 @@ def test_it_is_each_pairs_product(
     assert_close(out[real], expected[real], TOLERANCE[dtype], TOLERANCE[dtype], "product")
 
 
-@pytest.mark.parametrize("dtype", nightly_except(TOLERANCE, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_out", "num_in"), [(1, 2, 64, 1152), (5, 2, 80, 272), (40, 1, 128, 128)]

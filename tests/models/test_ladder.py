@@ -121,7 +121,6 @@ def test_a_kernel_that_is_wrong_for_decode_steps_alone_is_noticed(
     assert rungs(ladder) == [(Rung.FUSED, False), (Rung.PACKED, True)]
 
 
-@pytest.mark.nightly
 def test_a_gpus_products_of_many_rows_that_are_wrong_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

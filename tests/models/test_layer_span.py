@@ -26,7 +26,6 @@ from petalsd.types import BlockSpan
 from tests.models.kernel_blocks import NUM_SMS
 from tests.numeric import assert_close
 from tests.paged_rows import PagedRows
-from tests.tiers import nightly_except
 from tests.tiny_models import LAYER_VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -96,10 +95,7 @@ class Case:
         return torch.cat(answers)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    nightly_except(INTERPRETED, "bloom-6-heads", "falcon-new", "gemma3_text", "llama-longrope", "mixtral"),
-)
+@pytest.mark.parametrize("variant", INTERPRETED)
 def test_a_batch_of_any_rows_equals_the_layers(variant: str, tmp_path: Path) -> None:
     """With windows, capped scores, linear biases, shared heads, experts, and angles that the span finds itself."""
     case = Case(tmp_path, variant)
