@@ -13,15 +13,17 @@ INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 # Kept compiled, whatever the environment says: many processes import the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc) setup.py pyproject.toml constraints.txt
-# Tests run file by file in as many processes: those of a file share its servers and models. One more than there are
+# Tests run file by file in as many processes: those of a file share its servers and models. More than there are
 # cores, for half of the time goes into waiting for daemons; which files come first is said in tests/conftest.py.
-JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 2 ? 2 : 4)))
 # What test-all has beyond it is said in tests/tiers.py.
 TIER := -m "not nightly"
+TORCH ?= cpu
+ENGINE ?= podman
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo-model demo test test-all test-interop petals-env lint format sanitize bench \
-	bench-compare bench-gpu bench-swarm deb docs promtool clean
+	bench-compare bench-gpu bench-swarm deb image docs promtool clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -90,6 +92,12 @@ bench-gpu: $(STAMP) ## measure this machine's GPU, and compare with what was acc
 
 deb: ## build/deb/petalsd_*.deb; TORCH=cpu or cuda says which torch goes in
 	@packaging/deb/build.sh
+
+# A health check is kept by the format of Docker, which podman is asked for.
+image: ## the container image `petalsd`; TORCH as for deb, ENGINE=docker where podman is not meant
+	@$(ENGINE) build $(if $(findstring podman,$(ENGINE)),--format docker) --tag petalsd --build-arg TORCH=$(TORCH) \
+		$(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS,$(if $($(name)),--build-arg $(name))) \
+		--file packaging/container/Containerfile $(ARGS) .
 
 sanitize: ## the C++ code under ASan, UBSan and TSan
 	@tests/csrc/sanitize.sh
