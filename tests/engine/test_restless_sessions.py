@@ -23,6 +23,7 @@ from petalsd.types import BlockSpan
 from tests.engine.rig import TinyModel, serving, states
 from tests.engine.test_adapters import ADAPTERS, Adapted
 from tests.numeric import assert_close
+from tests.tiers import nightly_except
 from tests.tiny_models import HIDDEN_SIZE
 
 NUM_BLOCKS = 4
@@ -184,7 +185,7 @@ def areas(tmp_path: Path) -> Iterator[list[SpillArea]]:
     yield [SpillArea(directory, max_bytes=64 << 20, keep_free_bytes=0) for directory in directories]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", nightly_except(range(3), 0))
 async def test_restless_sessions(adapted: Adapted, areas: list[SpillArea], seed: int) -> None:
     """Beams, rollbacks, prompts, adapters, passes, hand-overs and deaths, in too little memory."""
     with adapted.loaded() as model:
