@@ -39,6 +39,12 @@ def _to_path(value: object) -> object:
     return _instance_of(Path, value, "should be a path")
 
 
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("should not be empty; leave an optional key out instead")
+    return value
+
+
 def _to_tuple(value: object) -> object:
     if isinstance(value, list):
         return tuple(value)
@@ -117,6 +123,7 @@ def _to_peers(value: object) -> object:
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, BeforeValidator(_not_empty)]
 AutoCount = Literal["auto"] | Count
 PathText = Annotated[Path, BeforeValidator(_to_path)]
 SizeBytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
@@ -146,8 +153,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    source: Annotated[str, Field(min_length=1)] = _restart(..., "Hub repository or directory of the model")
-    revision: str | None = _restart(None, "branch, tag or commit of the repository")
+    source: Text = _restart(..., "Hub repository or directory of the model")
+    revision: Text | None = _restart(None, "branch, tag or commit of the repository")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _restart(
         "auto", "dtype of weights, cache and answers; auto: the model's own, bfloat16 where that is float32"
     )
@@ -158,7 +165,7 @@ class ModelSection(Section):
         (),
         "LoRA adapters that clients may ask for by name: Hub repositories, or directories called as these are",
     )
-    dht_prefix: str | None = _restart(None, "name of the model in the swarm; derived from source if unset")
+    dht_prefix: Text | None = _restart(None, "name of the model in the swarm; derived from source if unset")
     token_file: PathText | None = _restart(
         None,
         "file that holds the Hub token; credential:NAME is a credential of the service (LoadCredential=)",
@@ -197,7 +204,7 @@ class SwarmSection(Section):
     identity_path: PathText | None = _restart(
         None, "private key file, made if missing; unset: state directory"
     )
-    public_name: str | None = _restart(None, "name shown in swarm dashboards")
+    public_name: Text | None = _restart(None, "name shown in swarm dashboards")
     relay: bool = _restart(True, "reach, and be reached by, peers behind a NAT through relays")
     # Our own nodes of the DHT keep no record for more than six hours (swarm.dht_storage).
     update_period_s: Annotated[Seconds, Field(ge=1, le=7200)] = _restart(
@@ -267,7 +274,7 @@ class ControlSection(Section):
     socket: PathText | None = _restart(
         None, "path of the control socket; unset: control.sock in the runtime directory"
     )
-    group: str | None = _restart(
+    group: Text | None = _restart(
         None,
         "group whose members may drain, rebalance and reload; unset: petalsd where there is such a group",
     )

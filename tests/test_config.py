@@ -148,6 +148,10 @@ def test_a_bad_file_is_refused_with_the_reason(tmp_path: Path, text: str, expect
             '[control]\nsocket = "/a\\u0000b"',
             "control.socket = '/a\\x00b': should be a path, which has no zero",
         ),
+        (
+            '[control]\ngroup = ""',
+            "control.group = '': should not be empty; leave an optional key out instead",
+        ),
         ('[model]\nadapters = "a/b"', "model.adapters = 'a/b': should be a list"),
         ('[model]\nmax_disk_bytes = "50 XB"', 'should be a number of bytes, or text as in "50GB"'),
         ("[metrics]\nlisten = 9464", 'metrics.listen = 9464: should be text as in "127.0.0.1:9464"'),
