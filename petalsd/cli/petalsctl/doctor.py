@@ -14,7 +14,7 @@ from petalsd.cli.petalsctl.context import Context, Document, parse
 from petalsd.cli.petalsctl.exit_codes import EXIT_FAILED, EXIT_OK
 from petalsd.cli.petalsctl.findings import Check, Finding, run_checks
 from petalsd.cli.petalsctl.instances import Instance, all_configured
-from petalsd.cli.petalsctl.problems import CommandError, NoAnswer
+from petalsd.cli.petalsctl.problems import BadUsage, CommandError, NoAnswer
 from petalsd.cli.petalsctl.text import EMPTY, Piece, line
 from petalsd.cli.petalsctl.units import counted
 
@@ -59,9 +59,16 @@ def _checks(context: Context) -> Iterator[tuple[str, Check]]:
 
 
 def _ask(context: Context) -> tuple[Instance | None, Document | None]:
-    """The one that is meant, running or not, and its status if it answers. NoAnswer when its name is unknown."""
+    """The one that is meant, running or not, and its status if it answers; None where several may be.
+
+    NoAnswer when its name is unknown, BadUsage when it is none.
+    """
     try:
         instance = context.instance
+    except BadUsage:
+        if context.is_named:
+            raise
+        return None, None  # several are running
     except NoAnswer:
         if context.is_named:
             raise

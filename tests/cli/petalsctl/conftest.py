@@ -16,6 +16,7 @@ from tests.cli.petalsctl.fake_daemon import FakeDaemon
 from tests.cli.petalsctl.screen import TerminalCommand
 
 Ctl = Callable[..., tuple[int, str, str]]
+Start = Callable[[Path], FakeDaemon]
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def system(home: Path, monkeypatch: pytest.MonkeyPatch) -> System:
 
 
 @pytest.fixture
-def start_daemon(home: Path) -> Iterator[Callable[[Path], FakeDaemon]]:
+def start_daemon(home: Path) -> Iterator[Start]:
     running: list[FakeDaemon] = []
 
     def start(path: Path) -> FakeDaemon:
@@ -53,7 +54,7 @@ def start_daemon(home: Path) -> Iterator[Callable[[Path], FakeDaemon]]:
 
 
 @pytest.fixture
-def daemon(system: System, start_daemon: Callable[[Path], FakeDaemon]) -> FakeDaemon:
+def daemon(system: System, start_daemon: Start) -> FakeDaemon:
     """The service petalsd@demo, the only instance there is."""
     return start_daemon(system.run_dir / "demo" / "control.sock")
 

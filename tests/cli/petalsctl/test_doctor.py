@@ -12,7 +12,7 @@ import pytest
 from petalsd.cli.petalsctl import machine_checks
 from petalsd.cli.petalsctl.findings import Finding, run_checks
 from petalsd.cli.petalsctl.instances import System
-from tests.cli.petalsctl.conftest import Ctl
+from tests.cli.petalsctl.conftest import Ctl, Start
 from tests.cli.petalsctl.documents import BOOTSTRAP_STATUS, STATUS, document
 from tests.cli.petalsctl.fake_daemon import FakeDaemon
 from tests.tiny_models import make_tiny
@@ -167,6 +167,17 @@ def test_without_an_instance_the_machine_is_looked_at(system: System, ctl: Ctl) 
     assert "\nwarn  instance          which one is meant is not known\n" in out
     assert "                        → petalsctl -i NAME doctor " in out
     assert out.splitlines()[-1].endswith("nothing that keeps petalsd from serving")
+
+
+def test_of_several_none_is_looked_at(system: System, start_daemon: Start, ctl: Ctl) -> None:
+    """What was found on the machine is said all the same, also to programs."""
+    for name in "ab":
+        start_daemon(system.run_dir / name / "control.sock")
+    status, found = findings(ctl)
+    assert status == 0
+    assert found["torch"]["level"] == "ok"
+    assert found["instance"]["text"] == "which one is meant is not known"
+    assert ctl("-i", "not/a/name", "doctor")[0] == 3
 
 
 def test_a_name_that_is_unknown(system: System, model_dir: Path, ctl: Ctl) -> None:

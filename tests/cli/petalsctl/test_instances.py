@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import getpass
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from petalsd.cli.petalsctl.instances import Instance, System, _configured_socket, explain
-from tests.cli.petalsctl.conftest import Ctl
+from tests.cli.petalsctl.conftest import Ctl, Start
 from tests.cli.petalsctl.documents import STATUS, document
 from tests.cli.petalsctl.fake_daemon import HANG_UP, FakeDaemon, refusal
-
-Start = Callable[[Path], FakeDaemon]
 
 
 def serve(start: Start, path: Path, name: str) -> None:
