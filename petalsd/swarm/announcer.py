@@ -172,8 +172,9 @@ class Announcer:
                 log.warning("announcing_failed", error=str(error), retry_s=round(pause_s, 1), exc_info=is_bug)
 
     async def _write_news_for(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left_s := end - time.monotonic()) > 0:
+        """Until they are over, also by the wall clock: entries age while a machine sleeps or its clock is set."""
+        end, wall_end = time.monotonic() + seconds, time.time() + seconds + _WATCH_S
+        while (left_s := end - time.monotonic()) > 0 and time.time() < wall_end:
             await asyncio.sleep(min(left_s, _WATCH_S, self._options.min_pause_s))
             stored = self.last_stored
             if stored is None or time.monotonic() - stored.at_monotonic_s >= self._options.min_pause_s:

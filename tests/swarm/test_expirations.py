@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from petalsd.swarm.dht_storage import LIMITS
 from petalsd.swarm.protocol import ServerState
 from petalsd.types import BlockSpan
 from tests.swarm.test_announcer import FakeDHT, announcer
+from tests.waiting import eventually
 
 
 async def test_a_clock_that_was_ahead_for_a_while_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +36,18 @@ async def test_a_clock_that_was_ahead_for_a_while_silences_nobody(monkeypatch: p
         await ours.announce(ServerState.ONLINE, BlockSpan(0, 1))
     ahead_s[0] = 0.0
     await ours.announce(ServerState.ONLINE, BlockSpan(0, 1))
+
+
+async def test_after_a_sleep_of_the_machine_it_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timers stand still meanwhile, the entries' lifetime does not."""
+    dht = FakeDHT()
+    ours = announcer(dht)
+    await ours.announce(ServerState.ONLINE, BlockSpan(0, 1))
+    monkeypatch.setattr("petalsd.swarm.announcer._WATCH_S", 0.01)
+    ours.start()
+    await asyncio.sleep(0)  # it waits for its first renewal now, in 10 s
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+    await eventually(lambda: len(dht.states()) > 1, timeout_s=5)
+    await ours.stop()
+    assert dht.entries["m-hf.0"][FakeDHT.peer_id].expiration > clock() + 3600
