@@ -56,6 +56,30 @@ def test_what_was_left_out_is_there_for_those_who_use_it() -> None:
     assert lines == ["2.0", "(50, 50)", "SiLUActivation"]
 
 
+def test_what_transformers_defines_is_listed_once_and_as_ever() -> None:
+    """Hardly any of its many files is read again; the list is that of its own code."""
+    lines = run(
+        "import builtins, collections, importlib.util\n"
+        "opened, usual = collections.Counter(), builtins.open\n"
+        "def counting(file, *more, **named):\n"
+        "    opened[str(file)] += 1\n"
+        "    return usual(file, *more, **named)\n"
+        "builtins.open = counting\n"
+        f"{_SERVER}"
+        "models = [count for file, count in opened.items() if '/transformers/models/' in file]\n"
+        "print(len(models) > 1000, models.count(1) > 0.9 * len(models))\n"
+        "from transformers.utils import import_utils\n"
+        "name = 'transformers.utils.untouched'\n"
+        "spec = importlib.util.spec_from_file_location(name, import_utils.__file__)\n"
+        "untouched = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(untouched)\n"
+        "import transformers.models\n"
+        "place = transformers.models.__path__[0]\n"
+        "print(import_utils.define_import_structure(place) == untouched.define_import_structure(place))"
+    )
+    assert lines == ["True True", "True"]
+
+
 def test_checks_that_need_more_than_the_names_get_the_activations(tmp_path: Path) -> None:
     """As a later release of transformers may."""
     package = tmp_path / "transformers"
