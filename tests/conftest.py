@@ -63,8 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def logging_of_its_own() -> Iterator[None]:
-    """structlog is configured per process; a program under test that does so must not change the next test."""
+    """structlog is configured per process; a program under test that does so must not change the next test.
+
+    Tracebacks are plain: with the values of all variables, as is the default, one takes up to a second.
+    """
     structlog.reset_defaults()
+    *processors, _ = structlog.get_config()["processors"]
+    console = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure([*processors, console])
     yield
     structlog.reset_defaults()
 
