@@ -15,7 +15,7 @@ from tests.tiers import nightly_except
 pytestmark = pytest.mark.swarm
 
 
-@pytest.mark.parametrize("name", nightly_except(SERVED, "move"))
+@pytest.mark.parametrize("name", nightly_except(SERVED))
 def test_it_gives_figures(name: str, small_model: Path, fleet: Fleet, tmp_path: Path) -> None:
     """Rows of petalsd in the published format."""
     rows = run_smoke(find_benchmarks()[name], small_model, fleet, tmp_path)

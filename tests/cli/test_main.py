@@ -18,6 +18,7 @@ from petalsd.cli import main as cli
 from petalsd.cli import show
 from petalsd.cli.exit_codes import EXIT_BAD_CONFIG, EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from petalsd.cli.output import OutputFailed
+from tests.tiers import nightly_except
 
 
 @pytest.fixture
@@ -125,7 +126,9 @@ def test_light_commands_never_import_torch(words: list[str]) -> None:
     subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=60, capture_output=True)
 
 
-@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["check"]])
+@pytest.mark.parametrize(
+    "words", nightly_except([["show"], ["show", "--json"], ["check"]], ["show", "--json"])
+)
 def test_a_reader_that_leaves_ends_the_command(words: list[str], tmp_path: Path) -> None:
     """petalsd show | head: no traceback, and the status that a shell gives for SIGPIPE."""
     program = f"import sys\nfrom petalsd.cli.main import main\nsys.exit(main({[*words, '-i', 'x']!r}))"
@@ -139,7 +142,9 @@ def test_a_reader_that_leaves_ends_the_command(words: list[str], tmp_path: Path)
         assert process.wait(60) == EXIT_BROKEN_PIPE
 
 
-@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["check"]])
+@pytest.mark.parametrize(
+    "words", nightly_except([["show"], ["show", "--json"], ["check"]], ["show", "--json"])
+)
 def test_an_output_that_cannot_be_written_is_told(words: list[str], tmp_path: Path) -> None:
     """petalsd show > file, on a full disk."""
     program = f"import sys\nfrom petalsd.cli.main import main\nsys.exit(main({[*words, '-i', 'x']!r}))"

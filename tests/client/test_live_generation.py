@@ -60,7 +60,7 @@ def check_idle(servers: list[LiveServer]) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    nightly_except([*FAMILIES, *OTHERS], "llama", "bloom", "falcon", "gemma3_text", "mixtral", "gpt_oss"),
+    nightly_except([*FAMILIES, *OTHERS], "llama", "bloom", "mixtral", "gpt_oss"),
 )
 def test_families(family: str, tmp_path: Path) -> None:
     """Each family over two servers, greedy, beyond its sliding window."""

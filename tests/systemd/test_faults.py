@@ -95,6 +95,7 @@ def test_a_blocked_loop(victim: Instance, figure: Figure) -> None:
     noticed(figure, "blocked loop", victim.text("Watchdog timeout", since_s), since_s)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("restarted")
 def test_an_interpreter_that_is_stuck_in_foreign_code(victim: Instance, figure: Figure) -> None:
     """No thread of Python runs; the stacks are written by the signal's handler in C."""
@@ -116,6 +117,7 @@ def test_a_lost_device(victim: Instance, figure: Figure) -> None:
     assert victim.pid != pid
 
 
+@pytest.mark.nightly  # tests/daemon/test_serving.py does so without systemd
 @pytest.mark.usefixtures("serves_again")
 @pytest.mark.parametrize(
     ("blow", "reason"),
