@@ -34,19 +34,26 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class ConnectionLimits:
-    """Counts connections. ``is_privileged`` says whose may use all there is."""
+    """Counts connections. ``is_privileged`` says whose may use all there is; the network counts as one user."""
 
-    def __init__(self, is_privileged: Callable[[Peer], bool]) -> None:
+    def __init__(
+        self,
+        is_privileged: Callable[[Peer], bool],
+        max_connections: int = MAX_CONNECTIONS,
+        max_per_reader: int = MAX_CONNECTIONS_PER_READER,
+    ) -> None:
         self._is_privileged = is_privileged
+        self._max_connections = max_connections
+        self._max_per_reader = max_per_reader
         self._readers: Counter[int] = Counter()
         self._total = 0
 
     def enter(self, peer: Peer | None) -> bool:
         """Whether there is room for one more of ``peer`` (None: from the network); if so it is counted."""
-        if self._total >= MAX_CONNECTIONS:
+        if self._total >= self._max_connections:
             return False
         if self._is_reader(peer):
-            if self._readers[_uid(peer)] >= MAX_CONNECTIONS_PER_READER:
+            if self._readers[_uid(peer)] >= self._max_per_reader:
                 return False
             self._readers[_uid(peer)] += 1
         self._total += 1
@@ -63,10 +70,15 @@ class ConnectionLimits:
 
 
 class Server(web.Server):
-    """Makes a ``Connection`` for each client; ``handler`` answers their requests."""
+    """Makes a ``Connection`` for each client; ``handler`` answers their requests.
 
-    def __init__(self, handler: Handler, limits: ConnectionLimits) -> None:
-        super().__init__(_closing(handler))
+    handler_cancellation  whether it is cancelled when its client goes
+    """
+
+    def __init__(
+        self, handler: Handler, limits: ConnectionLimits, *, handler_cancellation: bool = False
+    ) -> None:
+        super().__init__(_closing(handler), handler_cancellation=handler_cancellation)
         self.limits = limits
 
     def __call__(self) -> web.RequestHandler:
@@ -177,18 +189,18 @@ def refusal(error: PetalsdError, status: int) -> web.Response:
     return error_response(status, error.code, error.message, error.hint)
 
 
-async def read_body(request: web.BaseRequest) -> bytes:
-    """At most MAX_BODY_BYTES within REQUEST_TIMEOUT_S; HTTPRequestEntityTooLarge or HTTPRequestTimeout."""
+async def read_body(request: web.BaseRequest, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """At most ``max_bytes`` within REQUEST_TIMEOUT_S; HTTPRequestEntityTooLarge or HTTPRequestTimeout."""
     length = request.content_length
-    if length is not None and length > MAX_BODY_BYTES:
-        raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, length)
+    if length is not None and length > max_bytes:
+        raise web.HTTPRequestEntityTooLarge(max_bytes, length)
     body = bytearray()
     try:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             while chunk := await request.content.readany():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, len(body))
+                if len(body) > max_bytes:
+                    raise web.HTTPRequestEntityTooLarge(max_bytes, len(body))
     except TimeoutError:
         raise web.HTTPRequestTimeout from None
     return bytes(body)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
-import socket
 
 import structlog
 
 from petalsd.control.access import Access
 from petalsd.control.connection import ConnectionLimits, Server
+from petalsd.control.listening import listen
 from petalsd.control.operations import Operations
 from petalsd.control.routes import Router
 from petalsd.control.socket_file import SocketFile
-from petalsd.errors import AddressUnavailable, ConfigError, PetalsdError
 from petalsd.types import HostPort
 
 log = structlog.get_logger(__name__)
 
-_BACKLOG = 64
 _STOP_TIMEOUT_S = 2.0
 
 
@@ -72,42 +68,8 @@ class ControlServer:
         log.info("control_socket_open", path=str(self._socket_file.path), acting=self._access.actors)
 
     async def _listen_for_metrics(self, address: HostPort) -> None:
-        loop = asyncio.get_running_loop()
         router = Router(self._operations.public_routes(), None)
         server = Server(router.handle, ConnectionLimits(lambda peer: False))
-        try:
-            listener = await loop.create_server(
-                server, address.host, address.port, backlog=_BACKLOG, reuse_address=True
-            )
-        except (OSError, UnicodeError) as error:
-            raise _unavailable(address, error) from error
+        listener, self.metrics_addresses = await listen(server, address, "metrics.listen")
         self._listening.append((listener, server))
-        self.metrics_addresses = [_address_of(one) for one in listener.sockets]
         log.info("metrics_open", addresses=[str(one) for one in self.metrics_addresses])
-
-
-def _unavailable(address: HostPort, error: OSError | UnicodeError) -> PetalsdError:
-    """A port may be free again, and an address come up, in a moment: the instance before this one is still ending,
-    or a VPN starts.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    # What asyncio raises for such an address from Python 3.12 on has no number.
-    if number is None and isinstance(error, OSError):
-        number = errno.EADDRNOTAVAIL
-    what = f"metrics.listen = {str(address)!r}: "
-    if number == errno.EADDRINUSE:
-        shown = f"ss -ltnp sport = :{address.port}"
-        hint = f"`{shown}` shows who listens there; end that, or name a free port"
-        return AddressUnavailable(what + os.strerror(number), hint=hint)
-    if number == errno.EADDRNOTAVAIL:
-        hint = "name an address that this machine has: `ip address` shows them"
-        return AddressUnavailable(what + os.strerror(number), hint=hint)
-    return ConfigError(
-        what + str(getattr(error, "strerror", None) or error),
-        hint="name an address of this machine and a free port, for instance 127.0.0.1:9464",
-    )
-
-
-def _address_of(listener: socket.socket) -> HostPort:
-    host, port, *_ = listener.getsockname()
-    return HostPort(host, port)
