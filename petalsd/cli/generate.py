@@ -6,22 +6,23 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from petalsd.cli.exit_codes import EXIT_OK
-from petalsd.config_addresses import check_maddr
-from petalsd.errors import WeightsError
+from petalsd.cli.remote_model import (
+    add_log_level,
+    add_model_arguments,
+    check_model,
+    check_peers,
+    join_swarm,
+)
 from petalsd.imports import heavy_imports
 from petalsd.log import configure_logging
 
 if TYPE_CHECKING:
     import torch
 
-PUBLIC = "public"
 _MAX_TOKENS = 1 << 31  # far above any session
-_LOG_LEVELS = ("debug", "info", "warning", "error")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False) -> None:
@@ -29,24 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from standard input"
     )
-    parser.add_argument(
-        "--model", required=not asks_daemon, metavar="SOURCE", help="Hub repository or directory"
-    )
-    parser.add_argument(
-        "--peers",
-        required=not asks_daemon,
-        nargs="+",
-        action="extend",
-        metavar="MADDR",
-        help=f"addresses of members of the swarm, or the word {PUBLIC}",
-    )
-    parser.add_argument(
-        "--dht-prefix", metavar="NAME", help="what the servers call the model, if not its name"
-    )
-    parser.add_argument(
-        "--identity", type=Path, metavar="FILE", help="private key, made if missing; unset: a new PeerID"
-    )
-    parser.add_argument("--adapter", metavar="NAME", help="a LoRA adapter that the servers have")
+    add_model_arguments(parser, is_required=not asks_daemon)
     parser.add_argument(
         "--max-new-tokens", type=_positive_int, default=128, metavar="N", help="default: %(default)s"
     )
@@ -56,51 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser, *, asks_daemon: bool = False)
     parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="default: %(default)s")
     parser.add_argument("--seed", type=_seed, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        default="auto",
-        help="of the local parts of the model; default: %(default)s",
-    )
-    parser.add_argument(
-        "--log-level",
-        choices=_LOG_LEVELS,
-        default="warning",
-        help="what goes to standard error beside the rate; default: %(default)s",
-    )
+    add_log_level(parser, "warning")
     parser.set_defaults(usage_error=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the continuation to standard output and what it took to standard error."""
     prompt = _take_prompt(arguments)
-    _check_peers(arguments)
+    check_peers(arguments)
     with heavy_imports():  # late: bad usage is told without waiting for them
         import torch
         from transformers import TextStreamer
 
-        from petalsd.client.model import RemoteCausalLM
-        from petalsd.client.options import ClientOptions
-        from petalsd.models.source import ModelSource
-        from petalsd.ops.threads import fit_threads_to_quota
-        from petalsd.swarm.protocol import PUBLIC_INITIAL_PEERS
+        from petalsd.client.tokenizer import encode_chat, encode_text, load_tokenizer
 
     configure_logging("auto", arguments.log_level)
-    fit_threads_to_quota()
-    ModelSource(arguments.model).config()  # says what is wrong with a name; transformers would wonder
+    check_model(arguments)
     tokenizer = load_tokenizer(arguments.model)
-    input_ids = encode(tokenizer, prompt, arguments.chat)
+    if arguments.chat:
+        message = {"role": "user", "content": prompt}
+        input_ids = encode_chat(tokenizer, [message], hint="leave out --chat")
+    else:
+        input_ids = encode_text(tokenizer, prompt)
     if input_ids.shape[1] == 0:
         arguments.usage_error("PROMPT has no token")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    model = RemoteCausalLM.from_pretrained(
-        arguments.model,
-        initial_peers=PUBLIC_INITIAL_PEERS if arguments.peers == [PUBLIC] else arguments.peers,
-        dht_prefix=arguments.dht_prefix,
-        dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
-        options=ClientOptions(identity_path=arguments.identity, adapter=arguments.adapter),
-    )
+    model = join_swarm(arguments)
     streamer = MeteredStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     with model:
         # Stop strings that the model's settings have are told by the tokenizer.
@@ -147,17 +113,6 @@ class MeteredStreamer:
         )
 
 
-def load_tokenizer(source: str) -> Any:
-    """A model's tokenizer, without code that the repository brings. Raises WeightsError."""
-    from transformers import AutoTokenizer
-
-    try:
-        # Unset, it would ask on the terminal whether to run that code.
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise WeightsError(f"{source} has no tokenizer that can be read: {_one_line(error)}") from error
-
-
 def _take_prompt(arguments: argparse.Namespace) -> str:
     """The prompt's text. A prompt right behind the peers was taken for one of them: no address looks like it."""
     prompt: str | None = arguments.prompt
@@ -178,39 +133,6 @@ def _read_standard_input(arguments: argparse.Namespace) -> str:
     except (OSError, UnicodeDecodeError) as error:
         arguments.usage_error(f"standard input cannot be read: {error}")
         raise AssertionError("argparse exits") from error
-
-
-def _check_peers(arguments: argparse.Namespace) -> None:
-    if arguments.peers == [PUBLIC]:
-        return
-    try:
-        for peer in arguments.peers:
-            check_maddr(peer, needs_peer=True)
-    except ValueError as error:
-        arguments.usage_error(f"--peers: {error}")
-
-
-def encode(tokenizer: Any, prompt: str, is_chat: bool) -> torch.Tensor:
-    """Token ids ``[1, n]``. WeightsError where a chat template is asked for that is missing or fails."""
-    encoded = _in_chat(tokenizer, prompt) if is_chat else tokenizer(prompt, return_tensors="pt")
-    input_ids: torch.Tensor = encoded["input_ids"]
-    return input_ids
-
-
-def _in_chat(tokenizer: Any, prompt: str) -> Any:
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except Exception as error:  # templates are programs
-        raise WeightsError(
-            f"the model has no chat template that can be used: {_one_line(error)}", hint="leave out --chat"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _generation_settings(arguments: argparse.Namespace) -> dict[str, object]:

@@ -46,6 +46,11 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, RemoteFailure) and _REFUSED.search(error.message) is not None
 
 
+def is_too_small(error: Exception) -> bool:
+    """Whether a server says that it never has room for so long a session."""
+    return isinstance(error, RemoteFailure) and _TOO_SMALL.search(error.message) is not None
+
+
 class RetryBudget:
     """The failures of one call: says how long to wait before the next attempt, or raises the error.
 
@@ -93,8 +98,9 @@ class RetryBudget:
             raise self._refusal
 
     def _finds_none_larger(self, error: Exception) -> bool:
-        if not isinstance(error, RemoteFailure) or not _TOO_SMALL.search(error.message):
+        if not is_too_small(error):
             return False
+        assert isinstance(error, RemoteFailure)
         self._too_small.append(error.peer)
         is_again = self._too_small.count(error.peer) > 1
         return is_again and len(self._too_small) == self._failures

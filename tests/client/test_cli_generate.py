@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from petalsd.cli import generate
+from petalsd.client.tokenizer import encode_chat, encode_text, load_tokenizer
 from petalsd.errors import WeightsError
 from tests.tiny_models import make_tokenizer
 
@@ -170,11 +171,11 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_prompt_becomes_tokens(tokenizer_files: Path) -> None:
-    tokenizer = generate.load_tokenizer(str(tokenizer_files))
-    assert generate.encode(tokenizer, "w7 w99", False).tolist() == [[7, 99]]
-    assert generate.encode(tokenizer, " ", False).shape == (1, 0)
+    tokenizer = load_tokenizer(str(tokenizer_files))
+    assert encode_text(tokenizer, "w7 w99").tolist() == [[7, 99]]
+    assert encode_text(tokenizer, " ").shape == (1, 0)
     tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} w2{% endfor %}"
-    assert generate.encode(tokenizer, "w7", True).tolist() == [[1, 7, 2]]
+    assert encode_chat(tokenizer, [{"role": "user", "content": "w7"}]).tolist() == [[1, 7, 2]]
 
 
 @pytest.mark.parametrize(
@@ -182,10 +183,10 @@ def test_a_prompt_becomes_tokens(tokenizer_files: Path) -> None:
 )
 def test_a_chat_template_that_is_missing_or_fails(tokenizer_files: Path, template: str | None) -> None:
     """Base models have none: that is told in a sentence, with what to do."""
-    tokenizer = generate.load_tokenizer(str(tokenizer_files))
+    tokenizer = load_tokenizer(str(tokenizer_files))
     tokenizer.chat_template = template
     with pytest.raises(WeightsError, match=r"no chat template that can be used: .*leave out --chat"):
-        generate.encode(tokenizer, "w7", True)
+        encode_chat(tokenizer, [{"role": "user", "content": "w7"}], hint="leave out --chat")
 
 
 @pytest.mark.parametrize(
@@ -209,4 +210,4 @@ def test_a_tokenizer_that_cannot_be_read(
     (path / "words.py").write_text("from transformers import PreTrainedTokenizerFast as Words")
     monkeypatch.setattr("builtins.input", lambda question="": "y")
     with pytest.raises(WeightsError, match="has no tokenizer that can be read: "):
-        generate.load_tokenizer(str(path))
+        load_tokenizer(str(path))
