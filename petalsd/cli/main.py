@@ -28,6 +28,7 @@ VERBS = (
     _Verb("check", "petalsd.cli.check", "validate everything that can be validated without serving"),
     _Verb("show", "petalsd.cli.show", "print the effective configuration and where each value came from"),
     _Verb("generate", "petalsd.cli.generate", "continue a prompt through a swarm"),
+    _Verb("gateway", "petalsd.cli.gateway", "answer OpenAI's HTTP requests through a swarm"),
 )
 
 

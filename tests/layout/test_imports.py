@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "petalsd"
 RANKS = {
     "demo": 9,
     "cli": 8,
-    "daemon": 7,
+    "daemon": 7, "gateway": 7,
     "client": 6,
     "swarm": 5, "control": 5,
     "engine": 4,
@@ -35,14 +35,29 @@ RESERVED = {
     "hivemind": ({"swarm"}, "one layer knows the network library, so that it can be replaced"),
     "multiaddr": ({"swarm"}, "addresses are text everywhere else"),
     "torch": (
-        {"ops", "kernels", "kvcache", "models", "engine", "swarm", "client", "daemon", "cli", "demo"},
+        {
+            "ops",
+            "kernels",
+            "kvcache",
+            "models",
+            "engine",
+            "swarm",
+            "client",
+            "daemon",
+            "gateway",
+            "cli",
+            "demo",
+        },
         "the leaves and the command line's start must stay light",
     ),
     "triton": ({"ops", "kernels"}, "a server on a CPU has none"),
-    "aiohttp": ({"control"}, "one layer knows the HTTP library"),
+    "aiohttp": ({"control", "gateway"}, "all others are asked through these"),
     "prometheus_client": ({"metrics"}, "one leaf knows how figures are exposed"),
     "sdnotify": ({"systemd"}, "one leaf speaks to systemd"),
-    "transformers": ({"models", "client", "demo", "cli"}, "the engine knows blocks, not model classes"),
+    "transformers": (
+        {"models", "client", "gateway", "demo", "cli"},
+        "the engine knows blocks, not model classes",
+    ),
 }
 
 # Modules that a command imports before it knows what to do: they must start fast.

@@ -78,6 +78,15 @@ def test_systemd_finds_no_fault(root: Path, unit: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_the_example_of_a_gateway(root: Path) -> None:
+    """systemd finds no fault with it, and it is as closed as a server's unit."""
+    unit = "petalsd-gateway.service"
+    shutil.copy(EXAMPLES / unit, root / "usr/lib/systemd/system")
+    done = run("systemd-analyze", "verify", "--man=no", f"--root={root}", unit)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert exposure(root, unit) <= MAX_EXPOSURE
+
+
 def test_a_fault_would_be_found(root: Path) -> None:
     """The check above sees a misspelt setting and a command that is not there."""
     (root / "usr/bin/petalsctl").unlink()

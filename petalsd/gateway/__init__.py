@@ -1,0 +1,1 @@
+"""A model of the swarm behind the HTTP interface that most front ends speak: OpenAI's completions and chats."""
