@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 _DEFAULT_ADDRESS = "127.0.0.1:8000"
 _MAX_ANSWERS = 256
 _DRAIN_S = 60.0
+_RECOVERY_S = 60.0  # for a way through the swarm: who waits holds one of the answers that may be made
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.name or _name_of(arguments.model)
     if not keys.are_needed and not arguments.listen.host.startswith(_LOOPBACK):
         log.warning("open_to_everybody", listen=str(arguments.listen), hint="--api-keys FILE")
-    with join_swarm(arguments) as model:
+    with join_swarm(arguments, recovery_timeout_s=_RECOVERY_S) as model:
         options = GatewayOptions(name, arguments.listen, arguments.max_answers, keys)
         asyncio.run(_serve(Gateway(model, tokenizer, options), name, notifier))
     return EXIT_OK

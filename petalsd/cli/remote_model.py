@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from petalsd.config_addresses import check_maddr
 from petalsd.imports import heavy_imports
@@ -71,8 +71,11 @@ def check_model(arguments: argparse.Namespace) -> None:
     ModelSource(arguments.model).config()
 
 
-def join_swarm(arguments: argparse.Namespace) -> RemoteCausalLM:
-    """The model, to be closed by who asked for it; computes with the threads that the process may use."""
+def join_swarm(arguments: argparse.Namespace, **options: Any) -> RemoteCausalLM:
+    """The model, to be closed by who asked for it; computes with the threads that the process may use.
+
+    ``options`` are further ones of ``ClientOptions``.
+    """
     with heavy_imports():
         import torch
 
@@ -87,5 +90,5 @@ def join_swarm(arguments: argparse.Namespace) -> RemoteCausalLM:
         initial_peers=PUBLIC_INITIAL_PEERS if arguments.peers == [PUBLIC] else arguments.peers,
         dht_prefix=arguments.dht_prefix,
         dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
-        options=ClientOptions(identity_path=arguments.identity, adapter=arguments.adapter),
+        options=ClientOptions(identity_path=arguments.identity, adapter=arguments.adapter, **options),
     )
