@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
+from http import HTTPStatus
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from petalsd.client.tokenizer import encode_chat, encode_text
 from petalsd.errors import BadRequest, WeightsError
 from petalsd.gateway.generation import Prompt
-from petalsd.gateway.requests import ChatRequest, CompletionRequest, GenerationRequest
+from petalsd.gateway.refusal import CONTEXT_LENGTH_EXCEEDED, Refusal
+from petalsd.gateway.requests import (
+    DEFAULT_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from petalsd.gateway.sampling import Sampling
+
+_MAX_CONTEXT = 1 << 17  # of models that name no limit
 
 
 def default_sampling(settings: GenerationConfig) -> Sampling:
@@ -24,17 +33,19 @@ def default_sampling(settings: GenerationConfig) -> Sampling:
 
 
 class Prompts:
-    """``vocab_size`` bounds token ids; ``default`` says how is drawn where a request does not."""
+    """``config``, the model's, bounds token ids and lengths; ``default`` is for what a request leaves out."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, default: Sampling) -> None:
+    def __init__(self, tokenizer: Any, config: PreTrainedConfig, default: Sampling) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._vocab_size: int = config.vocab_size
+        # Servers have limits of their own, but before they are asked a prompt's embeddings are held here.
+        self._max_context: int = getattr(config, "max_position_embeddings", None) or _MAX_CONTEXT
         self._default = default
         # The first call of a tokenizer changes it, which must not happen beside another one.
         self._lock = threading.Lock()
 
     def of_text(self, request: CompletionRequest) -> Prompt:
-        """BadRequest for tokens that the model has not, or none."""
+        """BadRequest for tokens that the model has not, or none; Refusal for more than it takes."""
         prompt = request.prompt
         if isinstance(prompt, str):
             with self._lock:
@@ -59,5 +70,10 @@ class Prompts:
     def _prompt(self, request: GenerationRequest, input_ids: torch.Tensor, field: str) -> Prompt:
         if input_ids.shape[1] == 0:
             raise BadRequest(field, "", "there is no token in it")
+        room = self._max_context - input_ids.shape[1]
+        limit = request.token_limit or min(DEFAULT_MAX_TOKENS, max(room, 1))
+        if limit > room:
+            text = f"{input_ids.shape[1]} tokens of {field} and {limit} more: the model takes {self._max_context}"
+            raise Refusal(HTTPStatus.BAD_REQUEST, CONTEXT_LENGTH_EXCEEDED, text, "max_tokens")
         sampling = request.sampling(self._default)
-        return Prompt(input_ids, request.token_limit, request.stops, sampling)
+        return Prompt(input_ids, limit, request.stops, sampling)

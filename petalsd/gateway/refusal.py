@@ -16,6 +16,9 @@ log = structlog.get_logger(__name__)
 _UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
 _RETRY_AFTER_S = 2
 
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""OpenAI's own code, which programs act upon."""
+
 
 class Refusal(Exception):
     """``code`` is for programs; ``field`` is that of the request which is wrong."""
@@ -39,7 +42,7 @@ class Refusal(Exception):
             return cls(HTTPStatus.BAD_REQUEST, error.code, text, error.field)
         if is_too_small(error):
             return cls(
-                HTTPStatus.BAD_REQUEST, "context_length_exceeded", f"too many tokens: {text}", "max_tokens"
+                HTTPStatus.BAD_REQUEST, CONTEXT_LENGTH_EXCEEDED, f"too many tokens: {text}", "max_tokens"
             )
         if is_refusal(error):
             return cls(HTTPStatus.BAD_REQUEST, "bad_request", text)

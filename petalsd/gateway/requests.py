@@ -82,8 +82,9 @@ class GenerationRequest(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def token_limit(self) -> int:
-        return self.max_tokens or DEFAULT_MAX_TOKENS
+    def token_limit(self) -> int | None:
+        """None: no more than ``DEFAULT_MAX_TOKENS``, and what the model has room for."""
+        return self.max_tokens
 
     def sampling(self, default: Sampling) -> Sampling:
         """``default`` says what the request does not."""
@@ -135,8 +136,8 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: TokenCount | None = None
 
     @property
-    def token_limit(self) -> int:
-        return self.max_completion_tokens or super().token_limit
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 def parse_generation(kind: type[_R], body: bytes) -> _R:

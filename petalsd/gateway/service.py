@@ -41,7 +41,7 @@ class Gateway:
     """``start`` it once, then ``stop`` it; the model is its owner's."""
 
     def __init__(self, model: RemoteCausalLM, tokenizer: Any, options: GatewayOptions) -> None:
-        prompts = Prompts(tokenizer, model.config.vocab_size, default_sampling(model.generation_config))
+        prompts = Prompts(tokenizer, model.config, default_sampling(model.generation_config))
         self._options = options
         self._generators = Generators(model, tokenizer, options.max_generations)
         self._api = Api(

@@ -51,7 +51,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on up to the first of ``stops``; what may be the beginning of one waits."""
+    """Passes text on up to the one of ``stops`` that is complete first; what may be the beginning of one waits."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -63,10 +63,11 @@ class StopStrings:
         if self.is_found:
             return ""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
             self.is_found = True
-            text, self._held = self._held[: min(places)], ""
+            _, place = min(places)
+            text, self._held = self._held[:place], ""
             return text
         split = len(self._held) - self._num_uncertain()
         text, self._held = self._held[:split], self._held[split:]

@@ -10,8 +10,9 @@ import aiohttp
 import pytest
 import torch
 
-from petalsd.errors import MissingBlocks
+from petalsd.errors import MissingBlocks, RemoteFailure
 from petalsd.gateway.keys import Keys
+from petalsd.gateway.refusal import Refusal
 from tests.gateway.conftest import NAME, Serve, Tiny
 from tests.waiting import eventually
 
@@ -139,6 +140,16 @@ async def test_a_seed_repeats_a_draw_beside_others(serve: Serve) -> None:
     assert len(set(texts)) == 3
 
 
+async def test_what_a_request_leaves_out_fits_the_model(serve: Serve, tiny: Tiny) -> None:
+    """A long prompt gets the rest of the model's 512 tokens, and one that leaves none is refused."""
+    async with serve() as asking:
+        _, answer = await asking.post(COMPLETIONS, prompt=[7] * 500, temperature=0)
+        assert answer["usage"]["completion_tokens"] == 12
+        status, refusal = await asking.post(COMPLETIONS, prompt=[7] * 512)
+    assert (status, refusal["error"]["code"]) == (400, "context_length_exceeded")
+    assert refusal["error"]["message"] == "512 tokens of prompt and 1 more: the model takes 512"
+
+
 async def test_tokens_as_a_prompt(serve: Serve, tiny: Tiny) -> None:
     async with serve() as asking:
         _, answer = await asking.post(COMPLETIONS, prompt=[7, 99, 3], max_tokens=4, temperature=0)
@@ -175,6 +186,15 @@ async def test_refusals(
         assert (found, answer["error"]["code"], answer["error"]["param"]) == (status, code, field)
         assert answer["error"]["type"] == "invalid_request_error"
         assert (await asking.get("/health"))[1]["running"] == 0
+
+
+def test_a_server_without_room_for_so_many_tokens() -> None:
+    """What is less than the model takes may be more than any server has room for."""
+    refusal = Refusal.of(RemoteFailure("peer", "bad_request: max_length = 9000: must be 0 to 8192"))
+    assert (refusal.status, refusal.code, refusal.field) == (400, "context_length_exceeded", "max_tokens")
+    other = Refusal.of(RemoteFailure("peer", "bad_request: active_adapter = 'x': unknown"))
+    assert (other.status, other.code) == (400, "bad_request")
+    assert Refusal.of(RemoteFailure("peer", "gone")).status == 503
 
 
 async def test_other_types_of_content_are_refused(serve: Serve) -> None:

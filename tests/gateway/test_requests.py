@@ -7,7 +7,7 @@ import json
 import pytest
 
 from petalsd.errors import BadRequest
-from petalsd.gateway.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, parse_generation
+from petalsd.gateway.requests import ChatRequest, CompletionRequest, parse_generation
 from petalsd.gateway.sampling import Sampling
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -24,7 +24,7 @@ def chat(**fields: object) -> ChatRequest:
 def test_what_a_request_leaves_out_is_the_models() -> None:
     default = Sampling(temperature=0.6, top_p=0.9, top_k=20)
     assert completion().sampling(default) == default
-    assert completion().token_limit == chat().token_limit == DEFAULT_MAX_TOKENS
+    assert completion().token_limit is chat().token_limit is None
     assert completion().stops == []
     assert not completion().has_usage_at_end
     chosen = completion(temperature=0, top_p=0.5, top_k=-1, seed=7, presence_penalty=1, frequency_penalty=0.5)
