@@ -36,9 +36,9 @@ class Case:
 # Stock Petals' rule takes minutes where hundreds of servers imagine everybody's moving.
 CASES = [
     Case("70b", 10, 12, ("petalsd", "petals")),
-    Case("405b", 30, 64, ("petalsd", "petals", "petalsd+petals")),
+    Case("405b", 30, 12, ("petalsd", "petals", "petalsd+petals")),
     Case("70b", 100, 4, ("petalsd", "petals")),
-    Case("405b", 100, 2, ("petalsd", "petals", "petalsd+petals")),
+    Case("405b", 100, 2, ("petalsd", "petalsd+petals")),
     Case("405b", 300, 2, ("petalsd",)),
     Case("405b", 1000, 1, ("petalsd",)),
 ]

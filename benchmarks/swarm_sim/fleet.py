@@ -86,9 +86,9 @@ class Scenario:
     short_life: float = 3600.0
     crash: float = 0.5
     dht_delay: float = 5.0
-    update_period: float = 60.0
-    expiration: float = 120.0
-    check_period: float = 120.0
+    update_period: float = 120.0
+    expiration: float = 240.0
+    check_period: float = 60.0
     select_delay: float = 5.0
     load_min: float = 60.0
     load_all: float = 300.0
