@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from petalsd.errors import Overloaded
+from petalsd.errors import Draining, Overloaded
 from petalsd.gateway.sampling import Sampling
 from petalsd.gateway.text import Decode, Detokenizer, StopStrings
 
@@ -63,7 +63,7 @@ class Generation:
             yield piece
 
     def cancel(self) -> None:
-        """Nobody reads on: it ends with the step that is on its way."""
+        """It ends with the step that is on its way; whoever still reads gets Draining."""
         self._is_cancelled.set()
 
     # On the thread
@@ -129,6 +129,8 @@ class Generators:
                 stopping_criteria=StoppingCriteriaList([writer]),
                 tokenizer=self._tokenizer,  # tells what stop strings of the model's own settings are
             )
+            if generation.is_cancelled:
+                raise Draining("the answer was cut off before it was complete", hint="the gateway stops")
             writer.end()
             if writer.is_stopped or int(output[0, -1]) in self._ends():
                 generation.finish_reason = "stop"

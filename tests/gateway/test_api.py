@@ -302,4 +302,5 @@ async def test_a_stop_completes_what_is_being_made(serve: Serve, tiny: Tiny) -> 
         await eventually(lambda: _running(asking), interval_s=0.01)
         await asking.gateway.stop(deadline_s=0.01)
         assert model.is_stopped.wait(20)
-        assert (await asyncio.gather(answer, return_exceptions=True))[0] is not None
+        status, refusal = await answer
+    assert (status, refusal["error"]["code"]) == (503, "draining")
