@@ -206,6 +206,15 @@ async def read_body(request: web.BaseRequest, max_bytes: int = MAX_BODY_BYTES) -
     return bytes(body)
 
 
+async def write_in_time(response: web.StreamResponse, data: bytes, timeout_s: float) -> None:
+    """ConnectionError for a client that has left, or that does not read."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await response.write(data)
+    except TimeoutError:
+        raise ConnectionError("the client does not read") from None
+
+
 def parse_json_object(body: bytes) -> dict[str, Any]:
     """An empty body is an empty object; ValueError says what else is wrong with it."""
     if not body.strip():

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from petalsd import __version__
 from petalsd.control.api import DaemonApi, Operation, ServerApi
-from petalsd.control.connection import Connection, error_response
+from petalsd.control.connection import Connection, error_response, write_in_time
 from petalsd.control.routes import Action, Route, parse_request
 from petalsd.status import DrainRequest, NoFields, Progress, RebalanceRequest, Version
 
@@ -123,7 +123,7 @@ class ServerOperations(Operations):
         await response.prepare(request)
         while True:
             progress = self._api.progress(operation)
-            await _write(response, _serialized(progress))
+            await write_in_time(response, _serialized(progress), _WRITE_TIMEOUT_S)
             if progress.done:
                 break
             await asyncio.sleep(_PERIOD_S)
@@ -136,15 +136,6 @@ def _get(make: Callable[[], BaseModel]) -> Action:
         return _json(make())
 
     return answer
-
-
-async def _write(response: web.StreamResponse, line: bytes) -> None:
-    """ConnectionError for a follower that has left, or that does not read."""
-    try:
-        async with asyncio.timeout(_WRITE_TIMEOUT_S):
-            await response.write(line)
-    except TimeoutError:
-        raise ConnectionError("the follower does not read") from None
 
 
 def _json(document: BaseModel) -> web.Response:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from petalsd.control.connection import write_in_time
 from petalsd.gateway.documents import Completion, Document
 from petalsd.gateway.generation import Generation
 from petalsd.gateway.refusal import Refusal
@@ -59,8 +60,4 @@ def _event(document: Document) -> bytes:
 
 
 async def _write(response: web.StreamResponse, event: bytes) -> None:
-    try:
-        async with asyncio.timeout(_WRITE_TIMEOUT_S):
-            await response.write(event)
-    except TimeoutError:
-        raise ConnectionError("the client does not read") from None
+    await write_in_time(response, event, _WRITE_TIMEOUT_S)
