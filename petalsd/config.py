@@ -239,6 +239,12 @@ class EngineSection(Section):
         "page-locked host memory for the attention cache of idle sessions on a GPU, before the disk is used; "
         'bytes or text as in "8GB"; auto: twice the cache, at most a quarter of what is available; 0: none',
     )
+    prefix_cache_bytes: AutoSizeBytes = _restart(
+        "auto",
+        "host memory that keeps beginnings of prompts, so that a client's next session with the same one does not "
+        'compute it again; bytes or text as in "2GB"; auto: a thirty-second of what is available, at most 4 GiB; '
+        "0: none",
+    )
     max_peer_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = _restart(
         0.75, "share of the attention cache, and of max_sessions, that one peer may have; 1: all of it"
     )

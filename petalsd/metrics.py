@@ -135,6 +135,11 @@ CATALOGUE: dict[str, tuple[Family, ...]] = {
         _gauge("kv_page_tokens", "Tokens of one sequence in one block that a page holds"),
         _gauge("kv_spill_file_bytes", "Disk space that the spill file takes"),
         _gauge("kv_spill_host_bytes", "Page-locked memory that pages of idle sessions of a GPU take"),
+        _gauge("prefix_cache_bytes", "Host memory that kept beginnings of prompts take"),
+        _counter(
+            "prompt_tokens_total", "Tokens that sessions began with: computed, or reused from the prefix cache",
+            "source",
+        ),
         _gauge("waiting_sessions", "Sessions that wait for pages"),
         _gauge("waiting_session_age_seconds", "How long the first of them has waited; 0: nobody does"),
         _counter(

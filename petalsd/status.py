@@ -103,6 +103,15 @@ class SpillStatus(Document):
     pages_spilled: int = Field(description="hold tokens on the disk alone")
 
 
+class PrefixStatus(Document):
+    """Beginnings of prompts that are kept in host memory."""
+
+    max_bytes: int
+    bytes: int = Field(description="taken")
+    tokens_seen: int = Field(description="that sessions began with since the start")
+    tokens_reused: int = Field(description="of them, those that did not have to be computed")
+
+
 class KVStatus(Document):
     pages_total: int
     pages_free: int = Field(description="hold no tokens")
@@ -110,6 +119,7 @@ class KVStatus(Document):
     tokens_left: int = Field(description="that a new session could reserve, summed over blocks")
     pages_reserved: int = Field(description="promised to open sessions, whether they hold tokens yet or not")
     spill: SpillStatus | None = Field(description="null where the cache of idle sessions stays in memory")
+    prefixes: PrefixStatus | None = Field(description="null where every prompt is computed")
 
 
 class GraphStatus(Document):

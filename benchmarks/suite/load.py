@@ -65,4 +65,4 @@ def to_rows(provider: str, kind: str, found: dict[str, Any]) -> list[Row]:
     return rows
 
 
-BENCHMARK = Benchmark("load", "loading in every format, resident memory, and memory of a session", run, 50.0)
+BENCHMARK = Benchmark("load", "loading in every format, resident memory, and memory of a session", run, 45.0)

@@ -24,6 +24,7 @@ from petalsd.daemon.memory import device_memory_bytes
 from petalsd.daemon.node_options import node_options
 from petalsd.daemon.placement_record import PlacementRecord
 from petalsd.daemon.plan import Demand, ModelReader, ServingPlan, demand_for, make_plan, size_text
+from petalsd.daemon.prefix_room import prefix_cache_bytes
 from petalsd.daemon.rebalancer import Rebalancer
 from petalsd.daemon.recording import (
     CacheRecorder,
@@ -50,6 +51,7 @@ from petalsd.engine.runners import RunnerFactory
 from petalsd.engine.throughput import MEASURE_LIMITS
 from petalsd.errors import ConfigError
 from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.prefixes import PrefixCache
 from petalsd.kvcache.spill import SpillArea
 from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.log import adopt_loggers
@@ -110,14 +112,14 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
     capturing = _capturing(plan, turn)
     engine = _engine(plan, num_threads, EngineRecorder(metrics, live), capturing, board)
     ladder = _ladder(plan, paths, num_threads)
-    link = LinkMeter()
+    link, prefixes = LinkMeter(), _prefixes(config)
     measuring = RunnerFactory(plan.device, num_threads, MEASURE_LIMITS, NullObserver(), capturing)
     speed = Speed(plan, config, paths, measuring, live, link)
     max_blocks = partial(_max_blocks, settings, demand)
     member = Membership(
         node_options(config.swarm, paths, plan.model.num_blocks),
         AnnouncerOptions(plan.prefix, plan.model.num_blocks, plan.repository, config.swarm.update_period_s),
-        _serving(engine, plan, config, SwarmRecorder(metrics, link)),
+        _serving(engine, plan, config, SwarmRecorder(metrics, link), prefixes),
         RecordWriter(plan, engine, speed, config.swarm.public_name, max_blocks).describe,
     )
 
@@ -132,12 +134,12 @@ def build_parts(config: Config, plan: ServingPlan, paths: InstancePaths, read: C
         lambda: loader.seconds_per_block,
         placement,
     )
-
     make_pool = partial(_make_pool, config, plan, paths, CacheRecorder(metrics))
     installation = Installation(plan, engine, ladder.angles, make_pool, speed.find_out_of, demand)
     return Parts(
         instance=paths.instance,
         engine=engine,
+        prefixes=prefixes,
         member=member,
         loader=loader,
         rebalancer=rebalancer,
@@ -226,6 +228,15 @@ def _spill_area(config: Config, plan: ServingPlan, paths: InstancePaths, num_blo
     return spill.area
 
 
+def _prefixes(config: Config) -> PrefixCache:
+    """Too little memory for it is no reason not to serve; ``petalsd check`` is stricter."""
+    try:
+        return PrefixCache(prefix_cache_bytes(config.engine))
+    except ConfigError as error:
+        log.error("prefix_cache_unavailable", error=str(error))
+        return PrefixCache(0)
+
+
 def _warn_of_tight_memory(plan: ServingPlan, demand: Demand, board: WarningBoard) -> None:
     """Blocks that were asked for by number are tried; ``petalsd check`` is stricter."""
     need_bytes = plan.need.of_blocks(demand.num_blocks)
@@ -234,11 +245,13 @@ def _warn_of_tight_memory(plan: ServingPlan, demand: Demand, board: WarningBoard
         board.set("memory_tight", f"{demand.num_blocks} blocks take {need}, there are {there}")
 
 
-def _serving(engine: Engine, plan: ServingPlan, config: Config, recorder: SwarmRecorder) -> Serving:
+def _serving(
+    engine: Engine, plan: ServingPlan, config: Config, recorder: SwarmRecorder, prefixes: PrefixCache
+) -> Serving:
     model = ServedModel(plan.prefix, plan.model.num_blocks, plan.model.hidden_size, plan.dtype, VERSION)
     limits = HandlerLimits(
         request_timeout_s=config.engine.request_timeout_s,
         step_timeout_s=config.engine.step_timeout_s,
         session_timeout_s=config.engine.session_timeout_s,
     )
-    return Serving(engine, model, limits, recorder, config.swarm.allowed_peers)
+    return Serving(engine, model, limits, recorder, config.swarm.allowed_peers, prefixes)

@@ -15,6 +15,7 @@ from petalsd.daemon.span_loader import SpanLoader
 from petalsd.daemon.speed import Rates
 from petalsd.daemon.supervisor import Supervisor
 from petalsd.daemon.warnings import WarningBoard
+from petalsd.kvcache.prefixes import PrefixCache
 from petalsd.metrics import Metrics
 from petalsd.models.contract import Block
 from petalsd.models.ladder import Choice
@@ -40,6 +41,7 @@ class Parts:
 
     instance: str
     engine: ServingEngine
+    prefixes: PrefixCache
     member: SwarmMember
     loader: SpanLoader
     rebalancer: Rebalancer

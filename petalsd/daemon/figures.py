@@ -85,6 +85,7 @@ class Figures:
             yield Reading(name, getattr(stats, attribute) if stats else 0)
         yield Reading("kv_spill_file_bytes", pool.spill_bytes if pool else 0)
         yield Reading("kv_spill_host_bytes", pool.spill_host_bytes if pool else 0)
+        yield Reading("prefix_cache_bytes", self._parts.prefixes.nbytes)
         yield Reading("kv_page_tokens", self._plan.geometry.page_tokens)
 
     def _presence(self) -> Iterator[Reading]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from petalsd.config import Config
 from petalsd.control.access import Access
 from petalsd.daemon.plan import ServingPlan, demand_for, make_plan, size_text
+from petalsd.daemon.prefix_room import prefix_cache_bytes
 from petalsd.daemon.spilling import plan_spill
 from petalsd.errors import ConfigError, PetalsdError
 from petalsd.paths import InstancePaths, check_socket_path, existing_part
@@ -60,6 +61,7 @@ def _inspect_model(config: Config, paths: InstancePaths) -> Iterator[Finding]:
         yield _finding("device", lambda: f"{known_plan.device}, {known_plan.weights_name}")
         yield _finding("blocks", lambda: _check_blocks(known_plan, config))
         yield _finding("limits", lambda: _describe_limits(known_plan))
+        yield _finding("prefix cache", lambda: _describe_prefixes(config))
         yield _finding("spill file", lambda: _check_spill(known_plan, config, paths))
 
 
@@ -129,6 +131,11 @@ def _describe_limits(plan: ServingPlan) -> str:
         f"{plan.kv_tokens} tokens of cache per block, sessions up to {plan.limits.max_session_tokens} tokens, "
         f"{plan.limits.max_sessions} sequences at once"
     )
+
+
+def _describe_prefixes(config: Config) -> str:
+    max_bytes = prefix_cache_bytes(config.engine)
+    return f"up to {size_text(max_bytes)} of memory" if max_bytes else "off"
 
 
 def _check_spill(plan: ServingPlan, config: Config, paths: InstancePaths) -> str:

@@ -136,6 +136,8 @@ class SwarmRecorder:
         self._received = metrics.counter("wire_received_bytes_total")
         self._sent = metrics.counter("wire_sent_bytes_total")
         self._first_answer = metrics.histogram("first_answer_seconds")
+        prompts = metrics.counter("prompt_tokens_total")
+        self._computed, self._reused = prompts.labels("computed"), prompts.labels("reused")
         pushes, announcements = metrics.counter("pushes_total"), metrics.counter("dht_announcements_total")
         hand_overs = metrics.counter("hand_overs_total")
         self._hand_overs = {outcome: hand_overs.labels(outcome.value) for outcome in Outcome}
@@ -165,6 +167,10 @@ class SwarmRecorder:
 
     def first_answer(self, wait_s: float) -> None:
         self._first_answer.observe(wait_s)
+
+    def prompt_began(self, tokens: int, num_reused: int) -> None:
+        self._computed.inc(tokens - num_reused)
+        self._reused.inc(num_reused)
 
     def pushed(self, is_delivered: bool) -> None:
         self._pushes[is_delivered].inc()

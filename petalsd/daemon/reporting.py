@@ -18,6 +18,7 @@ from petalsd.daemon.span_loader import LoadProgress
 from petalsd.engine.stats import EngineStats
 from petalsd.errors import SwarmError
 from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.prefixes import PrefixCache
 from petalsd.models.ladder import Choice, Rung
 from petalsd.status import (
     Balance,
@@ -30,6 +31,7 @@ from petalsd.status import (
     Model,
     PathTrial,
     Peers,
+    PrefixStatus,
     SessionCounts,
     SessionEntry,
     Sessions,
@@ -193,6 +195,7 @@ class Reporter:
             tokens_left=pool.tokens_free,
             pages_reserved=stats.pages_reserved,
             spill=_spill(pool, stats),
+            prefixes=_prefixes(self._parts.prefixes),
         )
 
     def _cache_used(self) -> float:
@@ -282,6 +285,17 @@ def _spill(pool: KVPool, stats: PoolStats) -> SpillStatus | None:
         file_bytes=pool.spill_bytes,
         pages_promisable=stats.pages_promisable,
         pages_spilled=stats.pages_spilled,
+    )
+
+
+def _prefixes(cache: PrefixCache) -> PrefixStatus | None:
+    if not cache.max_bytes:
+        return None
+    return PrefixStatus(
+        max_bytes=cache.max_bytes,
+        bytes=cache.nbytes,
+        tokens_seen=cache.tokens_seen,
+        tokens_reused=cache.tokens_reused,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from petalsd.alarm import Alarm
 from petalsd.engine.checks import check_step
 from petalsd.engine.core import EngineCore
-from petalsd.engine.kv_transfer import CopyMark, KeysValues, Place, Transfer
+from petalsd.engine.kv_transfer import Chunks, CopyMark, KeysValues, Place, Transfer
 from petalsd.engine.open_rows import RowHold
 from petalsd.engine.session import EngineSession, StepJob
 from petalsd.engine.step import SessionSpec, Step
@@ -68,7 +68,7 @@ class Session:
         self._opened_s = self._last_active_s = time.monotonic()
         self._deadline = Alarm(self._miss_deadline)
         self._answer: asyncio.Future[torch.Tensor] | None = None
-        self._chunk: asyncio.Future[Any] | None = None  # of keys and values, on its way
+        self._transfers: set[asyncio.Future[Any]] = set()  # of keys and values, on their way
         self._end_reason: str | None = None
         self._tell_end: Callable[[str], None] | None = None
 
@@ -141,6 +141,25 @@ class Session:
         """Of its pages."""
         return self._core.served.pool.geometry
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's, in which its keys and values go in and out."""
+        return self._core.served.pool.dtype
+
+    @property
+    def chunks(self) -> Chunks:
+        """How they are cut for that."""
+        geometry = self.kv_geometry
+        return Chunks(self.spec, geometry.num_kv_heads * geometry.head_dim * self.dtype.itemsize)
+
+    @property
+    def is_prefix_stable(self) -> bool:
+        """Whether what is computed of a token depends on nothing that comes after it.
+
+        Not where rotary angles depend on the length of the row.
+        """
+        return not self._core.served.rope.is_length_dependent
+
     async def read_kv(self, place: Place) -> KeysValues:
         """The chunk at ``place``, below ``copied.settled``, as it is when its turn comes, also beside a step.
 
@@ -150,7 +169,7 @@ class Session:
         return chunk
 
     async def write_kv(self, place: Place, chunk: KeysValues) -> None:
-        """Fill a session that has taken no step yet, each block from its first token on, perhaps some anew.
+        """Fill a session while no step is under way, each block token after token, perhaps some anew.
 
         SessionClosed, EngineError or DeadlineExceeded. SpillError ends the session.
         """
@@ -173,7 +192,8 @@ class Session:
     async def _transfer(self, make: Callable[[asyncio.Future[Any]], Transfer]) -> Any:
         self._check_open()
         check_alive(self._thread)
-        answer = self._chunk = asyncio.get_running_loop().create_future()
+        answer = asyncio.get_running_loop().create_future()
+        self._transfers.add(answer)
         self._thread.post(partial(self._core.submit_transfer, make(answer)))
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -184,7 +204,7 @@ class Session:
             self.end(error.message)
             raise
         finally:
-            self._chunk = None
+            self._transfers.discard(answer)
 
     def _check_open(self) -> None:
         if self._end_reason is not None:
@@ -201,7 +221,7 @@ class Session:
             return
         self._end_reason = reason
         self._deadline.close()
-        for waiting in (self._answer, self._chunk):
+        for waiting in (self._answer, *self._transfers):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(SessionClosed(reason))
         self._thread.post(partial(self._core.close_session, self._state))

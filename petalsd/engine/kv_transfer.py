@@ -19,7 +19,7 @@ import torch
 
 from petalsd.device_faults import device_loss
 from petalsd.engine.session import EngineSession
-from petalsd.engine.step import Step
+from petalsd.engine.step import SessionSpec, Step
 from petalsd.errors import EngineError
 from petalsd.kvcache.pool import KVPool
 from petalsd.kvcache.session import KVSession
@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 KeysValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
+_CHUNK_BYTES = 1 << 20  # of keys, and of values: small beside what a session's step may bring
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -37,6 +39,37 @@ class Place:
     blocks: BlockSpan
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How a session's tokens are cut, so that others wait for little at a time.
+
+    ``token_bytes``: the keys of a token in one block and row.
+    """
+
+    spec: SessionSpec
+    token_bytes: int
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Of one block, or over several together; at least one, however large it is."""
+        return max(1, _CHUNK_BYTES // (self.spec.batch * self.token_bytes))
+
+    def places(self, tokens: range) -> Iterator[Place]:
+        """The chunks of these tokens, as few as their size allows: whole blocks side by side, or one in parts."""
+        if not tokens:
+            return
+        span, at_once = self.spec.span, self.tokens_at_once
+        num_blocks = max(1, at_once // len(tokens))
+        for first in range(span.start, span.end, num_blocks):
+            blocks = BlockSpan(first, min(first + num_blocks, span.end))
+            for start in range(tokens.start, tokens.stop, at_once):
+                yield Place(blocks, start, min(tokens.stop, start + at_once))
+
+    def is_one(self, tokens: range) -> bool:
+        """Whether these tokens of all blocks go at once."""
+        return len(tokens) * len(self.spec.span) <= self.tokens_at_once
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ Stock servers and clients do not know the call; the taker can refuse at any poin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,15 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from petalsd.engine.handle import Session
-from petalsd.engine.kv_transfer import KeysValues, Place
+from petalsd.engine.kv_transfer import Chunks, KeysValues, Place
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import BadRequest
 from petalsd.swarm.codec import DTYPES, decode_metadata, decode_tensor, encode_metadata, encode_tensor
-from petalsd.swarm.protocol import MIB, make_chain
+from petalsd.swarm.protocol import make_chain
 from petalsd.swarm.requests import adapter_of, served_span
 from petalsd.types import BlockSpan
 
 _VERSION = 3
-_CHUNK_BYTES = MIB  # of keys, and of values: small beside what a session's step may bring
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FIELDS = {"version", "client", "batch", "max_tokens", "dtype", "num_kv_heads", "head_dim", "active_adapter"}
 _PLACE_FIELDS = ("start_block", "end_block", "start", "end")
@@ -98,25 +97,9 @@ class Offer:
         spec = SessionSpec(span, batch, max_tokens, client, adapter=adapter)
         return cls(spec, KVShape(heads, head_dim, DTYPES[dtype]))
 
-    def places(self, tokens: range) -> Iterator[Place]:
-        """The chunks of these tokens, as few as their size allows: whole blocks side by side, or one in parts."""
-        if not tokens:
-            return
-        span, at_once = self.spec.span, self._chunk_tokens
-        num_blocks = max(1, at_once // len(tokens))
-        for first in range(span.start, span.end, num_blocks):
-            blocks = BlockSpan(first, min(first + num_blocks, span.end))
-            for start in range(tokens.start, tokens.stop, at_once):
-                yield Place(blocks, start, min(tokens.stop, start + at_once))
-
-    def is_one_chunk(self, tokens: range) -> bool:
-        """Whether these tokens of all blocks go at once."""
-        return len(tokens) * len(self.spec.span) <= self._chunk_tokens
-
     @property
-    def _chunk_tokens(self) -> int:
-        """Of one block, or over several together; at least one, however large it is."""
-        return max(1, _CHUNK_BYTES // (self.spec.batch * self.shape.token_bytes))
+    def chunks(self) -> Chunks:
+        return Chunks(self.spec, self.shape.token_bytes)
 
     def check(self, place: Place) -> None:
         """BadRequest unless such a chunk is the session's, and of a size that others may have to wait for."""
@@ -124,8 +107,11 @@ class Offer:
             raise BadRequest("start_block, end_block", str(place.blocks), f"must be of {self.spec.span}")
         if not place.start < place.end <= self.spec.max_tokens:
             raise BadRequest("start, end", (place.start, place.end), f"must be within {self.spec.max_tokens}")
-        if (place.end - place.start) * len(place.blocks) > self._chunk_tokens:
-            raise BadRequest("start, end", (place.start, place.end), f"{_CHUNK_BYTES} bytes may come at once")
+        at_once = self.chunks.tokens_at_once
+        if (place.end - place.start) * len(place.blocks) > at_once:
+            raise BadRequest(
+                "start, end", (place.start, place.end), f"{at_once} tokens of a block may come at once"
+            )
 
 
 class Seal:

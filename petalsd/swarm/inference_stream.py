@@ -14,6 +14,7 @@ from petalsd.engine.handle import Session
 from petalsd.errors import BadRequest, DeadlineExceeded, SessionClosed
 from petalsd.swarm.codec import arrange, encode_tensor, unpacked_bytes
 from petalsd.swarm.off_loop import off_loop
+from petalsd.swarm.prefixed_session import PrefixedSession
 from petalsd.swarm.push import Pusher
 from petalsd.swarm.requests import OpenRequest, StepMessage, decode_step
 from petalsd.swarm.serving import Serving
@@ -116,7 +117,8 @@ class InferenceCall:
                 self._inbox.span = opening.spec.span
                 self.movable = session if opening.can_follow else None
                 session.when_ended(lambda reason: self._inbox.fail(SessionClosed(reason)))
-                await self._steps(session, opening.structure)
+                prefixed = PrefixedSession(session, self._serving.prefixes, self._serving.observer)
+                await self._steps(prefixed, opening.structure)
             finally:
                 await session.close()
                 log.debug("session_closed", peer=self._stream.peer, position=session.position)
@@ -128,17 +130,23 @@ class InferenceCall:
         self._serving.check_open(opening.spec.peer)
         return await self._serving.engine.open_session(opening.spec)
 
-    async def _steps(self, session: Session, structure: object) -> None:
-        while self._at_work is not None:
-            await self._work_on(self._at_work, session, structure)
-            await self._next()
+    async def _steps(self, prefixed: PrefixedSession, structure: object) -> None:
+        try:
+            while self._at_work is not None:
+                await self._work_on(self._at_work, prefixed, structure)
+                await self._next()
+            await prefixed.finish()
+        finally:
+            prefixed.stop()
 
-    async def _work_on(self, work: StepMessage | Errand, session: Session, structure: object) -> None:
+    async def _work_on(
+        self, work: StepMessage | Errand, prefixed: PrefixedSession, structure: object
+    ) -> None:
         if not isinstance(work, StepMessage):
-            await work(session)
+            await work(prefixed.session)
         elif work.step_id is None or work.step_id not in self._step_ids:
             self._num_repeated = 0
-            await self._step(session, structure, work)
+            await self._step(prefixed, structure, work)
         else:
             await self._skip(work)
 
@@ -150,12 +158,13 @@ class InferenceCall:
             raise BadRequest("step_id", message.step_id, rule)
         await asyncio.sleep(0)
 
-    async def _step(self, session: Session, structure: object, message: StepMessage) -> None:
+    async def _step(self, prefixed: PrefixedSession, structure: object, message: StepMessage) -> None:
+        session = prefixed.session
         try:
             tensors = arrange(message.tensors, structure, 3)
             start = session.position if message.start is None else message.start
             step = await off_loop(message.num_bytes, decode_step, tensors, start, session.check)
-            answer = await session.step(step)
+            answer = await prefixed.step(step)
         except BadRequest as error:
             if not message.is_pushed:
                 raise

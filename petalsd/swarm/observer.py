@@ -34,6 +34,9 @@ class SwarmObserver(Protocol):
     def first_answer(self, wait_s: float) -> None:
         """The first answer of a session was sent, that long after the session was asked for."""
 
+    def prompt_began(self, tokens: int, num_reused: int) -> None:
+        """A session's first step brought so many tokens; those of its beginning were in the prefix cache."""
+
     def pushed(self, is_delivered: bool) -> None:
         """An answer was handed on to the next server of a chain, or could not be."""
 
@@ -69,6 +72,9 @@ class NullObserver:
         pass
 
     def first_answer(self, wait_s: float) -> None:
+        pass
+
+    def prompt_began(self, tokens: int, num_reused: int) -> None:
         pass
 
     def pushed(self, is_delivered: bool) -> None:

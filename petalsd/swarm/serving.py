@@ -9,6 +9,7 @@ import torch
 
 from petalsd.engine.engine import Engine
 from petalsd.errors import Draining, NotAllowed
+from petalsd.kvcache.prefixes import PrefixCache
 from petalsd.swarm.observer import NullObserver, SwarmObserver
 
 
@@ -46,7 +47,8 @@ class HandlerLimits:
 class Serving:
     """The engine behind the handlers, who is told of their calls, and whether new work is taken.
 
-    ``allowed_peers``: the clients (base58 PeerIDs) whose work is taken; empty: everybody's.
+    ``allowed_peers``: the clients (base58 PeerIDs) whose work is taken; empty: everybody's. ``prefixes``: where
+    beginnings of their prompts are kept, by default nowhere.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Serving:
         limits: HandlerLimits,
         observer: SwarmObserver | None = None,
         allowed_peers: Collection[str] = (),
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
         self.limits = limits
         self.observer = observer or NullObserver()
+        self.prefixes = prefixes or PrefixCache(0)
         self._allowed_peers = frozenset(allowed_peers)
         self._refusal: str | None = None
 

@@ -99,7 +99,7 @@ class HandOver:
         await self._say(self._opening)
         await _answer(self._stream)
         missing, last = self._session.copied.take(), None
-        while not self._offer.is_one_chunk(missing) and (last is None or len(missing) < last):
+        while not self._offer.chunks.is_one(missing) and (last is None or len(missing) < last):
             await self._send(missing)
             missing, last = self._session.copied.take(), len(missing)
         self._session.copied.give_back(missing)
@@ -116,7 +116,7 @@ class HandOver:
 
     async def _send(self, tokens: range) -> None:
         try:
-            for place in self._offer.places(tokens):
+            for place in self._offer.chunks.places(tokens):
                 if self._stream.has_arrived:  # nothing but a refusal can have
                     await _answer(self._stream)
                 keys, values = await self._session.read_kv(place)

@@ -36,6 +36,7 @@ from petalsd.engine.stats import EngineStats
 from petalsd.engine.step import SessionSpec
 from petalsd.errors import ConfigError, DeviceLost, SwarmError
 from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.prefixes import PrefixCache
 from petalsd.metrics import Metrics
 from petalsd.models.ladder import Choice
 from petalsd.swarm.announcer import Announcement, Part
@@ -299,6 +300,7 @@ class Stage:
             Parts(
                 instance="demo",
                 engine=self.engine,
+                prefixes=PrefixCache(0),
                 member=self.member,
                 loader=SpanLoader(
                     self.reader, lambda: lambda progress: None, self.board, self.metrics, QUICK

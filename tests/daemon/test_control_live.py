@@ -14,8 +14,12 @@ import pytest
 
 from petalsd.status_schemas import schema_of
 from petalsd.swarm.node import Node
+from petalsd.swarm.protocol import make_chain
+from petalsd.types import BlockSpan
 from tests.control.double import ask
 from tests.daemon.processes import DaemonProcess, Launch
+from tests.engine.rig import states
+from tests.swarm.stock import StockSession, stock_stub
 
 ANSWER_S = 60
 
@@ -90,6 +94,22 @@ async def test_every_verb_against_a_real_daemon(daemon: DaemonProcess, ctl: Ctl,
     assert await ctl("resume") == "serving again\n"
     assert "as it was" in await ctl("reload")
     assert (await ctl.json("status"))["state"] == "online"
+
+
+async def test_a_prompt_that_comes_again_is_seen_in_status_and_metrics(
+    daemon: DaemonProcess, ctl: Ctl, node: Node
+) -> None:
+    status = await ctl.json("status")
+    uid = make_chain(status["model"]["dht_prefix"], BlockSpan(**status["span"]))
+    for _ in range(2):
+        session = await StockSession(stock_stub(node, status["peer_id"])).open()
+        await session.step(uid, states(1, 70), max_length=80)
+        assert await session.end()
+    kept = (await ctl.json("status"))["kv"]["prefixes"]
+    assert (kept["tokens_seen"], kept["tokens_reused"]) == (140, 64)
+    assert 0 < kept["bytes"] < kept["max_bytes"]
+    assert "64 of 140 tokens reused" in await ctl("status")
+    assert 'petalsd_prompt_tokens_total{source="reused"} 64' in await ctl("metrics")
 
 
 async def test_a_second_daemon_on_the_same_socket_does_not_start(

@@ -40,6 +40,15 @@ def test_long_prompt(tiny: Model, peers: list[str], stock_client: StockClient) -
     assert stock_greedy_ids(stock_client, tiny, peers, prompt, 8) == greedy_ids(tiny.local, prompt, 8)
 
 
+def test_conversation(tiny: Model, peers: list[str], stock_client: StockClient) -> None:
+    """Each turn brings all that was said before, of which both servers have computed the beginning already."""
+    said = [[(41 * position) % 251 for position in range(100)]]
+    for _ in range(3):
+        answer = stock_greedy_ids(stock_client, tiny, peers, said, 20)
+        assert answer == greedy_ids(tiny.local, said, 20)
+        said = [answer[0] + [(43 * position) % 251 for position in range(30)]]
+
+
 def test_beam_search(tiny: Model, peers: list[str], stock_client: StockClient) -> None:
     """Four beams, reordered on the servers at every step, end where the stock library's own beams end."""
     answer = stock_client.call(

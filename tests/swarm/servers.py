@@ -11,6 +11,7 @@ from typing import Any
 from petalsd.engine.engine import Engine
 from petalsd.engine.limits import EngineLimits
 from petalsd.kvcache.pool import KVPool
+from petalsd.kvcache.prefixes import PrefixCache
 from petalsd.kvcache.waiting import AdmissionRules
 from petalsd.swarm.handler import TransformerConnectionHandler
 from petalsd.swarm.node import Node, NodeOptions
@@ -90,6 +91,7 @@ async def server(
     observer: SwarmObserver | None = None,
     max_peer_share: float = 1.0,
     allowed_peers: Collection[str] = (),
+    prefixes: PrefixCache | None = None,
 ) -> AsyncIterator[Server]:
     """Serve a tiny Llama on a started node; at the end everything must be given back."""
     model = model or TinyModel(path)
@@ -99,7 +101,7 @@ async def server(
     await engine.load_span(model.blocks, pool, model.rope)
     config = model.config
     served = ServedModel(PREFIX, config.num_blocks, config.hidden_size, pool.dtype, "0.1.0")
-    serving = Serving(engine, served, limits or HandlerLimits(), observer, allowed_peers)
+    serving = Serving(engine, served, limits or HandlerLimits(), observer, allowed_peers, prefixes)
     handler = TransformerConnectionHandler(on, serving)
     await handler.start()
     running = Server(on, model, engine, serving, handler, pool)

@@ -10,8 +10,8 @@ import pytest_asyncio
 import torch
 
 from petalsd.client.session import InferenceSession
+from petalsd.engine import kv_transfer
 from petalsd.engine.step import SessionSpec
-from petalsd.swarm import handover
 from petalsd.types import BlockSpan
 from tests.engine.rig import states
 from tests.numeric import assert_close
@@ -98,7 +98,7 @@ async def test_what_changes_while_a_session_is_copied_is_copied_again(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Token after token, under a client that rolls back, swaps its rows and never pauses."""
-    monkeypatch.setattr(handover, "_CHUNK_BYTES", 2 * 2 * 16 * 4)
+    monkeypatch.setattr(kv_transfer, "_CHUNK_BYTES", 2 * 2 * 16 * 4)
     hidden, fed_before = states(2, 48), swarm.second.engine.stats().tokens_total
     async with swarm.session() as session:
         await session.step(hidden[:, :40])

@@ -205,6 +205,10 @@ def _load_fields(document: _Document) -> Iterable[tuple[str, Line | str]]:
                     f"{counted(spill['pages_spilled'], 'page')} of idle sessions", Piece(f"  {taken}", "dim")
                 ),
             )
+        if kept := kv["prefixes"]:
+            reused = f"{count(kept['tokens_reused'])} of {counted(kept['tokens_seen'], 'token')} reused"
+            taken = f"{size(kept['bytes'])} of {size(kept['max_bytes'])} taken"
+            yield "prompts", line(reused, Piece(f"  {taken}", "dim"))
     if speed := document["throughput"]:
         yield from _speed_fields(speed)
 

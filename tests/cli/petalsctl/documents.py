@@ -59,6 +59,12 @@ STATUS: dict[str, Any] = {
             "pages_promisable": 92_160,
             "pages_spilled": 512,
         },
+        "prefixes": {
+            "max_bytes": 734_003_200,
+            "bytes": 117_440_512,
+            "tokens_seen": 48_210,
+            "tokens_reused": 37_632,
+        },
     },
     "graphs": None,
     "sessions": {"active": 3, "limit": 256, "rows": 4, "waiting": 0},

@@ -25,6 +25,7 @@ ONLINE = """\
   sessions      3 of 256, 4 sequences
   cache         █████░░░░░░░░░░░░░░░ 23 %, room for 12,600 tokens  7,680 pages
   on disk       512 pages of idle sessions  64.0 MiB of 2.1 GiB taken
+  prompts       37,632 of 48,210 tokens reused  112.0 MiB of 700.0 MiB taken
   announced     251 tokens/s  network 10,851, assumed
                 decode 2,138, passes 2,008 per block, measured on those served
   balance       next check in 12 s, quality 0.75
