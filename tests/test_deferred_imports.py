@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 _HEAVY = (
@@ -80,6 +82,7 @@ def test_what_transformers_defines_is_listed_once_and_as_ever() -> None:
     assert lines == ["True True", "True"]
 
 
+@pytest.mark.nightly
 def test_checks_that_need_more_than_the_names_get_the_activations(tmp_path: Path) -> None:
     """As a later release of transformers may."""
     package = tmp_path / "transformers"

@@ -12,11 +12,15 @@ from tests.interop.models import PROMPT, Model
 from tests.interop.reference import assert_same_pass, greedy_ids, random_inputs, run_pass
 from tests.interop.stock import StockClient
 from tests.interop.swarms import two_servers
+from tests.tiers import nightly_except
 
 pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", params=[("petalsd", "stock"), ("stock", "petalsd")], ids="-then-".join)
+ORDERS = [("petalsd", "stock"), ("stock", "petalsd")]
+
+
+@pytest.fixture(scope="module", params=nightly_except(ORDERS, ORDERS[0]), ids="-then-".join)
 def peers(
     request: pytest.FixtureRequest, tiny: Model, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[str]]:

@@ -7,6 +7,7 @@ import torch
 
 from petalsd.ops.eight_bit_kv import Float8KV, Int8KV
 from tests.kernels.attention_rows import F16, F32, AttentionCase
+from tests.tiers import nightly_except
 
 # Contexts before the new tokens, and these: whole prompts and chunks, from and to the borders of pages and tiles,
 # more than a tile of queries, rows that decode, and one that has nothing in this batch.
@@ -30,7 +31,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+DAILY = (
+    "three heads, padded size, window", "soft-cap, wide pages", "sinks, padded size", "biases and window",
+    "int8 pages, options", "float8 pages",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", nightly_except(CASES, *DAILY))
 def test_every_option_equals_the_reference(name: str) -> None:
     """Prompts, chunks and decodes in one launch; pages are shuffled, what is unwritten is NaN."""
     case = CASES[name]

@@ -15,11 +15,13 @@ from petalsd.errors import ModelError
 from petalsd.models.architecture import Architecture
 from petalsd.models.hf.families import FAMILIES
 from petalsd.models.ladder import make_angles
+from tests.tiers import nightly_except
 from tests.tiny_models import LAYER_VARIANTS, ROPE_VARIANTS, tiny_config
 
 CPU = torch.device("cpu")
 OF_ALL = frozenset(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
 """Keys that say nothing of a family."""
+DAILY = ("bloom", "cohere2", "falcon", "gemma3_text", "glm4_moe", "gpt_oss", "llama", "mixtral", "qwen3_moe")
 
 
 def raw_config(family: str) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def look_at(raw: Mapping[str, Any]) -> Architecture:
     return architecture
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", nightly_except(FAMILIES, *DAILY))
 def test_a_key_without_a_value_is_a_default_or_an_error(family: str) -> None:
     """Nothing else comes of one than a model as transformers reads it, or a ModelError."""
     raw = raw_config(family)
