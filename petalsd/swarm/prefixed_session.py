@@ -129,6 +129,8 @@ class PrefixedSession:
                     break
         except PetalsdError as error:  # also what the session ended with
             log.debug("prefix_not_kept", error=str(error))
+        except Exception as error:  # for want of memory, say: the session goes on without
+            log.warning("prefix_not_kept", exc_info=error)
         self._cache.touch(digests)
 
     async def _save_one(self, start: int, digest: bytes, states: torch.Tensor) -> bool:

@@ -327,6 +327,22 @@ async def test_a_session_that_ends_meanwhile_leaves_what_is_right(bench: Bench) 
     assert bench.computed.take() == 10
 
 
+def out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
+async def test_want_of_memory_costs_no_session(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = states(1, PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixCache, "put", out_of_memory)
+        async with bench.session() as session:
+            await session.step(Step(hidden, 0))
+            await session.finish()
+            await session.step(Step(hidden[:, :1], PROMPT))
+    assert bench.cache.nbytes == 0
+    await bench.answer(hidden)
+
+
 async def test_many_at_once(bench: Bench) -> None:
     """Sessions with one beginning and ends of their own, some of which are given up."""
     common = states(1, PROMPT)
