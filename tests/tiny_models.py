@@ -88,6 +88,14 @@ _LLAMA4_SCALING: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
     "llama_4_scaling_beta": 0.5,
 }  # fmt: skip
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_MSCALED_ROPE: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 # Its model adds the biases to the mask as well, so that transformers' eager attention counts them twice.
 _ALIBI = {
     "attn_implementation": "sdpa",
@@ -114,6 +122,14 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cwm": (
         "cwm", {"sliding_window": 12, "head_dim": 16, "rope": "default", "bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3", {**_ROUTED, **_LATENT, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+                        "attention_bias": True, "rope_parameters": _MSCALED_ROPE},
+    ),
+    "deepseek_v3-plain-queries": (
+        "deepseek_v3", {**_ROUTED, **_LATENT, "first_k_dense_replace": 4, "q_lora_rank": None, "v_head_dim": 48,
+                        "rope_interleave": False},
     ),
     "dots1": (
         "dots1", {**_ROUTED, "first_k_dense_replace": 1, "sliding_window": 12, "max_window_layers": 2,
@@ -152,6 +168,7 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe", {**_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True,
                      "head_dim": 16, "n_group": 2, "topk_group": 1},
     ),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_ROUTED, **_LATENT, "v_head_dim": 32}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "gpt_oss": ("gpt_oss", {**_LOCAL, "head_dim": 16, "sliding_window": 12, "swiglu_limit": 1.5}),
@@ -178,6 +195,7 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                       "head_dim": 16, "rope": "default"},
     ),
     "ministral3": ("ministral3", {"rope_parameters": _LLAMA4_SCALING, "sliding_window": None, "head_dim": 16}),
+    "minicpm3": ("minicpm3", {**_LATENT, "dim_model_base": 32}),
     "minimax_m2": ("minimax_m2", {**_LOCAL, "head_dim": 16, "rotary_dim": 8}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 12}),
     "olmo": ("olmo", {"clip_qkv": 1.5}),
@@ -215,6 +233,7 @@ LAYER_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "vaultgemma", {"head_dim": 16, "sliding_window": 12, "query_pre_attn_scalar": 24,
                        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
+    "youtu": ("youtu", _LATENT),
 }  # fmt: skip
 """Families without a fused block, and their settings."""
 

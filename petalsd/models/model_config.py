@@ -61,6 +61,8 @@ class ModelConfig:
 
 
 _WRAPPERS = frozenset(("gemma3", "mistral3"))
+# What repositories with code of their own call a family that transformers has.
+_ALIASES = {"kimi_k2": "deepseek_v3"}
 _OF_WHOLE = ("dtype", "torch_dtype", "quantization_config")
 
 
@@ -125,8 +127,14 @@ def sees_ahead(key: str, value: object) -> UnsupportedModel:
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A ``config.json`` of a text model, or that part of one of text and images. ModelError when it is none."""
-    if raw.get("model_type") not in _WRAPPERS:
+    """A ``config.json`` of a text model, or that part of one of text and images. ModelError when it is none.
+
+    The family goes by transformers' name of it.
+    """
+    model_type = str(raw.get("model_type"))
+    if model_type in _ALIASES:
+        return {**raw, "model_type": _ALIASES[model_type]}
+    if model_type not in _WRAPPERS:
         return raw
     text = raw.get("text_config")
     if not isinstance(text, Mapping):

@@ -22,7 +22,7 @@ from petalsd.models.weight_storage import WeightStorage
 from petalsd.types import BlockSpan
 from tests.numeric import assert_close
 from tests.reference_layers import decoder_layers, through_layers
-from tests.tiny_models import LAYER_VARIANTS, make_tiny
+from tests.tiny_models import LAYER_VARIANTS, make_tiny, tiny_config
 
 CPU = torch.device("cpu")
 GEMMA: dict[str, Any] = {"model_type": "gemma", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
@@ -101,16 +101,23 @@ def test_a_cache_holds_as_many_heads_as_the_attention_has(
     assert (config.num_kv_heads, config.max_positions) == (kv_heads, max_positions)
 
 
+def test_a_family_by_another_name() -> None:
+    """As the repository says whose code transformers' has replaced."""
+    family, overrides = LAYER_VARIANTS["deepseek_v3"]
+    raw = tiny_config(family, **overrides).to_dict()
+    known, renamed = (Architecture.read({**raw, "model_type": name}) for name in ("deepseek_v3", "kimi_k2"))
+    assert renamed.config == known.config
+    assert renamed.kind(3) == known.kind(3)
+
+
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
         ({"model_type": "nemotron"}, "hands nothing on to its attention"),
         ({"model_type": "diffllama"}, "two softmaxes"),
         ({"model_type": "llama4_text"}, "chunks"),
-        (
-            {"model_type": "deepseek_v3"},
-            "model_type = 'deepseek_v3' is not served: its attention caches latents",
-        ),
+        ({"model_type": "deepseek_v2"}, "model_type = 'deepseek_v2' is not served: its rotary angles"),
+        ({"model_type": "mistral4"}, "text and images alone"),
         ({"model_type": "qwen3_next"}, "recurrent state"),
         ({"model_type": "gemma3n_text"}, "of other layers, which may be on another server"),
         ({"model_type": "qwen3_vl"}, "positions have three axes"),

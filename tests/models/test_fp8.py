@@ -70,7 +70,7 @@ def make_ladder(path: Path, quantization: Quantization = "none") -> Ladder:
     return Ladder(Architecture.read(source.config()), source, storage, num_threads=1)
 
 
-@pytest.mark.parametrize("family", ["minimax_m2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2", "qwen3_moe"])
 def test_blocks_compute_what_the_values_do(family: str, tmp_path: Path) -> None:
     """Packed and plain, and through the trial with weights of a few bits."""
     make_published(family, tmp_path)

@@ -42,11 +42,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-longrope": ("llama", {"rope": "longrope"}),
 }
 INTERPRETED = [
-    "bloom-6-heads", "falcon", "falcon-alibi", "falcon-new", "falcon-one-head", "gemma2", "gemma3_text", "glm4",
-    "gpt_oss", "llama-longrope", "ministral3", "mixtral", "phi3-longrope", "qwen2_moe", "smollm3",
+    "bloom-6-heads", "deepseek_v3", "falcon", "falcon-alibi", "falcon-new", "falcon-one-head", "gemma2",
+    "gemma3_text", "glm4", "gpt_oss", "llama-longrope", "ministral3", "mixtral", "phi3-longrope", "qwen2_moe",
+    "smollm3",
 ]  # fmt: skip
 """Those that differ where attention or experts are computed; to interpret all would take long."""
-DAILY = ("bloom-6-heads", "gemma2", "gpt_oss", "phi3-longrope", "qwen2_moe")
+DAILY = ("bloom-6-heads", "deepseek_v3", "gemma2", "gpt_oss", "phi3-longrope", "qwen2_moe")
 KERNEL_VARIANTS = [variant for variant in VARIANTS if variant != "gemma-24"]
 
 

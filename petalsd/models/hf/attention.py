@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from petalsd import _C
 from petalsd.ops.attention import dense_attention, paged_attention
@@ -106,7 +107,16 @@ def _attention(
     softcap, sinks = others.get("softcap"), others.get("s_aux")
     rule = None if softcap is None and sinks is None else ScoreRule(softcap=softcap, sinks=sinks)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return call.attend(query, key, value, scale, rule), None
+    # Heads of latent attention have values of another size than keys; pages have one.
+    size, value_size = max(query.shape[-1], value.shape[-1]), value.shape[-1]
+    q, k, v = (_with_zeros(states, size) for states in (query, key, value))
+    return call.attend(q, k, v, scale, rule)[..., :value_size], None
+
+
+def _with_zeros(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Heads of ``size``, which change neither scores nor what is added up."""
+    missing = size - states.shape[-1]
+    return functional.pad(states, (0, missing)) if missing else states
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

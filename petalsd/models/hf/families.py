@@ -89,6 +89,12 @@ def _ungrouped(hf: Any) -> Mapping[str, Any]:
     return {"num_kv_heads": hf.num_attention_heads}
 
 
+def _latent_facts(hf: Any) -> Mapping[str, Any]:
+    # The cache holds what the latents unfold to: keys and values of every head, in the larger size of both.
+    key_size = hf.qk_nope_head_dim + hf.qk_rope_head_dim
+    return {**_ungrouped(hf), "head_dim": max(key_size, hf.v_head_dim)}
+
+
 def _gemma_facts(hf: Any) -> Mapping[str, Any]:
     if hf.use_bidirectional_attention:
         raise sees_ahead("use_bidirectional_attention", hf.use_bidirectional_attention)
@@ -150,6 +156,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "cohere2_moe", "Cohere2Moe", heads.cohere_moe_head, kind=_listed_kind, experts=ExpertNames()
         ),
         "cwm": _usual("cwm", "Cwm"),
+        "deepseek_v3": _usual(
+            "deepseek_v3", "DeepseekV3", windows=_no_windows, facts=_latent_facts, kind=_dense_first_kind,
+            experts=ExpertNames(), quantized=(FP8,), float32=(_CORRECTION,),
+        ),
         "dots1": _usual(
             "dots1", "Dots1", kind=_dense_first_kind, experts=ExpertNames(), float32=(_CORRECTION,)
         ),
@@ -177,6 +187,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "glm4_moe": _usual(
             "glm4_moe", "Glm4Moe", windows=_no_windows, kind=_dense_first_kind, experts=ExpertNames(),
             float32=(_CORRECTION,),
+        ),
+        "glm4_moe_lite": _usual(
+            "glm4_moe_lite", "Glm4MoeLite", windows=_no_windows, facts=_latent_facts, kind=_listed_kind,
+            experts=ExpertNames(), float32=(_CORRECTION,),
         ),
         "gpt_neox": Family(
             "gpt_neox", "GPTNeoXLayer", "GPTNeoXRotaryEmbedding", heads.gpt_neox_head, _NEOX_PREFIXES,
@@ -213,6 +227,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "jais2": _usual("jais2", "Jais2", heads.jais2_head, windows=_no_windows),
         "llama": _usual("llama", "Llama", windows=_no_windows),
         "mellum": _usual("mellum", "Mellum", kind=_listed_kind, experts=ExpertNames()),
+        "minicpm3": _usual(
+            "minicpm3", "MiniCPM3", heads.minicpm3_head, windows=_no_windows, facts=_latent_facts
+        ),
         "minimax_m2": _usual(
             "minimax_m2", "MiniMaxM2", windows=_no_windows, renames={"mlp.": "block_sparse_moe."},
             experts=ExpertNames(in_files="block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
@@ -255,10 +272,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "starcoder2": _usual("starcoder2", "Starcoder2", heads.starcoder2_head, windows=_one_window),
         "vaultgemma": _usual("vaultgemma", "VaultGemma", heads.gemma_head),
+        "youtu": _usual("youtu", "Youtu", windows=_no_windows, facts=_latent_facts),
     }
 )  # fmt: skip
 
-_LATENT = "its attention caches latents (MLA), which the paged cache of keys and values does not hold"
+_COMPLEX = "its rotary angles are complex numbers, which this version does not lay out for its kernels"
+_IN_IMAGES = "transformers has it as a part of a model of text and images alone"
+_TWICE = "its layers attend twice, and a block has one cache"
 _RECURRENT = (
     "some of its layers carry a recurrent state from token to token, which cannot be paged or rolled back"
 )
@@ -266,17 +286,15 @@ _SHARED = "its layers read keys and values, or inputs, of other layers, which ma
 _CLOSED = "its decoder layer hands nothing on to its attention, which the paged cache needs"
 _CHUNKED = "its attention sees chunks of positions, which the paged cache does not know"
 _DIFFERENTIAL = "its attention is the difference of two softmaxes, which no kernel here computes"
-_UNEVEN = "its heads have values of another size than keys, or differ in number from layer to layer"
+_UNEVEN = "its heads differ in number from layer to layer, and the cache has one shape for all"
 _INDEXED = "its attention chooses keys by an index of its own, which the paged cache does not hold"
 _THREE_AXES = "it is a model of text and images, whose rotary positions have three axes"
 
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(
-            ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2", "kimi_k25", "longcat_flash",
-             "minicpm3", "mistral4", "youtu"),
-            _LATENT,
-        ),
+        "deepseek_v2": _COMPLEX,
+        "longcat_flash": _TWICE,
+        "mistral4": _IN_IMAGES,
         **dict.fromkeys(
             ("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear",
              "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5",
@@ -284,7 +302,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
              "zamba2"),
             _RECURRENT,
         ),
-        **dict.fromkeys(("deepseek_v4", "glm_moe_dsa"), _INDEXED),
+        **dict.fromkeys(("deepseek_v32", "deepseek_v4", "glm_moe_dsa"), _INDEXED),
         **dict.fromkeys(("laguna", "mimo_v2_flash"), _UNEVEN),
         **dict.fromkeys(("llama4", "llama4_text"), _CHUNKED),
         **dict.fromkeys(("nemotron", "stablelm"), _CLOSED),

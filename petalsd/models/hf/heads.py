@@ -38,6 +38,12 @@ def hyperclovax_head(hf: Any) -> HeadRule:
     return replace(granite_head(hf), logit_scale=hf.logits_scaling)
 
 
+def minicpm3_head(hf: Any) -> HeadRule:
+    return HeadRule(
+        embedding_scale=hf.scale_emb, norm_eps=hf.rms_norm_eps, logit_scale=hf.dim_model_base / hf.hidden_size
+    )
+
+
 def bloom_head(hf: Any) -> HeadRule:
     names = HeadNames(
         prefixes=_PETALS_BASES,
