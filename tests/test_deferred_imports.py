@@ -47,6 +47,7 @@ def test_a_server_of_a_usual_model_imports_neither_compiler_nor_optimizers() -> 
     assert loaded == "[]"
 
 
+@pytest.mark.nightly
 def test_what_was_left_out_is_there_for_those_who_use_it() -> None:
     lines = run(
         f"{_SERVER}import scipy.optimize, hivemind.averaging.load_balancing as balancing\n"
@@ -58,6 +59,7 @@ def test_what_was_left_out_is_there_for_those_who_use_it() -> None:
     assert lines == ["2.0", "(50, 50)", "SiLUActivation"]
 
 
+@pytest.mark.nightly
 def test_what_transformers_defines_is_listed_once_and_as_ever() -> None:
     """Hardly any of its many files is read again; the list is that of its own code."""
     lines = run(

@@ -120,6 +120,7 @@ def test_ctrl_c_leaves_no_process_behind(demo_model: Path, line: str) -> None:
     assert processes_with(mark) == []
 
 
+@pytest.mark.nightly
 def test_a_killed_demo_takes_its_daemons_along(demo_model: Path) -> None:
     """SIGKILL cannot be caught; the kernel tells the daemons."""
     mark = uuid.uuid4().hex

@@ -12,7 +12,8 @@ from tests.interop.reference import assert_same_pass, greedy_ids, random_inputs,
 from tests.interop.stock import StockClient
 from tests.interop.swarms import two_servers
 
-pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.timeout(300)]
+# Daily both clients go through one stock server in a chain (test_mixed_chain).
+pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,6 @@ def test_forward_and_backward(tiny: Model, peers: list[str], prefix: int | None)
     assert_same_pass(our_pass(tiny, peers, inputs), run_pass(tiny.local, inputs))
 
 
-@pytest.mark.nightly
 @pytest.mark.demo_model
 def test_real_model(demo: Model, tmp_path_factory: pytest.TempPathFactory) -> None:
     """32 tokens of the demo model equal those of transformers."""
