@@ -112,6 +112,14 @@ async def connect(maddr: str) -> AsyncIterator[Connection]:
         await daemon.stop()
 
 
+async def time_first_token(connection: Connection, uid: str, hidden: torch.Tensor) -> float:
+    """Milliseconds from opening a session to the answer to its prompt ``[1, n, M]``."""
+    started = time.perf_counter()
+    async with connection.stream(uid, hidden.shape[1] + 1) as stream:
+        await stream.step(hidden)
+        return (time.perf_counter() - started) * 1e3
+
+
 async def time_step(stream: StepStream, hidden_size: int, tokens: int) -> float:
     """Milliseconds from handing in a step of ``tokens`` random states to having its answer."""
     hidden = torch.randn(1, tokens, hidden_size)

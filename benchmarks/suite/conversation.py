@@ -17,7 +17,7 @@ from benchmarks.benchmark import Benchmark, Options
 from benchmarks.providers import Provider
 from benchmarks.report import Row
 from benchmarks.timing import summarize
-from benchmarks.wire import Connection, connect
+from benchmarks.wire import connect, time_first_token
 
 ROUNDS = 3
 FORMAT = "float32"
@@ -59,20 +59,13 @@ async def measure(provider: Provider, sizes: Sizes) -> dict[str, float]:
     """Milliseconds of both turns of a conversation that nobody has had before, by metric."""
     conversation = torch.randn(1, sizes.prompt + sizes.more, provider.hidden_size)
     async with connect(provider.maddr) as client:
-        await time_first_token(client, provider, torch.randn(1, 1, provider.hidden_size))  # dials
-        first = await time_first_token(client, provider, conversation[:, : sizes.prompt])
-        second = await time_first_token(client, provider, conversation)
+        await time_first_token(client, provider.uid, torch.randn(1, 1, provider.hidden_size))  # dials
+        first = await time_first_token(client, provider.uid, conversation[:, : sizes.prompt])
+        second = await time_first_token(client, provider.uid, conversation)
     return {
         f"time to first token of {sizes.prompt} tokens": first,
         f"time to first token of the same and {sizes.more} more": second,
     }
-
-
-async def time_first_token(client: Connection, provider: Provider, hidden: torch.Tensor) -> float:
-    started = time.perf_counter()
-    async with client.stream(provider.uid, hidden.shape[1] + 1) as stream:
-        await stream.step(hidden)
-        return (time.perf_counter() - started) * 1e3
 
 
 BENCHMARK = Benchmark(

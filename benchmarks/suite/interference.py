@@ -23,7 +23,7 @@ from benchmarks.benchmark import Benchmark, Options
 from benchmarks.providers import DHT_PREFIX, Provider
 from benchmarks.report import Row
 from benchmarks.timing import summarize
-from benchmarks.wire import Connection, StepStream, connect, time_step
+from benchmarks.wire import Connection, StepStream, connect, time_first_token, time_step
 from petalsd.client.swarm_client import SwarmClient
 
 ROUNDS = 3
@@ -78,7 +78,7 @@ async def beside_prompt(provider: Provider, sizes: Sizes) -> dict[str, list[floa
         decoding_streams(old, provider, [MAX_STEPS], sizes.context) as (stream,),
     ):
         alone = [await time_step(stream, provider.hidden_size, 1) for _ in range(ALONE_STEPS)]
-        prompt = time_first_token(new, provider, sizes.long_prompt)
+        prompt = first_token_of(new, provider, sizes.long_prompt)
         beside = await decode_beside(stream, provider, prompt)
     return {"decode step, alone": alone, f"decode step, beside a prompt of {sizes.long_prompt}": beside}
 
@@ -101,9 +101,9 @@ async def first_token(provider: Provider, sizes: Sizes) -> dict[str, list[float]
     """A new client's first token, alone and while others decode."""
     max_steps = [MAX_STEPS_OF_EACH] * sizes.decoding
     async with connected(provider, 2) as (old, new):
-        alone = await time_first_token(new, provider, sizes.short_prompt)
+        alone = await first_token_of(new, provider, sizes.short_prompt)
         async with decoding_streams(old, provider, max_steps, sizes.context) as streams:
-            prompt = asyncio.create_task(time_first_token(new, provider, sizes.short_prompt))
+            prompt = asyncio.create_task(first_token_of(new, provider, sizes.short_prompt))
             await asyncio.gather(*(decode_until(stream, provider, prompt) for stream in streams))
     metric = f"time to first token of {sizes.short_prompt}"
     return {f"{metric}, alone": [alone], f"{metric}, {sizes.decoding} decode": [prompt.result()]}
@@ -118,7 +118,7 @@ async def connected(provider: Provider, count: int) -> AsyncIterator[list[Connec
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connect(provider.maddr)) for _ in range(count)]
         for client in clients:
-            await time_first_token(client, provider, 1)
+            await first_token_of(client, provider, 1)
         yield clients
 
 
@@ -155,13 +155,9 @@ async def decode_until(stream: StepStream, provider: Provider, other: asyncio.Ta
     return samples
 
 
-async def time_first_token(connection: Connection, provider: Provider, tokens: int) -> float:
-    """Milliseconds from opening a session to the answer to its prompt of ``tokens``."""
-    hidden = torch.randn(1, tokens, provider.hidden_size)
-    started = time.perf_counter()
-    async with connection.stream(provider.uid, tokens + 1) as stream:
-        await stream.step(hidden)
-        return (time.perf_counter() - started) * 1e3
+async def first_token_of(connection: Connection, provider: Provider, tokens: int) -> float:
+    """Milliseconds that a new client waits for the answer to a prompt of ``tokens``."""
+    return await time_first_token(connection, provider.uid, torch.randn(1, tokens, provider.hidden_size))
 
 
 BENCHMARK = Benchmark(

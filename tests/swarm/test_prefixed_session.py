@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,13 +74,13 @@ class Bench:
             prefixed.stop()
             await opened.close()
 
-    async def answer(self, hidden: torch.Tensor, **how: object) -> torch.Tensor:
+    async def answer(
+        self, hidden: torch.Tensor, peer: str = "peer", span: BlockSpan | None = None
+    ) -> torch.Tensor:
         """Of one session with this prompt; checked against transformers."""
-        async with self.session(batch=hidden.shape[0], **how) as session:  # type: ignore[arg-type]
+        async with self.session(peer, hidden.shape[0], span) as session:
             output = await session.step(Step(hidden, 0))
-        span = how.get("span")
-        expected = self.model.expected(hidden, span).detach()  # type: ignore[arg-type]
-        assert_close(output, expected, **TOLERANCE, what="answer")
+        assert_close(output, self.model.expected(hidden, span).detach(), **TOLERANCE, what="answer")
         return output
 
 
@@ -288,8 +289,8 @@ async def test_where_it_cannot_be_filled_the_prompt_is_computed(
     write = kv_transfer._write
     calls = iter(range(9))
 
-    def fails_once(*args: object) -> None:
-        write(*args)  # type: ignore[arg-type]
+    def fails_once(*args: Any) -> None:
+        write(*args)
         if next(calls) == 1:
             raise EngineError("the session's pages do not fit into memory now")
 
