@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +24,23 @@ pytestmark = [pytest.mark.interop, pytest.mark.swarm, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def peers(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of both servers of the swarm."""
+    return tmp_path_factory.mktemp("swarm")
+
+
+@pytest.fixture(scope="module")
+def peers(tiny: Model, directory: Path) -> Iterator[list[str]]:
     """The swarm of the tiny model."""
-    with two_servers(tiny, tmp_path_factory.mktemp("swarm"), "petalsd", "petalsd") as maddrs:
+    with two_servers(tiny, directory, "petalsd", "petalsd") as maddrs:
         yield maddrs
+
+
+def tokens_reused(server: Path) -> int:
+    """Of prompts, since the start of the server in this directory."""
+    command = [sys.executable, "-m", "petalsd.cli.petalsctl.main", "--socket", str(server / "control.sock")]
+    done = subprocess.run([*command, "status", "--json"], capture_output=True, check=True, timeout=60)
+    return int(json.loads(done.stdout)["kv"]["prefixes"]["tokens_reused"])
 
 
 def test_greedy_generation(tiny: Model, peers: list[str], stock_client: StockClient) -> None:
@@ -40,13 +56,17 @@ def test_long_prompt(tiny: Model, peers: list[str], stock_client: StockClient) -
     assert stock_greedy_ids(stock_client, tiny, peers, prompt, 8) == greedy_ids(tiny.local, prompt, 8)
 
 
-def test_conversation(tiny: Model, peers: list[str], stock_client: StockClient) -> None:
-    """Each turn brings all that was said before, of which both servers have computed the beginning already."""
+def test_conversation(tiny: Model, peers: list[str], directory: Path, stock_client: StockClient) -> None:
+    """Each turn brings all that was said before, and neither server computes again what it has whole."""
+    servers = [directory / name for name in ("first", "second")]
+    before = [tokens_reused(server) for server in servers]
     said = [[(41 * position) % 251 for position in range(100)]]
     for _ in range(3):
         answer = stock_greedy_ids(stock_client, tiny, peers, said, 20)
         assert answer == greedy_ids(tiny.local, said, 20)
         said = [answer[0] + [(43 * position) % 251 for position in range(30)]]
+    # 100, 150 and 200 tokens: one whole piece of 64 is known to the second turn, two are to the third.
+    assert [tokens_reused(server) for server in servers] == [reused + 3 * 64 for reused in before]
 
 
 def test_beam_search(tiny: Model, peers: list[str], stock_client: StockClient) -> None:
